@@ -1,0 +1,1 @@
+"""Reading CT, data lists, the volume store, phantoms, correspondences, paired crops and masks."""

@@ -1,0 +1,1 @@
+"""Backbones, heads, CASA, and the student and teacher of each method."""

@@ -1,0 +1,1 @@
+"""The anatomical embedding network (SAM): everything that turns volumes into correspondences."""
