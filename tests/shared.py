@@ -1,4 +1,4 @@
-"""Where the reference data (golden numbers, real CT) lie: `$ALICE_SHARED`, or `shared/` beside the clone. Both are optional."""
+"""Where reference data (golden numbers, real CT) lie: `$ALICE_SHARED`, or `shared/` beside the clone. Optional."""
 
 import os
 from pathlib import Path
