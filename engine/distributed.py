@@ -1,0 +1,130 @@
+"""Process groups: who am I, which device is mine, and the few collectives that the loop needs.
+
+The same program runs under `python` (one process, no group) and under `torchrun` (one process per device). Every
+collective here tolerates a missing group and then returns what one process alone would get. Only this module and the
+losses' own reductions touch `torch.distributed`.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+LONG_WAIT = timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, its rank on this machine, the number of processes, and its device."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files."""
+        return self.rank == 0
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """`auto` (CUDA where there is one), `cpu` or `cuda`; the CUDA device is the one of this local rank.
+
+    Raises:
+        ValueError: CUDA is asked for and absent, or this machine has fewer devices than processes.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device is {wanted}; expected auto, cpu or cuda")
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch sees no CUDA device here; use --device cpu or auto")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
+            "start at most that many processes (--nproc_per_node)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def start(wanted_device: str = "auto", timeout_min: float = 30.0) -> World:
+    """Join the process group that torchrun's environment describes, or stand alone without one.
+
+    The backend follows the device: nccl on CUDA, gloo on CPU. A failed start raises; no rank carries on alone.
+
+    Args:
+        wanted_device: auto, cpu or cuda.
+        timeout_min: minutes after which a collective that other ranks never join raises.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    device = pick_device(wanted_device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(minutes=timeout_min),
+            device_id=device if device.type == "cuda" else None,
+        )
+    elif size > 1 and not dist.is_initialized():
+        raise ValueError("WORLD_SIZE is set without RANK and MASTER_ADDR; start several processes with torchrun")
+    return World(rank, local_rank, size, device)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def has_group() -> bool:
+    """Whether several processes (or a group of one) work together."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def wait_for_main(world: World) -> None:
+    """All ranks wait here until rank 0 arrives, however long its work takes (the usual timeout does not apply)."""
+    if has_group() and world.size > 1:
+        group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
+        dist.barrier(group=group)
+        dist.destroy_process_group(group)
+
+
+def all_max(values: torch.Tensor) -> torch.Tensor:
+    """Largest of each element over all ranks; works in place on `values` (any shape, same on every rank)."""
+    if has_group():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def all_mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean of each element over all ranks; works in place on `values` (any shape, same on every rank)."""
+    if has_group():
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        values /= dist.get_world_size()
+    return values
+
+
+def gather_objects(value: object) -> list:
+    """One picklable value of every rank, in rank order, on every rank. For rare events: it pickles."""
+    if not has_group():
+        return [value]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make torch's random numbers a function of (seed, step, rank): a resumed run draws what it would have drawn.
+
+    With it no random state has to be stored, and a run can go on with another number of ranks.
+    """
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
+    torch.manual_seed(mixed)

@@ -1,0 +1,165 @@
+"""What a run tells: a progress line, log.txt (one JSON object a line) and TensorBoard, all on rank 0 only.
+
+Other ranks get a silent stand-in with the same methods, so that the loop needs no branches. Values stay on their device
+until a logging step reads them all at once.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engine.distributed import World, all_mean
+
+
+class Meters:
+    """Means of named values since the last reading; adding never waits for the device, reading does once.
+
+    Every rank must add the same names and read at the same steps: a reading averages over ranks.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.num_added = 0
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Add one step's values (scalar tensors, or arrays whose mean counts)."""
+        self.num_added += 1
+        for name, value in values.items():
+            value = value.detach().float().mean()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Means over the steps added and over all ranks; starts anew."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        joined = torch.stack([self.sums[name].to(device) for name in names]) / self.num_added
+        means = all_mean(joined).tolist()
+        self.sums, self.num_added = {}, 0
+        return dict(zip(names, means))
+
+
+class Clock:
+    """Samples per second of this rank, and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self.started = self.last_mark = time.perf_counter()
+        self.waited_s = 0.0
+        self.num_samples = 0
+
+    def data_arrived(self, num_samples: int) -> None:
+        """Call when a batch is there: the time since `step_done` was waiting."""
+        self.waited_s += time.perf_counter() - self.last_mark
+        self.num_samples += num_samples
+
+    def step_done(self) -> None:
+        """Call when the loop turns to the next batch."""
+        self.last_mark = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """`samples_per_s` and `data_wait_share` (0 to 1); starts anew."""
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        told = {"samples_per_s": self.num_samples / elapsed, "data_wait_share": min(1.0, self.waited_s / elapsed)}
+        self.started, self.waited_s, self.num_samples = time.perf_counter(), 0.0, 0
+        return told
+
+
+class RunLog:
+    """Progress line, log.txt and TensorBoard of one run.
+
+    Args:
+        output_dir: log.txt and the TensorBoard files go here.
+        num_steps: length of the whole run.
+        first_step: where this process starts; lines of log.txt at or after it (from a run that was killed later than
+            its last checkpoint) are dropped, so that each step appears once.
+        tensorboard: whether to write TensorBoard files.
+    """
+
+    def __init__(self, output_dir: str | Path, num_steps: int, first_step: int = 0, tensorboard: bool = True) -> None:
+        self.path = Path(output_dir) / "log.txt"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.num_steps = num_steps
+        keep_lines_before(self.path, first_step)
+        self.is_live = sys.stderr.isatty()
+        self.bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not self.is_live, dynamic_ncols=True)
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(Path(output_dir) / "tensorboard"), purge_step=first_step or None)
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.bar.update(1)
+
+    def say(self, text: str) -> None:
+        """One line for the user, above the progress line."""
+        self.bar.write(text) if self.is_live else print(text, flush=True)
+
+    def record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Write values to log.txt and TensorBoard, and show them. `kind`: train, epoch or validation."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        text = "  ".join(f"{name} {format_value(value)}" for name, value in values.items())
+        if self.is_live and kind == "train":
+            self.bar.set_postfix_str(text)
+        else:
+            self.say(f"[{kind}] step {step}/{self.num_steps}  epoch {epoch}  {text}")
+
+    def image(self, name: str, image, step: int) -> None:
+        """A picture for TensorBoard. `image`: uint8 array [height, width, 3]."""
+        if self.writer is not None:
+            self.writer.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+class SilentLog:
+    """The stand-in for ranks that write nothing."""
+
+    def advance(self) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None: ...
+
+    def image(self, name: str, image, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_log(world: World, output_dir: str | Path, num_steps: int, first_step: int) -> RunLog | SilentLog:
+    """The log of this rank: real on rank 0, silent elsewhere."""
+    return RunLog(output_dir, num_steps, first_step) if world.is_main else SilentLog()
+
+
+def format_value(value: float) -> str:
+    """Short and readable: four digits, exponents only for small numbers."""
+    return f"{value:.2e}" if value != 0 and abs(value) < 1e-3 else f"{value:.4g}"
+
+
+def keep_lines_before(path: Path, first_step: int) -> None:
+    """Drop the lines of a log that a run starting at `first_step` will write again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+        if step <= first_step and first_step > 0:
+            kept.append(line)
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(line + "\n" for line in kept))
+    aside.replace(path)

@@ -1,0 +1,100 @@
+"""Checkpoints: atomic, falling back to the one before, loadable without running code."""
+
+import warnings
+
+import pytest
+import torch
+
+from engine import checkpoint as ck
+
+
+def state(step: int) -> dict:
+    return {"kind": "alice", "student": {"weight": torch.full((3,), float(step))}, "step": step, "flags": {"lr": 0.1}}
+
+
+def test_latest_and_previous_rotate_and_load_with_weights_only(tmp_path):
+    for step in (1, 2, 3):
+        assert ck.save_checkpoint(state(step), tmp_path)
+    assert torch.load(tmp_path / ck.LATEST, weights_only=True)["step"] == 3
+    assert torch.load(tmp_path / ck.PREVIOUS, weights_only=True)["step"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [ck.LATEST, ck.PREVIOUS]
+
+
+def test_numbered_copy_stays(tmp_path):
+    ck.save_checkpoint(state(1), tmp_path, keep_as="checkpoint0010.pth")
+    ck.save_checkpoint(state(2), tmp_path)
+    ck.save_checkpoint(state(3), tmp_path)
+    assert ck.load_checkpoint(tmp_path / "checkpoint0010.pth", "alice")["step"] == 1
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage"])
+def test_damaged_latest_falls_back_with_a_warning(tmp_path, damage):
+    ck.save_checkpoint(state(1), tmp_path)
+    ck.save_checkpoint(state(2), tmp_path)
+    latest = tmp_path / ck.LATEST
+    content = latest.read_bytes()
+    latest.write_bytes({"truncate": content[: len(content) // 2], "empty": b"", "garbage": b"no checkpoint"}[damage])
+    with pytest.warns(UserWarning, match="trying the checkpoint before it"):
+        found, path = ck.find_resumable(tmp_path, "alice")
+    assert found["step"] == 1 and path.name == ck.PREVIOUS
+
+
+def test_killed_between_the_renames_resumes_from_previous(tmp_path):
+    ck.save_checkpoint(state(1), tmp_path)
+    (tmp_path / ck.LATEST).rename(tmp_path / ck.PREVIOUS)
+    (tmp_path / (ck.LATEST + ".tmp")).write_bytes(b"half a checkpoint")
+    found, _ = ck.find_resumable(tmp_path, "alice")
+    assert found["step"] == 1
+
+
+def test_nothing_to_resume_and_nothing_readable_differ(tmp_path):
+    assert ck.find_resumable(tmp_path, "alice") is None
+    (tmp_path / ck.LATEST).write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ck.CheckpointError, match="--resume none"):
+            ck.find_resumable(tmp_path, "alice")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch, error):
+    ck.save_checkpoint(state(1), tmp_path)
+
+    def refuse(content, file):
+        file.write(b"part of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.warns(UserWarning, match="is kept"):
+        assert not ck.save_checkpoint(state(2), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [ck.LATEST]
+    assert ck.load_checkpoint(tmp_path / ck.LATEST)["step"] == 1
+
+
+class Foreign:
+    """Something that only code can rebuild."""
+
+
+def test_pickles_that_carry_code_are_refused(tmp_path):
+    torch.save({"kind": "alice", "args": Foreign()}, tmp_path / "foreign.pth")
+    with pytest.raises(ck.CheckpointError, match="could run code"):
+        ck.load_checkpoint(tmp_path / "foreign.pth")
+
+
+def test_wrong_kind_and_missing_file_name_the_file(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.pth")
+    with pytest.raises(ck.CheckpointError, match="other.pth.*not a checkpoint of kind 'alice'.*state_dict"):
+        ck.load_checkpoint(tmp_path / "other.pth", "alice")
+    with pytest.raises(ck.CheckpointError, match="absent.pth"):
+        ck.load_checkpoint(tmp_path / "absent.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ck.CheckpointError, match="holds a list"):
+        ck.load_checkpoint(tmp_path / "list.pth")
+
+
+def test_strict_loading_lists_what_does_not_fit(tmp_path):
+    module = torch.nn.Linear(4, 2)
+    with pytest.raises(ck.CheckpointError, match=r"1 missing \(bias\); 1 unexpected \(gain\); 1 misshapen \(weight"):
+        ck.load_strictly(module, {"weight": torch.zeros(2, 3), "gain": torch.zeros(1)}, "student", "run.pth")
+    ck.load_strictly(module, {"weight": torch.ones(2, 4), "bias": torch.ones(2)}, "student", "run.pth")
+    assert module.weight.sum() == 8

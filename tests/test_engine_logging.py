@@ -1,0 +1,60 @@
+"""Meters, the clock, and log.txt across a restart."""
+
+import json
+import time
+
+import torch
+
+from engine.distributed import World
+from engine.logging import Clock, Meters, RunLog, SilentLog, make_log
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / "log.txt").read_text().splitlines()]
+
+
+def test_meters_average_over_steps_and_start_anew():
+    meters = Meters()
+    meters.add({"loss": torch.tensor(1.0), "score": torch.tensor([0.0, 1.0])})
+    meters.add({"loss": torch.tensor(3.0), "score": torch.tensor([1.0, 1.0])})
+    assert meters.read(torch.device("cpu")) == {"loss": 2.0, "score": 0.75}
+    assert meters.read(torch.device("cpu")) == {}
+
+
+def test_clock_tells_waiting_from_working():
+    clock = Clock()
+    time.sleep(0.05)
+    clock.data_arrived(4)
+    time.sleep(0.05)
+    clock.step_done()
+    told = clock.read()
+    assert 0.3 < told["data_wait_share"] < 0.7
+    assert 20 < told["samples_per_s"] < 41
+
+
+def test_log_lines_are_json_and_appear_once_after_a_resume(tmp_path):
+    log = RunLog(tmp_path, num_steps=10, tensorboard=False)
+    for step in (2, 4, 6):
+        log.record("train", step, 0, {"loss": 1.0 / step})
+    log.close()
+    with (tmp_path / "log.txt").open("a") as file:
+        file.write('{"kind": "train", "st')  # torn by a kill
+    log = RunLog(tmp_path, num_steps=10, first_step=4, tensorboard=False)
+    log.record("train", 6, 0, {"loss": 0.5})
+    log.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 0.5), (4, 0.25), (6, 0.5)]
+
+
+def test_only_rank_zero_writes(tmp_path):
+    log = make_log(World(rank=1, size=2), tmp_path / "run", num_steps=3, first_step=0)
+    assert isinstance(log, SilentLog)
+    log.say("unheard")
+    log.record("train", 1, 0, {"loss": 1.0})
+    log.advance()
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_silent_log_has_every_method_of_the_real_one():
+    public = {name for name in vars(RunLog) if not name.startswith("_")}
+    assert public == {name for name in vars(SilentLog) if not name.startswith("_")}
