@@ -1,0 +1,69 @@
+"""Writing files so that a reader, or a run killed at any moment, never meets half of one."""
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskFullError(ValueError):
+    """No room is left for a file; the message names the file and what to free. Whatever was there before is unharmed."""
+
+
+def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
+    """Write `content` aside, flush it to the disk, then rename it to `path` (replacing an older file in one step).
+
+    Raises:
+        DiskFullError: when the disk, the quota or the file-size limit is exhausted; the older file then stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.aside")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        if error.errno in FULL_DISK_ERRORS:
+            raise DiskFullError(
+                f"{path}: no room for {len(content) / 2**20:.1f} MiB ({error.strerror}). Free some space there or choose "
+                "another folder, then run the same command again; finished files are kept."
+            ) from error
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def remove_asides(folder: Path, stem: str) -> None:
+    """Remove what killed writers of `stem*` left behind. Call it only while holding the lock on that stem."""
+    for left_over in folder.glob(f".{stem}.*.aside"):
+        left_over.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(lock_file: str | Path) -> Iterator[None]:
+    """Hold an advisory lock on `lock_file` (created if missing) among processes; the system drops it if we die.
+
+    Where the platform has no such locks, this does nothing: writers then may do the same work twice, but files are
+    still replaced in one step.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = Path(lock_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

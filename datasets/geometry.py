@@ -1,0 +1,208 @@
+"""Where voxels are: one canonical orientation, index <-> world millimetres, resampling, and the body in the picture.
+
+Arrays are [D, H, W] in orientation "SPL": the index grows towards Superior, Posterior and Left. That is what the
+published SAM saw (array axes z, y, x of an LPS+ image), and what MONAI gives with `Orientationd(keys, axcodes="SPL")`.
+An affine here maps an array index (d, h, w), voxel centres at integers, to world RAS+ millimetres (x, y, z).
+"""
+
+import math
+from collections.abc import Sequence
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+CANONICAL_AXCODES = "SPL"
+AIR_HU = -1024
+BODY_HU = -500  # between air and lung on one side, fat (-120 HU) and everything denser on the other
+
+# Enough input for one step of `resample`, in voxels: bounds its memory at about 16 bytes a voxel of this.
+SLAB_VOX = 16 * 2**20
+
+
+def index_to_world(affine: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """World mm [..., 3] (x, y, z) of array indices [..., 3] (d, h, w); fractions of a voxel are fine."""
+    affine = np.asarray(affine, dtype=np.float64)
+    return np.asarray(index, dtype=np.float64) @ affine[:3, :3].T + affine[:3, 3]
+
+
+def world_to_index(affine: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
+    """Fractional array indices [..., 3] (d, h, w) of world points [..., 3] (x, y, z) in mm."""
+    affine = np.asarray(affine, dtype=np.float64)
+    return (np.asarray(points_mm, dtype=np.float64) - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
+    """Voxel size in mm along (D, H, W)."""
+    lengths = np.linalg.norm(np.asarray(affine, dtype=np.float64)[:3, :3], axis=0)
+    return tuple(float(length) for length in lengths)
+
+
+def to_canonical(array: np.ndarray, nifti_affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn and flip a volume into the canonical orientation; nothing is interpolated.
+
+    Args:
+        array: [X, Y, Z] as the file holds it.
+        nifti_affine: [4, 4], index in `array` -> world RAS+ mm; oblique and sheared ones keep their angles.
+
+    Returns:
+        A view [D, H, W] of `array`, and its affine float64 [4, 4].
+    """
+    affine = np.asarray(nifti_affine, dtype=np.float64)
+    orientations = nib.orientations
+    turn = orientations.ornt_transform(
+        orientations.io_orientation(affine), orientations.axcodes2ornt(tuple(CANONICAL_AXCODES))
+    )
+    return orientations.apply_orientation(array, turn), affine @ orientations.inv_ornt_aff(turn, array.shape)
+
+
+def resampled_grid(
+    shape: Sequence[int], affine: np.ndarray, spacing_mm: Sequence[float]
+) -> tuple[tuple[int, int, int], np.ndarray]:
+    """The grid of `spacing_mm` over the same field of view: same centre, size rounded to whole voxels.
+
+    Returns:
+        Its shape (D, H, W) and affine float64 [4, 4].
+    """
+    if len(spacing_mm) != 3 or not all(math.isfinite(value) and value > 0 for value in spacing_mm):
+        raise ValueError(f"spacing_mm must be three positive lengths (D, H, W), received {tuple(spacing_mm)}")
+    old_shape, affine = np.asarray(shape), np.asarray(affine, dtype=np.float64)
+    step = np.asarray(spacing_mm, dtype=np.float64) / spacing_of(affine)  # old voxels per new voxel
+    new_shape = np.maximum(1, np.rint(old_shape / step)).astype(int)
+    first = (old_shape - 1) / 2 - step * (new_shape - 1) / 2  # old index of the new voxel 0
+    new_affine = affine.copy()
+    new_affine[:3, :3] = affine[:3, :3] * step
+    new_affine[:3, 3] = index_to_world(affine, first)
+    return tuple(int(size) for size in new_shape), new_affine
+
+
+def resample(
+    array: np.ndarray, affine: np.ndarray, spacing_mm: Sequence[float], order: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resample a volume; what was at a place in the world stays there.
+
+    Linear with a triangle filter as wide as the new voxel where it shrinks (so thin structures fade, but do not alias),
+    plain linear where it grows. Beyond the border, the border's voxels continue. Works in slabs: memory beyond input
+    and output stays near 300 MB at most.
+
+    Args:
+        array: [D, H, W], any real dtype, which the result keeps (integers are rounded).
+        affine: [4, 4] index -> world mm.
+        spacing_mm: wanted voxel size along (D, H, W).
+        order: 1 for intensities, 0 (nearest voxel) for labels.
+
+    Returns:
+        The array on the grid of `resampled_grid`, and that grid's affine.
+    """
+    if order not in (0, 1):
+        raise ValueError(f"order must be 0 (nearest, for labels) or 1 (linear), received {order}")
+    shape, new_affine = resampled_grid(array.shape, affine, spacing_mm)
+    step = np.asarray(spacing_mm, dtype=np.float64) / spacing_of(affine)
+    if shape == array.shape and np.allclose(step, 1, atol=1e-6):
+        return array.copy(), new_affine
+    if order == 0:
+        nearest = [_taps(old, new, s, nearest=True)[0][0] for old, new, s in zip(array.shape, shape, step)]
+        return array[np.ix_(*nearest)], new_affine
+    taps = [_taps(old, new, s) for old, new, s in zip(array.shape, shape, step)]
+    return _resample_linear(array, shape, taps), new_affine
+
+
+def _taps(num_old: int, num_new: int, step: float, nearest: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Which old voxels make each new one along an axis: indices and weights [T, num_new], weights of a voxel sum to 1."""
+    centre = (num_old - 1) / 2 + step * (np.arange(num_new) - (num_new - 1) / 2)
+    if nearest:
+        return np.clip(np.floor(centre + 0.5).astype(int), 0, num_old - 1)[None], np.ones((1, num_new), np.float32)
+    reach = max(step, 1.0)
+    first = np.floor(centre - reach).astype(int) + 1
+    index = first + np.arange(int(math.ceil(2 * reach)))[:, None]  # [T, num_new]
+    weight = np.maximum(0, 1 - np.abs(index - centre) / reach)
+    used = weight.any(axis=1)
+    weight = weight[used] / weight.sum(axis=0)
+    return np.clip(index[used], 0, num_old - 1), weight.astype(np.float32)
+
+
+def _resample_linear(array: np.ndarray, shape: tuple[int, int, int], taps: list) -> np.ndarray:
+    """Separable resampling, a slab of output slices at a time: in the slices first, then across them."""
+    out = np.empty(shape, dtype=array.dtype)
+    depth_index, depth_weight = taps[0]
+    num_slices = max(1, int(SLAB_VOX / array[0].size * shape[0] / array.shape[0]))
+    for begin in range(0, shape[0], num_slices):
+        wanted = slice(begin, min(begin + num_slices, shape[0]))
+        index, weight = depth_index[:, wanted], depth_weight[:, wanted]
+        low, high = int(index.min()), int(index.max()) + 1
+        slab = _combine(array[low:high], *taps[1], axis=1)
+        slab = _combine(slab, *taps[2], axis=2)
+        slab = _combine(slab, index - low, weight, axis=0)
+        if np.issubdtype(array.dtype, np.integer):
+            np.rint(slab, out=slab)
+        out[wanted] = slab
+    return out
+
+
+def _combine(array: np.ndarray, index: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
+    """Sum over taps of weight times the taken voxels along `axis`; float32."""
+    if len(index) == 1 and index.shape[1] == array.shape[axis] and np.array_equal(index[0], np.arange(index.shape[1])):
+        return array.astype(np.float32)
+    around = [1, 1, 1]
+    around[axis] = -1
+    total = None
+    for tap_index, tap_weight in zip(index, weight):
+        part = np.take(array, tap_index, axis=axis).astype(np.float32, copy=False)
+        part *= tap_weight.reshape(around)
+        total = part if total is None else np.add(total, part, out=total)
+    return total
+
+
+def body_mask(hu: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
+    """The patient without air and table: the largest object above -500 HU, its holes (lungs, gas) filled.
+
+    The object is found at about 4 mm, where what is thinner than 12 mm in the slice (table plates, sheets, tubes) is
+    opened away; its surface is then taken at full resolution.
+
+    Args:
+        hu: [D, H, W] in HU; padding below -1024 counts as air.
+        spacing_mm: voxel size (D, H, W).
+
+    Returns:
+        bool [D, H, W]; all False where nothing is denser than -500 HU.
+    """
+    affine = np.diag([*spacing_mm, 1.0])
+    coarse_mm = [max(4.0, value) for value in spacing_mm]
+    coarse, _ = resample(np.maximum(hu, AIR_HU), affine, coarse_mm)
+    inside = _largest_object(coarse > BODY_HU)
+    if not inside.any():
+        return np.zeros(hu.shape, dtype=bool)
+    in_slice = ndimage.generate_binary_structure(2, 1)[None]
+    core = ndimage.binary_erosion(inside, in_slice, border_value=1)
+    rim = ndimage.binary_dilation(inside, in_slice)
+    nearest = np.ix_(
+        *(
+            _taps(num_coarse, num_fine, fine_mm / wide_mm, nearest=True)[0][0]
+            for num_coarse, num_fine, fine_mm, wide_mm in zip(coarse.shape, hu.shape, spacing_mm, coarse_mm)
+        )
+    )
+    return core[nearest] | (rim[nearest] & (hu > BODY_HU))
+
+
+def _largest_object(dense: np.ndarray) -> np.ndarray:
+    """The largest component of a mask after an opening in each slice, regrown into thin walls, its holes filled."""
+    in_slice = ndimage.generate_binary_structure(2, 1)[None]
+    opened = ndimage.binary_dilation(ndimage.binary_erosion(dense, in_slice, border_value=1), in_slice)
+    labels, num_objects = ndimage.label(opened)
+    if num_objects == 0:
+        return opened
+    largest = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+    # A chest wall thinner than the opening has gaps now, through which the lungs would count as outside.
+    regrown = ndimage.binary_dilation(largest, in_slice, iterations=2, mask=dense)
+    return np.stack([ndimage.binary_fill_holes(axial) for axial in regrown])
+
+
+def body_box(hu: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """The box around `body_mask`: first voxel and one past the last, int [3] each; the whole volume if it is empty."""
+    mask = body_mask(hu, spacing_mm)
+    start, stop = np.zeros(3, dtype=int), np.array(hu.shape)
+    for axis in range(3):
+        used = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
+        if len(used):
+            start[axis], stop[axis] = used[0], used[-1] + 1
+    return start, stop
