@@ -1,0 +1,156 @@
+"""Reading and writing the network's weights: our own checkpoints and the published files, without running their code.
+
+Our format is a dictionary of tensors and plain values: `kind` = "sam_embed", `state_dict`, `options` (of the
+constructor), `preprocessing` (see `EmbedderInfo`) and whatever the training adds (step, optimiser, commit, ...).
+Published files are a bare state dict, or what mmcv writes: {"meta", "state_dict", ...}, names perhaps behind `module.`.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sam_embed.network import AnatomicalEmbedder
+
+KIND = "sam_embed"
+PREFIXES = ("module.", "model.")
+NUM_NAMES_SHOWN = 5
+
+
+class CheckpointError(ValueError):
+    """A file that holds no usable weights; the message names the file and what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedderInfo:
+    """How volumes must be prepared for a network; the defaults are what the published checkpoint saw.
+
+    HU are clipped to [hu_min, hu_max], mapped linearly to [0, scale_to], then `offset` is added.
+    """
+
+    spacing_mm: tuple[float, float, float] = (2.0, 2.0, 2.0)
+    hu_min: float = -1024.0
+    hu_max: float = 3071.0
+    scale_to: float = 255.0
+    offset: float = -50.0
+    axcodes: str = "SPL"
+    source: str = ""
+    fingerprint: str = ""  # of the weights, so that stored embeddings of other weights are not mistaken for these
+
+    def preprocessing(self) -> dict:
+        """The part that a checkpoint stores, as plain values."""
+        stored = dataclasses.asdict(self)
+        del stored["source"], stored["fingerprint"]
+        return {**stored, "spacing_mm": list(self.spacing_mm)}
+
+
+def weights_fingerprint(state_dict: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits that change when any weight changes."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        digest.update(name.encode())
+        digest.update(state_dict[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def embedder_checkpoint(network: AnatomicalEmbedder, info: EmbedderInfo, **extra) -> dict:
+    """The dictionary to save for a network; `extra` holds what training needs to resume."""
+    return {
+        "kind": KIND,
+        "state_dict": network.state_dict(),
+        "options": dict(network.options),
+        "preprocessing": info.preprocessing(),
+        **extra,
+    }
+
+
+def save_embedder(path: str | Path, network: AnatomicalEmbedder, info: EmbedderInfo, **extra) -> None:
+    """Write a checkpoint aside, then rename it, so that a killed run leaves no half file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    torch.save(embedder_checkpoint(network, info, **extra), aside)
+    aside.replace(path)
+
+
+def load_embedder(checkpoint_file: str | Path) -> tuple[AnatomicalEmbedder, EmbedderInfo]:
+    """Build the network that a file's weights fit, on the CPU and in evaluation mode.
+
+    Args:
+        checkpoint_file: our own checkpoint, a bare published state dict, or an mmcv file of SAM or UAE-S.
+
+    Raises:
+        CheckpointError: no such file, not loadable without running code, or names and shapes that do not fit.
+    """
+    content = _load_plain(Path(checkpoint_file))
+    state_dict = _state_dict_of(content, checkpoint_file)
+    is_ours = content.get("kind") == KIND
+    options = content["options"] if is_ours else _published_options(state_dict)
+    network = AnatomicalEmbedder(**options)
+    _check_fit(state_dict, network.state_dict(), checkpoint_file)
+    network.load_state_dict(state_dict, strict=True)
+    preprocessing = dict(content.get("preprocessing", {})) if is_ours else {}
+    if "spacing_mm" in preprocessing:
+        preprocessing["spacing_mm"] = tuple(preprocessing["spacing_mm"])
+    info = EmbedderInfo(
+        **preprocessing, source=Path(checkpoint_file).name, fingerprint=weights_fingerprint(network.state_dict())
+    )
+    return network.eval(), info
+
+
+def _load_plain(path: Path) -> dict:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint (--checkpoint_file)")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError, OSError) as error:
+        reason = (str(error) or "it ends too early").splitlines()[0]
+        raise CheckpointError(f"{path}: not a checkpoint that loads without running code ({reason})") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights")
+    return dict(content)
+
+
+def _state_dict_of(content: dict, source: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, freed of wrapper prefixes."""
+    kind = content.get("kind", KIND)
+    if kind != KIND:
+        raise CheckpointError(f"{source}: a checkpoint of kind {kind!r}, expected {KIND!r} (--checkpoint_file)")
+    weights = content.get("state_dict", content)
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f"{source}: its state_dict is a {type(weights).__name__}, expected named tensors")
+    weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    for prefix in PREFIXES:
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name[len(prefix) :]: tensor for name, tensor in weights.items()}
+    if not weights:
+        raise CheckpointError(f"{source}: holds no tensors, expected the weights of a SAM network")
+    return weights
+
+
+def _published_options(state_dict: Mapping[str, Tensor]) -> dict:
+    """A published file says nothing about itself; only UAE-S has a semantic head."""
+    return {"semantic": any(name.startswith("semantic_head.") for name in state_dict)}
+
+
+def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path) -> None:
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    if missing or unexpected or misshapen:
+        problems = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        listed = "; ".join(f"{len(names)} {what}: {_first_of(names)}" for what, names in problems if names)
+        raise CheckpointError(f"{source}: does not fit the SAM network ({listed})")
+
+
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:NUM_NAMES_SHOWN]) + (", ..." if len(names) > NUM_NAMES_SHOWN else "")

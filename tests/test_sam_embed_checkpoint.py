@@ -1,0 +1,73 @@
+"""Checkpoints of the embedding network: ours, the published layouts, and clear words about wrong files."""
+
+import collections
+
+import pytest
+import torch
+
+from sam_embed.checkpoint import CheckpointError, EmbedderInfo, load_embedder, save_embedder
+from sam_embed.network import AnatomicalEmbedder, compact_options
+
+
+def small_network() -> AnatomicalEmbedder:
+    return AnatomicalEmbedder(**compact_options(width=8, embed_dim=16))
+
+
+def test_own_checkpoint_comes_back_the_same(tmp_path):
+    network, info = small_network(), EmbedderInfo(spacing_mm=(6.0, 5.0, 4.0), hu_max=1000.0)
+    save_embedder(tmp_path / "sam.pth", network, info, step=7)
+    loaded, loaded_info = load_embedder(tmp_path / "sam.pth")
+    assert not loaded.training and loaded.options == network.options
+    assert loaded_info.preprocessing() == info.preprocessing() and loaded_info.spacing_mm == (6.0, 5.0, 4.0)
+    assert loaded_info.source == "sam.pth" and len(loaded_info.fingerprint) == 16
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("semantic", [False, True])
+def test_mmcv_file_of_the_published_network(tmp_path, semantic):
+    network = AnatomicalEmbedder(semantic=semantic)
+    prefixed = collections.OrderedDict((f"module.{name}", tensor) for name, tensor in network.state_dict().items())
+    torch.save({"meta": {"epoch": 3, "time": "then"}, "state_dict": prefixed, "optimizer": {}}, tmp_path / "SAM.pth")
+    loaded, info = load_embedder(tmp_path / "SAM.pth")
+    assert info.spacing_mm == (2.0, 2.0, 2.0) and (info.hu_min, info.hu_max, info.offset) == (-1024.0, 3071.0, -50.0)
+    assert torch.equal(loaded.neck.fpn_convs[0].conv.weight, network.neck.fpn_convs[0].conv.weight)
+    assert (loaded.semantic_head is not None) == semantic
+
+
+def test_wrong_weights_are_listed(tmp_path):
+    weights = AnatomicalEmbedder().state_dict()
+    del weights["backbone.conv1.conv.weight"]
+    weights["fc.weight"] = torch.zeros(3)
+    weights["neck.fpn_convs.0.conv.bias"] = torch.zeros(7)
+    torch.save(weights, tmp_path / "wrong.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_embedder(tmp_path / "wrong.pth")
+    message = str(caught.value)
+    assert "wrong.pth" in message
+    assert "1 missing: backbone.conv1.conv.weight" in message and "1 unexpected: fc.weight" in message
+    assert "neck.fpn_convs.0.conv.bias [7] instead of [128]" in message
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+@pytest.mark.parametrize("content", ["code", "garbage", "empty", "list", "other kind", "absent"])
+def test_other_files_are_refused_by_name(tmp_path, content, capsys):
+    path = tmp_path / "bad.pth"
+    if content == "code":
+        torch.save({"state_dict": Code()}, path)
+    elif content == "garbage":
+        path.write_bytes(b"no checkpoint at all")
+    elif content == "empty":
+        path.touch()
+    elif content == "list":
+        torch.save([1, 2], path)
+    elif content == "other kind":
+        torch.save({"kind": "alice", "student": {}}, path)
+    with pytest.raises(CheckpointError, match=r"bad\.pth"):
+        load_embedder(path)
+    assert "must not run" not in capsys.readouterr().out
