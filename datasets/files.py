@@ -11,14 +11,14 @@ FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DiskFullError(ValueError):
-    """No room is left for a file; the message names the file and what to free. Whatever was there before is unharmed."""
+    """No room is left for a file; the message names it. Whatever was there before is unharmed."""
 
 
 def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
     """Write `content` aside, flush it to the disk, then rename it to `path` (replacing an older file in one step).
 
     Raises:
-        DiskFullError: when the disk, the quota or the file-size limit is exhausted; the older file then stays as it was.
+        DiskFullError: when the disk, the quota or the file-size limit is exhausted; an older file then stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,8 +33,8 @@ def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
         aside.unlink(missing_ok=True)
         if error.errno in FULL_DISK_ERRORS:
             raise DiskFullError(
-                f"{path}: no room for {len(content) / 2**20:.1f} MiB ({error.strerror}). Free some space there or choose "
-                "another folder, then run the same command again; finished files are kept."
+                f"{path}: no room for {len(content) / 2**20:.1f} MiB ({error.strerror}). Free some space there or "
+                "choose another folder, then run the same command again; finished files are kept."
             ) from error
         raise
 

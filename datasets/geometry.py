@@ -108,7 +108,7 @@ def resample(
 
 
 def _taps(num_old: int, num_new: int, step: float, nearest: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Which old voxels make each new one along an axis: indices and weights [T, num_new], weights of a voxel sum to 1."""
+    """Which old voxels make each new one along an axis: indices and weights [T, num_new]; weights sum to 1 over T."""
     centre = (num_old - 1) / 2 + step * (np.arange(num_new) - (num_new - 1) / 2)
     if nearest:
         return np.clip(np.floor(centre + 0.5).astype(int), 0, num_old - 1)[None], np.ones((1, num_new), np.float32)

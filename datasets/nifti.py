@@ -66,7 +66,7 @@ def read_ct(path: str | Path) -> Volume:
     array = _as_int16(raw, HU_MIN, HU_MAX)
     if array.min() == array.max():
         raise CTReadError(
-            f"{path}: all values lie in [{low:g}, {high:g}], outside of [{HU_MIN}, {HU_MAX}] HU; expected Hounsfield units"
+            f"{path}: all values lie in [{low:g}, {high:g}], outside of {HU_MIN} to {HU_MAX} HU; expected Hounsfield units"
         )
     return Volume(*_canonical(array, affine), str(path))
 
@@ -130,7 +130,7 @@ def _read_voxels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     offset, num_bytes = int(header.get_data_offset()), math.prod(shape) * dtype.itemsize
     if len(content) < offset + num_bytes:
         raise CTReadError(
-            f"{path}: truncated; shape {shape} of {dtype} needs {offset + num_bytes} bytes, the file holds {len(content)}"
+            f"{path}: truncated; shape {shape} of {dtype} needs {offset + num_bytes} bytes, received {len(content)}"
         )
     raw = np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
     slope, intercept = header.get_slope_inter()
