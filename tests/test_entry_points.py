@@ -1,0 +1,86 @@
+"""Every entry point: readable help, strict YAML, no abbreviations, ours wins over an installed `datasets` package."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.stem for path in (REPOSITORY / "scripts").glob("*.py") if path.stem != "__init__")
+MODULES = ["main_ddp", "extract_backbone_weights", *(f"scripts.{name}" for name in SCRIPTS)]
+
+
+def parser_of(module_name: str):
+    return importlib.import_module(module_name).make_flags()
+
+
+@pytest.mark.parametrize("module_name", MODULES)
+def test_help_names_every_flag_with_a_sentence(module_name):
+    parser = parser_of(module_name)
+    assert parser.description and "python" in parser.description, "the description shows a command that works"
+    silent = [
+        action.dest
+        for action in parser._actions
+        if not action.help and action.dest not in ("help", "print_config") and not action.dest.startswith("config")
+    ]
+    assert not silent, f"flags without help: {silent}"
+
+
+@pytest.mark.parametrize("module_name", MODULES)
+def test_unknown_keys_and_abbreviations_are_refused(module_name, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("no_such_flag: 1\n")
+    with pytest.raises(SystemExit):
+        parser_of(module_name).parse_args(["--config", str(config)])
+    assert "no_such_flag" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser_of(module_name).parse_args(["--no_such_flag", "1"])
+
+
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_committed_configs_hold_known_keys(config):
+    module_name = "scripts.train_sam" if config.name.startswith("sam_") else "main_ddp"
+    parser = parser_of(module_name)
+    required = [action for action in parser._actions if getattr(action, "required", False)]
+    words = [word for action in required for word in (action.option_strings[0], "given")]
+    flags = parser.parse_args(["--config", str(config), *words])
+    assert flags is not None
+
+
+@pytest.mark.parametrize("entry_point", ["scripts/create_json.py", "main_ddp.py"])
+def test_ours_wins_over_an_installed_datasets_package(entry_point, tmp_path):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").write_text("raise ImportError('the installed package was imported')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, entry_point, "--help"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "--json_list" in run.stdout or "--output" in run.stdout
+
+
+def readme_commands() -> list[list[str]]:
+    """Every command line of the README that starts one of our entry points, as words, continuation lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [line.split("#")[0].split() for line in lines]
+    return [words for words in commands if any(word.endswith(".py") for word in words)]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=lambda words: " ".join(words)[:70])
+def test_readme_commands_parse(words):
+    position = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    module_name = words[position].removesuffix(".py").replace("/", ".")
+    assert module_name in MODULES, f"{words[position]} does not exist"
+    os.chdir(REPOSITORY)
+    parser_of(module_name).parse_args(words[position + 1 :])
+
+
+def test_readme_names_existing_files():
+    text = (REPOSITORY / "README.md").read_text()
+    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
+        assert (REPOSITORY / target).exists(), f"the README links to {target}, which does not exist"
