@@ -107,9 +107,12 @@ class Backbone(nn.Module):
             setattr(self, f"layer{stage + 1}", nn.Sequential(first, second))
             in_channels = out_channels
 
+    def first_stage(self, volume: Tensor) -> Tensor:
+        """Stem, first stage and pool: everything that works at full resolution."""
+        return F.max_pool3d(self.layer1(F.relu(self.conv1(volume))), self.pool_stride, self.pool_stride)
+
     def forward(self, volume: Tensor) -> list[Tensor]:
-        x = self.layer1(F.relu(self.conv1(volume)))
-        outputs = [F.max_pool3d(x, self.pool_stride, self.pool_stride)]
+        outputs = [self.first_stage(volume)]
         for stage in (self.layer2, self.layer3, self.layer4):
             outputs.append(stage(outputs[-1]))
         return outputs

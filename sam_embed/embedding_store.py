@@ -1,0 +1,185 @@
+"""Embeddings of whole volumes: what they hold, where their voxels lie, and their files.
+
+One file per case, `<embed_dir>/<case>.safetensors`: half-precision tensors and a JSON header. Reading it runs no code;
+it is written aside and renamed, so that a file that exists is whole.
+"""
+
+import json
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SUFFIX = ".safetensors"
+FORMAT = "sam_embed.embedding.1"
+
+
+class EmbeddingError(ValueError):
+    """A missing, damaged or foreign embedding file; the message names it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """The embedding of one volume.
+
+    Attributes:
+        name: of the case.
+        fine: float16 [C, d, h, w], unit length over channels.
+        coarse: float16 [C, d', h', w'], likewise.
+        fine_affine, coarse_affine: float64 [4, 4], index (d, h, w) of either grid -> world mm.
+        semantic: float16 like `fine` for networks with a semantic head, else None.
+        fingerprint: of the weights that made it.
+    """
+
+    name: str
+    fine: Tensor
+    coarse: Tensor
+    fine_affine: np.ndarray
+    coarse_affine: np.ndarray
+    semantic: Tensor | None = None
+    fingerprint: str = ""
+
+    @property
+    def fine_spacing_mm(self) -> tuple[float, float, float]:
+        """Distance of neighbouring fine voxels along (D, H, W)."""
+        return tuple(np.linalg.norm(self.fine_affine[:3, :3], axis=0).tolist())
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [self.fine, self.coarse] + ([] if self.semantic is None else [self.semantic])
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @cached_property
+    def coarse_positions(self) -> list[np.ndarray]:
+        """Per axis, the coarse index at which each fine index lies; the grids are parallel, so axes are separate."""
+        fine_to_coarse = np.linalg.inv(self.coarse_affine) @ self.fine_affine
+        return [
+            fine_to_coarse[axis, axis] * np.arange(size) + fine_to_coarse[axis, 3]
+            for axis, size in enumerate(self.fine.shape[1:])
+        ]
+
+    def coarse_on_fine(self, coarse_values: Tensor, first: int, last: int) -> Tensor:
+        """Interpolate values on the coarse grid at the fine grid's slices first..last (exclusive), trilinearly.
+
+        Args:
+            coarse_values: float32 [N, d', h', w'].
+
+        Returns:
+            [N, last - first, h, w]; beyond the outermost coarse voxels their value continues.
+        """
+        positions = self.coarse_positions
+        out = _interpolate_axis(coarse_values, positions[0][first:last], 1)
+        return _interpolate_axis(_interpolate_axis(out, positions[1], 2), positions[2], 3)
+
+    @cached_property
+    def coarse_length(self) -> Tensor:
+        """float32 [d, h, w]: length of the interpolated coarse vector, by which its similarities are divided."""
+        coarse = self.coarse.float()
+        squared = [
+            self.coarse_on_fine(coarse, number, number + 1).square().sum(dim=0) for number in range(self.fine.shape[1])
+        ]
+        return torch.cat(squared).sqrt().clamp_min(1e-6)
+
+
+def _interpolate_axis(values: Tensor, positions: np.ndarray, axis: int) -> Tensor:
+    """Linear interpolation along one axis at fractional indices, clamped to the ends."""
+    clamped = np.clip(positions, 0, values.shape[axis] - 1)
+    low = np.minimum(np.floor(clamped).astype(np.int64), max(values.shape[axis] - 2, 0))
+    shape = [1] * values.ndim
+    shape[axis] = -1
+    weight = torch.from_numpy((clamped - low).astype(np.float32)).reshape(shape).to(values)
+    lower = values.index_select(axis, torch.from_numpy(low).to(values.device))
+    high = np.minimum(low + 1, values.shape[axis] - 1)
+    upper = values.index_select(axis, torch.from_numpy(high).to(values.device))
+    return torch.lerp(lower, upper, weight.expand_as(lower))
+
+
+def embedding_path(embed_dir: str | Path, name: str) -> Path:
+    return Path(embed_dir) / f"{name}{SUFFIX}"
+
+
+def embedded_cases(embed_dir: str | Path) -> list[str]:
+    """Names of all cases with an embedding in a folder, sorted."""
+    return sorted(path.name.removesuffix(SUFFIX) for path in Path(embed_dir).glob(f"*{SUFFIX}"))
+
+
+def save_embedding(embed_dir: str | Path, embedding: Embedding) -> Path:
+    """Write one case's file aside and rename it."""
+    path = embedding_path(embed_dir, embedding.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {
+        "format": FORMAT,
+        "name": embedding.name,
+        "fingerprint": embedding.fingerprint,
+        "fine_affine": json.dumps(np.asarray(embedding.fine_affine).tolist()),
+        "coarse_affine": json.dumps(np.asarray(embedding.coarse_affine).tolist()),
+    }
+    tensors = {"fine": embedding.fine, "coarse": embedding.coarse}
+    if embedding.semantic is not None:
+        tensors["semantic"] = embedding.semantic
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file({key: tensor.half().contiguous() for key, tensor in tensors.items()}, aside, metadata=header)
+    aside.replace(path)
+    return path
+
+
+def stored_fingerprint(embed_dir: str | Path, name: str) -> str | None:
+    """The fingerprint of the weights behind a stored embedding; None where there is no usable file."""
+    path = embedding_path(embed_dir, name)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return (stored.metadata() or {}).get("fingerprint")
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def load_embedding(embed_dir: str | Path, name: str) -> Embedding:
+    """Read one case's embedding.
+
+    Raises:
+        EmbeddingError: no such file, a damaged one, or one of another kind.
+    """
+    path = embedding_path(embed_dir, name)
+    if not path.is_file():
+        raise EmbeddingError(f"{path}: no embedding of this case; run scripts/generate_sam_embeddings.py (--embed_dir)")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            header = stored.metadata() or {}
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise EmbeddingError(f"{path}: damaged embedding file ({error}); delete it and embed the case again") from error
+    if header.get("format") != FORMAT:
+        raise EmbeddingError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
+    return Embedding(
+        name=header["name"],
+        fine=tensors["fine"],
+        coarse=tensors["coarse"],
+        fine_affine=np.array(json.loads(header["fine_affine"])),
+        coarse_affine=np.array(json.loads(header["coarse_affine"])),
+        semantic=tensors.get("semantic"),
+        fingerprint=header["fingerprint"],
+    )
+
+
+class EmbeddingCache:
+    """Loads embeddings from a folder and keeps the few used last, within a byte limit (at least one is kept)."""
+
+    def __init__(self, embed_dir: str | Path, limit_mb: float = 2048) -> None:
+        self.embed_dir, self.limit_bytes = Path(embed_dir), limit_mb * 2**20
+        self._kept: OrderedDict[str, Embedding] = OrderedDict()
+
+    def __getitem__(self, name: str) -> Embedding:
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        self._kept[name] = load_embedding(self.embed_dir, name)
+        while len(self._kept) > 1 and sum(kept.num_bytes for kept in self._kept.values()) > self.limit_bytes:
+            self._kept.popitem(last=False)
+        return self._kept[name]

@@ -1,0 +1,201 @@
+"""Finding the place in one volume that corresponds to a point in another, by the similarity of embeddings.
+
+Yan et al., "SAM", TMI 2022, Sec. III-B: the similarity of a query vector to every key voxel is the mean of the cosines
+of the fine and of the coarse embedding (UAE-S: and of the semantic one); the best voxel is the match, its similarity
+the score. Points are world mm; voxels are found through the embeddings' affines.
+
+The coarse map is never interpolated to the fine grid with all its channels: interpolation is linear, so the few
+similarities on the coarse grid are interpolated and divided by the length of the interpolated vector.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasets.geometry import index_to_world, world_to_index
+from sam_embed.embedding_store import Embedding
+
+DEFAULT_MEMORY_MB = 512
+REFINE_RADIUS = 1  # fine voxels around the best one that sub-voxel refinement weighs
+
+
+class Matches(NamedTuple):
+    """What `match_points` found for N points.
+
+    Attributes:
+        points_mm: float64 [N, 3], world mm in the key volume; NaN where the query lies outside of its volume.
+        score: float32 [N], similarity in [-1, 1]; NaN likewise.
+    """
+
+    points_mm: np.ndarray
+    score: np.ndarray
+
+
+class QueryVectors(NamedTuple):
+    """The embeddings at N points: [N, C] each, unit length; `semantic` for networks that have it."""
+
+    fine: Tensor
+    coarse: Tensor
+    semantic: Tensor | None
+
+
+def inside(embedding: Embedding, points_mm: np.ndarray) -> np.ndarray:
+    """bool [N]: which world points [N, 3] lie within half a fine voxel of the embedded (body) box."""
+    index = world_to_index(embedding.fine_affine, points_mm)
+    return np.all((index >= -0.5) & (index <= np.array(embedding.fine.shape[1:]) - 0.5), axis=-1)
+
+
+def sample_vectors(values: Tensor, index: np.ndarray) -> Tensor:
+    """Vectors at fractional indices, trilinearly interpolated and made unit length.
+
+    Args:
+        values: [C, d, h, w].
+        index: [N, 3]; outside of the grid its border continues.
+
+    Returns:
+        float32 [N, C].
+    """
+    size = np.array(values.shape[1:])
+    index = np.clip(index, 0, size - 1)
+    low = np.minimum(np.floor(index).astype(np.int64), np.maximum(size - 2, 0))
+    weight = index - low
+    total = torch.zeros(len(index), values.shape[0])
+    for corner in np.ndindex(2, 2, 2):
+        at = np.minimum(low + corner, size - 1)
+        share = np.prod(np.where(corner, weight, 1 - weight), axis=1).astype(np.float32)
+        total += torch.from_numpy(share)[:, None] * values[:, at[:, 0], at[:, 1], at[:, 2]].float().T
+    return F.normalize(total, dim=1)
+
+
+def query_vectors(embedding: Embedding, points_mm: np.ndarray) -> QueryVectors:
+    """The embedding at world points [N, 3], between voxels interpolated."""
+    fine_index = world_to_index(embedding.fine_affine, points_mm)
+    coarse_index = world_to_index(embedding.coarse_affine, points_mm)
+    semantic = None if embedding.semantic is None else sample_vectors(embedding.semantic, fine_index)
+    return QueryVectors(
+        sample_vectors(embedding.fine, fine_index), sample_vectors(embedding.coarse, coarse_index), semantic
+    )
+
+
+def similarity_slab(vectors: QueryVectors, coarse_similarity: Tensor, key: Embedding, first: int, last: int) -> Tensor:
+    """Mean similarity [N, last - first, h, w] of the query vectors to the key's fine slices first..last (exclusive).
+
+    Args:
+        coarse_similarity: [N, d', h', w'], dot products on the key's coarse grid.
+    """
+    coarse = key.coarse_on_fine(coarse_similarity, first, last) / key.coarse_length[first:last]
+    total = coarse.flatten(1)  # [N, (last - first) * h * w]
+    total += vectors.fine @ key.fine[:, first:last].float().flatten(1)
+    if vectors.semantic is None:
+        return total.view(coarse.shape) / 2
+    total += vectors.semantic @ key.semantic[:, first:last].float().flatten(1)
+    return total.view(coarse.shape) / 3
+
+
+def similarity_map(query: Embedding, key: Embedding, point_mm: np.ndarray) -> Tensor:
+    """float32 [d, h, w]: similarity of one world point [3] of the query to every fine voxel of the key."""
+    check_same_network(query, key)
+    vectors = query_vectors(query, np.asarray(point_mm, dtype=np.float64)[None])
+    coarse = torch.einsum("nc,cdhw->ndhw", vectors.coarse, key.coarse.float())
+    return similarity_slab(vectors, coarse, key, 0, key.fine.shape[1])[0]
+
+
+def check_same_network(query: Embedding, key: Embedding) -> None:
+    """Embeddings of different weights live in different spaces; comparing them gives noise."""
+    if query.fingerprint != key.fingerprint or query.fine.shape[0] != key.fine.shape[0]:
+        raise ValueError(
+            f"embeddings of {query.name!r} and {key.name!r} come from different weights "
+            f"({query.fingerprint} and {key.fingerprint}); embed both with one --checkpoint_file"
+        )
+
+
+@torch.no_grad()
+def best_voxels(vectors: QueryVectors, key: Embedding, memory_mb: float = DEFAULT_MEMORY_MB) -> tuple[Tensor, Tensor]:
+    """The most similar fine voxel of the key for each query vector: int64 index [N, 3] and float32 score [N]."""
+    num_points, (depth, height, width) = len(vectors.fine), key.fine.shape[1:]
+    coarse = torch.einsum("nc,cdhw->ndhw", vectors.coarse, key.coarse.float())
+    bytes_per_slice = 4 * height * width * (3 * num_points + 2 * key.fine.shape[0])
+    num_slices = max(1, int(memory_mb * 2**20 / bytes_per_slice))
+    best = torch.full((num_points,), -torch.inf)
+    where = torch.zeros(num_points, dtype=torch.int64)
+    for first in range(0, depth, num_slices):
+        slab = similarity_slab(vectors, coarse, key, first, min(depth, first + num_slices))
+        score, flat = slab.flatten(1).max(dim=1)
+        better = score > best
+        best = torch.where(better, score, best)
+        where = torch.where(better, flat + first * height * width, where)
+    index = torch.stack([where // (height * width), where // width % height, where % width], dim=1)
+    return index, best
+
+
+def match_points(
+    query: Embedding, key: Embedding, points_mm: np.ndarray, memory_mb: float = DEFAULT_MEMORY_MB, refine: bool = True
+) -> Matches:
+    """Match world points of one volume to another: one matrix product for all of them.
+
+    Args:
+        query, key: embeddings by the same weights.
+        points_mm: [N, 3] world mm in the query volume.
+        memory_mb: working memory beyond the embeddings.
+        refine: find the place between voxels by a parabola through the similarities beside the best one.
+
+    Returns:
+        Matches; points outside of the query's embedded box have NaN for place and score.
+    """
+    check_same_network(query, key)
+    points_mm = np.asarray(points_mm, dtype=np.float64).reshape(-1, 3)
+    usable = inside(query, points_mm)
+    found = np.full(points_mm.shape, np.nan)
+    score = np.full(len(points_mm), np.nan, dtype=np.float32)
+    if usable.any():
+        vectors = query_vectors(query, points_mm[usable])
+        index, best = best_voxels(vectors, key, memory_mb)
+        place = index.double() + (_parabola_offset(vectors, key, index) if refine else 0.0)
+        found[usable] = index_to_world(key.fine_affine, place.numpy())
+        score[usable] = best.numpy()
+    return Matches(found, score)
+
+
+def cycle_error_mm(
+    query: Embedding,
+    key: Embedding,
+    points_mm: np.ndarray,
+    matches: Matches,
+    memory_mb: float = DEFAULT_MEMORY_MB,
+    refine: bool = True,
+) -> np.ndarray:
+    """float64 [N]: mm between each query point and the place to which its match is matched back; NaN if unmatched."""
+    back = match_points(key, query, matches.points_mm, memory_mb, refine)
+    return np.linalg.norm(back.points_mm - np.asarray(points_mm, dtype=np.float64).reshape(-1, 3), axis=1)
+
+
+def _similarity_at(vectors: QueryVectors, key: Embedding, index: Tensor) -> Tensor:
+    """Similarity [N] of each query vector to one fine voxel [N, 3] of the key."""
+    at = index.unbind(dim=1)
+    fine_at = key.fine[:, at[0], at[1], at[2]].float().T
+    coarse_index = [positions[axis_index.numpy()] for positions, axis_index in zip(key.coarse_positions, at)]
+    coarse_at = sample_vectors(key.coarse, np.stack(coarse_index, axis=1))
+    total = (vectors.fine * fine_at).sum(dim=1) + (vectors.coarse * coarse_at).sum(dim=1)
+    if vectors.semantic is None:
+        return total / 2
+    return (total + (vectors.semantic * key.semantic[:, at[0], at[1], at[2]].float().T).sum(dim=1)) / 3
+
+
+def _parabola_offset(vectors: QueryVectors, key: Embedding, index: Tensor) -> Tensor:
+    """Per axis, where a parabola through both neighbours peaks: [N, 3] in (-0.5, 0.5) fine voxels, 0 at borders."""
+    size = torch.tensor(key.fine.shape[1:])
+    centre = _similarity_at(vectors, key, index)
+    offset = torch.zeros(len(index), 3, dtype=torch.float64)
+    for axis in range(3):
+        step = torch.zeros(3, dtype=torch.int64)
+        step[axis] = 1
+        has_both = (index[:, axis] > 0) & (index[:, axis] < size[axis] - 1)
+        below = _similarity_at(vectors, key, torch.maximum(index - step, torch.zeros(3, dtype=torch.int64)))
+        above = _similarity_at(vectors, key, torch.minimum(index + step, size - 1))
+        curvature = below - 2 * centre + above
+        peak = 0.5 * (below - above) / curvature.clamp(max=-1e-6)
+        offset[:, axis] = torch.where(has_both, peak.clamp(-0.5, 0.5), 0.0).double()
+    return offset
