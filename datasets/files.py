@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import socket
 from collections.abc import Iterator
@@ -21,9 +22,9 @@ def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
         DiskFullError: when the disk, the quota or the file-size limit is exhausted; an older file then stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.aside")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
             file.write(content)
             file.flush()
@@ -44,9 +45,9 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def remove_asides(folder: Path, stem: str) -> None:
-    """Remove what killed writers of `stem*` left behind. Call it only while holding the lock on that stem."""
-    for left_over in folder.glob(f".{stem}.*.aside"):
+def remove_asides(path: Path) -> None:
+    """Remove what killed writers of `path` left behind. Call it only while no other process may be writing `path`."""
+    for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.aside"):
         left_over.unlink(missing_ok=True)
 
 

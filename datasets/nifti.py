@@ -66,7 +66,7 @@ def read_ct(path: str | Path) -> Volume:
     array = _as_int16(raw, HU_MIN, HU_MAX)
     if array.min() == array.max():
         raise CTReadError(
-            f"{path}: all values lie in [{low:g}, {high:g}], outside of {HU_MIN} to {HU_MAX} HU; expected Hounsfield units"
+            f"{path}: all values lie in [{low:g}, {high:g}], outside of {HU_MIN} to {HU_MAX} HU; expected a CT in HU"
         )
     return Volume(*_canonical(array, affine), str(path))
 

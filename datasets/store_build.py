@@ -1,0 +1,242 @@
+"""Building a volume store from NIfTI files: in parallel, resumable, safe to kill and to run several times at once.
+
+Every case is made under its own lock; its files are written aside and renamed, its manifest comes last. So whatever
+ends the run, the next one keeps the finished cases and makes the others. Cases are taken in another order by every
+process that builds, so that several of them share the work instead of waiting for each other.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.data_list import Case
+from datasets.files import exclusive, remove_asides, write_bytes, write_text
+from datasets.geometry import body_box, index_to_world, resample, spacing_of
+from datasets.nifti import CTReadError, Volume, read_ct, read_label
+from datasets.store_format import (
+    CaseRecord,
+    StoreError,
+    array_file,
+    check_file,
+    checksum_of,
+    compress,
+    create_settings,
+    files_of,
+    label_file,
+    manifest_file,
+    read_manifest,
+    read_records,
+    write_index,
+)
+
+
+@dataclass
+class BuildReport:
+    """What a build did: names of the cases stored now, those found finished, and reasons of those that failed."""
+
+    built: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def build_store(
+    cases: Sequence[Case],
+    store_dir: str | Path,
+    spacing_mm: tuple[float, float, float] | None = None,
+    num_workers: int = 1,
+    verify: bool = False,
+    progress: bool = True,
+) -> BuildReport:
+    """Store every case that is not stored yet.
+
+    Args:
+        cases: what to store; names become file names.
+        store_dir: made if missing.
+        spacing_mm: (D, H, W) in mm that all volumes are resampled to; None keeps each one's own.
+        num_workers: processes; 1 does it in this one.
+        verify: compare finished cases with their checksums, and store damaged ones again.
+        progress: show a bar.
+
+    Returns:
+        What was done. A case that cannot be read does not stop the others: it is in `failed` and in failures.json.
+
+    Raises:
+        StoreError: the store has another spacing, names clash or are no file names, or a worker was killed.
+        DiskFullError: no room; what is finished stays.
+    """
+    store_dir = Path(store_dir)
+    _check_names([case.name for case in cases])
+    create_settings(store_dir, spacing_mm)
+    report, order = BuildReport(), list(cases)
+    if not verify:
+        records = read_records(store_dir)
+        report.reused = [case.name for case in cases if _is_current(case, records.get(case.name), store_dir)]
+        finished = set(report.reused)
+        order = [case for case in cases if case.name not in finished]
+    random.Random(os.getpid()).shuffle(order)
+    try:
+        results = _run(order, store_dir, spacing_mm, num_workers, verify)
+        for name, reason in tqdm(
+            results, total=len(order), desc="volumes", unit="case", disable=not (progress and order)
+        ):
+            if reason in ("built", "reused"):
+                getattr(report, reason).append(name)
+            else:
+                report.failed[name] = reason
+    finally:
+        write_index(store_dir)
+    _write_failures(store_dir, cases, report.failed)
+    for names in (report.built, report.reused):
+        names.sort()
+    return report
+
+
+def _check_names(names: list[str]) -> None:
+    """File names that no two cases share, and that no other file of the store can have."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise StoreError(f"case names must be unique, received several of: {', '.join(twice[:5])}")
+    for name in names:
+        if not name or name.startswith(".") or name.endswith(".label") or Path(name).name != name:
+            raise StoreError(f"case name {name!r} cannot be a file name in a store (no / or leading . or final .label)")
+
+
+def _run(
+    cases: list[Case], store_dir: Path, spacing_mm: tuple | None, num_workers: int, verify: bool
+) -> Iterator[tuple[str, str]]:
+    """Pairs (name, outcome) as the cases finish."""
+    if num_workers <= 1 or len(cases) <= 1:
+        for case in cases:
+            yield case.name, _store_case(case, store_dir, spacing_mm, verify)
+        return
+    # Spawned, not forked: the caller may hold threads, CUDA or a process group.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(num_workers, len(cases)), mp_context=context, initializer=_start_worker)
+    try:
+        waiting = {pool.submit(_store_case, case, store_dir, spacing_mm, verify): case.name for case in cases}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+    except BrokenProcessPool as error:
+        raise StoreError(
+            f"{store_dir}: a worker process was killed, most likely because memory ran out. Run the same command "
+            f"again with a lower --num_workers (it was {num_workers}); finished cases are kept."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, which then lets the cases in work finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: bool) -> str:
+    """Store one case unless it is there; returns "built", "reused" or the reason of the failure."""
+    with exclusive(store_dir / "locks" / "cases" / case.name):
+        try:
+            record = read_manifest(manifest_file(store_dir, case.name))
+            if _is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
+                return "reused"
+            _make_case(case, store_dir, spacing_mm)
+            return "built"
+        except CTReadError as error:
+            return str(error)
+        except MemoryError:
+            return f"{case.image}: not enough memory to read and resample this volume"
+
+
+def _is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
+    """Whether the case is stored, from its source files as they are now; once they are gone, the store stands alone."""
+    if record is None:
+        return False
+    try:
+        if case.image.exists() and record.source_stamp != _stamp(case):
+            return False
+    except CTReadError:
+        return False
+    return all(path.exists() for path, _ in files_of(record, store_dir))
+
+
+def _is_damaged(record: CaseRecord, store_dir: Path) -> bool:
+    """Whether a file of the case differs from its checksum."""
+    try:
+        for path, checksum in files_of(record, store_dir):
+            check_file(path, checksum)
+    except StoreError:
+        return True
+    return False
+
+
+def _stamp(case: Case) -> str:
+    """Size and time of the source files: another stamp means another content."""
+    try:
+        stats = [path.stat() for path in (case.image, case.label) if path is not None]
+    except OSError as error:
+        raise CTReadError(f"{error.filename}: {error.strerror}") from error
+    return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+
+
+def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None) -> None:
+    """Read, resample, compress and write one case; its manifest disappears first and comes back last."""
+    paths = [find(store_dir, case.name) for find in (array_file, label_file, manifest_file)]
+    paths[2].unlink(missing_ok=True)
+    for path in paths:
+        remove_asides(path)
+    stamp = _stamp(case)
+    image = read_ct(case.image)
+    label = None if case.label is None else _read_matching_label(case.label, image)
+    array, affine = image.array, image.affine
+    if spacing_mm is not None:
+        array, affine = resample(array, image.affine, spacing_mm)
+        label = None if label is None else resample(label, image.affine, spacing_mm, order=0)[0]
+    body_start, body_stop = body_box(array, spacing_of(affine))
+    checksums = []
+    for path, content in zip(paths, (array, label)):
+        if content is None:
+            path.unlink(missing_ok=True)
+            checksums.append("")
+            continue
+        packed = compress(content)
+        write_bytes(path, packed)
+        checksums.append(checksum_of(packed))
+    record = CaseRecord(
+        case.name, array.shape, spacing_of(affine), affine, body_start, body_stop, str(case.image), stamp, *checksums
+    )
+    write_text(paths[2], json.dumps(record.to_json(), indent=1) + "\n")
+
+
+def _read_matching_label(path: Path, image: Volume) -> np.ndarray:
+    """The label map, if it lies on the image's grid."""
+    label = read_label(path)
+    if label.shape != image.shape:
+        raise CTReadError(f"{path}: label has shape {label.shape}, its image {image.path} has {image.shape}")
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in image.shape])).reshape(3, -1).T
+    apart_mm = np.abs(index_to_world(label.affine, corners) - index_to_world(image.affine, corners)).max()
+    if apart_mm > min(image.spacing_mm) / 2:  # less is rounding in the headers
+        raise CTReadError(f"{path}: label lies {apart_mm:.1f} mm beside its image {image.path}")
+    return label.array
+
+
+def _write_failures(store_dir: Path, cases: Sequence[Case], failed: dict[str, str]) -> None:
+    """Keep failures.json: the reasons of this run, and those of cases that this run did not try."""
+    path = store_dir / "failures.json"
+    with exclusive(store_dir / "locks" / "failures"):
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            known = {}
+        tried = {case.name for case in cases}
+        known = {name: reason for name, reason in known.items() if name not in tried} | failed
+        if known or path.exists():
+            write_text(path, json.dumps(dict(sorted(known.items())), indent=1) + "\n")

@@ -1,0 +1,125 @@
+"""Write the data list (Decathlon JSON) of a folder of CT volumes; every file is opened and checked on the way.
+
+    python scripts/create_json.py --data_dir FLARE22 --output flare.json --num_validation 20
+    python scripts/create_json.py --data_dir FLARE22 --output flare_labelled.json \\
+        --cases labelled --validation_fraction 0.2
+    python scripts/create_json.py --data_dir totalsegmentator --output totalsegmentator.json
+
+Understood are the FLARE22 layout, nnU-Net and Decathlon folders, one folder per case with a ct.nii.gz, and any other
+folder of .nii and .nii.gz files. Files that cannot be used are named on stderr with the reason, kept under "unreadable"
+in the list, and left out of both sections. Takes about as long as decompressing all files once.
+"""
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+from tqdm import tqdm
+
+from datasets.data_list import Case, DataListError, find_cases, split_cases, write_data_list
+from datasets.nifti import CTReadError, read_ct, read_label
+from engine.flags import make_parser, run_main
+
+FLARE22_LABELS = (
+    "background",
+    "liver",
+    "right kidney",
+    "spleen",
+    "pancreas",
+    "aorta",
+    "inferior vena cava",
+    "right adrenal gland",
+    "left adrenal gland",
+    "gallbladder",
+    "esophagus",
+    "stomach",
+    "duodenum",
+    "left kidney",
+)
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this command."""
+    parser = make_parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_dir", type=str, required=True, help="folder to search for CT volumes")
+    data.add_argument("--output", type=str, required=True, help="JSON file to write")
+    data.add_argument(
+        "--cases", choices=["all", "unlabelled", "labelled"], default="all", help="which cases to put in the list"
+    )
+    split = parser.add_argument_group("validation")
+    split.add_argument("--num_validation", type=int, default=None, help="cases to hold out; wins over the fraction")
+    split.add_argument("--validation_fraction", type=float, default=0.0, help="share of cases to hold out; 0: none")
+    split.add_argument("--seed", type=int, default=0, help="draws the held-out cases")
+    parser.add_argument("--num_workers", type=int, default=4, help="threads that open files")
+    return parser
+
+
+def check_case(case: Case) -> dict[str, str]:
+    """File -> reason for each file of a case that cannot be used; empty when all is well."""
+    problems = {}
+    try:
+        shape = read_ct(case.image).shape
+        if case.label is not None:
+            label_shape = read_label(case.label).shape
+            if label_shape != shape:
+                problems[str(case.label)] = f"label has shape {label_shape}, its image {case.image.name} has {shape}"
+    except CTReadError as error:
+        file, _, reason = str(error).partition(": ")
+        problems[file] = reason
+    except MemoryError:
+        problems[str(case.image)] = "not enough memory to read it; try a lower --num_workers"
+    return problems
+
+
+def check_cases(cases: Sequence[Case], num_workers: int) -> tuple[list[Case], dict[str, str]]:
+    """The usable cases, and file -> reason for the others."""
+    readable, unreadable = [], {}
+    # Threads are enough: decompression, which takes nearly all of the time, leaves Python's lock.
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        checks = pool.map(check_case, cases)
+        for case, problems in zip(cases, tqdm(checks, total=len(cases), desc="checking", unit="case")):
+            unreadable.update(problems)
+            if not problems:
+                readable.append(case)
+    return readable, unreadable
+
+
+def choose(cases: Sequence[Case], which: str, data_dir: str) -> list[Case]:
+    """The cases with or without labels, or all."""
+    chosen = [case for case in cases if which == "all" or (case.label is not None) == (which == "labelled")]
+    if not chosen:
+        raise DataListError(f"{data_dir}: none of {len(cases)} cases is {which}; change --cases")
+    return chosen
+
+
+def label_names(cases: Sequence[Case]) -> dict[str, str]:
+    """Label value -> name for FLARE22, else only the background."""
+    is_flare = any(case.label is not None and case.name.startswith("FLARE22_") for case in cases)
+    return {str(value): name for value, name in enumerate(FLARE22_LABELS if is_flare else FLARE22_LABELS[:1])}
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    found = choose(find_cases(flags.data_dir), flags.cases, flags.data_dir)
+    split_cases(found, flags.num_validation, flags.validation_fraction, flags.seed)  # complain before the long check
+    cases, unreadable = check_cases(found, flags.num_workers)
+    for file, reason in unreadable.items():
+        print(f"left out {file}: {reason}", file=sys.stderr)
+    if not cases:
+        raise DataListError(f"{flags.data_dir}: none of {len(found)} cases can be read; the reasons are above")
+    training, validation = split_cases(cases, flags.num_validation, flags.validation_fraction, flags.seed)
+    write_data_list(flags.output, flags.data_dir, training, validation, label_names(cases), unreadable)
+    num_labelled = sum(case.label is not None for case in cases)
+    print(
+        f"{flags.output}: {len(training)} training and {len(validation)} validation cases "
+        f"({num_labelled} with labels), {len(found) - len(cases)} cases left out"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
