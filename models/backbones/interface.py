@@ -1,0 +1,81 @@
+"""What Alice asks of a backbone, so that adding one touches one file and a line of the registry.
+
+Letters used for shapes in `models/` and `losses/`:
+    B   volumes in a call; a student or teacher call joins both views, so that B there is 2 x the number of pairs
+    D H W   voxels of a crop (canonical axes: Superior, Posterior, Left)
+    s   stride of a feature map in voxels; a map at stride s is [B, C_s, D/s, H/s, W/s]
+    N   query tokens of CASA (stride 16 by default)
+    M   key and value tokens of CASA (stride 8 by default); all tokens are in D, H, W order
+    K   width of the projected space in which distributions are compared (out_dim, 512)
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+Size3 = tuple[int, int, int]
+
+
+class Backbone(Protocol):
+    """An encoder with an optional decoder. It is an nn.Module; the third-party network hangs under `network`."""
+
+    network: nn.Module
+    channels: dict[int, int]  # stride -> channels of the encoder map; the largest stride is the deepest stage
+    decoder_channels: dict[int, int]  # stride -> channels of the decoder map, for the strides that were built
+    encoder_key_prefixes: tuple[str, ...]  # of `network`'s state dict
+    decoder_key_prefixes: tuple[str, ...]
+    roi_multiple: int
+
+    def __init__(self, feature_size: int, roi: Size3, decoder_stride: int | None, use_checkpoint: bool) -> None:
+        """Build for crops of `roi` (D, H, W) voxels; `decoder_stride` is the finest decoder map that will be needed:
+        None builds no decoder, 1 builds all of it with the reconstruction output."""
+
+    def encode(self, volumes: Tensor, masked: Tensor | None = None) -> dict[int, Tensor]:
+        """Map volumes [B, 1, D, H, W] in [0, 1] and block masks (True = masked = hidden) to {stride: feature map}."""
+
+    def decode(self, features: dict[int, Tensor]) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Map `encode`'s answer to (reconstruction [B, 1, D, H, W] or None, {stride: decoder map})."""
+
+    def encoder_twin(self) -> "Backbone":
+        """An independent copy that holds the encoder's weights only."""
+
+
+def upsample_mask(masked: Tensor, size: Size3) -> Tensor:
+    """Repeat a block mask up to a finer grid.
+
+    Args:
+        masked: bool [B, d, h, w].
+        size: the finer grid (D', H', W'); each side a multiple of the mask's.
+
+    Returns:
+        bool [B, 1, D', H', W'].
+
+    Raises:
+        ValueError: the grids do not fit into one another.
+    """
+    repeats = [fine // coarse for fine, coarse in zip(size, masked.shape[1:])]
+    if any(fine != coarse * repeat for fine, coarse, repeat in zip(size, masked.shape[1:], repeats)):
+        raise ValueError(
+            f"a block mask of {tuple(masked.shape[1:])} blocks does not divide a grid of {tuple(size)}: "
+            "every side of the crop (--roi_x, --roi_y, --roi_z) must be a multiple of --mask_block"
+        )
+    fine = masked[:, None, :, None, :, None, :, None]  # [B, 1, d, 1, h, 1, w, 1]
+    batch, (depth, height, width) = masked.shape[0], masked.shape[1:]
+    fine = fine.expand(batch, 1, depth, repeats[0], height, repeats[1], width, repeats[2])
+    return fine.reshape(batch, 1, *size)
+
+
+def flatten_tokens(feature_map: Tensor) -> Tensor:
+    """[B, C, d, h, w] -> tokens [B, d*h*w, C]; the same D, H, W order for encoder and decoder maps."""
+    return feature_map.flatten(2).transpose(1, 2)
+
+
+def trainable_names(module: nn.Module) -> set[str]:
+    """The names of the parameters that take part in training."""
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def truncated_normal(*shape: int) -> nn.Parameter:
+    """A learnt token, drawn with the customary standard deviation of 0.02."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))

@@ -1,0 +1,178 @@
+"""MONAI's SwinUNETR as Alice's backbone: method section "Networks" (Jiang et al., ICCV 2023, figure 2).
+
+MONAI's own modules are called in MONAI's own order, so that without a mask `decode(encode(x))` equals the network's
+forward and every exported weight fits MONAI's `SwinUNETR`. Maps for a crop of side n and feature size F:
+
+    stride   encoder map (token-wise normalised)       channels   decoder map          channels
+    2        patch embedding                           F          decoder2             F
+    4        after layers1 and its merging             2F         decoder3             2F
+    8        after layers2                             4F         decoder4             4F   (CASA's H)
+    16       after layers3 (CASA's V)                  8F         decoder5             8F
+    32       after layers4 (cls: pooled)               16F        -
+    1        the voxels that encoder1 may see          1          decoder1, then out   F
+
+Masking. A hierarchical window transformer cannot drop tokens, so every masked patch embedding (2 voxels a side) is
+replaced by one learnt token right after patch embedding, as SimMIM does. encoder1 reads raw voxels for the finest skip
+connection: it sees one learnt intensity wherever a voxel is masked, so no masked intensity reaches any output.
+"""
+
+import copy
+
+import torch
+from monai.networks.nets import SwinUNETR
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.backbones.interface import Size3, truncated_normal, upsample_mask
+
+STAGE_STRIDES = (2, 4, 8, 16, 32)
+# Stride of a decoder map -> the decoder that makes it and the encoder block on its skip connection.
+DECODER_LEVELS = {
+    16: ("decoder5", None),
+    8: ("decoder4", "encoder4"),
+    4: ("decoder3", "encoder3"),
+    2: ("decoder2", "encoder2"),
+    1: ("decoder1", "encoder1"),
+}
+
+
+class SwinUNETRBackbone(nn.Module):
+    """SwinUNETR split into `encode` and `decode`, with a mask token, holding no module that its user does not need."""
+
+    encoder_key_prefixes = ("swinViT.", "encoder1.", "encoder2.", "encoder3.", "encoder4.", "encoder10.")
+    decoder_key_prefixes = ("decoder5.", "decoder4.", "decoder3.", "decoder2.", "decoder1.")
+    roi_multiple = STAGE_STRIDES[-1]
+
+    def __init__(
+        self,
+        feature_size: int = 48,
+        roi: Size3 = (96, 96, 96),
+        decoder_stride: int | None = 1,
+        use_checkpoint: bool = False,
+    ) -> None:
+        """Build the network for crops of `roi` (D, H, W) voxels.
+
+        Args:
+            feature_size: channels F at stride 2, a multiple of 12.
+            decoder_stride: finest decoder map that is needed (16, 8, 4, 2, 1), or None for no decoder; 1 adds the
+                output.
+            use_checkpoint: recompute activations in the backward pass instead of keeping them.
+
+        Raises:
+            ValueError: a size that the network cannot take.
+        """
+        super().__init__()
+        check_sizes(feature_size, roi, decoder_stride)
+        self.decoder_stride = decoder_stride
+        self.use_checkpoint = use_checkpoint
+        self.channels = {stride: feature_size * stride // 2 for stride in STAGE_STRIDES}
+        self.network = SwinUNETR(
+            in_channels=1, out_channels=1, feature_size=feature_size, use_checkpoint=use_checkpoint
+        )
+        self.mask_token = truncated_normal(1, feature_size, 1, 1, 1)
+        if decoder_stride == 1:
+            self.mask_voxel = nn.Parameter(torch.zeros(1))
+        self._drop_unused_modules()
+
+    @property
+    def decoder_channels(self) -> dict[int, int]:
+        """Stride -> channels of the decoder maps that were built."""
+        return {s: self.channels[max(s, 2)] for s in DECODER_LEVELS if self.decoder_stride and s >= self.decoder_stride}
+
+    def _drop_unused_modules(self) -> None:
+        """Delete what gets no gradient: DDP then runs without searching for unused parameters."""
+        unused = [
+            name for s, names in DECODER_LEVELS.items() if s not in self.decoder_channels for name in names if name
+        ]
+        if self.decoder_stride is None:
+            unused.append("encoder10")
+        if self.decoder_stride != 1:
+            unused.append("out")
+        for name in unused:
+            delattr(self.network, name)
+
+    def encode(self, volumes: Tensor, masked: Tensor | None = None) -> dict[int, Tensor]:
+        """The five encoder maps, and under key 1 the voxels that the finest skip connection may see.
+
+        Args:
+            volumes: [B, 1, D, H, W], intensities in [0, 1]; sides multiples of 32.
+            masked: bool [B, d, h, w] block mask, True = hidden; blocks at least 2 voxels a side. None hides nothing.
+
+        Returns:
+            {stride: [B, C_stride, D/stride, H/stride, W/stride]} for strides 2 to 32, and 1 for a full decoder.
+        """
+        vit = self.network.swinViT
+        tokens = vit.pos_drop(vit.patch_embed(volumes))  # [B, F, D/2, H/2, W/2]
+        if masked is not None:
+            token_mask = upsample_mask(masked, tuple(tokens.shape[2:]))
+            tokens = torch.where(token_mask, self.mask_token.to(tokens.dtype), tokens)
+        features = {2: vit.proj_out(tokens, self.network.normalize)}
+        for stride, layers in zip(STAGE_STRIDES[1:], (vit.layers1, vit.layers2, vit.layers3, vit.layers4)):
+            tokens = layers[0](tokens.contiguous())  # [B, F*stride/2, D/stride, H/stride, W/stride]
+            features[stride] = vit.proj_out(tokens, self.network.normalize)
+        if self.decoder_stride == 1:
+            features[1] = self._visible_voxels(volumes, masked)
+        return features
+
+    def _visible_voxels(self, volumes: Tensor, masked: Tensor | None) -> Tensor:
+        if masked is None:
+            return volumes
+        return torch.where(upsample_mask(masked, tuple(volumes.shape[2:])), self.mask_voxel.to(volumes.dtype), volumes)
+
+    def decode(self, features: dict[int, Tensor]) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Run the decoder as far as it was built.
+
+        Returns:
+            reconstruction [B, 1, D, H, W], or None unless the decoder reaches stride 1; {stride: decoder map}.
+        """
+        decoded: dict[int, Tensor] = {}
+        if self.decoder_stride is None:
+            return None, decoded
+        current = self._run("encoder10", features[32])
+        for stride in self.decoder_channels:
+            decoder, skip_encoder = DECODER_LEVELS[stride]
+            skip = self._run(skip_encoder, features[stride]) if skip_encoder else features[stride]
+            current = decoded[stride] = self._run(decoder, current, skip)
+        return (self.network.out(current) if self.decoder_stride == 1 else None), decoded
+
+    def _run(self, name: str, *inputs: Tensor) -> Tensor:
+        block = getattr(self.network, name)
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def encoder_twin(self) -> "SwinUNETRBackbone":
+        """An independent copy without decoder and mask token: the EMA teacher.
+
+        It keeps encoder1 to encoder10 wherever the student has them, although only swinViT runs: they belong to the
+            weights
+        that the teacher exports.
+        """
+        twin = copy.deepcopy(self)
+        twin.decoder_stride = None
+        for name in [prefix.rstrip(".") for prefix in self.decoder_key_prefixes] + ["out"]:
+            if hasattr(twin.network, name):
+                delattr(twin.network, name)
+        for name in ("mask_token", "mask_voxel"):
+            if hasattr(twin, name):
+                delattr(twin, name)
+        return twin
+
+
+def check_sizes(feature_size: int, roi: Size3, decoder_stride: int | None) -> None:
+    """Raise ValueError, naming the flag, for sizes that SwinUNETR cannot take."""
+    if feature_size < 12 or feature_size % 12:
+        raise ValueError(f"--feature_size must be a positive multiple of 12 for swin_unetr, got {feature_size}")
+    multiple = SwinUNETRBackbone.roi_multiple
+    if len(roi) != 3 or any(side < multiple or side % multiple for side in roi):
+        raise ValueError(
+            f"swin_unetr needs crops whose sides are multiples of {multiple} voxels, got (D, H, W) = {tuple(roi)}: "
+            "change --roi_x, --roi_y, --roi_z"
+        )
+    if decoder_stride is not None and decoder_stride not in DECODER_LEVELS:
+        raise ValueError(f"swin_unetr has decoder maps at strides {tuple(DECODER_LEVELS)}, not at {decoder_stride}")
+    if decoder_stride is not None and max(roi) == multiple:
+        raise ValueError(
+            f"a crop of {tuple(roi)} voxels leaves one token at stride {multiple}, and the decoder's instance "
+            "norm needs two: make one of --roi_x, --roi_y, --roi_z at least 64, or train cls alone (--lambda2 0 --lambda3 0)"
+        )

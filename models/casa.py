@@ -1,0 +1,138 @@
+"""CASA, conditional anatomical semantic alignment: Jiang et al., ICCV 2023, figure 3.
+
+A query q from the student's encoder tokens V asks two sources the same question through multi-head cross-attention:
+
+    online   S = zeta ( softmax(q K^T  / sqrt(d)) Vals  ),   K  = Wk  phi(H),   Vals  = Wv  phi(H)
+    target   T = zeta'( softmax(q K'^T / sqrt(d)) Vals' ),   K' = Wk' psi(Y),   Vals' = Wv' psi(Y)
+
+H are the student's decoder tokens, Y the teacher's ENCODER tokens, both at stride 8.
+
+How the figure is read here: zeta is output projection, layer norm and a feed-forward block whose residual starts at
+the attention's output; nothing leads from q to S or T but the attention itself. phi is the token path of the projection
+head X
+
+Variants (`--casa_variant`):
+    figure      as above (default).
+    published   the released code's form: V passes through the head as well, one cross-attention serves both branches
+                (the target's is a copy of the online one, without gradient), and the query is added to the attention's
+                output on both sides.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+class MultiHeadCrossAttention(nn.Module):
+    """Multi-head attention from given queries, followed by output projection, optional residual and layer norm."""
+
+    def __init__(self, query_dim: int, model_dim: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        inner_dim = num_heads * head_dim
+        self.num_heads = num_heads
+        self.w_qs: nn.Linear | None = nn.Linear(query_dim, inner_dim, bias=False)
+        self.w_ks = nn.Linear(model_dim, inner_dim, bias=False)
+        self.w_vs = nn.Linear(model_dim, inner_dim, bias=False)
+        self.fc = nn.Linear(inner_dim, model_dim, bias=False)
+        self.layer_norm = nn.LayerNorm(model_dim, eps=NORM_EPS)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, tokens, head_dim]
+
+    def attention_weights(self, query: Tensor, source: Tensor) -> Tensor:
+        """The softmax weights [B, heads, N, M] of projected queries [B, N, inner] over a source [B, M, K]."""
+        q, k = self._split_heads(query), self._split_heads(self.w_ks(source))
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+
+    def forward(self, query: Tensor, source: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Projected queries [B, N, inner], source [B, M, K] (and residual [B, N, K]) -> [B, N, K]."""
+        keys, values = self.w_ks(source), self.w_vs(source)
+        q, k, v = (self._split_heads(x.to(keys.dtype)) for x in (query, keys, values))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, N, inner]
+        out = self.fc(attended)
+        return self.layer_norm(out if residual is None else out + residual)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a residual and a layer norm behind them."""
+
+    def __init__(self, model_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w_1 = nn.Linear(model_dim, hidden_dim)
+        self.w_2 = nn.Linear(hidden_dim, model_dim)
+        self.layer_norm = nn.LayerNorm(model_dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, K] -> [B, N, K]."""
+        return self.layer_norm(self.w_2(F.relu(self.w_1(x))) + x)
+
+
+class CrossAttentionLayer(nn.Module):
+    """Cross-attention and feed-forward under the published names."""
+
+    def __init__(self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.MH_attn = MultiHeadCrossAttention(query_dim, model_dim, num_heads, head_dim)
+        self.pos_ffn = FeedForward(model_dim, hidden_dim)
+
+    def forward(self, query: Tensor, source: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Projected queries [B, N, inner] and a source [B, M, K] -> [B, N, K]."""
+        return self.pos_ffn(self.MH_attn(query, source, residual))
+
+
+class FigureCASA(nn.Module):
+    """CASA as the figure draws it: separate EMA projections, no way around the attention."""
+
+    projects_query_through_head = False
+    target_copies_online = False  # the target's weights are an exponential moving average
+
+    def __init__(self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int) -> None:
+        """Build for raw encoder tokens of `query_dim` channels and a projected space of `model_dim` = K."""
+        super().__init__()
+        self.Cross_Att = CrossAttentionLayer(query_dim, model_dim, num_heads, head_dim, hidden_dim)
+
+    def make_query(self, tokens: Tensor) -> Tensor:
+        """q = Wq V: [B, N, query_dim] -> [B, N, inner]."""
+        return self.Cross_Att.MH_attn.w_qs(tokens)
+
+    def align(self, query: Tensor, source: Tensor) -> Tensor:
+        """S or T: what `query` [B, N, inner] finds in `source` [B, M, K], as [B, N, K]."""
+        return self.Cross_Att(query, source)
+
+    def target_twin(self) -> "FigureCASA":
+        """An independent copy for the teacher, without the query projection that only the student has."""
+        twin = copy.deepcopy(self)
+        twin.Cross_Att.MH_attn.w_qs = None
+        return twin
+
+
+class PublishedCASA(nn.Module):
+    """CASA as released: the query reaches the output on both sides, and both sides share their weights."""
+
+    projects_query_through_head = True
+    target_copies_online = True
+
+    def __init__(self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int) -> None:
+        """Build for a projected space of `model_dim` = K; `query_dim` is not needed, queries are projected tokens."""
+        super().__init__()
+        del query_dim
+        self.Cross_Att = CrossAttentionLayer(model_dim, model_dim, num_heads, head_dim, hidden_dim)
+
+    def make_query(self, tokens: Tensor) -> Tensor:
+        """Projected tokens [B, N, K] are the query themselves: Wq belongs to the shared cross-attention."""
+        return tokens
+
+    def align(self, query: Tensor, source: Tensor) -> Tensor:
+        """S or T: `query` [B, N, K] plus what it finds in `source` [B, M, K], as [B, N, K]."""
+        return self.Cross_Att(self.Cross_Att.MH_attn.w_qs(query), source, residual=query)
+
+    def target_twin(self) -> "PublishedCASA":
+        """An independent copy for the teacher, which `AliceTeacher.update` keeps equal to the student's."""
+        return copy.deepcopy(self)
+
+
+CASA_VARIANTS: dict[str, Callable[..., FigureCASA | PublishedCASA]] = {"figure": FigureCASA, "published": PublishedCASA}
