@@ -1,0 +1,62 @@
+"""3-D block masks for masked image modelling (Alice, ICCV 2023, figure 2: masks u and r).
+
+A mask lives on the grid of `block_vox`-sided cubes of the crop, so that it is aligned to the encoder's tokens: True =
+masked = hidden from the student and counted in the reconstruction loss. Exactly `round(ratio * num_blocks)` blocks are
+masked.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def mask_grid(roi: Sequence[int], block_vox: int) -> tuple[int, int, int]:
+    """Number of mask blocks along each axis of a crop.
+
+    Args:
+        roi: crop size (D, H, W) in voxels.
+        block_vox: side of a mask block in voxels.
+
+    Raises:
+        ValueError: the block does not divide the crop.
+    """
+    if block_vox < 1 or any(side < 1 or side % block_vox for side in roi):
+        raise ValueError(
+            f"mask blocks of {block_vox} voxels do not divide the crop {tuple(roi)} (D, H, W); change --mask_block or "
+            "--roi_z, --roi_y, --roi_x"
+        )
+    return tuple(int(side) // block_vox for side in roi)
+
+
+def num_masked_blocks(grid: Sequence[int], mask_ratio: float) -> int:
+    """How many blocks a mask of this ratio hides.
+
+    Raises:
+        ValueError: the ratio lies outside of [0, 1), or rounds to every block, which leaves nothing to see.
+    """
+    num_blocks = int(np.prod(grid))
+    if not 0.0 <= mask_ratio < 1.0:
+        raise ValueError(f"--mask_ratio is {mask_ratio}, expected a share in [0, 1) (0 = no masking)")
+    num_masked = round(mask_ratio * num_blocks)
+    if num_masked == num_blocks:
+        raise ValueError(
+            f"--mask_ratio {mask_ratio} hides all {num_blocks} blocks of the grid {tuple(grid)}; lower it, lower "
+            "--mask_block, or enlarge --roi_z, --roi_y, --roi_x"
+        )
+    return num_masked
+
+
+def draw_mask(rng: np.random.Generator, grid: Sequence[int], num_masked: int) -> torch.Tensor:
+    """A random block mask with exactly `num_masked` True cells, bool [*grid]."""
+    mask = np.zeros(int(np.prod(grid)), dtype=bool)
+    mask[rng.permutation(mask.size)[:num_masked]] = True
+    return torch.from_numpy(mask.reshape(tuple(grid)))
+
+
+def upsample_mask(mask: torch.Tensor, block_vox: int) -> torch.Tensor:
+    """Spread a block mask to voxels: bool [..., d, h, w] -> bool [..., d * block_vox, h * block_vox, w * block_vox]."""
+    d, h, w = mask.shape[-3:]
+    b = block_vox
+    spread = mask[..., :, None, :, None, :, None].expand(*mask.shape[:-3], d, b, h, b, w, b)  # [..., d, b, h, b, w, b]
+    return spread.reshape(*mask.shape[:-3], d * b, h * b, w * b)  # [..., D, H, W]

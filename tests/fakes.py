@@ -1,0 +1,66 @@
+"""Stand-ins for tests: a volume store in memory, with the part of `VolumeStore`'s interface that cropping uses."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class FakeRecord:
+    """The part of `CaseRecord` that cropping uses."""
+
+    name: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    affine: np.ndarray
+    body_start: np.ndarray
+    body_stop: np.ndarray
+
+
+def spl_affine(spacing_mm=(2.0, 2.0, 2.0), origin_mm=(0.0, 0.0, 0.0)) -> np.ndarray:
+    """Index (d, h, w) -> world RAS+ mm of an unrotated volume in orientation SPL."""
+    affine = np.zeros((4, 4))
+    affine[2, 0], affine[1, 1], affine[0, 2] = spacing_mm[0], -spacing_mm[1], -spacing_mm[2]
+    affine[:3, 3], affine[3, 3] = origin_mm, 1.0
+    return affine
+
+
+class FakeStore:
+    """Volumes in memory; reading a case in `broken` raises OSError and is counted in `num_reads` like any other."""
+
+    def __init__(self, volumes: dict[str, np.ndarray], affines: dict[str, np.ndarray] | None = None, broken=()) -> None:
+        self.volumes = volumes
+        self.affines = affines or {name: spl_affine() for name in volumes}
+        self.names = list(volumes)
+        self.broken = set(broken)
+        self.num_reads = dict.fromkeys(volumes, 0)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def record(self, name: str) -> FakeRecord:
+        shape = self.volumes[name].shape
+        affine = self.affines[name]
+        spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0))
+        return FakeRecord(name, shape, spacing, affine, np.zeros(3, dtype=int), np.array(shape))
+
+    def crop(self, name: str, start, size, fill: int = -1024) -> np.ndarray:
+        self.num_reads[name] += 1
+        if name in self.broken:
+            raise OSError(f"{name}: input/output error")
+        volume = self.volumes[name]
+        low = [max(begin, 0) for begin in start]
+        high = [min(begin + side, end) for begin, side, end in zip(start, size, volume.shape)]
+        out = np.full(size, fill, dtype=np.int16)
+        if all(a < b for a, b in zip(low, high)):
+            inside = tuple(slice(a - begin, b - begin) for a, b, begin in zip(low, high, start))
+            out[inside] = volume[tuple(slice(a, b) for a, b in zip(low, high))]
+        return out
+
+
+def world_volume(shape=(40, 44, 48), affine: np.ndarray | None = None) -> np.ndarray:
+    """HU that spell out where a voxel is: x + 3 y + 5 z in mm, so that a crop shows which place it was cut from."""
+    affine = spl_affine() if affine is None else affine
+    index = np.stack(np.meshgrid(*[np.arange(side) for side in shape], indexing="ij"), axis=-1)
+    points = index @ affine[:3, :3].T + affine[:3, 3]
+    return np.rint(points @ np.array([1.0, 3.0, 5.0])).astype(np.int16)
