@@ -16,6 +16,10 @@ CANONICAL_AXCODES = "SPL"
 AIR_HU = -1024
 BODY_HU = -500  # between air and lung on one side, fat (-120 HU) and everything denser on the other
 
+# Neighbours within an axial slice only: scans end abruptly above and below.
+IN_SLICE = np.zeros((3, 3, 3), dtype=bool)
+IN_SLICE[1] = ndimage.generate_binary_structure(2, 1)
+
 # Enough input for one step of `resample`, in voxels: bounds its memory at about 16 bytes a voxel of this.
 SLAB_VOX = 16 * 2**20
 
@@ -116,9 +120,13 @@ def _taps(num_old: int, num_new: int, step: float, nearest: bool = False) -> tup
     first = np.floor(centre - reach).astype(int) + 1
     index = first + np.arange(int(math.ceil(2 * reach)))[:, None]  # [T, num_new]
     weight = np.maximum(0, 1 - np.abs(index - centre) / reach)
-    used = weight.any(axis=1)
-    weight = weight[used] / weight.sum(axis=0)
-    return np.clip(index[used], 0, num_old - 1), weight.astype(np.float32)
+    weight = weight / weight.sum(axis=0)
+    # A sampled triangle leans to one side by up to a few hundredths of a voxel; tilt it upright, so that a ramp stays.
+    mean = (weight * index).sum(axis=0)
+    variance = (weight * (index - mean) ** 2).sum(axis=0)
+    weight = weight * (1 + (centre - mean) * (index - mean) / np.where(variance > 0, variance, 1))
+    used = np.abs(weight).max(axis=1) > 0
+    return np.clip(index[used], 0, num_old - 1), weight[used].astype(np.float32)
 
 
 def _resample_linear(array: np.ndarray, shape: tuple[int, int, int], taps: list) -> np.ndarray:
@@ -157,7 +165,7 @@ def body_mask(hu: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     """The patient without air and table: the largest object above -500 HU, its holes (lungs, gas) filled.
 
     The object is found at about 4 mm, where what is thinner than 12 mm in the slice (table plates, sheets, tubes) is
-    opened away; its surface is then taken at full resolution.
+    opened away unless it is the wall of a lung; its surface is then taken at full resolution.
 
     Args:
         hu: [D, H, W] in HU; padding below -1024 counts as air.
@@ -172,9 +180,8 @@ def body_mask(hu: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     inside = _largest_object(coarse > BODY_HU)
     if not inside.any():
         return np.zeros(hu.shape, dtype=bool)
-    in_slice = ndimage.generate_binary_structure(2, 1)[None]
-    core = ndimage.binary_erosion(inside, in_slice, border_value=1)
-    rim = ndimage.binary_dilation(inside, in_slice)
+    core = ndimage.binary_erosion(inside, IN_SLICE, border_value=1)
+    rim = ndimage.binary_dilation(inside, IN_SLICE)
     nearest = np.ix_(
         *(
             _taps(num_coarse, num_fine, fine_mm / wide_mm, nearest=True)[0][0]
@@ -185,16 +192,39 @@ def body_mask(hu: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
 
 
 def _largest_object(dense: np.ndarray) -> np.ndarray:
-    """The largest component of a mask after an opening in each slice, regrown into thin walls, its holes filled."""
-    in_slice = ndimage.generate_binary_structure(2, 1)[None]
-    opened = ndimage.binary_dilation(ndimage.binary_erosion(dense, in_slice, border_value=1), in_slice)
+    """The largest component of a mask after an opening in each slice, with its thin walls and its holes."""
+    opened = ndimage.binary_dilation(ndimage.binary_erosion(dense, IN_SLICE, border_value=1), IN_SLICE)
     labels, num_objects = ndimage.label(opened)
     if num_objects == 0:
         return opened
     largest = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+    regrown = ndimage.binary_dilation(largest, IN_SLICE, iterations=2, mask=dense)
     # A chest wall thinner than the opening has gaps now, through which the lungs would count as outside.
-    regrown = ndimage.binary_dilation(largest, in_slice, iterations=2, mask=dense)
-    return np.stack([ndimage.binary_fill_holes(axial) for axial in regrown])
+    lungs = _enclosed_cavities(ndimage.binary_propagation(regrown, IN_SLICE, mask=dense), regrown)
+    wall = ndimage.binary_dilation(lungs, IN_SLICE, iterations=3, mask=dense)
+    return _fill_slices(regrown | lungs | wall)
+
+
+def _enclosed_cavities(outline: np.ndarray, solid: np.ndarray) -> np.ndarray:
+    """The holes that `outline` has in its slices and that are bounded mostly by its part `solid`.
+
+    So lungs behind a thin wall count, and neither the inside of a table nor the gap between it and the back does.
+    """
+    cavities, num_cavities = ndimage.label(_fill_slices(outline) & ~outline, IN_SLICE)
+    border, solid_border = np.zeros(num_cavities + 1), np.zeros(num_cavities + 1)
+    for axis in (1, 2):
+        for step in (-1, 1):
+            beside = np.roll(cavities, step, axis)
+            border += np.bincount(beside[outline], minlength=num_cavities + 1)
+            solid_border += np.bincount(beside[solid], minlength=num_cavities + 1)
+    accepted = solid_border > 0.6 * border
+    accepted[0] = False
+    return accepted[cavities]
+
+
+def _fill_slices(mask: np.ndarray) -> np.ndarray:
+    """The mask with the holes of every slice filled."""
+    return np.stack([ndimage.binary_fill_holes(axial) for axial in mask])
 
 
 def body_box(hu: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

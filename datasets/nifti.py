@@ -166,7 +166,11 @@ def _read_header(content: bytes, path: str | Path) -> nib.Nifti1Header:
         if content[magic_at : magic_at + 4] in (b"n+1\0", b"n+2\0"):
             try:
                 # Unchecked: nibabel's check would quietly turn a zero spacing into 1 mm.
-                return kind.from_fileobj(io.BytesIO(content), check=False)
+                header = kind.from_fileobj(io.BytesIO(content), check=False)
+                header.get_data_dtype(), header.get_slope_inter()  # both raise on codes that do not exist
+                return header
+            except KeyError as error:
+                raise CTReadError(f"{path}: unknown voxel type code {error} in the header") from error
             except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError) as error:
                 raise CTReadError(f"{path}: damaged NIfTI header ({error})") from error
     raise CTReadError(f"{path}: not a NIfTI file; the header does not say n+1 or n+2")
