@@ -7,7 +7,7 @@ Published files are a bare state dict, or what mmcv writes: {"meta", "state_dict
 
 import dataclasses
 import hashlib
-import os
+import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from datasets.files import write_bytes
 from sam_embed.network import AnatomicalEmbedder
 
 KIND = "sam_embed"
@@ -70,12 +71,10 @@ def embedder_checkpoint(network: AnatomicalEmbedder, info: EmbedderInfo, **extra
 
 
 def save_embedder(path: str | Path, network: AnatomicalEmbedder, info: EmbedderInfo, **extra) -> None:
-    """Write a checkpoint aside, then rename it, so that a killed run leaves no half file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save(embedder_checkpoint(network, info, **extra), aside)
-    aside.replace(path)
+    """Write a checkpoint in one step, so that a killed run leaves no half file."""
+    buffer = io.BytesIO()
+    torch.save(embedder_checkpoint(network, info, **extra), buffer)
+    write_bytes(path, buffer.getbuffer())
 
 
 def load_embedder(checkpoint_file: str | Path) -> tuple[AnatomicalEmbedder, EmbedderInfo]:

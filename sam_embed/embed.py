@@ -21,7 +21,7 @@ from datasets.nifti import Volume
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embedding_store import Embedding
 from sam_embed.network import AnatomicalEmbedder, BasicBlock, ConvNorm, OutputGrid, Pyramid
-from sam_embed.preprocess import prepare
+from sam_embed.preprocess import prepare_with_body
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Maps of a stage's width that live at once while it runs (input, two convolutions, shortcut, workspace), measured.
@@ -43,9 +43,9 @@ def embed_volume(
     Returns:
         The embedding, half precision, on the CPU.
     """
-    prepared, affine = prepare(volume, info)
+    tensor, affine, body = prepare_with_body(volume, info)
     weight = next(network.parameters())
-    fine, coarse, *semantic = embed_tensor(network, prepared.to(weight.device, weight.dtype), memory_mb)
+    fine, coarse, *semantic = embed_tensor(network, tensor.to(weight.device, weight.dtype), memory_mb)
     return Embedding(
         name=name,
         fine=fine,
@@ -53,6 +53,7 @@ def embed_volume(
         fine_affine=output_affine(affine, network.fine_grid()),
         coarse_affine=output_affine(affine, network.coarse_grid()),
         semantic=semantic[0] if semantic else None,
+        body=torch.from_numpy(_at_outputs(body, network.fine_grid(), tuple(fine.shape[1:]))),
         fingerprint=info.fingerprint,
     )
 
@@ -62,6 +63,15 @@ def output_affine(input_affine: np.ndarray, grid: OutputGrid) -> np.ndarray:
     output_to_input = np.diag([*grid.stride, 1.0])
     output_to_input[:3, 3] = grid.offset
     return np.asarray(input_affine, dtype=np.float64) @ output_to_input
+
+
+def _at_outputs(mask: np.ndarray, grid: OutputGrid, shape: tuple[int, int, int]) -> np.ndarray:
+    """The input mask's value nearest to each of an output's voxels."""
+    nearest = [
+        np.minimum(np.rint(np.arange(size) * stride + offset).astype(int), length - 1)
+        for size, stride, offset, length in zip(shape, grid.stride, grid.offset, mask.shape)
+    ]
+    return mask[np.ix_(*nearest)]
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ it is written aside and renamed, so that a file that exists is whole.
 """
 
 import json
-import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from datasets.files import write_bytes
 
 SUFFIX = ".safetensors"
 FORMAT = "sam_embed.embedding.1"
@@ -35,6 +36,7 @@ class Embedding:
         coarse: float16 [C, d', h', w'], likewise.
         fine_affine, coarse_affine: float64 [4, 4], index (d, h, w) of either grid -> world mm.
         semantic: float16 like `fine` for networks with a semantic head, else None.
+        body: bool [d, h, w], True where a fine voxel lies inside the patient; None where it was not stored.
         fingerprint: of the weights that made it.
     """
 
@@ -44,6 +46,7 @@ class Embedding:
     fine_affine: np.ndarray
     coarse_affine: np.ndarray
     semantic: Tensor | None = None
+    body: Tensor | None = None
     fingerprint: str = ""
 
     @property
@@ -53,8 +56,12 @@ class Embedding:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.fine, self.coarse] + ([] if self.semantic is None else [self.semantic])
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is to store."""
+        named = {"fine": self.fine, "coarse": self.coarse, "semantic": self.semantic, "body": self.body}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @cached_property
     def coarse_positions(self) -> list[np.ndarray]:
@@ -113,7 +120,6 @@ def embedded_cases(embed_dir: str | Path) -> list[str]:
 def save_embedding(embed_dir: str | Path, embedding: Embedding) -> Path:
     """Write one case's file aside and rename it."""
     path = embedding_path(embed_dir, embedding.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "format": FORMAT,
         "name": embedding.name,
@@ -121,12 +127,8 @@ def save_embedding(embed_dir: str | Path, embedding: Embedding) -> Path:
         "fine_affine": json.dumps(np.asarray(embedding.fine_affine).tolist()),
         "coarse_affine": json.dumps(np.asarray(embedding.coarse_affine).tolist()),
     }
-    tensors = {"fine": embedding.fine, "coarse": embedding.coarse}
-    if embedding.semantic is not None:
-        tensors["semantic"] = embedding.semantic
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({key: tensor.half().contiguous() for key, tensor in tensors.items()}, aside, metadata=header)
-    aside.replace(path)
+    contiguous = {name: tensor.contiguous() for name, tensor in embedding.tensors().items()}
+    write_bytes(path, save(contiguous, metadata=header))
     return path
 
 
@@ -164,6 +166,7 @@ def load_embedding(embed_dir: str | Path, name: str) -> Embedding:
         fine_affine=np.array(json.loads(header["fine_affine"])),
         coarse_affine=np.array(json.loads(header["coarse_affine"])),
         semantic=tensors.get("semantic"),
+        body=tensors.get("body"),
         fingerprint=header["fingerprint"],
     )
 

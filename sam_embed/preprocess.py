@@ -4,11 +4,14 @@ Yan et al., "SAM", TMI 2022: 2 mm isotropic, HU [-1024, 3071] -> [0, 255], minus
 the project's canonical one ("SPL"), which is what the published checkpoint saw.
 """
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.geometry import body_box, index_to_world, resample
+from datasets.geometry import body_mask, index_to_world, resample
 from datasets.nifti import Volume
 from sam_embed.checkpoint import EmbedderInfo
 
@@ -21,21 +24,48 @@ def scale_hu(hu: Tensor, info: EmbedderInfo) -> Tensor:
     return (clipped - info.hu_min) * (info.scale_to / (info.hu_max - info.hu_min)) + info.offset
 
 
-def prepare(volume: Volume, info: EmbedderInfo) -> tuple[Tensor, np.ndarray]:
+class Prepared(NamedTuple):
+    """A volume as the network wants it.
+
+    Attributes:
+        tensor: float32 [1, 1, D, H, W], scaled.
+        affine: float64 [4, 4], index (d, h, w) of that grid -> world mm.
+        body: bool [D, H, W], True inside the patient.
+    """
+
+    tensor: Tensor
+    affine: np.ndarray
+    body: np.ndarray
+
+
+def prepare_with_body(volume: Volume, info: EmbedderInfo) -> Prepared:
     """Resample a volume to the checkpoint's spacing, cut out the body and scale its intensities.
 
     Args:
         volume: int16 HU [D, H, W] in the canonical orientation, any spacing.
         info: of the checkpoint.
-
-    Returns:
-        float32 [1, 1, D', H', W'], and the float64 [4, 4] affine of that grid: index (d, h, w) -> world mm.
     """
     array, affine = resample(volume.array, volume.affine, info.spacing_mm)
-    start, stop = body_box(array, info.spacing_mm)
-    margin = np.ceil(BODY_MARGIN_MM / np.asarray(info.spacing_mm)).astype(int)
-    start, stop = np.maximum(start - margin, 0), np.minimum(stop + margin, array.shape)
-    cropped = array[tuple(slice(int(low), int(high)) for low, high in zip(start, stop))]
+    body = body_mask(array, info.spacing_mm)
+    box = _box_of(body, info.spacing_mm)
     affine = affine.copy()
-    affine[:3, 3] = index_to_world(affine, start)
-    return scale_hu(torch.from_numpy(np.ascontiguousarray(cropped)), info)[None, None], affine
+    affine[:3, 3] = index_to_world(affine, [part.start for part in box])
+    tensor = scale_hu(torch.from_numpy(np.ascontiguousarray(array[box])), info)[None, None]
+    return Prepared(tensor, affine, body[box])
+
+
+def prepare(volume: Volume, info: EmbedderInfo) -> tuple[Tensor, np.ndarray]:
+    """As `prepare_with_body`, without the mask: the network's input [1, 1, D, H, W] and its affine."""
+    prepared = prepare_with_body(volume, info)
+    return prepared.tensor, prepared.affine
+
+
+def _box_of(body: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[slice, slice, slice]:
+    """The mask's box with a margin; the whole volume where the mask is empty."""
+    box = []
+    for axis in range(3):
+        used = np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis})))
+        margin = math.ceil(BODY_MARGIN_MM / spacing_mm[axis])
+        low, high = (used[0] - margin, used[-1] + 1 + margin) if len(used) else (0, body.shape[axis])
+        box.append(slice(max(0, int(low)), min(body.shape[axis], int(high))))
+    return tuple(box)

@@ -123,7 +123,8 @@ def test_files_come_back_and_damage_is_named(tmp_path):
     embedding = embed_volume(network, blob_volume(), info, name="case_1")
     save_embedding(tmp_path, embedding)
     loaded = load_embedding(tmp_path, "case_1")
-    for field in ("fine", "coarse", "semantic"):
+    assert embedding.body.shape == embedding.fine.shape[1:] and 0.2 < embedding.body.float().mean() < 0.9
+    for field in ("fine", "coarse", "semantic", "body"):
         assert torch.equal(getattr(loaded, field), getattr(embedding, field))
     np.testing.assert_array_equal(loaded.fine_affine, embedding.fine_affine)
     np.testing.assert_array_equal(loaded.coarse_affine, embedding.coarse_affine)
