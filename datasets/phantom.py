@@ -1,8 +1,9 @@
 """Phantom CT: synthetic patients with known truth, in FLARE22's folder layout (design: "The phantom").
 
-One atlas anatomy is drawn at the atlas coordinates of every voxel of a patient's scan, so that labels, landmarks and the dense
-map between any two patients are exact. `phantom_atlas` says where things are, `phantom_deform` how patients differ in shape,
-`phantom_patient` in HU and in how they are scanned (with the HU ranges and their sources).
+One atlas anatomy is drawn at the atlas coordinates of every voxel of a patient's scan, so that labels, landmarks and
+the dense map between any two patients are exact. `phantom_atlas` says where things are, `phantom_deform` how patients
+differ in shape, `phantom_patient` how they differ in HU and how they are scanned (with the HU ranges and their
+sources).
 
     <out>/FLARE22Train/images/FLARE22_Tr_0001_0000.nii.gz    labelled CT
     <out>/FLARE22Train/labels/FLARE22_Tr_0001.nii.gz         its labels, 1-13
@@ -71,7 +72,7 @@ class PhantomCase:
 
 @dataclass(frozen=True)
 class RenderedCase:
-    """A rendered scan in world order: HU float32 [X, Y, Z], labels uint8 [X, Y, Z], affine [4, 4], landmarks in world mm."""
+    """A scan in world order: HU float32 [X, Y, Z], labels uint8 [X, Y, Z], affine [4, 4], landmarks in world mm."""
 
     hu: np.ndarray
     label: np.ndarray
@@ -156,15 +157,15 @@ def _add_table(hu: np.ndarray, patient: Patient, scan: Scan, xs: np.ndarray, ys:
     middle = scan.origin_mm[0] + 0.5 * scan.spacing_mm[0] * scan.shape[0]
     top = back.min() - scan.table_mm + ((xs - middle) ** 2) / 900.0
     depth = (top[:, None] - ys[None]).astype(np.float32)
-    width = np.float32(0.7 * scan.spacing_mm[1])
+    width = np.float32(max(0.9 * scan.spacing_mm[1], 1.5))
     skin = np.exp(-((depth / width) ** 2)) + np.exp(-(((depth - 26) / width) ** 2))
-    table = -1000 + 900 * np.minimum(skin, 1) + 60 * ((depth > 0) & (depth < 26))
+    table = -1000 + 1050 * np.minimum(skin, 1) + 60 * ((depth > 0) & (depth < 26))
     wide = np.abs(xs - middle)[:, None] < 210
     np.maximum(hu, np.where(wide, table, -1000).astype(np.float32)[..., None], out=hu)
 
 
 def _nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str, storage: str) -> bytes:
-    """A gzipped NIfTI file of a world-ordered array in another axis order; no time stamp, so equal data give equal bytes."""
+    """A gzipped NIfTI file of a world-ordered array in another axis order; without time stamp, so that bytes repeat."""
     change = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
     moved = apply_orientation(array, change)
     new_affine = affine @ inv_ornt_aff(change, array.shape)
@@ -177,7 +178,7 @@ def _nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str, storag
         raw[112:120] = slope_inter  # scl_slope and scl_inter of the NIfTI-1 header
         return gzip.compress(bytes(raw), 3, mtime=0)
     if storage == "float32":
-        moved = moved.astype(np.float32)
+        moved = np.round(moved).astype(np.float32)
     elif array.dtype == np.uint8:
         moved = moved.astype(np.uint8)
     else:

@@ -1,8 +1,9 @@
 """Phantom CT, the atlas: outlines of the trunk, the spine, centre lines of tubes, and the named landmarks, in atlas mm.
 
-Axes: x to the patient's right, y anterior, z superior (RAS world), origin at the centre of the fifth lumbar vertebra with its processes.
-Sizes and places follow standard anatomy: lumbar bodies about 27 mm high with 8 mm discs, kidneys 11 cm long at T12-L3 with the
-right one lower, liver span about 16 cm, spleen 11 cm, aorta 20-30 mm wide that divides at L4, carina at T5, pancreas head at L2.
+Axes: x to the patient's right, y anterior, z superior (RAS world), origin in the fifth lumbar vertebra's canal. Sizes
+and places follow standard anatomy: lumbar bodies about 27 mm high with 8 mm discs, kidneys 11 cm long at T12-L3 with
+the right one lower, liver span about 16 cm, spleen 11 cm, aorta 20-30 mm wide that divides at L4, carina at T5,
+pancreas head at L2.
 """
 
 import numpy as np
@@ -52,7 +53,7 @@ SKIN, MUSCLE, CAVITY = _profile(0), _profile(3), _profile(6)
 def _roundness(qx: np.ndarray, qy: np.ndarray) -> np.ndarray:
     """1 on an outline between an ellipse and a rounded box, growing linearly along each ray."""
     qx2, qy2 = qx * qx, qy * qy
-    return np.sqrt(0.55 * (qx2 + qy2) + 0.45 * np.sqrt(qx2 * qx2 + qy2 * qy2))
+    return np.sqrt(0.7 * (qx2 + qy2) + 0.3 * np.sqrt(qx2 * qx2 + qy2 * qy2))
 
 
 def outline_distance(profile: np.ndarray, x, y, z, with_direction: bool = False):
@@ -70,6 +71,15 @@ def outline_distance(profile: np.ndarray, x, y, z, with_direction: bool = False)
         return distance
     safe = np.maximum(ray, 1e-3)
     return distance, np.stack([x / safe, dy / safe, np.zeros_like(ray)], -1)
+
+
+def cavity_distance(x, y, z) -> np.ndarray:
+    """Distance to the chest and belly cavity: its outline without the ridge of back muscles along the spine."""
+    outline = outline_distance(CAVITY, x, y, z)
+    row = np.clip(z - PROFILE_LOW_MM, 0, len(_RIDGE) - 1).astype(np.int32)
+    centre, width, depth = (_RIDGE[:, column].take(row) for column in range(3))
+    ratio = np.square(x / width) + np.square(np.maximum(y - centre, 0) / depth)
+    return np.maximum(outline, (1 - np.sqrt(ratio)) * depth)
 
 
 def outline_point(profile: np.ndarray, angle: float, z: float, outside_mm: float) -> np.ndarray:
@@ -112,6 +122,20 @@ VERTEBRAE = (
     ("L4", 22, 35, 25, 18, 27.5),
     ("L5", 16, 0, 26, 18, 26.5),
 )
+
+
+def _ridge() -> np.ndarray:
+    """Table [960, 3] per mm of z: centre y, half width and half depth of the back muscles' ridge."""
+    z = np.arange(PROFILE_LOW_MM, PROFILE_HIGH_MM)
+    knots = np.array([-60, 0, 90, 150, 200, 300, 420], float)
+    spine = np.interp(z, [row[2] for row in VERTEBRAE[::-1]], [row[1] for row in VERTEBRAE[::-1]])
+    behind = np.interp(z, knots, [96, 84, 80, 78, 77, 74, 72])
+    width = np.interp(z, knots, [30, 74, 76, 66, 54, 50, 44])
+    depth = np.interp(z, knots, [20, 50, 50, 46, 42, 40, 40])
+    return np.stack([spine - behind, width, depth], -1).astype(np.float32)
+
+
+_RIDGE = _ridge()
 
 
 def vertebra_frame(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -204,8 +228,8 @@ CURVES = {
         + [(28, 58, 58, 11.5), (6, 67, 57, 10.5), (-18, 63, 64, 11), (-34, 56, 84, 11), (-40, 62, 98, 11)]
     ),
     "pancreas": curve(
-        [(32, 60, 80, 11), (33, 60, 92, 14.5), (24, 66, 104, 12), (8, 70, 113, 9.5), (-14, 68, 122, 10.5)]
-        + [(-38, 54, 130, 10.5), (-62, 36, 140, 10), (-84, 16, 147, 8.5)],
+        [(32, 60, 80, 12), (33, 60, 92, 16), (24, 66, 104, 13), (8, 70, 113, 10.5), (-14, 68, 122, 12)]
+        + [(-38, 54, 130, 12), (-62, 36, 140, 11.5), (-84, 16, 147, 10)],
         7.0,
     ),
     "splenic_vein": curve(
@@ -294,8 +318,8 @@ CURVES = {
 }
 
 KIDNEYS = {1: (62.0, 4.0, 92.0), -1: (-64.0, 2.0, 106.0)}
-KIDNEY_RADII_MM = (27.0, 25.0, 55.0)
-LIVER_PARTS = (((76, 14, 166), (64, 88, 74)), ((22, 58, 186), (66, 46, 40)), ((-22, 70, 192), (46, 34, 24)))
+KIDNEY_RADII_MM = (28.5, 26.5, 56.0)
+LIVER_PARTS = (((72, 16, 164), (72, 94, 80)), ((28, 46, 184), (70, 60, 48)), ((-24, 68, 194), (58, 40, 32)))
 SPLEEN = ((-103.0, -16.0, 166.0), (33.0, 50.0, 56.0))
 GALLBLADDER = curve([(48, 58, 124, 7), (54, 68, 114, 12), (60, 80, 104, 15), (64, 88, 98, 14)], 6.0)
 FEMUR_HEAD = (90.0, 18.0, -108.0)

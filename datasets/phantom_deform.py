@@ -1,8 +1,9 @@
 """Phantom CT, patients' shapes: a smooth invertible map from a patient's world mm to atlas mm.
 
-A patient is the atlas seen through `atlas = q + u(q)`, `q = (world - offset) / scale`, where u is a cubic B-spline on a 20 mm
-lattice. u holds a small rotation, smooth random displacement at two scales, shifts and swellings of single organs, and the
-stretch of the fat under the skin. Sampling shrinks u until the Jacobian determinant is above `MIN_DETERMINANT` everywhere.
+A patient is the atlas seen through `atlas = q + u(q)`, `q = (world - offset) / scale`, where u is a cubic B-spline on
+a 20 mm lattice. u holds a small rotation, smooth random displacement at two scales, shifts and swellings of single
+organs, and the stretch of the fat under the skin. Sampling shrinks u until its Jacobian determinant is above
+`MIN_DETERMINANT`.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ LATTICE_LOW_MM = np.array([-320.0, -300.0, -280.0])
 LATTICE_SHAPE = (33, 31, 47)
 LATTICE_STEP_MM = 20.0
 MIN_DETERMINANT = 0.15
+MAX_FAT_FACTOR = 2.8
 
 # Centre, reach (Gaussian sigma), shift sigma (x, y, z) in mm, and relative swelling sigma, of what moves on its own.
 ORGAN_MOTIONS = {
@@ -164,13 +166,19 @@ def _organ_displacement(rng: np.random.Generator, points: np.ndarray) -> np.ndar
     return total
 
 
-def _fat_stretch(points: np.ndarray, fat_factor: float, belly_factor: float) -> np.ndarray:
-    """Pull points outside the muscles towards them, so that fat becomes `fat_factor` times as thick as the atlas'."""
+def _fat_stretch(points: np.ndarray, fat_factor: float, belly_factor: float, breast_factor: float) -> np.ndarray:
+    """Pull points outside the muscles towards them, so that fat becomes `fat_factor` times as thick as the atlas'.
+
+    The belly's and the breasts' fat is thicker by their own factors on top.
+    """
     x, y, z = (points[..., axis].astype(np.float32) for axis in range(3))
     beyond, direction = outline_distance(MUSCLE, x, y, z, with_direction=True)
     beyond = 60.0 * np.tanh(np.maximum(beyond, 0) / 60.0)
-    front = np.clip(y / 120.0, 0, 1) * np.exp(-(((z - 30) / 120.0) ** 2))
-    factor = fat_factor * (1 + (belly_factor - 1) * front)
+    front = np.clip(y / 120.0, 0, 1)
+    belly = front * np.exp(-(((z - 30) / 120.0) ** 2))
+    breast = np.clip((y - 30) / 40.0, 0, 1) * np.exp(-(((np.abs(x) - 78) / 42.0) ** 2) - ((z - 312) / 48.0) ** 2)
+    factor = fat_factor * (1 + (belly_factor - 1) * belly) * (1 + (breast_factor - 1) * breast)
+    factor = np.minimum(factor, MAX_FAT_FACTOR)
     return direction * (beyond * (1 / factor - 1))[..., None]
 
 
@@ -190,7 +198,8 @@ def sample_deformation(rng: np.random.Generator, fat_factor: float, size: np.nda
     points = _lattice_points()
     parts = _smooth_noise(rng, 75.0, 7.0) + _smooth_noise(rng, 38.0, 2.6)
     parts += _organ_displacement(rng, points) + _rotation(rng, points)
-    fat = _fat_stretch(points, fat_factor, rng.uniform(0.8, 1.4))
+    breast_factor = rng.uniform(1.3, 2.6) if rng.uniform() < 0.45 else 1.0
+    fat = _fat_stretch(points, fat_factor, rng.uniform(0.8, 1.4), breast_factor)
     offset = rng.normal(0.0, (8.0, 12.0, 120.0))
     amount = 1.0
     while True:

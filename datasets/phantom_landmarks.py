@@ -1,4 +1,4 @@
-"""Phantom CT, landmarks: named atlas points a radiologist could mark (mm), bones first, then vessels, airways and organs."""
+"""Phantom CT, landmarks: named atlas points (mm) that a radiologist could mark on bones, vessels, airways and organs."""
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def _nearest_on(name: str, z: float) -> np.ndarray:
 
 def _bones() -> dict[str, np.ndarray]:
     found = {}
-    for index, (name, *_, half_width, half_depth, _height) in enumerate(VERTEBRAE):
+    for index, (name, *_, half_depth, _height) in enumerate(VERTEBRAE):
         found[f"{name}_body"] = vertebra_point(index, 0, 0, 0)
         if name.startswith("C"):
             continue

@@ -6,21 +6,21 @@ import numpy as np
 
 from datasets.phantom_atlas import (
     BLADDER,
-    CAVITY,
     CURVES,
     GALLBLADDER,
     KIDNEY_RADII_MM,
     KIDNEYS,
     LIVER_PARTS,
     SPLEEN,
+    cavity_distance,
     diaphragm_height,
-    outline_distance,
 )
 from datasets.phantom_patient import Patient
 from datasets.phantom_shapes import Canvas, Region, capsule, curve, ellipsoid, ellipsoid_local, noise, smooth_union
 from datasets.phantom_trunk import grow_tree
 
 RIGHT_KIDNEY, LEFT_KIDNEY, RIGHT_ADRENAL, LEFT_ADRENAL = 2, 13, 7, 8
+NUM_LOOP_KNOTS = 125
 
 
 def paint_organs(canvas: Canvas, patient: Patient) -> None:
@@ -79,17 +79,16 @@ def liver_distance(region: Region) -> np.ndarray:
     for centre, radii in LIVER_PARTS:
         part = ellipsoid(region, centre, radii)
         distance = part if distance is None else smooth_union(distance, part, 18.0)
-    wall = outline_distance(CAVITY, x, y, z) + 3
+    wall = cavity_distance(x, y, z) + 3
     dome = (z - diaphragm_height(x, y) + 3) * np.float32(0.85)
-    border = (80 + 0.72 * np.maximum(100 - x, 0) + 0.16 * (y - 20) - z) * np.float32(0.8)
+    border = (72 + 0.66 * np.maximum(104 - x, 0) + 0.14 * (y - 20) - z) * np.float32(0.8)
     distance = np.maximum(np.maximum(distance, wall), np.maximum(dome, border))
-    kidney = 6 - ellipsoid(region, (60, -4, 94), (34, 34, 64))
-    spine = 44 - np.sqrt(x * x + np.square(y + 10))
+    kidney = 6 - ellipsoid(region, (60, -2, 92), (33, 32, 62))
+    spine = 34 - np.sqrt(x * x + np.square(y + 4))
     stomach = 4 - ellipsoid(region, (-72, 36, 176), (42, 52, 50))
     distance = np.maximum(np.maximum(distance, kidney), np.maximum(spine, stomach))
-    cleft = 3.5 - np.abs(x - 12 + 0.1 * (y - 60)) + 60 * np.clip((62 - y) * np.float32(1 / 30), -0.3, 1)
-    cleft = np.minimum(cleft, (196 - z) * np.float32(0.8))
-    return np.maximum(distance, np.minimum(cleft, 3.5)) + np.float32(1.6) * noise(region, "coarse")
+    cleft = np.minimum(3.5 - np.abs(x - 12 + 0.1 * (y - 60)), np.minimum(0.5 * (y - 60), 0.8 * (198 - z)))
+    return np.maximum(distance, cleft) + np.float32(1.6) * noise(region, "coarse")
 
 
 def _paint_liver(canvas: Canvas, patient: Patient) -> None:
@@ -100,15 +99,9 @@ def _paint_liver(canvas: Canvas, patient: Patient) -> None:
     distance = liver_distance(region)
     patchy = noise(region, "coarse", patient.noise_offset_mm)
     canvas.paint(region, distance, hu["liver"] + 3 * noise(region, "middle") + 2 * patchy, 1)
-    outside = canvas.label[region.index] != 1
     portal, venous = _liver_trees()
-    for segments, value in ((venous, hu["hepatic_vein"]), (portal, hu["portal_vein"])):
-        for start, stop, first, last in segments:
-            found = canvas.tube(np.array([start, stop]), np.array([first, last]))
-            if found is not None:
-                masked = np.where(canvas.label[found[0].index] == 1, found[1], np.float32(9))
-                canvas.paint(found[0], masked, np.float32(value), None)
-    del outside
+    canvas.paint_segments(venous, hu["hepatic_vein"], only_label=1)
+    canvas.paint_segments(portal, hu["portal_vein"], only_label=1)
 
 
 def _paint_spleen(canvas: Canvas, patient: Patient) -> None:
@@ -120,7 +113,7 @@ def _paint_spleen(canvas: Canvas, patient: Patient) -> None:
     y2, z2 = 0.87 * y - 0.5 * z, 0.5 * y + 0.87 * z  # the long axis runs along the tenth rib: back and up
     distance = ellipsoid_local(x, z2, y2, (radii[0], 44.0, 56.0))
     hollow = 4 - ellipsoid(region, (-62, 12, 160), (36, 46, 66))
-    wall = outline_distance(CAVITY, region.x, region.y, region.z) + 4
+    wall = cavity_distance(region.x, region.y, region.z) + 4
     dome = (region.z - diaphragm_height(region.x, region.y) + 4) * np.float32(0.85)
     distance = np.maximum(np.maximum(distance, hollow), np.maximum(wall, dome)) + 1.2 * noise(region, "coarse")
     value = patient.hu["spleen"] + 3 * noise(region, "middle")
@@ -166,6 +159,8 @@ def _hollow(canvas: Canvas, patient: Patient, name: str, wall_mm: float, label: 
     region, distance, position = found
     own = noise(region, "middle", tuple(o + seed_mm for o in patient.noise_offset_mm))
     distance = distance + 1.2 * noise(region, "coarse")
+    if name == "stomach":
+        distance = np.maximum(distance, (region.z - diaphragm_height(region.x, region.y) + 4) * np.float32(0.85))
     canvas.paint(region, distance, np.float32(patient.hu[wall]) + 4 * own, label)
     lumen = distance + wall_mm + 1.3 * np.maximum(own, 0)
     content = patient.hu["gut_fluid"] + 8 * own + (220 if patient.oral_contrast else 0)
@@ -212,14 +207,14 @@ def _paint_gallbladder(canvas: Canvas, patient: Patient) -> None:
 
 _ADRENAL_LIMBS = {
     RIGHT_ADRENAL: (
-        ((30, 22, 166), (34, 17, 150), 4.2),
-        ((34, 17, 156), (43, 2, 148), 3.1),
-        ((32, 18, 158), (33, -2, 152), 3.1),
+        ((31, 23, 170), (34, 17, 146), 5.0),
+        ((34, 17, 156), (45, 0, 146), 3.7),
+        ((32, 18, 160), (34, -6, 150), 3.7),
     ),
     LEFT_ADRENAL: (
-        ((-36, 26, 162), (-39, 19, 146), 4.2),
-        ((-38, 21, 154), (-53, 7, 144), 3.1),
-        ((-38, 21, 156), (-36, 2, 148), 3.1),
+        ((-36, 27, 168), (-39, 19, 142), 5.0),
+        ((-38, 21, 154), (-56, 5, 142), 3.7),
+        ((-38, 21, 156), (-36, 0, 146), 3.7),
     ),
 }
 
@@ -233,7 +228,7 @@ def _paint_adrenals(canvas: Canvas, patient: Patient) -> None:
             continue
         distance = None
         for start, stop, radius in limbs:
-            limb = capsule(region, start, stop, radius, 0.85 * radius, (1, 1, 0.5))[0]
+            limb = capsule(region, start, stop, radius, 0.85 * radius, (1, 1, 0.42))[0]
             distance = limb if distance is None else smooth_union(distance, limb, 2.0)
         canvas.paint(region, distance, np.float32(patient.hu["adrenal"]) + 4 * noise(region, "fine"), label)
 
@@ -305,11 +300,11 @@ def _paint_colon(canvas: Canvas, patient: Patient) -> None:
 def _loops(seed: int) -> np.ndarray:
     """Knots of a patient's small bowel: a winding walk between the flexure and the caecum."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    low, high = np.array([-80.0, 44, -72]), np.array([80.0, 92, 60])
+    low, high = np.array([-88.0, 40, -84]), np.array([84.0, 96, 62])
     points = [np.array([-44.0, 68, 84])]
     heading = np.array([0.3, 0.2, -1.0])
-    for step in range(72):
-        drift = np.array([-30 + 70 * step / 72, 72.0, 40 - 105 * step / 72]) - points[-1]
+    for step in range(NUM_LOOP_KNOTS):
+        drift = np.array([-30 + 70 * step / NUM_LOOP_KNOTS, 70.0, 44 - 112 * step / NUM_LOOP_KNOTS]) - points[-1]
         heading = 0.72 * heading + rng.normal(0, 0.75, 3) * [1.2, 0.6, 1] + 0.006 * drift
         heading /= np.linalg.norm(heading)
         points.append(np.clip(points[-1] + 21 * heading, low, high))
@@ -342,8 +337,7 @@ def _mesenteric_tree() -> list:
 
 def _paint_mesentery(canvas: Canvas, patient: Patient) -> None:
     """Vessels fanning out in the fat of the mesentery, the same in all patients."""
-    for start, stop, first, last in _mesenteric_tree():
-        canvas.paint_tube(np.array([start, stop]), np.array([first, last]), np.float32(patient.hu["portal_vein"]), None)
+    canvas.paint_segments(_mesenteric_tree(), patient.hu["portal_vein"])
 
 
 def _paint_pelvic_organs(canvas: Canvas, patient: Patient) -> None:

@@ -1,11 +1,12 @@
 """Phantom CT, patients and scans: everything that differs between two cases, drawn from one seed.
 
-HU ranges by contrast phase (native, late arterial about 35 s, portal venous about 70 s), after radiology texts and surveys:
-unenhanced liver 50-65, spleen 40-55 (liver about 8-10 higher), pancreas 35-50, kidney 28-40, adrenal 10-40 (lipid-rich adenomas
-lie below 10), blood 35-50, muscle 45-65, bile 0-20, fat -120 to -90 (measured as -30 to -190 with thresholds), water 0, lung
--900 to -750; late arterial aorta 250-350, renal cortex 150-210 above medulla, pancreas 90-120, spleen 110-150 with a striped
-pattern; portal venous liver 95-125, spleen 105-140, portal vein 150-190, aorta 140-180, kidney 150-200. Kalra et al., Radiology 2004;
-Bae, Radiology 2010 (timing of enhancement); Lamba et al., AJR 2014 (unenhanced organs); Pickhardt et al., Ann Intern Med 2013 (bone).
+HU ranges by contrast phase (native, late arterial at about 35 s, portal venous at about 70 s), after textbooks and
+surveys. Unenhanced: liver 50-65, spleen 40-55 (8-10 below the liver), pancreas 35-50, kidney 28-40, adrenal 10-40
+(lipid-rich adenomas lie below 10), blood 35-50, muscle 45-65, bile 0-20, urine and water about 0, fat -120 to -90,
+lung -900 to -750. Late arterial: aorta 250-350, renal cortex 150-210 far above the medulla, pancreas 90-120, spleen
+110-150 with stripes. Portal venous: liver 95-125, spleen 105-140, portal vein 150-190, aorta 140-180, kidney 150-200.
+Bae, Radiology 2010;256:32 (timing and height of enhancement); Lamba et al., AJR 2014 (unenhanced organs); Boland et
+al., AJR 1998 (adrenals); Pickhardt et al., Ann Intern Med 2013 (cancellous bone).
 """
 
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ TISSUE_HU = {
     "lung": ((-885, -815), (-880, -810), (-880, -805)),
 }
 
-# Range of the mean HU over each FLARE22 label in a written file: tissue above, widened by partial volume, contents and noise.
+# Mean HU over each FLARE22 label in a written file: the tissue above, widened by partial volume, contents and noise.
 LABEL_HU_RANGE = {
     1: ((40, 70), (55, 95), (85, 130)),
     2: ((15, 45), (70, 190), (120, 200)),
@@ -112,7 +113,7 @@ class Scan:
         shape: voxels along world x, y, z; spacing_mm likewise; origin_mm: world position of the first voxel, x, y, z.
         noise_hu: standard deviation of noise behind an average body; blur_vox: Gaussian sigma in the slice.
         table_mm: height of the table below the back (mm), None without one; circle: -3024 outside the field of view.
-        orientation: axis codes of the file; storage: "int16", "int32", "float32" or "scaled" (int16 with slope and intercept).
+        orientation: axis codes of the file; storage: "int16", "int32", "float32" or "scaled" (int16 with intercept).
     """
 
     range_name: str
@@ -187,7 +188,7 @@ def sample_scan(rng: np.random.Generator, patient: Patient, full_size: bool, ran
     else:
         pixels = int(rng.choice((112, 120, 128, 136, 144)))
         thickness = float(rng.choice((1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)))
-        thickness = max(thickness, round(length / 105, 2))
+        thickness = min(max(thickness, round(length / 112, 2)), 5.0)
     spacing = (field / pixels, field / pixels, thickness)
     shape = (pixels, pixels, int(round(length / thickness)) + 1)
     centre = middle[:2] + rng.normal(0, (5.0, 7.0))

@@ -1,8 +1,9 @@
-"""Phantom CT, drawing: signed-distance shapes painted with soft edges into a block of voxels that knows its atlas place.
+"""Phantom CT, drawing: signed-distance shapes painted with soft edges into voxels that know their atlas place.
 
-All shapes are functions of ATLAS millimetres (x right, y anterior, z superior, origin in the fifth lumbar vertebra), so the
-same shape lands in the right place of every deformed patient. Distances are negative inside. They are exact for tubes
-and triangles and first-order for ellipsoids; the error is far below a voxel at the edge, where alone it matters.
+All shapes are functions of ATLAS millimetres (x right, y anterior, z superior, origin in the fifth lumbar vertebra),
+so that a shape lands in the right place of every deformed patient. Distances are negative inside. They are exact for
+tubes and triangles and first-order for ellipsoids; the error is far below a voxel at the edge, where alone it
+matters.
 """
 
 from dataclasses import dataclass
@@ -57,24 +58,47 @@ class Canvas:
             high = np.maximum.reduceat(high, starts, axis=axis)
         return low, high
 
-    def _slices(self, low_mm, high_mm) -> tuple[slice, slice, slice] | None:
+    def _slices(self, low_mm, high_mm, within: Region | None) -> tuple[slice, slice, slice] | None:
         """The smallest box of whole blocks that holds every voxel between two atlas corners; None where empty."""
-        active = np.ones(self._block_low[0].shape, bool)
-        for axis in range(3):
-            active &= self._block_low[axis] <= high_mm[axis] + self.softness_mm
-            active &= self._block_high[axis] >= low_mm[axis] - self.softness_mm
-        if not active.any():
-            return None
+        first = (0, 0, 0)
+        blocks = slice(None)
+        if within is not None:
+            first = tuple(part.start // step for part, step in zip(within.index, self.BLOCK))
+            blocks = tuple(slice(f, -(-part.stop // step)) for f, part, step in zip(first, within.index, self.BLOCK))
+        active = self._block_low[2][blocks] <= high_mm[2] + self.softness_mm
+        active &= self._block_high[2][blocks] >= low_mm[2] - self.softness_mm
+        for axis in (0, 1):
+            active &= self._block_low[axis][blocks] <= high_mm[axis] + self.softness_mm
+            active &= self._block_high[axis][blocks] >= low_mm[axis] - self.softness_mm
         box = []
-        for axis, step in enumerate(self.BLOCK):
-            hits = np.flatnonzero(active.any(axis=tuple(other for other in range(3) if other != axis)))
-            box.append(slice(int(hits[0]) * step, min((int(hits[-1]) + 1) * step, self.shape[axis])))
+        flat = active.any(axis=2)
+        for axis, hits in enumerate((flat.any(axis=1), flat.any(axis=0), active.any(axis=(0, 1)))):
+            hits = np.flatnonzero(hits)
+            if not len(hits):
+                return None
+            start, stop = int(hits[0]) + first[axis], int(hits[-1]) + 1 + first[axis]
+            box.append(slice(start * self.BLOCK[axis], min(stop * self.BLOCK[axis], self.shape[axis])))
         return tuple(box)
 
-    def region(self, low_mm, high_mm) -> Region | None:
-        """The voxels whose atlas coordinates may lie between two corners (mm); None when there are none."""
-        box = self._slices(low_mm, high_mm)
+    def region(self, low_mm, high_mm, within: Region | None = None) -> Region | None:
+        """The voxels whose atlas coordinates may lie between two corners (mm); None when there are none.
+
+        `within`, an untrimmed region that is known to hold them, makes the search shorter.
+        """
+        box = self._slices(low_mm, high_mm, within)
         return None if box is None else Region(box, *(axis[box] for axis in self.atlas_mm))
+
+    def trim(self, region: Region, distance: np.ndarray, *others: np.ndarray, pad_mm: float = 0.0) -> tuple:
+        """Cut a region and its arrays to the box where `distance` is below `pad_mm` and an edge's softness."""
+        near = distance < pad_mm + self.softness_mm
+        flat = near.any(axis=2)
+        box = []
+        for hits in (flat.any(axis=1), flat.any(axis=0), near.any(axis=(0, 1))):
+            hits = np.flatnonzero(hits)
+            box.append(slice(int(hits[0]), int(hits[-1]) + 1) if len(hits) else slice(0, 0))
+        box = tuple(box)
+        index = tuple(slice(r.start + b.start, r.start + b.stop) for r, b in zip(region.index, box))
+        return Region(index, region.x[box], region.y[box], region.z[box]), distance[box], *(a[box] for a in others)
 
     def around(self, centre_mm, radius_mm) -> Region | None:
         """The voxels within `radius_mm` (a number or one per axis) of an atlas point."""
@@ -102,7 +126,7 @@ class Canvas:
             None when it is out of the block, else (region, distance, position): position is the arc length (mm)
             along the centre line of the nearest point.
         """
-        reach = float(np.max(radii_mm)) + pad_mm
+        reach = (float(np.max(radii_mm)) + pad_mm) / np.asarray(stretch)
         region = self.region(points_mm.min(0) - reach, points_mm.max(0) + reach)
         if region is None:
             return None
@@ -111,15 +135,42 @@ class Canvas:
         arc_mm = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points_mm, axis=0), axis=1))])
         for k in range(len(points_mm) - 1):
             a, b = points_mm[k], points_mm[k + 1]
-            part = self.region(np.minimum(a, b) - reach, np.maximum(a, b) + reach)
+            part = self.region(np.minimum(a, b) - reach, np.maximum(a, b) + reach, region)
             if part is None:
                 continue
             inner = tuple(slice(p.start - r.start, p.stop - r.start) for p, r in zip(part.index, region.index))
             found, t = capsule(part, a, b, radii_mm[k], radii_mm[k + 1], stretch)
             nearer = found < distance[inner]
-            distance[inner][nearer] = found[nearer]
-            position[inner][nearer] = (arc_mm[k] + t * (arc_mm[k + 1] - arc_mm[k]))[nearer]
-        return region, distance, position
+            np.copyto(distance[inner], found, where=nearer)
+            np.copyto(position[inner], arc_mm[k] + t * np.float32(arc_mm[k + 1] - arc_mm[k]), where=nearer)
+        return self.trim(region, distance, position, pad_mm=pad_mm)
+
+    def plates(self, triangles_mm, thickness_mm: float) -> tuple[Region, np.ndarray] | None:
+        """Distance to a sheet made of triangles [N][3 corners][3], computed near each of them only."""
+        corners = np.asarray(triangles_mm, float)
+        reach = thickness_mm / 2 + 1
+        region = self.region(corners.min((0, 1)) - reach, corners.max((0, 1)) + reach)
+        if region is None:
+            return None
+        distance = np.full(region.x.shape, FAR_MM, np.float32)
+        for corner in corners:
+            part = self.region(corner.min(0) - reach, corner.max(0) + reach, region)
+            if part is not None:
+                inner = tuple(slice(p.start - r.start, p.stop - r.start) for p, r in zip(part.index, region.index))
+                np.minimum(distance[inner], triangle(part, *corner, thickness_mm), out=distance[inner])
+        return self.trim(region, distance)
+
+    def paint_segments(self, segments, hu: float, only_label: int | None = None) -> None:
+        """Paint a tree of tubes (start, stop, radius, radius) over the HU, inside one organ when `only_label` is given."""
+        for start, stop, first, last in segments:
+            reach = max(first, last)
+            region = self.region(np.minimum(start, stop) - reach, np.maximum(start, stop) + reach)
+            if region is None:
+                continue
+            distance = capsule(region, start, stop, first, last)[0]
+            if only_label is not None:
+                distance = np.where(self.label[region.index] == only_label, distance, np.float32(FAR_MM))
+            self.paint(region, distance, np.float32(hu), None)
 
     def paint_tube(self, points_mm, radii_mm, hu, label: int | None = 0, stretch=(1.0, 1.0, 1.0)) -> None:
         """Paint a tube in one value."""

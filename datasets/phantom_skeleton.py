@@ -1,7 +1,8 @@
-"""Phantom CT, bones: vertebrae with discs, arches and canal, sacrum, ribs and cartilage, sternum, shoulders, pelvis, femora.
+"""Phantom CT, bones: vertebrae with discs and arches, sacrum, ribs, sternum, shoulders, pelvis, femora.
 
-HU: cortical bone 500-1200 (thin shells come out lower by partial volume), cancellous bone of a healthy adult 150-200 in the
-lumbar spine (Pickhardt 2013: below 110 suggests osteoporosis), discs 70-100, costal cartilage 80-120, cord 35, fluid 10.
+HU: cortical bone 500-1400 (thin shells come out lower by partial volume), cancellous bone of lumbar vertebrae 100
+(old) to 230 (young; Pickhardt 2013: below 110 suggests osteoporosis), discs 70-100, costal cartilage 80-120, cord 35,
+fluid 14.
 """
 
 import numpy as np
@@ -40,6 +41,7 @@ def paint_skeleton(canvas: Canvas, bone_hu: float) -> None:
 
 def paint_bone(canvas: Canvas, region: Region, distance: np.ndarray, bone_hu: float, shell_mm: float, shell_hu=850.0):
     """Paint a bone: a dense shell around cancellous bone whose beams follow atlas noise."""
+    region, distance = canvas.trim(region, distance)
     inner = bone_hu + 38 * noise(region, "fine") + 22 * noise(region, "middle")
     depth = np.clip((-distance - shell_mm) * np.float32(1 / max(canvas.softness_mm, 1.0)) + 0.5, 0, 1)
     canvas.paint(region, distance, shell_hu + depth * (inner - shell_hu))
@@ -117,7 +119,7 @@ def _paint_sacrum(canvas: Canvas, bone_hu: float) -> None:
     if region is None:
         return
     distance = None
-    for (y, z, width, depth), (y2, z2, width2, depth2) in zip(SACRUM[:-1], SACRUM[1:]):
+    for (y, z, width, depth), (y2, z2, _, depth2) in zip(SACRUM[:-1], SACRUM[1:]):
         body = capsule(region, (0, y, z), (0, y2, z2), depth, depth2, (0.62 * depth / width * 1.6, 1, 1))[0]
         distance = body if distance is None else smooth_union(distance, body, 5.0)
     for side in (1, -1):
@@ -159,6 +161,15 @@ def _paint_sternum(canvas: Canvas, bone_hu: float) -> None:
         paint_bone(canvas, region, distance / 2.2, 0.75 * bone_hu, 1.4, 520.0)
 
 
+# Spine, neck and side border of the shoulder blade, and the head of the humerus: start, stop, radii; right side.
+_SHOULDER = (
+    ((86, -98, 402), (148, -62, 432), 3.5, 6.0),
+    ((136, -54, 408), (146, -44, 412), 9.0, 12.0),
+    ((142, -54, 404), (106, -93, 302), 4.5, 4.0),
+    ((156, -40, 418), (159, -40, 424), 17.0, 17.0),
+)
+
+
 def _paint_shoulders(canvas: Canvas, bone_hu: float) -> None:
     for side in (1, -1):
         mirror = np.array([side, 1, 1])
@@ -166,64 +177,53 @@ def _paint_shoulders(canvas: Canvas, bone_hu: float) -> None:
         found = canvas.tube(*curve(clavicle * [side, 1, 1, 1], 10.0), pad_mm=2)
         if found is not None:
             paint_bone(canvas, found[0], found[1], 180.0, 1.8, 900.0)
-        region = canvas.region(
-            np.array([70, -110, 285]) if side > 0 else np.array([-170, -110, 285]),
-            np.array([170, -10, 445]) if side > 0 else np.array([-70, -10, 445]),
-        )
-        if region is None:
-            continue
-        blade = triangle(region, (84, -92, 404) * mirror, (142, -52, 412) * mirror, (104, -94, 300) * mirror, 4.5)
-        spine = capsule(region, (86, -98, 402) * mirror, (148, -62, 432) * mirror, 3.5, 6.0)[0]
-        neck = capsule(region, (136, -54, 408) * mirror, (146, -44, 412) * mirror, 9.0, 12.0)[0]
-        paint_bone(canvas, region, smooth_union(np.minimum(blade, spine), neck, 4.0), 200.0, 1.5, 700.0)
-        head = capsule(region, (158, -40, 418) * mirror, (161, -40, 424) * mirror, 17.0, 17.0)[0]
-        paint_bone(canvas, region, head, 170.0, 1.6, 700.0)
+        blade = [((84, -92, 404), (142, -52, 412), (104, -94, 300))]
+        found = canvas.plates(np.array(blade) * mirror, 5.0)
+        if found is not None:
+            paint_bone(canvas, found[0], found[1], 200.0, 1.5, 700.0)
+        for start, stop, first, last in _SHOULDER:
+            found = canvas.tube(np.array([start, stop], float) * mirror, np.array([first, last], float))
+            if found is not None:
+                paint_bone(canvas, found[0], found[1], 190.0, 1.5, 700.0)
 
 
 _WING = ((48, -62, -18), (70, -50, 12), (96, -24, 26), (118, 18, 26), (128, 56, 6), (124, 76, -14))
 _BRIM = ((50, -44, -52), (60, -30, -58), (76, -6, -74), (88, 14, -80), (96, 34, -78), (104, 50, -68))
+_RAMI = (((62, 52, -112), (9, 60, -130), 9, 8), ((9, 58, -134), (44, 4, -160), 7.5, 8))
 
 
 def _paint_pelvis(canvas: Canvas, bone_hu: float) -> None:
     """Iliac wings, hip sockets, pubis, ischium and femora."""
     for side in (1, -1):
         mirror = np.array([side, 1, 1])
-        low, high = (20, -90, -230), (160, 100, 40)
-        region = canvas.region(low, high) if side > 0 else canvas.region((-160, -90, -230), (-20, 100, 40))
-        if region is not None:
-            _paint_wing(canvas, mirror, bone_hu)
-            _paint_hip(canvas, region, mirror, bone_hu)
-        for part in (((62, 52, -112), (9, 60, -130), 9, 8), ((9, 58, -134), (44, 4, -160), 7.5, 8)):
-            start, stop, first, last = part
-            found = canvas.tube(np.array([start, stop], float) * mirror, np.array([first, last], float), pad_mm=2)
+        _paint_wing(canvas, mirror, bone_hu)
+        _paint_hip(canvas, mirror, bone_hu)
+        for start, stop, first, last in _RAMI:
+            found = canvas.tube(np.array([start, stop], float) * mirror, np.array([first, last], float))
             if found is not None:
                 paint_bone(canvas, found[0], found[1], 190.0, 1.6, 600.0)
     canvas.paint_ellipsoid((0, 61, -132), (3.5, 9, 15), 90.0)
 
 
 def _paint_wing(canvas: Canvas, mirror: np.ndarray, bone_hu: float) -> None:
-    """The iliac wing: plates between crest and brim, thick at both and thin between."""
+    """The iliac wing: plates between crest and brim, with thick edges along both."""
     wing, brim = np.array(_WING, float) * mirror, np.array(_BRIM, float) * mirror
-    corners = np.concatenate([wing, brim])
-    region = canvas.region(corners.min(0) - 10, corners.max(0) + 10)
+    plates = [
+        corner for k in range(5) for corner in ((wing[k], wing[k + 1], brim[k]), (brim[k], brim[k + 1], wing[k + 1]))
+    ]
+    parts = [canvas.plates(plates, 8.0), canvas.tube(wing, np.full(6, 6.5)), canvas.tube(brim, np.full(6, 8.5))]
+    for found in parts:
+        if found is not None:
+            paint_bone(canvas, found[0], found[1], bone_hu + 20, 1.8, 700.0)
+
+
+def _paint_hip(canvas: Canvas, mirror: np.ndarray, bone_hu: float) -> None:
+    """Socket, ischium and the femur with its head, neck and shaft."""
+    head = np.array(FEMUR_HEAD) * mirror
+    ends = np.array([(40, -44, -172), (150, 66, -70)]) * mirror
+    region = canvas.region(ends.min(0), ends.max(0))
     if region is None:
         return
-    distance = None
-    for k in range(len(wing) - 1):
-        for corner in ((wing[k], wing[k + 1], brim[k]), (brim[k], brim[k + 1], wing[k + 1])):
-            plate = triangle(region, *corner, 9.0)
-            distance = plate if distance is None else smooth_union(distance, plate, 5.0)
-    for line, radius in ((wing, 6.5), (brim, 8.0)):
-        edge = canvas.tube(line, np.full(len(line), radius), pad_mm=6)
-        if edge is not None and edge[1].shape == distance.shape:
-            distance = smooth_union(distance, edge[1], 5.0)
-        elif edge is not None:
-            paint_bone(canvas, edge[0], edge[1], bone_hu + 20, 1.7, 600.0)
-    paint_bone(canvas, region, distance, bone_hu + 20, 1.7, 600.0)
-
-
-def _paint_hip(canvas: Canvas, region: Region, mirror: np.ndarray, bone_hu: float) -> None:
-    head = np.array(FEMUR_HEAD) * mirror
     dx, dy, dz = (v - np.float32(c) for v, c in zip((region.x, region.y, region.z), head))
     ball = np.sqrt(dx * dx + dy * dy + dz * dz)
     open_side = mirror[0] * dx * 0.75 + dy * 0.25 - dz * 0.6  # the socket opens outwards, forwards and down
@@ -234,6 +234,8 @@ def _paint_hip(canvas: Canvas, region: Region, mirror: np.ndarray, bone_hu: floa
     paint_bone(canvas, region, np.maximum(hip, 26.5 - ball), bone_hu + 20, 2.0, 700.0)
     neck = capsule(region, head, (128, 6, -132) * mirror, 15.0, 15.0)[0]
     trochanter = capsule(region, (132, 4, -124) * mirror, (128, 4, -150) * mirror, 14.0, 15.0)[0]
-    shaft = capsule(region, (126, 4, -150) * mirror, (120, 8, -260) * mirror, 16.0, 14.0)[0]
-    femur = smooth_union(smooth_union(neck, trochanter, 6.0), shaft, 6.0)
-    paint_bone(canvas, region, np.minimum(ball - 24, femur), bone_hu + 40, 2.6, 900.0)
+    femur = smooth_union(neck, trochanter, 6.0)
+    paint_bone(canvas, region, np.minimum(ball - 24, femur), bone_hu + 40, 2.6, 1000.0)
+    found = canvas.tube(np.array([(126, 4, -150), (120, 8, -260)]) * mirror, np.array([16.0, 14.0]))
+    if found is not None:
+        paint_bone(canvas, found[0], found[1], 20.0, 6.0, 1400.0)

@@ -4,9 +4,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from datasets.phantom_atlas import CAVITY, CURVES, HEART, MUSCLE, SKIN, diaphragm_height, outline_distance
+from datasets.phantom_atlas import CURVES, HEART, MUSCLE, SKIN, cavity_distance, diaphragm_height, outline_distance
 from datasets.phantom_patient import Patient
-from datasets.phantom_shapes import Canvas, Region, ellipsoid_local, noise
+from datasets.phantom_shapes import Canvas, Region, curve, ellipsoid_local, noise
 
 EVERYWHERE = ((-330, -320, -320), (330, 320, 640))
 
@@ -30,16 +30,31 @@ def _paint_wall(canvas: Canvas, everything: Region, patient: Patient) -> None:
     canvas.paint(everything, skin, np.float32(10.0))
     canvas.paint(everything, skin + np.float32(2.2), fat + 45 * np.clip(strands - 1.7, 0, 1))
     outer = outline_distance(MUSCLE, x, y, z)
-    inner = outline_distance(CAVITY, x, y, z)
+    inner = cavity_distance(x, y, z)
     muscle = np.full(x.shape, patient.hu["muscle"], np.float32)
     # planes between the layers, and marbling that runs along the body
     planes = np.cos((outer - inner * 0.3) * np.float32(2 * np.pi / 13.0))
     muscle -= 95 * np.clip(strands - 1.15, 0, 0.8) + 55 * np.clip(planes - 0.86, 0, 0.14) / 0.14 * (strands > -0.4)
     midline = np.abs(x) < 3.0
     muscle[midline & (y > 60) & (z < 200)] = -40.0
+    _gluteal_planes(muscle, x, y, z, outer + 1.2 * strands)
     canvas.paint(everything, outer, muscle)
     inside = patient.hu["fat"] + 4 * strands + 70 * np.clip(strands - 1.9, 0, 1)
     canvas.paint(everything, inner, inside)
+
+
+def _gluteal_planes(muscle: np.ndarray, x, y, z, outer: np.ndarray) -> None:
+    """Fat between the layers of the buttocks and around the thighs' vessels, drawn into the muscle's HU."""
+    if z.min() > 20:
+        return
+    low = np.clip((24 - z) * np.float32(0.1), 0, 1)
+    bend = outer + np.float32(26) + np.float32(0.06) * (z + 60)
+    deep = np.abs(bend) < 1.8
+    deeper = np.abs(bend + 19) < 1.5
+    behind = y < 40
+    muscle[(deep | deeper) & behind & (low > 0.5)] = -80.0
+    cleft = (np.abs(x) < 7 + 0.16 * np.maximum(-70 - z, 0)) & (y < -62 + 0.15 * np.maximum(-90 - z, 0)) & (z < -40)
+    muscle[cleft] = -95.0
 
 
 _MUSCLES = {
@@ -56,12 +71,11 @@ _MUSCLES = {
     ),
     "quadratus": (((66, -34, 22, 15), (62, -34, 70, 16), (54, -38, 120, 11)), (0.8, 1.35, 1)),
     "iliacus": (((104, 34, 8, 11), (98, 40, -20, 18), (92, 46, -60, 17), (94, 46, -100, 13)), (0.9, 1, 1)),
+    "obturator": (((56, 22, -84, 8), (57, 16, -110, 10), (52, 8, -134, 9), (46, 0, -150, 8)), (1.2, 0.62, 1)),
 }
 
 
 def _paint_muscles(canvas: Canvas, patient: Patient) -> None:
-    from datasets.phantom_shapes import curve
-
     for knots, stretch in _MUSCLES.values():
         for side in (1, -1):
             found = canvas.tube(*curve(np.array(knots, float) * [side, 1, 1, 1], 14.0), stretch=stretch, pad_mm=3)
@@ -69,14 +83,21 @@ def _paint_muscles(canvas: Canvas, patient: Patient) -> None:
                 continue
             region, distance, _ = found
             grain = noise(region, "middle")
-            canvas.paint(region, distance, patient.hu["fat"] + 15)
-            canvas.paint(region, distance + 1.5, patient.hu["muscle"] + 4 - 80 * np.clip(grain - 1.3, 0, 0.8))
+            canvas.paint(region, distance, patient.hu["fat"] + 25)
+            canvas.paint(region, distance + 1.2, patient.hu["muscle"] + 4 - 80 * np.clip(grain - 1.3, 0, 0.8))
+    for side in (1, -1):  # fat of the armpit, and under the breast muscles
+        for centre, radii in (
+            ((134, 6, 372), (13, 34, 46)),
+            ((92, 62, 372), (34, 4, 36)),
+            ((118, -72, 350), (26, 4, 40)),
+        ):
+            canvas.paint_ellipsoid((side * centre[0], *centre[1:]), radii, np.float32(patient.hu["fat"]))
 
 
 def lung_distance(region: Region) -> np.ndarray:
     """Distance to both lungs: the chest cavity above the diaphragm without the mediastinum."""
     x, y, z = region.x, region.y, region.z
-    wall = outline_distance(CAVITY, x, y, z) + 2
+    wall = cavity_distance(x, y, z) + 2
     floor = (diaphragm_height(x, y) + 3 - z) * np.float32(0.8)
     front = np.clip((y - 45) * np.float32(1 / 40), 0, 1)
     half = 24 + 9 * np.exp(-(((z - 345) * np.float32(1 / 38)) ** 2)) - 13 * front
@@ -89,15 +110,12 @@ def _paint_lungs(canvas: Canvas, patient: Patient) -> None:
         return
     x, y, z = region.x, region.y, region.z
     belly = np.abs(z - diaphragm_height(x, y)) * np.float32(0.8) - 2.2
-    canvas.paint(region, np.maximum(belly, outline_distance(CAVITY, x, y, z) - 1), np.float32(patient.hu["muscle"]))
+    canvas.paint(region, np.maximum(belly, cavity_distance(x, y, z) - 1), np.float32(patient.hu["muscle"]))
     distance = lung_distance(region)
     air = patient.hu["lung"] - 0.35 * y + 26 * noise(region, "fine") + 18 * noise(region, "middle")
     canvas.paint(region, distance, air)
     blood = 0.5 * (patient.hu["right_heart"] + patient.hu["aorta"])
-    for start, stop, first, last in lung_vessels():
-        found = canvas.tube(np.array([start, stop]), np.array([first, last]))
-        if found is not None:
-            canvas.paint(found[0], found[1], np.float32(blood), None)
+    canvas.paint_segments(lung_vessels(), blood)
 
 
 def grow_tree(rng: np.random.Generator, root, targets: np.ndarray, leaf_mm: float, grow: float):

@@ -29,11 +29,9 @@ def make_flags():
         group,
         "--full_size",
         False,
-        "clinical matrices, 512x512 with up to 250 slices of 1-5 mm: about 30 times the default's time, 40 MB a file and 3 GB of memory a process",
+        "clinical matrices, 512x512 with up to 250 slices of 1-5 mm: about 30 times the default's time and size",
     )
-    add_switch(
-        group, "--save_atlas_map", False, "also write atlas_maps/<case>.npz: atlas mm of every voxel (RAS order)"
-    )
+    add_switch(group, "--save_atlas_map", False, "also write atlas_maps/<case>.npz: every voxel's atlas mm (RAS order)")
     return parser
 
 
