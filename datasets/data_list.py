@@ -283,11 +283,13 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
     unnamed = [entry["image"] for entry in plain if "name" not in entry]
     unnamed = list(dict.fromkeys(unnamed))  # an image may stand in two sections
     given = dict(zip(unnamed, unique_names(unnamed)))
-    cases = []
+    cases, image_of = [], {}
     for entry, (key, _) in zip(plain, entries):
+        label = entry.get("label")
+        name = entry.get("name") or given[entry["image"]]
+        if image_of.setdefault(name, entry["image"]) != entry["image"]:
+            raise DataListError(f"{json_list}: {image_of[name]} and {entry['image']} are both called {name!r}")
         if key == section:
-            label = entry.get("label")
-            name = entry.get("name") or given[entry["image"]]
             cases.append(Case(name, data_dir / entry["image"], data_dir / label if label else None))
     if len({case.name for case in cases}) < len(cases):
         raise DataListError(f"{json_list}: two entries of {section!r} have the same name or image")

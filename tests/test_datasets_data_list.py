@@ -1,0 +1,249 @@
+"""Finding cases in the layouts people have, writing and loading data lists, and the command that does both."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.data import load_decathlon_datalist
+
+from datasets.data_list import (
+    Case,
+    DataListError,
+    find_cases,
+    load_data_list,
+    split_cases,
+    unique_names,
+    write_data_list,
+)
+from scripts import create_json
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def put_ct(path: Path, shape=(6, 7, 8), seed=0, label=False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    array = rng.integers(0, 14, size=shape) if label else rng.integers(-1000, 1000, size=shape)
+    nib.save(nib.Nifti1Image(array.astype(np.uint8 if label else np.int16), np.diag([1, 1, 2, 1.0])), path)
+
+
+def found(data_dir: Path) -> dict[str, tuple[str, str | None]]:
+    return {
+        case.name: (
+            case.image.relative_to(data_dir).as_posix(),
+            case.label and case.label.relative_to(data_dir).as_posix(),
+        )
+        for case in find_cases(data_dir)
+    }
+
+
+def test_flare22_layout(tmp_path):
+    touch(
+        tmp_path,
+        "FLARE22Train/images/FLARE22_Tr_0001_0000.nii.gz",
+        "FLARE22Train/images/FLARE22_Tr_0002_0000.nii.gz",
+        "FLARE22Train/labels/FLARE22_Tr_0001.nii.gz",
+        "FLARE22Unlabeled/Case_00001_0000.nii.gz",
+        "landmarks/Case_00001.json",
+        "FLARE22Unlabeled/._Case_00001_0000.nii.gz",
+        "FLARE22Unlabeled/.cache/Case_00009_0000.nii.gz",
+    )
+    assert found(tmp_path) == {
+        "Case_00001": ("FLARE22Unlabeled/Case_00001_0000.nii.gz", None),
+        "FLARE22_Tr_0001": (
+            "FLARE22Train/images/FLARE22_Tr_0001_0000.nii.gz",
+            "FLARE22Train/labels/FLARE22_Tr_0001.nii.gz",
+        ),
+        "FLARE22_Tr_0002": ("FLARE22Train/images/FLARE22_Tr_0002_0000.nii.gz", None),
+    }
+
+
+def test_folder_per_case_takes_the_ct_and_its_label_only(tmp_path):
+    touch(tmp_path, "s0001/ct.nii.gz", "s0001/segmentations/liver.nii.gz", "s0002/ct.nii.gz", "s0002/label.nii.gz")
+    touch(tmp_path, "s0003/imaging.nii", "s0003/segmentation.nii", "s0003/dose.nii.gz")
+    assert found(tmp_path) == {
+        "s0001": ("s0001/ct.nii.gz", None),
+        "s0002": ("s0002/ct.nii.gz", "s0002/label.nii.gz"),
+        "s0003": ("s0003/imaging.nii", "s0003/segmentation.nii"),
+    }
+
+
+def test_decathlon_and_nested_label_folders(tmp_path):
+    touch(tmp_path, "imagesTr/liver_1.nii.gz", "labelsTr/liver_1.nii.gz", "imagesTs/liver_2.nii.gz")
+    touch(tmp_path, "b/images/train/x.nii.gz", "b/labels/train/x.nii.gz")
+    assert found(tmp_path) == {
+        "liver_1": ("imagesTr/liver_1.nii.gz", "labelsTr/liver_1.nii.gz"),
+        "liver_2": ("imagesTs/liver_2.nii.gz", None),
+        "x": ("b/images/train/x.nii.gz", "b/labels/train/x.nii.gz"),
+    }
+
+
+def test_labels_beside_images_and_folders_that_only_sound_like_labels(tmp_path):
+    touch(tmp_path, "a.nii.gz", "a_label.nii.gz", "deep/er/b.nii", "deep/er/b-seg.nii", "lone_mask.nii.gz")
+    touch(tmp_path, "labelled_cases/c.nii.gz", "SegTHOR/d.nii.gz")
+    assert found(tmp_path) == {
+        "a": ("a.nii.gz", "a_label.nii.gz"),
+        "b": ("deep/er/b.nii", "deep/er/b-seg.nii"),
+        "c": ("labelled_cases/c.nii.gz", None),
+        "d": ("SegTHOR/d.nii.gz", None),
+        "lone_mask": ("lone_mask.nii.gz", None),
+    }
+
+
+def test_equal_names_get_their_folders_and_their_own_labels(tmp_path):
+    touch(tmp_path, "siteA/images/1_0000.nii.gz", "siteA/labels/1.nii.gz", "siteB/images/1_0000.nii.gz")
+    touch(tmp_path, "siteB/x/ct.nii.gz", "siteA/x/ct.nii.gz")
+    assert found(tmp_path) == {
+        "siteA__images__1_0000": ("siteA/images/1_0000.nii.gz", "siteA/labels/1.nii.gz"),
+        "siteB__images__1_0000": ("siteB/images/1_0000.nii.gz", None),
+        "siteA__x__ct": ("siteA/x/ct.nii.gz", None),
+        "siteB__x__ct": ("siteB/x/ct.nii.gz", None),
+    }
+
+
+def test_names_that_cannot_be_told_apart(tmp_path):
+    assert unique_names(["a.nii.gz", "B.nii.gz"]) == ["a", "B"]
+    with pytest.raises(DataListError, match="x"):
+        find_cases(touch(tmp_path, "x.nii", "x.nii.gz"))
+
+
+def test_two_labels_for_one_case(tmp_path):
+    touch(tmp_path, "images/1.nii.gz", "labels/1.nii.gz", "labels_v2/1.nii.gz")
+    with pytest.raises(DataListError, match="several labels.*labels_v2"):
+        find_cases(tmp_path)
+
+
+def test_nothing_found(tmp_path):
+    with pytest.raises(DataListError, match="no such folder"):
+        find_cases(tmp_path / "none")
+    with pytest.raises(DataListError, match="no images"):
+        find_cases(touch(tmp_path, "readme.txt", "labels/1.nii.gz"))
+
+
+def test_split_depends_on_the_seed_only():
+    cases = [Case(f"c{number:02d}", Path(f"{number}.nii")) for number in range(20)]
+    training, validation = split_cases(cases, None, 0.2, seed=3)
+    assert len(validation) == 4 and sorted([*training, *validation], key=lambda c: c.name) == cases
+    assert split_cases(cases[::-1], None, 0.2, seed=3) == (training, validation)
+    assert split_cases(cases, None, 0.2, seed=4)[1] != validation
+    assert split_cases(cases, 7, 0.2, seed=3)[1].__len__() == 7
+    assert split_cases(cases, None, 0, seed=3) == (cases, [])
+    assert len(split_cases(cases, None, 0.01, seed=3)[1]) == 1
+    for num_validation, fraction in ((20, 0), (-1, 0), (None, 1.0), (None, -0.1)):
+        with pytest.raises(DataListError, match="--"):
+            split_cases(cases, num_validation, fraction, seed=0)
+
+
+def test_lists_round_trip_and_monai_reads_them(tmp_path):
+    data_dir = touch(tmp_path / "data", "images/a.nii.gz", "labels/a.nii.gz", "b.nii.gz")
+    touch(tmp_path, "elsewhere.nii.gz")
+    training = [Case("a", data_dir / "images/a.nii.gz", data_dir / "labels/a.nii.gz")]
+    validation = [Case("b", data_dir / "b.nii.gz"), Case("far", tmp_path / "elsewhere.nii.gz")]
+    path = tmp_path / "lists" / "list.json"
+    write_data_list(path, data_dir, training, validation, {"0": "background", "1": "liver"}, {"x.nii": "truncated"})
+    assert load_data_list(path, data_dir) == training
+    assert load_data_list(path, data_dir, "validation") == validation
+    content = json.loads(path.read_text())
+    assert content["training"][0] == {"image": "images/a.nii.gz", "label": "labels/a.nii.gz", "name": "a"}
+    assert content["unreadable"] == {"x.nii": "truncated"} and content["labels"]["1"] == "liver"
+    monai = load_decathlon_datalist(str(path), base_dir=str(data_dir), data_list_key="training")
+    assert monai[0]["image"] == str(training[0].image) and monai[0]["label"] == str(training[0].label)
+
+
+def test_foreign_lists_with_plain_strings(tmp_path):
+    touch(tmp_path, "u/Case_1_0000.nii.gz", "u/Case_2_0000.nii.gz", "p1/ct.nii.gz")
+    path = tmp_path / "list.json"
+    content = {"training": ["u/Case_1_0000.nii.gz", {"image": "p1/ct.nii.gz"}], "test": ["u/Case_2_0000.nii.gz"]}
+    path.write_text(json.dumps(content))
+    assert [case.name for case in load_data_list(path, tmp_path)] == ["Case_1", "p1"]
+    assert [case.name for case in load_data_list(path, tmp_path, "test")] == ["Case_2"]
+    assert load_data_list(path, tmp_path, "validation") == []
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("not json", "not a JSON"),
+        ("[1]", "expected an object"),
+        ('{"validation": []}', "no section 'training'; it has validation"),
+        ('{"training": [{"label": "a.nii"}]}', "no 'image'"),
+        ('{"training": [3]}', "no 'image'"),
+        ('{"training": ["a.nii", "a.nii"]}', "same name"),
+        (
+            '{"training": [{"image": "a.nii", "name": "x"}], "test": [{"image": "b.nii", "name": "x"}]}',
+            "b.nii and a.nii are both called 'x'",
+        ),
+        ('{"training": ["a.nii", "b.nii"]}', "1 of 2 files are missing, first .*b.nii.*--data_dir"),
+    ],
+)
+def test_bad_lists_are_named(tmp_path, content, reason):
+    touch(tmp_path, "a.nii")
+    path = tmp_path / "list.json"
+    path.write_text(content)
+    with pytest.raises(DataListError, match=reason) as caught:
+        load_data_list(path, tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_list(tmp_path):
+    with pytest.raises(DataListError, match="create_json"):
+        load_data_list(tmp_path / "none.json", tmp_path)
+
+
+@pytest.fixture
+def flare(tmp_path) -> Path:
+    """Four labelled and three unlabelled volumes, three files of which cannot be used."""
+    for number in range(1, 5):
+        put_ct(tmp_path / f"FLARE22Train/images/FLARE22_Tr_000{number}_0000.nii.gz", seed=number)
+        put_ct(tmp_path / f"FLARE22Train/labels/FLARE22_Tr_000{number}.nii.gz", seed=number, label=True)
+    put_ct(tmp_path / "FLARE22Train/labels/FLARE22_Tr_0004.nii.gz", shape=(5, 5, 5), label=True)
+    for number in range(1, 4):
+        put_ct(tmp_path / f"FLARE22Unlabeled/Case_0000{number}_0000.nii.gz", shape=(40, 40, 40), seed=number)
+    broken = tmp_path / "FLARE22Unlabeled/Case_00003_0000.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:5000])
+    put_ct(tmp_path / "FLARE22Unlabeled/Case_00002_0000.nii.gz", shape=(4, 4, 4, 2))
+    return tmp_path
+
+
+def test_create_json_leaves_unreadable_files_out_loudly(flare, capsys):
+    create_json.main(["--data_dir", str(flare), "--output", str(flare / "all.json"), "--num_validation", "1"])
+    told = capsys.readouterr()
+    content = json.loads((flare / "all.json").read_text())
+    names = [entry["name"] for entry in content["training"] + content["validation"]]
+    assert sorted(names) == ["Case_00001", "FLARE22_Tr_0001", "FLARE22_Tr_0002", "FLARE22_Tr_0003"]
+    assert len(content["validation"]) == 1 and content["labels"]["13"] == "left kidney"
+    reasons = {Path(file).name: reason for file, reason in content["unreadable"].items()}
+    assert "truncated" in reasons.pop("Case_00003_0000.nii.gz")
+    assert "4-D" in reasons.pop("Case_00002_0000.nii.gz")
+    assert "(5, 5, 5)" in reasons.pop("FLARE22_Tr_0004.nii.gz") and not reasons
+    assert (
+        told.err.count("left out") == 3 and "3 training and 1 validation" in told.out and "3 cases left out" in told.out
+    )
+
+
+@pytest.mark.parametrize("which, num_cases", [("labelled", 3), ("unlabelled", 1)])
+def test_create_json_chooses_cases(flare, which, num_cases):
+    create_json.main(["--data_dir", str(flare), "--output", str(flare / "some.json"), "--cases", which])
+    cases = load_data_list(flare / "some.json", flare)
+    assert len(cases) == num_cases and all((case.label is not None) == (which == "labelled") for case in cases)
+
+
+def test_create_json_fails_clearly(tmp_path):
+    command = ["--data_dir", str(tmp_path), "--output", str(tmp_path / "l.json")]
+    with pytest.raises(DataListError, match="no images"):
+        create_json.main(command)
+    touch(tmp_path, "a.nii.gz")
+    with pytest.raises(DataListError, match="none of 1 cases can be read"):
+        create_json.main(command)
+    with pytest.raises(DataListError, match="none of 1 cases is labelled"):
+        create_json.main([*command, "--cases", "labelled"])
+    with pytest.raises(DataListError, match="--num_validation 5"):
+        create_json.main([*command, "--num_validation", "5"])
+    assert not (tmp_path / "l.json").exists()
