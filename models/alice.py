@@ -196,6 +196,16 @@ def build_alice(
         raise ValueError(
             f"--lambda1, --lambda2, --lambda3 must be >= 0 and not all 0, got {lambda1}, {lambda2}, {lambda3}"
         )
+    for flag, size in (
+        ("--out_dim", out_dim),
+        ("--head_hidden_dim", head_hidden_dim),
+        ("--head_bottleneck_dim", head_bottleneck_dim),
+        ("--casa_heads", casa_heads),
+        ("--casa_head_dim", casa_head_dim),
+        ("--casa_hidden_dim", casa_hidden_dim),
+    ):
+        if size < 1:
+            raise ValueError(f"{flag} must be at least 1, got {size}")
     decoder_stride = 1 if lambda3 else (key_stride if lambda2 else None)
     network = BACKBONES[backbone](feature_size, tuple(roi), decoder_stride, use_checkpoint)
     casa_class = CASA_VARIANTS[casa_variant]

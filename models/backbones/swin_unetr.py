@@ -173,6 +173,7 @@ def check_sizes(feature_size: int, roi: Size3, decoder_stride: int | None) -> No
         raise ValueError(f"swin_unetr has decoder maps at strides {tuple(DECODER_LEVELS)}, not at {decoder_stride}")
     if decoder_stride is not None and max(roi) == multiple:
         raise ValueError(
-            f"a crop of {tuple(roi)} voxels leaves one token at stride {multiple}, and the decoder's instance "
-            "norm needs two: make one of --roi_x, --roi_y, --roi_z at least 64, or train cls alone (--lambda2 0 --lambda3 0)"
+            f"a crop of {tuple(roi)} voxels leaves one token at stride {multiple}, and the decoder's "
+            "instance norm needs two: make one of --roi_x, --roi_y, --roi_z at least 64, or train cls alone "
+            "(--lambda2 0 --lambda3 0)"
         )

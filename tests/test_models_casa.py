@@ -1,0 +1,91 @@
+"""CASA: the published variant against its numbers, the figure's variant against a slow reading of the equations."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.casa import CASA_VARIANTS, FigureCASA, PublishedCASA
+from tests.golden_fill import fill_by_name
+from tests.shared import shared_file
+
+SMALL = {"query_dim": 12, "model_dim": 16, "num_heads": 2, "head_dim": 5, "hidden_dim": 24}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_published_variant_matches_the_published_numbers() -> None:
+    golden = {k: torch.from_numpy(v) for k, v in np.load(shared_file("golden", "golden_casa.npz")).items()}
+    casa = PublishedCASA(query_dim=384, model_dim=512, num_heads=8, head_dim=64, hidden_dim=2048)
+    fill_by_name(casa)
+    attention = casa.Cross_Att.MH_attn
+    query = golden["query"]
+    with torch.no_grad():
+        for source, out in (("kv_student", "student_out"), ("kv_teacher", "teacher_out")):
+            torch.testing.assert_close(casa.align(query, golden[source]), golden[out], rtol=0, atol=1e-5)
+        projected = attention.w_qs(query)
+        weights = attention.attention_weights(projected, golden["kv_student"])
+        torch.testing.assert_close(weights, golden["attn_student"], rtol=0, atol=1e-6)
+        normed = attention(projected, golden["kv_student"], residual=query)
+        torch.testing.assert_close(normed, golden["mha_out_student"], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("variant", list(CASA_VARIANTS))
+def test_state_dict_names_are_the_published_ones(variant: str) -> None:
+    """The published module's other tensors (projection_*) never reached its output."""
+    shapes = json.loads(shared_file("golden", "casa_head_state_dicts.json").read_text())["casa"]
+    expected = {name: shape for name, shape in shapes.items() if name.startswith("Cross_Att.")}
+    casa = CASA_VARIANTS[variant](query_dim=512, model_dim=512, num_heads=8, head_dim=64, hidden_dim=2048)
+    assert {name: list(tensor.shape) for name, tensor in casa.state_dict().items()} == expected
+
+
+def align_slowly(casa: FigureCASA, query: Tensor, source: Tensor) -> Tensor:
+    """The equations token by token and head by head, for one sample: query [N, inner], source [M, K]."""
+    layer, ffn = casa.Cross_Att.MH_attn, casa.Cross_Att.pos_ffn
+    rows = []
+    for q in query:
+        heads = []
+        for head in range(2):
+            part = slice(5 * head, 5 * head + 5)
+            scores = torch.stack([(q[part] * layer.w_ks(h)[part]).sum() / math.sqrt(5) for h in source])
+            weights = scores.exp() / scores.exp().sum()
+            heads.append(sum(w * layer.w_vs(h)[part] for w, h in zip(weights, source)))
+        attended = layer.layer_norm(layer.fc(torch.cat(heads)))  # no residual from the query
+        rows.append(ffn.layer_norm(attended + ffn.w_2(ffn.w_1(attended).clamp(min=0))))
+    return torch.stack(rows)
+
+
+def test_figure_variant_follows_its_equations() -> None:
+    casa = FigureCASA(**SMALL)
+    fill_by_name(casa)
+    tokens, source = randn(2, 3, 12), randn(2, 4, 16, seed=1)
+    query = casa.make_query(tokens)
+    expected = torch.stack([align_slowly(casa, query[i], source[i]) for i in range(2)])
+    torch.testing.assert_close(casa.align(query, source), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_published_variant_lets_the_query_around_the_attention() -> None:
+    """With one source token the attention cannot depend on the query; the published output still does."""
+    source = randn(1, 1, 16)
+    queries = (randn(1, 3, 16, seed=2), randn(1, 3, 16, seed=3))
+    published = PublishedCASA(**SMALL)
+    assert not torch.allclose(published.align(queries[0], source), published.align(queries[1], source), atol=1e-2)
+    figure = FigureCASA(**(SMALL | {"query_dim": 16}))
+    outputs = [figure.align(figure.make_query(query), source) for query in queries]
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("variant", list(CASA_VARIANTS))
+def test_target_twin_is_an_independent_copy(variant: str) -> None:
+    casa: nn.Module = CASA_VARIANTS[variant](**SMALL)
+    twin = casa.target_twin()
+    names = dict(twin.named_parameters())
+    assert ("Cross_Att.MH_attn.w_qs.weight" in names) == (variant == "published")
+    for name, parameter in names.items():
+        ours = casa.get_parameter(name)
+        assert torch.equal(parameter, ours) and parameter.data_ptr() != ours.data_ptr()
