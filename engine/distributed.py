@@ -50,6 +50,11 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def planned_size() -> int:
+    """The number of processes that torchrun's environment announces, before any group exists."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def start(wanted_device: str = "auto", timeout_min: float = 30.0) -> World:
     """Join the process group that torchrun's environment describes, or stand alone without one.
 
@@ -60,7 +65,7 @@ def start(wanted_device: str = "auto", timeout_min: float = 30.0) -> World:
         timeout_min: minutes after which a collective that other ranks never join raises.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = planned_size()
     rank = int(os.environ.get("RANK", 0))
     device = pick_device(wanted_device, local_rank)
     if device.type == "cuda":

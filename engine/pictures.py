@@ -1,0 +1,117 @@
+"""Pictures of reconstructions: what the student saw, what it made of the hidden blocks, and the truth.
+
+Arrays are [D, H, W] in the canonical orientation (indices grow to Superior, Posterior, Left). Axial planes are shown as
+radiologists look at them, anterior up and the patient's left on the right; coronal planes with the head up.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+
+from engine.precision import autocast
+from engine.validation import evaluating
+
+COLUMNS = ("crop", "seen by the student", "reconstruction", "pasted into the masked blocks")
+
+
+@torch.no_grad()
+def reconstruction_sheet(student: nn.Module, batch: dict, store, precision: str = "fp32") -> Figure | None:
+    """What the student makes of the pairs of a batch, query and key of each.
+
+    Args:
+        student: called as in training, in evaluation mode; its own mode comes back afterwards.
+        batch: of `PairedCropDataset`, on the CPU.
+        store: the volume store, for names and voxel sizes.
+        precision: fp32, bf16 or fp16.
+
+    Returns:
+        The figure, or None when the student reconstructs nothing (--lambda3 0).
+    """
+    device = next(student.parameters()).device
+    views = [batch[name].to(device) for name in ("query_student", "query_mask", "key_student", "key_mask")]
+    with evaluating(student), autocast(precision, device):
+        made = student(*views).reconstruction
+    if made is None:
+        return None
+    num_pairs = len(batch["query"])
+    order = [row for pair in range(num_pairs) for row in (pair, num_pairs + pair)]  # Q1 K1 Q2 K2 ...
+    cases = [store.names[int(index)] for index in torch.cat([batch["query_case"], batch["key_case"]])[order]]
+    crops, seen, masks = (torch.cat([batch["query" + s], batch["key" + s]])[order] for s in ("", "_student", "_mask"))
+    titles = [f"{side} {case}" for side, case in zip(("query", "key") * num_pairs, cases)]
+    return reconstruction_figure(crops, seen, masks, made.cpu()[order], titles, store.record(cases[0]).spacing_mm)
+
+
+def reconstruction_figure(
+    crops: torch.Tensor,
+    views: torch.Tensor,
+    masks: torch.Tensor,
+    reconstructions: torch.Tensor,
+    titles: list[str],
+    voxel_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> Figure:
+    """One row per view and plane (axial, coronal), the four columns of `COLUMNS`.
+
+    Args:
+        crops: [N, 1, D, H, W] in [0, 1], un-augmented.
+        views: [N, 1, D, H, W] in [0, 1], the student's augmented views, not yet masked.
+        masks: bool [N, d, h, w] block masks, True = hidden from the student.
+        reconstructions: [N, 1, D, H, W], the student's output.
+        titles: one per view.
+        voxel_mm: voxel size (D, H, W), for the pictures' proportions.
+    """
+    rows = []
+    for index, title in enumerate(titles):
+        crop, view, made = (tensor[index, 0].float().cpu().numpy() for tensor in (crops, views, reconstructions))
+        hidden = spread_mask(masks[index].cpu().numpy(), crop.shape)
+        columns = (crop, np.where(hidden, np.nan, view), made, np.where(hidden, made, crop))
+        for plane in ("axial", "coronal"):
+            rows.append((f"{title}\n{plane}", [middle_plane(column, plane) for column in columns], plane))
+    figure = Figure(figsize=(10, 2.5 * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
+    for row_axes, (title, pictures, plane) in zip(axes, rows):
+        for axis, name, picture in zip(row_axes, COLUMNS, pictures):
+            show(axis, picture, plane, voxel_mm)
+            axis.set_title(name, fontsize=7, pad=2)
+        row_axes[0].set_ylabel(title, fontsize=7)
+    return figure
+
+
+def spread_mask(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A block mask bool [d, h, w] spread to voxels bool [D, H, W]."""
+    for axis, (blocks, voxels) in enumerate(zip(mask.shape, shape)):
+        mask = np.repeat(mask, voxels // blocks, axis=axis)
+    return mask
+
+
+def middle_plane(volume: np.ndarray, plane: str) -> np.ndarray:
+    """The plane through the crop's centre, rows from the top of the picture."""
+    if plane == "axial":
+        return volume[volume.shape[0] // 2]  # [H, W]: anterior on top
+    return volume[::-1, volume.shape[1] // 2]  # [D, W]: head on top
+
+
+def show(axis, picture: np.ndarray, plane: str, voxel_mm: tuple[float, float, float]) -> None:
+    """Draw one plane in grey; hidden voxels (NaN) in blue."""
+    height_mm = voxel_mm[1] if plane == "axial" else voxel_mm[0]
+    axis.set_facecolor("#3a6ea5")
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=height_mm / voxel_mm[2], interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def figure_pixels(figure: Figure) -> np.ndarray:
+    """A figure as uint8 [height, width, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG; the folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,79 @@
+"""Everything of a run that changes while it trains, and how it becomes a checkpoint and comes back.
+
+The checkpoint's layout (see also engine/checkpoint.py):
+    kind "alice" · student, teacher, loss (centres), optimizer, scaler: state dicts · step, epoch
+    random: {"seed", "rule"} · flags, commit, versions · preprocessing, backbone: what a user of the weights must know
+No random state is stored: torch's is set from (seed, step, rank) before each step, and data are a function of
+(seed, sample index).
+"""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from engine.checkpoint import CheckpointError, load_strictly
+
+KIND = "alice"
+# Flags that may differ between a run and its continuation without changing what is trained.
+FREE_FLAGS = {
+    *("data_dir", "json_list", "embed_dir", "table_file", "store_dir", "output_dir", "checkpoint_file", "resume"),
+    *("saveckp_freq", "keep_freq", "val_freq", "num_val_pairs", "picture_freq", "log_freq", "nan_policy"),
+    *("num_workers", "device", "dist_timeout_min", "use_checkpoint", "compile"),
+}
+
+
+@dataclass
+class RunState:
+    """Modules (not wrapped by DDP), optimiser, scaler, the number of steps done, and a description in plain values."""
+
+    student: nn.Module
+    teacher: nn.Module
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    description: dict = field(default_factory=dict)
+    step: int = 0
+
+    def as_checkpoint(self, steps_per_epoch: int) -> dict:
+        """The checkpoint of this moment: tensors and plain values only."""
+        return {
+            "kind": KIND,
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "epoch": self.step // steps_per_epoch,
+            **self.description,
+        }
+
+    def restore(self, state: dict, path: str) -> None:
+        """Go on where `state` was written.
+
+        Raises:
+            CheckpointError: it belongs to another model, or to a run that this one cannot continue.
+        """
+        for name in ("student", "teacher", "loss"):
+            load_strictly(getattr(self, name), state[name], name, path)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: its optimiser state does not fit this run ({error})") from error
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = int(state["step"])
+        warn_of_changed_flags(state.get("flags", {}), self.description.get("flags", {}), path)
+
+
+def warn_of_changed_flags(before: dict, now: dict, path: str) -> None:
+    """Say which flags differ from those that the checkpoint was trained with."""
+    changed = [
+        f"--{name} {before[name]} -> {now[name]}"
+        for name in sorted(before.keys() & now.keys())
+        if name not in FREE_FLAGS and before[name] != now[name]
+    ]
+    if changed:
+        warnings.warn(f"{path} was trained with other flags: {', '.join(changed)}", stacklevel=2)

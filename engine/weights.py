@@ -1,0 +1,181 @@
+"""Weights that leave a run and weights that one starts from, in one layout: the network's own names, no prefix.
+
+A checkpoint of pretraining keeps the backbone under `backbone.network.`, for the student (whole network) and the
+teacher (encoder) alike. Extraction drops that prefix and the one-channel reconstruction layer `out.`, whose shape no
+segmentation network shares, so that `model.load_state_dict(weights, strict=False)` fits without further ado.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from engine.checkpoint import CheckpointError, load_checkpoint
+
+BACKBONE_PREFIX = "backbone.network."
+HEAD_PREFIX = "head."
+TASK_LAYER_PREFIX = "out."
+SUFFIXES = (".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """How a set of weights meets a network's own keys."""
+
+    matched: list[str]
+    missing: list[str]
+    misshapen: list[str]
+    unexpected: list[str]
+
+    def counts(self, prefixes: tuple[str, ...]) -> tuple[int, int]:
+        """(matched, all) of the network's keys that start with one of `prefixes`."""
+        matched = sum(key.startswith(prefixes) for key in self.matched)
+        return matched, matched + sum(key.startswith(prefixes) for key in self.missing + self.misshapen)
+
+    def tell(self, **parts: tuple[str, ...]) -> str:
+        """One line: matched/all of every named part (name=prefixes), and what does not fit."""
+        counts = {name: self.counts(prefixes) for name, prefixes in parts.items()}
+        text = ", ".join(f"{name} {matched}/{wanted}" for name, (matched, wanted) in counts.items()) + " keys matched"
+        for name in ("misshapen", "unexpected"):
+            keys = getattr(self, name)
+            if keys:
+                text += f", {len(keys)} {name} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        return text
+
+
+def compare(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> MatchReport:
+    """Compare weights with a network's own state dict, by name and shape."""
+    both = [key for key in own if key in weights]
+    return MatchReport(
+        matched=[key for key in both if weights[key].shape == own[key].shape],
+        missing=[key for key in own if key not in weights],
+        misshapen=[key for key in both if weights[key].shape != own[key].shape],
+        unexpected=[key for key in weights if key not in own],
+    )
+
+
+def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[str, torch.Tensor]:
+    """The backbone's weights (and the head's under `head.`) of a checkpoint, under the network's own names.
+
+    Args:
+        state: a loaded checkpoint of kind "alice".
+        key: `student` or `teacher`.
+        with_head: whether to keep the projection head too.
+        path: named in errors.
+
+    Raises:
+        CheckpointError: the checkpoint holds no such module, or the module holds no backbone.
+    """
+    if key not in state:
+        raise CheckpointError(f"{path}: holds no {key!r}; it holds {', '.join(map(str, state))}")
+    weights = {
+        name.removeprefix(BACKBONE_PREFIX): value.contiguous()
+        for name, value in state[key].items()
+        if name.startswith(BACKBONE_PREFIX) and not name.startswith(BACKBONE_PREFIX + TASK_LAYER_PREFIX)
+    }
+    if not weights:
+        raise CheckpointError(f"{path}: no key of its {key} starts with {BACKBONE_PREFIX}; there is nothing to extract")
+    if with_head:
+        head = {name: value.contiguous() for name, value in state[key].items() if name.startswith(HEAD_PREFIX)}
+        if not head:
+            raise CheckpointError(f"{path}: its {key} has no head (trained with --lambda1 0 --lambda2 0?)")
+        weights |= head
+    return weights
+
+
+def save_weights(weights: dict[str, torch.Tensor], metadata: dict, path: str | Path) -> None:
+    """Write weights as a plain dict of tensors (.pth, metadata beside it in `<path>.json`) or as .safetensors.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    if path.suffix == ".safetensors":
+        # Tied tensors share memory, which safetensors refuses; the header takes text only.
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+        save_file({name: value.clone() for name, value in weights.items()}, aside, metadata=texts)
+    else:
+        torch.save({name: value.clone() for name, value in weights.items()}, aside)
+        described = path.with_name(path.name + ".json")
+        described_aside = described.with_name(described.name + ".tmp")
+        described_aside.write_text(json.dumps(metadata, indent=2) + "\n")
+        described_aside.replace(described)
+    aside.replace(path)
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """A flat dict of tensors from any file one may start from: our checkpoints (the student), extracted weights in
+    either format, and foreign ones that keep tensors at the top or under `state_dict` or `model`.
+
+    Raises:
+        CheckpointError: not readable, carrying code, or holding no tensors.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    state = load_checkpoint(path)
+    if isinstance(state.get("kind"), str) and "student" not in state:
+        raise CheckpointError(
+            f"{path}: a checkpoint of kind {state['kind']!r} holds no weights to start pretraining from"
+        )
+    for key in ("student", "state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    weights = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not weights:
+        raise CheckpointError(f"{path}: holds no tensors; its keys are {', '.join(map(str, list(state)[:5]))}")
+    return weights
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a .safetensors file.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as safetensors ({error})") from error
+
+
+def start_from(student: nn.Module, path: str | Path) -> MatchReport:
+    """Load what fits of a file's weights into a student, by name and shape (`--checkpoint_file`).
+
+    Weights without our prefix are taken as the backbone's own.
+
+    Returns:
+        What met the backbone's keys.
+
+    Raises:
+        CheckpointError: no key of the backbone fits.
+    """
+    weights = read_weights(path)
+    if not any(name.startswith(BACKBONE_PREFIX) for name in weights):
+        weights = {name if name.startswith(HEAD_PREFIX) else BACKBONE_PREFIX + name: v for name, v in weights.items()}
+    own = student.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    report = compare(
+        *(
+            {n.removeprefix(BACKBONE_PREFIX): v for n, v in d.items() if n.startswith(BACKBONE_PREFIX)}
+            for d in (weights, own)
+        )
+    )
+    if not report.matched:
+        names = ", ".join(name.removeprefix(BACKBONE_PREFIX) for name in list(weights)[:3])
+        raise CheckpointError(
+            f"{path}: none of its {len(weights)} tensors ({names}, ...) fits this backbone by name and shape; "
+            "check --checkpoint_file, --backbone and --feature_size"
+        )
+    student.load_state_dict(fitting, strict=False)
+    return report

@@ -1,0 +1,93 @@
+"""Take the backbone out of a pretraining checkpoint, in the layout of MONAI's own network.
+
+    python extract_backbone_weights.py results/run/checkpoint.pth alice.pth --checkpoint_key teacher
+    python extract_backbone_weights.py results/run/checkpoint.pth alice.safetensors --checkpoint_key student --with_head
+
+The teacher holds the encoder, the student the encoder and the decoder that learnt to reconstruct. Both come in one
+layout, with the network's own names, and load like this:
+
+    import torch
+    from monai.networks.nets import SwinUNETR
+    model = SwinUNETR(in_channels=1, out_channels=14, feature_size=48)
+    model.load_state_dict(torch.load("alice.pth", weights_only=True), strict=False)
+
+A .pth holds a plain dict of tensors, with a description beside it (`alice.pth.json`); a .safetensors holds both. The
+description tells the preprocessing that the weights expect: spacing, HU window, crop, axis codes.
+"""
+
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import CheckpointError, load_checkpoint
+from engine.flags import add_switch, make_parser, run_main
+from engine.run_state import KIND
+from engine.weights import SUFFIXES, TARGETS, compare, extract, save_weights
+
+
+def make_flags():
+    """The command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("checkpoint", type=str, help="checkpoint.pth of a pretraining run")
+    parser.add_argument(
+        "output", type=str, help=f"file to write; its suffix decides the format: {' or '.join(SUFFIXES)}"
+    )
+    parser.add_argument(
+        "--checkpoint_key",
+        type=str,
+        choices=["student", "teacher"],
+        default="teacher",
+        help="student: encoder and decoder; teacher: its moving average, encoder only",
+    )
+    add_switch(parser, "--with_head", False, "keep the projection head too, under `head.`")
+    return parser
+
+
+def describe(state: dict, key: str) -> dict:
+    """What a user of the weights must know, in plain values."""
+    return {
+        "method": state["kind"],
+        "module": key,
+        "backbone": state["backbone"],
+        "preprocessing": state["preprocessing"],
+        "step": state["step"],
+        "epoch": state["epoch"],
+        "commit": state["commit"],
+        "versions": state["versions"],
+    }
+
+
+def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: Path) -> str:
+    """Compare with the network that the weights are for.
+
+    Returns:
+        One line that says what matched.
+
+    Raises:
+        CheckpointError: nothing matches, or an encoder key is missing.
+    """
+    name = backbone.get("name")
+    if name not in TARGETS:
+        raise CheckpointError(f"{path}: its backbone is {name!r}; known are {', '.join(TARGETS)}")
+    report = compare(
+        {key: value for key, value in weights.items() if not key.startswith("head.")}, TARGETS[name](backbone)
+    )
+    matched, wanted = report.counts(is_encoder=True)
+    if matched < wanted or matched == 0:
+        raise CheckpointError(f"{path}: does not fit {name} of feature size {backbone['feature_size']}: {report}")
+    return f"{name}, feature size {backbone['feature_size']}: {report}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    if Path(flags.output).suffix not in SUFFIXES:
+        raise ValueError(f"{flags.output}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    state = load_checkpoint(flags.checkpoint, KIND)
+    weights = extract(state, flags.checkpoint_key, flags.with_head, flags.checkpoint)
+    print(check_match(weights, state["backbone"], Path(flags.checkpoint)))
+    save_weights(weights, describe(state, flags.checkpoint_key), flags.output)
+    print(f"wrote {len(weights)} tensors of the {flags.checkpoint_key} (step {state['step']}) to {flags.output}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,400 @@
+"""Pretrain with Alice: anatomical invariance and semantic alignment between patients (Jiang et al., ICCV 2023).
+
+One process, on a CPU or one GPU:
+
+    python main_ddp.py --config configs/alice_swinunetr.yaml --data_dir DATA --json_list DATA.json \\
+        --embed_dir EMBEDDINGS --output_dir results/run
+
+Eight GPUs (or eight CPU processes, with --device cpu):
+
+    torchrun --nproc_per_node=8 main_ddp.py --config configs/alice_swinunetr.yaml --data_dir DATA \\
+        --json_list DATA.json --embed_dir EMBEDDINGS --output_dir results/run
+
+The same command again goes on where the run stopped (--resume auto). SIGTERM and SIGUSR1 write a checkpoint and end
+the run with exit code 75; a complete run ends with 0. --pairing iou and random need no --embed_dir.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets.augment import AugmentOptions
+from datasets.correspondences import CorrespondenceTable
+from datasets.data_list import Case, load_data_list
+from datasets.loader import make_pair_loader
+from datasets.masks import mask_grid, num_masked_blocks
+from datasets.pair_sheet import pair_figure, samples_of
+from datasets.pairings import PAIRINGS, PairingOptions
+from datasets.pairs import PairedCropDataset
+from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
+from engine import distributed, pictures
+from engine.checkpoint import find_resumable, load_checkpoint, save_checkpoint
+from engine.distributed import World
+from engine.flags import RunInfo, run_main
+from engine.logging import RunLog, SilentLog, make_log
+from engine.optim import make_optimizer
+from engine.precision import autocast, make_scaler, pick_precision
+from engine.pretrain import Hooks, LoopOptions, Objective, Schedules, pretrain
+from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of
+from engine.run_state import KIND, RunState
+from engine.schedules import CosineSchedule, LinearSchedule, peak_lr
+from engine.signals import EXIT_INTERRUPTED
+from engine.validation import validate
+from engine.weights import start_from
+from losses.alice import AliceLoss
+from models.alice import build_alice
+from models.backbones import BACKBONES
+from models.casa import CASA_VARIANTS
+
+DEFAULT_SPACING_MM = (2.0, 1.5, 1.5)
+VALIDATION_SEED = 1_000_003
+NUM_PICTURED = 2
+
+
+def make_flags():
+    """The command line."""
+    return make_pretrain_flags(__doc__, sorted(PAIRINGS), sorted(BACKBONES), sorted(CASA_VARIANTS))
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    student, teacher = check_and_build(flags)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    world = distributed.start(flags.device, flags.dist_timeout_min)
+    if world.is_main:
+        RunInfo.collect(flags).write(flags.output_dir)
+    data = open_data(flags, world)
+    run = make_run(flags, student, teacher, data, world)
+    options = make_options(flags, data, world)
+    state = find_start(flags, run)
+    log = make_log(world, flags.output_dir, options.num_steps, run.step)
+    log.say(describe_start(flags, data, options, run, world, state))
+    is_complete = train(flags, run, data, options, world, log)
+    log.close()
+    distributed.stop()
+    if not is_complete:
+        raise SystemExit(EXIT_INTERRUPTED)
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Data:
+    """The volumes of a run: the store, and the pairs to train and to validate with (None without held-out cases)."""
+
+    store: VolumeStore
+    training: PairedCropDataset
+    validation: PairedCropDataset | None
+
+
+def open_data(flags, world: World) -> Data:
+    """Open the volume store, building what is missing of it on rank 0, and make the datasets."""
+    cases = {
+        section: load_data_list(flags.json_list, flags.data_dir, section, must_exist=False)
+        for section in ("training", "validation")
+    }
+    store_dir = Path(flags.store_dir or Path(flags.output_dir) / "store")
+    if world.is_main:
+        fill_store(cases["training"] + cases["validation"], store_dir, flags)
+    distributed.wait_for_main(world)
+    spacing = None if flags.spacing_mm is None else spacing_words(flags.spacing_mm)
+    store = VolumeStore(store_dir, expected_spacing_mm=spacing)
+    names = {section: [case.name for case in listed if case.name in store] for section, listed in cases.items()}
+    table = None
+    if flags.pairing == "sam":
+        table = CorrespondenceTable.load(flags.table_file or flags.embed_dir)
+    training = make_dataset(flags, store, table, names["training"], flags.seed)
+    validation = None
+    if names["validation"] and flags.val_freq:
+        validation = make_dataset(flags, store, table, names["validation"], flags.seed + VALIDATION_SEED)
+    return Data(store, training, validation)
+
+
+def spacing_words(words: list[str]) -> tuple[float, float, float] | str:
+    """The value of --spacing_mm as the store takes it: (D, H, W) in mm, or "native"."""
+    return parse_spacing(words) or "native"
+
+
+def fill_store(cases: list[Case], store_dir: Path, flags) -> None:
+    """Store the cases that are not stored yet; say which cannot be read."""
+    spacing_mm = DEFAULT_SPACING_MM if flags.spacing_mm is None else parse_spacing(flags.spacing_mm)
+    if (store_dir / "store.json").exists():
+        store = VolumeStore(store_dir)
+        spacing_mm = store.spacing_mm if flags.spacing_mm is None else spacing_mm
+        cases = [case for case in cases if case.name not in store]
+    if not cases:
+        return
+    print(f"volume store {store_dir}: {len(cases)} cases to add at {spacing_text(spacing_mm)}", flush=True)
+    report = build_store(cases, store_dir, spacing_mm, num_workers=max(1, flags.num_workers))
+    for name, reason in report.failed.items():
+        print(f"left out: {name}: {reason}", flush=True)
+
+
+def pairing_options(flags) -> dict:
+    """What the pairing rules need to know, as arguments of `PairingOptions`."""
+    names = ("min_score", "max_cycle_mm", "iou_range", "jitter_mm")
+    return {"roi": roi_of(flags), **{name: getattr(flags, name) for name in names}}
+
+
+def make_dataset(
+    flags, store: VolumeStore, table: CorrespondenceTable | None, names: list[str], seed: int
+) -> PairedCropDataset:
+    """Paired crops of the cases `names`."""
+    return PairedCropDataset(
+        store,
+        table,
+        flags.pairing,
+        **pairing_options(flags),
+        hu_min=flags.a_min,
+        hu_max=flags.a_max,
+        mask_ratio=flags.mask_ratio,
+        mask_block=flags.mask_block,
+        augment=AugmentOptions() if flags.augment else AugmentOptions.off(),
+        seed=seed,
+        case_names=names,
+    )
+
+
+# Networks, objective, schedules
+
+
+def check_and_build(flags) -> tuple[nn.Module, nn.Module]:
+    """Check all flags, then build student and teacher on the CPU; nothing has been written or started before."""
+    built = []
+
+    def build() -> None:
+        torch.manual_seed(flags.seed)
+        built.append(build_networks(flags))
+
+    further = [
+        lambda: num_masked_blocks(mask_grid(roi_of(flags), flags.mask_block), flags.mask_ratio),
+        lambda: PairingOptions(**pairing_options(flags)),
+        lambda: flags.spacing_mm is None or parse_spacing(flags.spacing_mm),
+        lambda: pick_precision(*precision_request(flags)),
+        lambda: make_loss(flags),
+        build,
+    ]
+    check_flags(flags, distributed.planned_size(), further)
+    return built[0]
+
+
+def precision_request(flags) -> tuple[str, torch.device]:
+    """What is asked for with --precision and --use_fp16, and the device it has to run on."""
+    return "fp16" if flags.use_fp16 else flags.precision, distributed.pick_device(flags.device, 0)
+
+
+def build_networks(flags) -> tuple[nn.Module, nn.Module]:
+    """The student and its EMA teacher; flags and arguments share their names."""
+    shared = (
+        "backbone feature_size casa_variant casa_heads casa_head_dim casa_hidden_dim query_stride key_stride out_dim "
+        "head_hidden_dim head_bottleneck_dim shared_head shared_head_teacher norm_last_layer lambda1 lambda2 lambda3 "
+        "use_checkpoint"
+    )
+    return build_alice(roi=roi_of(flags), **{name: getattr(flags, name) for name in shared.split()})
+
+
+def make_loss(flags) -> AliceLoss:
+    """The objective and its centres."""
+    shared = "lambda1 lambda2 lambda3 out_dim student_temp centre_momentum recon_on"
+    return AliceLoss(**{name: getattr(flags, name) for name in shared.split()})
+
+
+def make_run(flags, student: nn.Module, teacher: nn.Module, data: Data, world: World) -> RunState:
+    """Everything that changes while training, on this rank's device."""
+    student, teacher = student.to(world.device), teacher.to(world.device)
+    info = RunInfo.collect(flags)
+    description = {
+        "flags": info.flags,
+        "commit": info.commit,
+        "versions": info.versions,
+        "random": {"seed": flags.seed, "rule": "torch is seeded from (seed, step, rank) before each step"},
+        "preprocessing": {
+            "axcodes": "SPL",
+            "spacing_mm": list(data.store.spacing_mm) if data.store.spacing_mm else "native",
+            "hu_min": flags.a_min,
+            "hu_max": flags.a_max,
+            "roi": list(roi_of(flags)),
+        },
+        "backbone": {"name": flags.backbone, "feature_size": flags.feature_size, "in_channels": 1},
+        "num_training_cases": len(data.training),
+    }
+    return RunState(
+        student=student,
+        teacher=teacher,
+        loss=make_loss(flags).to(world.device),
+        optimizer=make_optimizer(student, flags.lr, flags.weight_decay, world.device),
+        scaler=make_scaler(pick_precision(*precision_request(flags)), world.device),
+        description=description,
+    )
+
+
+def find_start(flags, run: RunState) -> str:
+    """Resume, start from given weights, or start afresh; returns one line that says which."""
+    if flags.resume not in ("auto", "none"):
+        run.restore(load_checkpoint(flags.resume, KIND), flags.resume)
+        return f"resumed at step {run.step} from {flags.resume}"
+    found = find_resumable(flags.output_dir, KIND) if flags.resume == "auto" else None
+    if found is not None:
+        run.restore(*found)
+        return f"resumed at step {run.step} from {found[1]}"
+    if flags.checkpoint_file:
+        report = start_from(run.student, flags.checkpoint_file)
+        run.teacher.update(run.student, 0.0)
+        backbone = BACKBONES[flags.backbone]
+        told = report.tell(encoder=backbone.encoder_key_prefixes, decoder=backbone.decoder_key_prefixes)
+        return f"started from the weights of {flags.checkpoint_file}: {told}"
+    return "started from random weights"
+
+
+def make_objective(run: RunState, student: nn.Module, precision: str, device: torch.device) -> Objective:
+    """One part of a batch -> total loss and terms.
+
+    Args:
+        student: `run.student`, or DDP around it.
+    """
+
+    def objective(batch: dict, teacher_temp: float, is_last_part: bool) -> tuple[torch.Tensor, dict]:
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        with autocast(precision, device):
+            student_out = student(batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
+            teacher_out = run.teacher(batch["query_teacher"], batch["key_teacher"], student_out)
+        return run.loss(student_out, teacher_out, batch, teacher_temp, update_centres=is_last_part)
+
+    return objective
+
+
+def make_options(flags, data: Data, world: World) -> LoopOptions:
+    """Lengths in steps, from flags in epochs."""
+    steps_per_epoch = flags.steps_per_epoch or max(1, len(data.training) // effective_batch(flags, world.size))
+    return LoopOptions(
+        num_steps=flags.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        num_parts=flags.accumulate_steps,
+        clip_grad=flags.clip_grad,
+        num_freeze_steps=round(flags.freeze_last_layer * steps_per_epoch),
+        nan_policy=flags.nan_policy,
+        log_freq=flags.log_freq,
+        val_freq=flags.val_freq if data.validation is not None else 0,
+        picture_freq=flags.picture_freq,
+        save_freq=flags.saveckp_freq,
+        keep_freq=flags.keep_freq,
+        seed=flags.seed,
+    )
+
+
+def make_schedules(flags, options: LoopOptions, world: World) -> Schedules:
+    """Learning rate, weight decay, EMA momentum and teacher temperature per step."""
+    peak = peak_lr(flags.lr, effective_batch(flags, world.size), flags.lr_reference_batch)
+    num_steps, epoch = options.num_steps, options.steps_per_epoch
+    return Schedules(
+        lr=CosineSchedule(peak, flags.min_lr, num_steps, round(flags.warmup_epochs * epoch)),
+        weight_decay=CosineSchedule(flags.weight_decay, flags.weight_decay_end, num_steps),
+        momentum_teacher=CosineSchedule(flags.momentum_teacher, 1.0, num_steps),
+        teacher_temp=LinearSchedule(
+            flags.warmup_teacher_temp, flags.teacher_temp, flags.warmup_teacher_temp_epochs * epoch
+        ),
+    )
+
+
+# The run
+
+
+def describe_start(flags, data: Data, options: LoopOptions, run: RunState, world: World, state: str) -> str:
+    """What a user should see before the first step."""
+    batch, precision = effective_batch(flags, world.size), pick_precision(*precision_request(flags))
+    num_trained = sum(parameter.numel() for parameter in run.student.parameters() if parameter.requires_grad)
+    num_held_out = len(data.validation) if data.validation is not None else 0
+    spacing = spacing_text(data.store.spacing_mm)
+    facts = ", ".join(f"{name} {value}" for name, value in data.training.statistics().items() if value != [])
+    return "\n".join(
+        [
+            state,
+            f"cases: {len(data.training)} to train with, {num_held_out} held out, spacing {spacing}",
+            f"pairs: --pairing {flags.pairing}: {facts}",
+            f"effective batch: {batch} = {flags.batch_size} a process x {world.size} processes x "
+            f"{flags.accumulate_steps} accumulated",
+            f"length: {options.steps_per_epoch} steps an epoch, {options.num_steps} in all",
+            f"learning rate: peak {peak_lr(flags.lr, batch, flags.lr_reference_batch):g}, floor {flags.min_lr:g}",
+            f"networks: {num_trained / 1e6:.1f} M trained parameters, {precision} on {world.device}",
+        ]
+    )
+
+
+def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, log: RunLog | SilentLog) -> bool:
+    """Compose loaders, objective and hooks, and run the loop; True when it is complete."""
+    precision = pick_precision(*precision_request(flags))
+    schedules = make_schedules(flags, options, world)
+    if flags.compile:
+        run.student.compile()
+    student = wrap(run.student, world)
+    loader = make_pair_loader(
+        data.training,
+        flags.batch_size,
+        world.rank,
+        world.size,
+        flags.num_workers,
+        start_step=run.step,
+        num_steps=options.num_steps,
+        accumulation=flags.accumulate_steps,
+        pin_memory=world.device.type == "cuda",
+    )
+    unwrapped = make_objective(run, run.student, precision, world.device)
+    held_out = held_out_batches(flags, data, world)
+
+    def case_names(batch: dict) -> list[str]:
+        return [data.store.names[int(index)] for side in ("query_case", "key_case") for index in batch[side]]
+
+    hooks = Hooks(
+        validate=lambda: validate(unwrapped, [run.student, run.teacher, run.loss], held_out, flags.teacher_temp, world),
+        draw=lambda batch, step: draw_pictures(run, batch, step, data.store, precision, Path(flags.output_dir), log),
+        save=lambda epoch: save_checkpoint(
+            run.as_checkpoint(options.steps_per_epoch),
+            flags.output_dir,
+            keep_as=None if epoch is None else f"checkpoint{epoch:04d}.pth",
+        ),
+        case_names=case_names,
+    )
+    objective = make_objective(run, student, precision, world.device)
+    return pretrain(run, student, objective, iter(loader), schedules, options, hooks, world, log)
+
+
+def wrap(student: nn.Module, world: World) -> nn.Module:
+    """DDP around the student where there is a process group; the teacher stays outside."""
+    if not distributed.has_group():
+        return student
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(
+        student, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:
+    """This rank's share of the validation pairs: the same pairs every time, as many on every rank."""
+    if data.validation is None:
+        return []
+    num_steps = -(-flags.num_val_pairs // (flags.batch_size * world.size))
+    return make_pair_loader(
+        data.validation, flags.batch_size, world.rank, world.size, num_workers=0, num_steps=num_steps
+    )
+
+
+def draw_pictures(
+    run: RunState, batch: dict, step: int, store: VolumeStore, precision: str, output_dir: Path, log: RunLog
+) -> None:
+    """The batch's first pairs: views, masks and matched points, and reconstructions where the student makes them."""
+    batch = {name: value[:NUM_PICTURED] for name, value in batch.items()}
+    log.image("pairs", pictures.figure_pixels(pair_figure(samples_of(batch), store, "student")), step)
+    figure = pictures.reconstruction_sheet(run.student, batch, store, precision)
+    if figure is not None:
+        log.image("reconstructions", pictures.figure_pixels(figure), step)
+        pictures.save_figure(figure, output_dir / "reconstruction.png")
+
+
+if __name__ == "__main__":
+    run_main(main)
