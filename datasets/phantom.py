@@ -135,7 +135,7 @@ def _scan(hu: np.ndarray, patient: Patient, scan: Scan, rng: np.random.Generator
     """The scanner: table, in-plane blur, correlated noise that grows towards the middle, padding outside the circle."""
     xs, ys, _ = _axes(scan)
     if scan.table_mm is not None:
-        _add_table(hu, patient, scan, xs, ys)
+        _add_table(hu, scan, xs, ys)
     blur = (scan.blur_vox, scan.blur_vox, 0.35)
     hu = gaussian_filter(hu, blur, truncate=2.5)
     noise = gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (0.65, 0.65, 0.3), truncate=2.5)
@@ -151,11 +151,12 @@ def _scan(hu: np.ndarray, patient: Patient, scan: Scan, rng: np.random.Generator
     return hu
 
 
-def _add_table(hu: np.ndarray, patient: Patient, scan: Scan, xs: np.ndarray, ys: np.ndarray) -> None:
-    """A curved table top with a bright skin and a foam core under the patient, wherever there is air."""
-    back = patient.deformation.to_world(np.array([[0.0, -117.0, 250.0], [0.0, -104.0, -60.0], [0, -95.0, 60.0]]))[:, 1]
+def _add_table(hu: np.ndarray, scan: Scan, xs: np.ndarray, ys: np.ndarray) -> None:
+    """A curved table top with a bright skin and a foam core, `table_mm` below the lowest point of the body."""
     middle = scan.origin_mm[0] + 0.5 * scan.spacing_mm[0] * scan.shape[0]
-    top = back.min() - scan.table_mm + ((xs - middle) ** 2) / 900.0
+    curved = (xs - middle) ** 2 / 900.0
+    body = (hu > -300).any(axis=2)
+    top = (ys[None] - curved[:, None])[body].min() - 2.0 - scan.table_mm + curved
     depth = (top[:, None] - ys[None]).astype(np.float32)
     width = np.float32(max(0.9 * scan.spacing_mm[1], 1.5))
     skin = np.exp(-((depth / width) ** 2)) + np.exp(-(((depth - 26) / width) ** 2))

@@ -1,4 +1,4 @@
-"""Phantom CT, landmarks: named atlas points (mm) that a radiologist could mark on bones, vessels, airways and organs."""
+"""Phantom CT, landmarks: named atlas points (mm) a radiologist could mark on bones, vessels, airways and organs."""
 
 import numpy as np
 

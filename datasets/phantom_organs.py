@@ -20,7 +20,7 @@ from datasets.phantom_shapes import Canvas, Region, capsule, curve, ellipsoid, e
 from datasets.phantom_trunk import grow_tree
 
 RIGHT_KIDNEY, LEFT_KIDNEY, RIGHT_ADRENAL, LEFT_ADRENAL = 2, 13, 7, 8
-NUM_LOOP_KNOTS = 125
+NUM_LOOP_KNOTS = 140
 
 
 def paint_organs(canvas: Canvas, patient: Patient) -> None:
@@ -287,13 +287,19 @@ def _paint_colon(canvas: Canvas, patient: Patient) -> None:
     own = noise(region, "middle", patient.noise_offset_mm)
     shape = noise(region, "coarse", patient.noise_offset_mm)
     pouches = np.abs(np.sin(position * np.float32(np.pi / 27) + shape))
-    distance = distance + 3.2 * (1 - pouches) + 1.6 * shape
+    distance = _inside_belly(region, distance + 3.2 * (1 - pouches) + 1.6 * shape)
     canvas.paint(region, distance, np.float32(patient.hu["bowel_wall"] - 10))
     lumen = distance + 2.6
     stool = 30 - 420 * np.clip(own - 0.2 + 0.5 * (patient.stool - 0.5), 0, 1.2)
     canvas.paint(region, lumen, np.where(patient.stool > 0.3, stool, 20 + 6 * own).astype(np.float32))
     level = _gas_level(patient, (0, 84, 60), 34.0) + 12 * np.sin(position * np.float32(1 / 60) + patient.seed % 7)
     canvas.paint(region, np.maximum(lumen + 1, level - _world_y(canvas, region)), np.float32(-960.0))
+
+
+def _inside_belly(region: Region, distance: np.ndarray) -> np.ndarray:
+    """Cut gut where it would press through the belly's wall; the pelvic floor stays open."""
+    wall = cavity_distance(region.x, region.y, region.z) + 1.5
+    return np.maximum(distance, np.where(region.z > -75, wall, np.float32(-9)))
 
 
 @lru_cache(maxsize=2)
@@ -304,8 +310,10 @@ def _loops(seed: int) -> np.ndarray:
     points = [np.array([-44.0, 68, 84])]
     heading = np.array([0.3, 0.2, -1.0])
     for step in range(NUM_LOOP_KNOTS):
-        drift = np.array([-30 + 70 * step / NUM_LOOP_KNOTS, 70.0, 44 - 112 * step / NUM_LOOP_KNOTS]) - points[-1]
-        heading = 0.72 * heading + rng.normal(0, 0.75, 3) * [1.2, 0.6, 1] + 0.006 * drift
+        part = step / NUM_LOOP_KNOTS
+        goal = np.array([-10 + 62 * np.sin(2 * np.pi * 3.5 * part + 3), 68.0, 52 - 128 * part])
+        drift = goal - points[-1]
+        heading = 0.72 * heading + rng.normal(0, 0.75, 3) * [1.2, 0.6, 1] + 0.009 * drift
         heading /= np.linalg.norm(heading)
         points.append(np.clip(points[-1] + 21 * heading, low, high))
     return np.array(points)
@@ -313,13 +321,14 @@ def _loops(seed: int) -> np.ndarray:
 
 def _paint_small_bowel(canvas: Canvas, patient: Patient) -> None:
     points = _loops(patient.seed)
-    radii = 11.0 + 1.5 * np.sin(np.arange(len(points)) * 0.9 + patient.seed % 11)
+    radii = 12.0 + 1.6 * np.sin(np.arange(len(points)) * 0.9 + patient.seed % 11)
     found = canvas.tube(points, radii, pad_mm=3)
     if found is None:
         return
     region, distance, position = found
     own = noise(region, "middle", patient.noise_offset_mm)
     folds = np.sin(position * np.float32(2 * np.pi / 8))
+    distance = _inside_belly(region, distance)
     canvas.paint(region, distance + 0.8 * own, np.float32(patient.hu["bowel_wall"]))
     content = patient.hu["gut_fluid"] + 12 * own + (250 if patient.oral_contrast else 0)
     lumen = distance + 3 + 1.2 * folds

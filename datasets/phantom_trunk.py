@@ -85,6 +85,9 @@ def _paint_muscles(canvas: Canvas, patient: Patient) -> None:
             grain = noise(region, "middle")
             canvas.paint(region, distance, patient.hu["fat"] + 25)
             canvas.paint(region, distance + 1.2, patient.hu["muscle"] + 4 - 80 * np.clip(grain - 1.3, 0, 0.8))
+    for side in (1, -1):  # the diaphragm's pillars, on both sides of the aorta
+        crus = [(side * 9 - 4, 40, 106, 3.5), (side * 15 - 6, 32, 138, 5), (side * 17 - 8, 20, 178, 5)]
+        canvas.paint_tube(*curve([*crus, (side * 17 - 12, 22, 206, 4)], 12.0), np.float32(patient.hu["muscle"]))
     for side in (1, -1):  # fat of the armpit, and under the breast muscles
         for centre, radii in (
             ((134, 6, 372), (13, 34, 46)),
@@ -100,7 +103,8 @@ def lung_distance(region: Region) -> np.ndarray:
     wall = cavity_distance(x, y, z) + 2
     floor = (diaphragm_height(x, y) + 3 - z) * np.float32(0.8)
     front = np.clip((y - 45) * np.float32(1 / 40), 0, 1)
-    half = 24 + 9 * np.exp(-(((z - 345) * np.float32(1 / 38)) ** 2)) - 13 * front
+    half = 20 + 11 * np.exp(-(((z - 338) * np.float32(1 / 40)) ** 2) - ((y - 8) * np.float32(1 / 42)) ** 2) - 8 * front
+    half += 2.6 * noise(region, "coarse")
     return np.maximum(np.maximum(wall, floor), half - np.abs(x + 2))
 
 
@@ -147,7 +151,7 @@ def lung_vessels() -> tuple:
         points = rng.uniform((26, -86, 130), (138, 100, 432), (900, 3)) * [side, 1, 1]
         points = points.astype(np.float32)
         place = Region((), points[:, 0], points[:, 1], points[:, 2])
-        inside = points[lung_distance(place) < -7][:95]
+        inside = points[lung_distance(place) < -7][:115]
         segments += grow_tree(rng, hilum, inside.astype(float), 1.15, 0.36)
     return tuple(segments)
 
@@ -190,7 +194,8 @@ def _paint_chest_vessels(canvas: Canvas, patient: Patient) -> None:
     values = {
         "pulmonary_trunk": hu["right_heart"], "right_pulmonary": hu["right_heart"], "left_pulmonary": hu["right_heart"],
         "superior_cava": 1.1 * hu["right_heart"], "right_vein": hu["cava"], "left_vein": 1.2 * hu["right_heart"],
-        "innominate": hu["aorta"], "left_carotid": hu["aorta"], "right_carotid": hu["aorta"], "left_subclavian": hu["aorta"],
+        "innominate": hu["aorta"], "left_carotid": hu["aorta"], "right_carotid": hu["aorta"],
+        "left_subclavian": hu["aorta"],
     }  # fmt: skip
     for name, value in values.items():
         canvas.paint_tube(*CURVES[name], np.float32(value))
