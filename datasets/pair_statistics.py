@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from datasets.pairings import PAIR_KINDS
+from datasets.pairings import PAIR_KINDS, PairDraw
 
 
 class PairStatistics:
@@ -26,6 +26,16 @@ class PairStatistics:
         self.totals[1] += batch["is_fallback"].sum().cpu()
         self.totals[2 : 2 + num_kinds] += torch.bincount(kind, minlength=num_kinds)
         self.totals[2 + num_kinds :].index_add_(0, kind, score)
+
+    def add_draw(self, draw: PairDraw) -> None:
+        """Count a pair that was drawn and not cut."""
+        self.add(
+            {
+                "pair_kind": torch.tensor(PAIR_KINDS.index(draw.kind)),
+                "is_fallback": torch.tensor(draw.is_fallback),
+                "score": torch.tensor(draw.score),
+            }
+        )
 
     def summary(self) -> dict:
         """Plain values: num_pairs, num_fallback, share_fallback, and per kind met num_<kind> and mean_score_<kind>."""

@@ -105,8 +105,10 @@ class IouPairing:
     def draw(self, rng: np.random.Generator, case: int) -> PairDraw:
         """A pair within `names[case]`."""
         record, roi = self.store.record(self.names[case]), self.options.roi
-        first, last = body_start_range(record, roi, self.options.max_outside)
         low, high = self.options.iou_range
+        first, last = body_start_range(record, roi, 0.0)
+        if crop_iou(first, last, roi) > low:  # a small body: without overhang no two crops lie far enough apart
+            first, last = body_start_range(record, roi, self.options.max_outside)
         # An IoU of at least `low` takes an overlap of 2 low / (1 + low) of the side along every axis. Second crops
         # farther away can only be refused, so they are not drawn: the accepted ones are distributed as if they were.
         reach = np.floor(np.asarray(roi) * (1 - 2 * low / (1 + low))).astype(np.int64) if low > 0 else last - first
@@ -146,7 +148,7 @@ class RandomPairing:
         points = []
         for index in (case, other):
             record = self.store.record(self.names[index])
-            first, last = body_start_range(record, self.options.roi, self.options.max_outside)
+            first, last = body_start_range(record, self.options.roi, 0.0)
             points.append(centre_mm(record, draw_starts(rng, first, last, 1)[0], self.options.roi))
         return PairDraw(self.names[case], self.names[other], points[0], points[1], 0.0, other == case, "random")
 

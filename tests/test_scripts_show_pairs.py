@@ -1,0 +1,56 @@
+"""The command that draws a sheet of paired crops and counts pairs."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.crops import centre_mm
+from datasets.data_list import Case
+from datasets.volume_store import VolumeStore, build_store
+from scripts.show_pairs import main
+from tests.fakes import spl_affine, world_volume
+
+SMALL = ["--roi_x", "32", "--roi_y", "16", "--roi_z", "16", "--num_pairs", "2", "--num_counted", "20"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A store of two cases and a table of ten matches."""
+    folder = tmp_path_factory.mktemp("show_pairs")
+    affine = spl_affine((2.0, 2.0, 2.0), (50.0, 40.0, -50.0))
+    cases = []
+    for name in ("a", "b"):
+        nib.save(nib.Nifti1Image(world_volume(affine=affine), affine), folder / f"{name}.nii.gz")
+        cases.append(Case(name, folder / f"{name}.nii.gz", None))
+    build_store(cases, folder / "store", None, progress=False)
+    store = VolumeStore(folder / "store")
+    rows = np.zeros(10, ROW_DTYPE)
+    rows["key_case"], rows["score"] = 1, np.linspace(0.55, 1.0, 10)
+    rows["query_mm"] = rows["key_mm"] = centre_mm(store.record("a"), np.array([12, 12, 8]), (16, 16, 32))
+    CorrespondenceTable.write(folder / "embed", store.names, rows, {})
+    return folder
+
+
+def test_sam_sheet_and_statistics(folder, capsys):
+    output = folder / "pictures" / "pairs.png"
+    main(["--store_dir", f"{folder}/store", "--embed_dir", f"{folder}/embed", "--output", str(output), *SMALL])
+    facts = json.loads(capsys.readouterr().out)
+    assert output.stat().st_size > 10_000
+    assert facts["num_rows"] == 10 and facts["num_usable_rows"] == 7 and facts["num_cases_without_rows"] == 1
+    assert facts["num_pairs"] == 20 and facts["num_sam"] == facts["num_fallback"] == 10  # b is never a query
+    assert 0.7 <= facts["mean_score_sam"] <= 1.0
+    assert json.loads((output.parent / "pairs.run.json").read_text())["flags"]["roi_x"] == 32
+
+
+def test_iou_sheet_of_student_views(folder, capsys):
+    output = folder / "iou.png"
+    main(["--store_dir", f"{folder}/store", "--pairing", "iou", "--view", "student", "--output", str(output), *SMALL])
+    assert json.loads(capsys.readouterr().out)["num_iou"] > 0 and output.exists()
+
+
+def test_sam_without_a_table_names_the_flags(folder):
+    with pytest.raises(ValueError, match="--embed_dir or --table_file"):
+        main(["--store_dir", f"{folder}/store", "--output", f"{folder}/none.png", *SMALL])
