@@ -1,8 +1,14 @@
-"""Stand-ins for tests: a volume store in memory, with the part of `VolumeStore`'s interface that cropping uses."""
+"""Stand-ins for tests: a volume store in memory, with the part of `VolumeStore`'s interface that cropping uses, and a
+correspondence table and a dataset on top of it."""
 
 from dataclasses import dataclass
 
 import numpy as np
+
+from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.pairs import PairedCropDataset
+
+ROI = (16, 24, 32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,3 +70,30 @@ def world_volume(shape=(40, 44, 48), affine: np.ndarray | None = None) -> np.nda
     index = np.stack(np.meshgrid(*[np.arange(side) for side in shape], indexing="ij"), axis=-1)
     points = index @ affine[:3, :3].T + affine[:3, 3]
     return np.rint(points @ np.array([1.0, 3.0, 5.0])).astype(np.int16)
+
+
+def make_store(num: int = 3, broken=(), shape=(40, 44, 48)) -> FakeStore:
+    """Cases whose voxels spell out their place; every case lies elsewhere in the world, with its own spacing."""
+    affines = {f"case{i}": spl_affine((2.0, 2.0 + 0.1 * i, 2.0), (100 * i, -50 * i, 20 * i)) for i in range(num)}
+    return FakeStore({name: world_volume(shape, affine) for name, affine in affines.items()}, affines, broken)
+
+
+def make_table(store: FakeStore, num: int = 60, score: float = 0.9, seed: int = 0) -> CorrespondenceTable:
+    """Matches between random cases: the same voxel index, wherever that lies in either world."""
+    rng = np.random.default_rng(seed)
+    rows = np.zeros(num, ROW_DTYPE)
+    for row in rows:
+        query, key = rng.choice(len(store), 2, replace=False)
+        index = rng.uniform(0, np.array(store.record(store.names[0]).shape) - 1)
+        for side, case in (("query", query), ("key", key)):
+            row[f"{side}_case"] = case
+            affine = store.record(store.names[case]).affine
+            row[f"{side}_mm"] = affine[:3, :3] @ index + affine[:3, 3]
+    rows["score"], rows["cycle_mm"] = score, 3.0
+    return CorrespondenceTable.from_rows(store.names, rows)
+
+
+def make_dataset(pairing: str = "sam", store=None, table=None, **options) -> PairedCropDataset:
+    store = store or make_store()
+    table = table or (make_table(store) if pairing == "sam" else None)
+    return PairedCropDataset(store, table, pairing, **{"roi": ROI, "mask_block": 8} | options)

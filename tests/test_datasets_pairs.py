@@ -1,8 +1,7 @@
-"""Paired crops: the right place, the right fallback, and a pure function of seed and index."""
+"""Samples of paired crops: their contract, a pure function of seed and index, broken volumes, the real store."""
 
 import logging
 import pickle
-from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -11,79 +10,23 @@ import torch
 
 from datasets.augment import AugmentOptions, window
 from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.crops import centre_mm, crop_iou, cut, start_at
+from datasets.crops import centre_mm, cut
 from datasets.data_list import Case
-from datasets.geometry import world_to_index
 from datasets.loader import make_pair_loader
 from datasets.pair_sheet import draw_pair_sheet, samples_of
-from datasets.pair_statistics import PairStatistics
-from datasets.pairings import PAIR_KINDS, IouPairing, PairingOptions
+from datasets.pairings import PAIR_KINDS
 from datasets.pairs import BrokenVolumeError, PairedCropDataset
 from datasets.volume_store import VolumeStore, build_store
-from tests.fakes import FakeStore, spl_affine, world_volume
+from tests.fakes import ROI, make_dataset, make_store, make_table, spl_affine, world_volume
 
-ROI = (16, 24, 32)
 TENSORS = {"query", "key", "query_student", "query_teacher", "key_student", "key_teacher"}
 EXACT = {"max_outside": 0.0, "jitter_mm": 0.0, "augment": AugmentOptions.off(), "roi": ROI, "mask_block": 8}
-
-
-def make_store(num: int = 3, broken=(), shape=(40, 44, 48)) -> FakeStore:
-    """Cases whose voxels spell out their place; every case lies elsewhere in the world, with its own spacing."""
-    affines = {f"case{i}": spl_affine((2.0, 2.0 + 0.1 * i, 2.0), (100 * i, -50 * i, 20 * i)) for i in range(num)}
-    return FakeStore({name: world_volume(shape, affine) for name, affine in affines.items()}, affines, broken)
-
-
-def make_table(store: FakeStore, num: int = 60, score: float = 0.9, seed: int = 0) -> CorrespondenceTable:
-    """Matches between random cases: the same voxel index, wherever that lies in either world."""
-    rng = np.random.default_rng(seed)
-    rows = np.zeros(num, ROW_DTYPE)
-    for row in rows:
-        query, key = rng.choice(len(store), 2, replace=False)
-        index = rng.uniform(0, np.array(store.record(store.names[0]).shape) - 1)
-        for side, case in (("query", query), ("key", key)):
-            row[f"{side}_case"] = case
-            affine = store.record(store.names[case]).affine
-            row[f"{side}_mm"] = affine[:3, :3] @ index + affine[:3, 3]
-    rows["score"], rows["cycle_mm"] = score, 3.0
-    return CorrespondenceTable.from_rows(store.names, rows)
-
-
-def make_dataset(pairing: str = "sam", store=None, table=None, **options) -> PairedCropDataset:
-    store = store or make_store()
-    table = table or (make_table(store) if pairing == "sam" else None)
-    return PairedCropDataset(store, table, pairing, **{"roi": ROI, "mask_block": 8} | options)
 
 
 def assert_equal(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     for key in a:
         assert torch.equal(a[key], b[key]), key
-
-
-# Where crops lie
-
-
-def test_crop_is_centred_at_the_point_and_padded_with_air():
-    store = make_store(1)
-    record = store.record("case0")
-    for start in ([3, 5, 7], [-4, 30, 40]):
-        start = np.array(start)
-        assert (start_at(record, centre_mm(record, start, ROI), ROI) == start).all()
-    crop = cut(store, "case0", centre_mm(record, np.array([-4, 30, 40]), ROI), ROI)
-    assert (crop[:4] == -1024).all() and (crop[:, 14:] == -1024).all() and (crop[:, :, 8:] == -1024).all()
-    assert (crop[4:, :14, :8] == store.volumes["case0"][:12, 30:, 40:]).all()
-
-
-def test_iou_equals_counting_voxels():
-    counted = np.zeros((2, 40, 60, 80), dtype=bool)
-    counted[0, 3:19, 5:29, 7:39] = True
-    counted[1, 9:25, 1:25, 20:52] = True
-    expected = (counted[0] & counted[1]).sum() / (counted[0] | counted[1]).sum()
-    assert crop_iou([3, 5, 7], [9, 1, 20], ROI) == pytest.approx(expected)
-    assert crop_iou([0, 0, 0], [0, 0, 0], ROI) == 1 and crop_iou([0, 0, 0], [16, 0, 0], ROI) == 0
-
-
-# Samples
 
 
 @pytest.mark.parametrize("pairing", ["sam", "iou", "random"])
@@ -103,160 +46,6 @@ def test_sample_contract(pairing):
         assert torch.equal(sample[side], again)  # the stated case and place are where the crop is from
     assert sample["score"].dtype == torch.float32 and sample["is_fallback"].dtype == torch.bool
     assert PAIR_KINDS[int(sample["pair_kind"])] == pairing and not sample["is_fallback"]
-
-
-def test_sam_crops_show_the_same_place_of_two_cases():
-    """Crop centres are rows of the table, in either direction, even with an odd crop and a different spacing."""
-    dataset = make_dataset(**EXACT)
-    places = {}
-    for row in dataset.pairing.table.rows:
-        places[(int(row["query_case"]), int(row["key_case"]), *np.round(row["query_mm"]))] = row["key_mm"]
-    num_inside = 0
-    for index in range(40):
-        draw = dataset.draw_pair(index)
-        a = (dataset.store.names.index(draw.query_name), dataset.store.names.index(draw.key_name))
-        assert a[0] != a[1]
-        for query, key, query_mm, key_mm in ((*a, draw.query_mm, draw.key_mm), (*a[::-1], draw.key_mm, draw.query_mm)):
-            found = places.get((query, key, *np.round(query_mm)))
-            num_inside += found is not None and np.allclose(found, key_mm, atol=0.01)
-    assert num_inside > 0  # matched points well inside are not moved
-    for index in range(40):  # and all others are moved by one vector: the voxel index stays the same in both cases
-        draw = dataset.draw_pair(index)
-        indices = [
-            world_to_index(dataset.store.record(name).affine, point)
-            for name, point in ((draw.query_name, draw.query_mm), (draw.key_name, draw.key_mm))
-        ]
-        assert np.abs(indices[0] - indices[1]).max() < 1.5  # 5 % other spacing along one axis
-
-
-def test_jitter_moves_both_points_alike_and_changes_between_samples():
-    store = make_store(2)
-    rows = np.zeros(1, ROW_DTYPE)
-    rows["key_case"] = 1
-    rows["query_mm"] = centre_mm(store.record("case0"), np.array([12, 10, 8]), ROI)
-    rows["key_mm"] = centre_mm(store.record("case1"), np.array([12, 10, 8]), ROI)
-    rows["score"] = 0.9
-    dataset = make_dataset("sam", store, CorrespondenceTable.from_rows(store.names, rows), jitter_mm=6.0)
-    moved = []
-    for index in range(60):
-        draw = dataset.draw_pair(index)
-        if draw.is_fallback:
-            continue
-        if draw.query_name == "case1":
-            draw = draw.swapped()
-        assert np.allclose(draw.query_mm - rows["query_mm"][0], draw.key_mm - rows["key_mm"][0], atol=1e-4)
-        moved.append(draw.query_mm - rows["query_mm"][0])
-    assert 4.0 < np.abs(moved).max() <= 6.0 and np.ptp(moved, axis=0).min() > 6.0
-
-
-def test_max_outside_bounds_the_padding_where_both_volumes_allow_it():
-    store = make_store()
-    dataset = make_dataset("sam", store, max_outside=0.25, jitter_mm=20.0)
-    for index in range(60):
-        draw = dataset.draw_pair(index)
-        for name, point in ((draw.query_name, draw.query_mm), (draw.key_name, draw.key_mm)):
-            record = store.record(name)
-            start = start_at(record, point, ROI)
-            overhang = np.maximum(-start, 0) + np.maximum(start + ROI - record.shape, 0)
-            assert (overhang <= 0.25 * np.array(ROI) + 1.5).all()  # half a voxel of rounding, and the other spacing
-
-
-def test_query_cases_are_balanced_and_pairs_go_both_ways():
-    store = make_store(5)
-    dataset = make_dataset("random", store)
-    for epoch in range(4):
-        draws = [dataset.draw_pair(epoch * 5 + i) for i in range(5)]
-        appearances = [draw.query_name for draw in draws] + [draw.key_name for draw in draws]
-        assert set(appearances) == set(store.names)
-        assert all(draw.query_name != draw.key_name for draw in draws)
-    dealt = [[dataset._dealt_case(epoch * 5 + i) for i in range(5)] for epoch in range(6)]
-    assert all(sorted(cases) == list(range(5)) for cases in dealt) and len({tuple(cases) for cases in dealt}) > 1
-    sam = make_dataset("sam", store)
-    swapped = [sam.draw_pair(i).query_name != store.names[sam._dealt_case(i)] for i in range(200)]
-    assert 70 < sum(swapped) < 130  # 4 standard deviations
-
-
-# Thresholds and fallbacks
-
-
-def test_rows_below_the_threshold_are_never_used():
-    store = make_store()
-    table = make_table(store)
-    table.rows["score"][::2] = 0.5
-    table.rows["cycle_mm"][1::4] = 40.0
-    dataset = make_dataset("sam", store, table, max_cycle_mm=15.0)
-    good = {round(float(row["score"]), 3) for row in table.rows[3::4]}
-    assert dataset.pairing.num_usable_rows == 15
-    for index in range(60):
-        draw = dataset.draw_pair(index)
-        assert draw.is_fallback or round(draw.score, 3) in good
-
-
-def test_a_case_without_good_rows_falls_back_within_itself_and_is_counted():
-    store = make_store()
-    table = make_table(store)
-    table.rows["score"][table.rows["query_case"] == 1] = 0.2
-    dataset = make_dataset("sam", store, table)
-    statistics = PairStatistics()
-    for index in range(30):
-        sample = dataset[index]
-        statistics.add(sample)
-        if dataset._dealt_case(index) == 1:
-            assert sample["is_fallback"] and sample["query_case"] == sample["key_case"] == 1
-            assert PAIR_KINDS[int(sample["pair_kind"])] in ("iou", "random")
-        else:
-            assert not sample["is_fallback"] and sample["score"] == pytest.approx(0.9)
-    facts = statistics.summary()
-    assert facts["num_pairs"] == 30 and facts["num_fallback"] == 10 and facts["num_sam"] == 20
-    assert facts["mean_score_sam"] == pytest.approx(0.9) and facts["share_fallback"] == pytest.approx(1 / 3)
-    assert dataset.statistics()["num_cases_without_rows"] == 1
-
-
-def test_no_good_row_at_all_warns_and_still_trains(caplog):
-    with caplog.at_level(logging.WARNING):
-        dataset = make_dataset(min_score=0.99)
-    assert "--min_score 0.99" in caplog.text and bool(dataset[0]["is_fallback"])
-
-
-def test_statistics_of_batches_equal_those_of_samples():
-    dataset = make_dataset("iou", make_store(2))
-    one, joined = PairStatistics(), PairStatistics()
-    for index in range(6):
-        one.add(dataset[index])
-    for batch in make_pair_loader(dataset, 3, num_steps=2):
-        joined.add(batch)
-    assert torch.allclose(one.totals, joined.totals) and joined.summary()["num_iou"] == 6
-
-
-@pytest.mark.parametrize("iou_range", [(0.3, 0.6), (0.0001, 0.3), (0.6, 1.0)])
-def test_iou_pairs_lie_in_the_range(iou_range):
-    store = make_store()
-    dataset = make_dataset("iou", store, iou_range=iou_range)
-    seen, fallbacks = [], 0
-    for index in range(60):
-        draw = dataset.draw_pair(index)
-        starts = [start_at(store.record(draw.query_name), mm, ROI) for mm in (draw.query_mm, draw.key_mm)]
-        iou = float(crop_iou(*starts, ROI))
-        assert draw.query_name == draw.key_name and draw.score == pytest.approx(iou)
-        assert draw.is_fallback or iou_range[0] <= iou <= iou_range[1]
-        fallbacks += draw.is_fallback
-        seen.append(iou)
-    assert np.ptp(seen) > 0.1 and fallbacks < 3
-
-
-def test_iou_gives_up_after_120_draws_and_takes_random_crops(monkeypatch):
-    counted = []
-    real = IouPairing.draw.__globals__["draw_starts"]
-    monkeypatch.setattr("datasets.pairings.draw_starts", lambda *args: counted.append(args[-1]) or real(*args))
-    store = make_store(1)
-    pairing = IouPairing(store, store.names, PairingOptions(ROI, iou_range=(0.9999, 0.99999)))
-    draw = pairing.draw(np.random.default_rng(0), 0)
-    assert draw.is_fallback and draw.kind == "random" and draw.query_name == draw.key_name
-    assert counted == [1, 30] * 4 + [2]
-
-
-def test_random_with_one_case_is_a_fallback():
-    assert make_dataset("random", make_store(1)).draw_pair(0).is_fallback
 
 
 # Purity
@@ -360,15 +149,6 @@ def test_wrong_options_name_their_flag(options, message):
         PairedCropDataset(make_store(), None, **({"pairing": "iou", "roi": ROI, "mask_block": 8} | options))
 
 
-def test_table_in_another_frame_is_refused():
-    """The published code looked points up in a frame flipped on all three axes; such a table must not pass unseen."""
-    store = make_store()
-    table = make_table(store)
-    table.rows["query_mm"] *= -1
-    with pytest.raises(ValueError, match="lie outside of the volumes that they name"):
-        make_dataset("sam", store, table)
-
-
 # The real store
 
 
@@ -437,8 +217,3 @@ def test_sheet_is_drawn(real_store, tmp_path):
     draw_pair_sheet(samples_of(batch), tmp_path / "no_store.png")
     with pytest.raises(ValueError, match="at least one"):
         draw_pair_sheet([], tmp_path / "empty.png")
-
-
-def test_pairing_options_are_checked():
-    with pytest.raises(ValueError, match="--max_outside"):
-        replace(PairingOptions(ROI), max_outside=2.0)

@@ -13,7 +13,8 @@ from datasets.volume_store import VolumeStore, build_store
 from scripts.show_pairs import main
 from tests.fakes import spl_affine, world_volume
 
-SMALL = ["--roi_x", "32", "--roi_y", "16", "--roi_z", "16", "--num_pairs", "2", "--num_counted", "20"]
+SMALL = ["--roi_x", "32", "--roi_y", "16", "--roi_z", "16", "--mask_block", "8", "--num_pairs", "2"]
+SMALL += ["--num_counted", "20"]
 
 
 @pytest.fixture(scope="module")
