@@ -1,0 +1,254 @@
+"""What `scripts/train_sam.py` composes: volumes in memory, averaged weights, the run's state, validation.
+
+Yan et al., "SAM", TMI 2022, Sec. III-A. Training sees volumes only. Landmarks, where there are any, judge the held-out
+cases and touch no weight.
+
+Shapes: B volumes, C channels, (D, H, W) voxels.
+"""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets.geometry import body_box, body_mask, index_to_world, resample
+from datasets.nifti import Volume
+from datasets.volume_store import VolumeStore
+from sam_embed.checkpoint import CheckpointError, EmbedderInfo, embedder_checkpoint
+from sam_embed.embed import embed_volume
+from sam_embed.embedding_store import Embedding
+from sam_embed.match import cycle_error_mm, match_points
+from sam_embed.network import AnatomicalEmbedder
+from sam_embed.views import TrainingVolume
+
+GOOD_MM = 10.0  # the share of errors below this is reported
+NUM_CYCLE_POINTS = 60
+
+
+def to_training_volume(volume: Volume, name: str, info: EmbedderInfo) -> TrainingVolume:
+    """The body of a volume on SAM's grid, int16 HU, with its body mask.
+
+    Raises:
+        ValueError: nothing in the volume is denser than -500 HU.
+    """
+    array, _ = resample(volume.array, volume.affine, info.spacing_mm)
+    inside = body_mask(array, info.spacing_mm)
+    if not inside.any():
+        raise ValueError(
+            f"{volume.path}: no patient in it (nothing is denser than -500 HU); remove it from --json_list"
+        )
+    start, stop = body_box(array, info.spacing_mm)
+    cut = tuple(slice(int(low), int(high)) for low, high in zip(start, stop))
+    hu = torch.from_numpy(np.ascontiguousarray(array[cut]))
+    return TrainingVolume(name, hu, torch.from_numpy(np.ascontiguousarray(inside[cut])), tuple(info.spacing_mm))
+
+
+def load_training_volumes(store: VolumeStore, info: EmbedderInfo, num_threads: int = 1) -> list[TrainingVolume]:
+    """All volumes of a store on SAM's grid, in the store's order. At 4 mm a trunk takes about 1.5 MB."""
+
+    def load(name: str) -> TrainingVolume:
+        return to_training_volume(store.read(name), name, info)
+
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        return list(pool.map(load, store.names))
+
+
+def embed_views(network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Both views of a batch in one forward pass (so that batch norms see both).
+
+    Returns:
+        fine (view a, view b) and coarse (view a, view b), each float32 [B, C, d, h, w].
+    """
+    views = torch.cat([batch["view_a"], batch["view_b"]])  # [2B, 1, D, H, W]
+    fine, coarse = network(views.contiguous(memory_format=torch.channels_last_3d))
+    return tuple(fine.float().chunk(2)), tuple(coarse.float().chunk(2))
+
+
+class WeightAverage:
+    """Exponential average of a network's weights; it starts as a plain mean, so that short runs profit too.
+
+    Args:
+        network: averaged; its batch-norm statistics are copied as they are.
+        momentum: share of the old average in the new one; 0 = the average is the network itself.
+    """
+
+    def __init__(self, network: nn.Module, momentum: float) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"--ema_momentum is {momentum}; expected from 0 (off) to below 1")
+        self.momentum = momentum
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Take in the weights after `step` steps."""
+        momentum = min(self.momentum, step / (step + 10))
+        for mine, new in zip(self.network.parameters(), network.parameters()):
+            mine.lerp_(new, 1 - momentum)
+        for mine, new in zip(self.network.buffers(), network.buffers()):
+            mine.copy_(new)
+
+
+def share_done(step: int, num_steps: int, elapsed_s: float, limit_s: float) -> float:
+    """How far a run is, 0 to 1: the larger of its steps' and its time's share (`limit_s` 0 = no limit).
+
+    The learning rate follows this, so that a run on a slow machine ends with a low one too.
+    """
+    by_time = elapsed_s / limit_s if limit_s > 0 else 0.0
+    return min(1.0, max(step / num_steps, by_time))
+
+
+@dataclass
+class SamRun:
+    """Everything that changes while SAM trains.
+
+    Attributes:
+        network: not wrapped by DDP.
+        average: its averaged weights; these are the checkpoint's `state_dict`.
+        description: plain values added to the checkpoint (flags, commit, versions).
+        step, elapsed_s: steps done, seconds trained, over all parts of a resumed run.
+        best: lowest validation error so far, mm (None before the first validation).
+    """
+
+    network: AnatomicalEmbedder
+    average: WeightAverage
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    info: EmbedderInfo
+    description: dict = field(default_factory=dict)
+    step: int = 0
+    elapsed_s: float = 0.0
+    best: float | None = None
+
+    def as_checkpoint(self) -> dict:
+        """What `load_embedder` reads, and beside it what resuming needs."""
+        return embedder_checkpoint(
+            self.average.network,
+            self.info,
+            raw_state_dict=self.network.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            step=self.step,
+            elapsed_s=self.elapsed_s,
+            best=self.best,
+            **self.description,
+        )
+
+    def restore(self, state: dict, path: str) -> None:
+        """Go on where `state` was written.
+
+        Raises:
+            CheckpointError: it is of another network or optimiser, or has weights alone.
+        """
+        missing = [name for name in ("raw_state_dict", "optimizer", "step") if name not in state]
+        if missing:
+            raise CheckpointError(
+                f"{path}: holds weights but no {', '.join(missing)} to resume from; use --resume none"
+            )
+        if state["options"] != self.network.options or state["preprocessing"] != self.info.preprocessing():
+            raise CheckpointError(
+                f"{path}: its network or preprocessing differs from the flags: {state['options']} at "
+                f"{state['preprocessing']} instead of {self.network.options} at {self.info.preprocessing()}; "
+                "use the flags it was trained with, or --resume none with another --output_dir"
+            )
+        self.network.load_state_dict(state["raw_state_dict"])
+        self.average.network.load_state_dict(state["state_dict"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: its optimiser does not fit --optimizer ({error})") from error
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.elapsed_s, self.best = state["step"], state["elapsed_s"], state["best"]
+
+
+def read_landmarks(landmark_dir: str | Path, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Named landmarks (world mm, [3]) of the cases that have a file `<case>.json` in the folder.
+
+    Raises:
+        ValueError: a file that is no landmark file, or no case has one.
+    """
+    found = {}
+    for name in names:
+        path = Path(landmark_dir) / f"{name}.json"
+        if not path.is_file():
+            continue
+        try:
+            places = json.loads(path.read_text())["landmarks_mm"]
+            found[name] = {key: np.asarray(place, dtype=np.float64).reshape(3) for key, place in places.items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f'{path}: not a landmark file {{"landmarks_mm": {{name: [x, y, z]}}}} ({error})'
+            ) from error
+    if not found:
+        raise ValueError(f"{landmark_dir}: no landmark file for any of {', '.join(names)} (--landmark_dir)")
+    return found
+
+
+class Validator:
+    """Judges weights on held-out volumes: landmark error where landmarks are known, else the cycle error.
+
+    Args:
+        volumes: name -> volume; every ordered pair of them is matched.
+        landmarks: name -> {landmark -> world mm [3]}, or None.
+        memory_mb: for embedding one volume.
+    """
+
+    def __init__(
+        self, volumes: dict[str, Volume], landmarks: dict[str, dict[str, np.ndarray]] | None, memory_mb: float = 4096
+    ) -> None:
+        if len(volumes) < 2:
+            raise ValueError(f"validation matches pairs of cases and needs two of them, found {len(volumes)}")
+        self.volumes, self.landmarks, self.memory_mb = volumes, landmarks, memory_mb
+
+    def __call__(self, network: AnatomicalEmbedder, info: EmbedderInfo) -> dict[str, float]:
+        """`error_mm_median`, `error_mm_p90` (or `cycle_mm_*`) and `share_within_10mm` over all ordered pairs."""
+        embeddings = {
+            name: embed_volume(network, volume, info, self.memory_mb, name) for name, volume in self.volumes.items()
+        }
+        pairs = [(query, key) for query in embeddings for key in embeddings if query != key]
+        measure = self._cycle_errors if self.landmarks is None else self._landmark_errors
+        errors = np.concatenate([measure(embeddings[query], embeddings[key]) for query, key in pairs])
+        name = "cycle_mm" if self.landmarks is None else "error_mm"
+        return {
+            f"{name}_median": float(np.median(errors)),
+            f"{name}_p90": float(np.percentile(errors, 90)),
+            f"share_within_{GOOD_MM:.0f}mm": float(np.mean(errors <= GOOD_MM)),
+        }
+
+    def _landmark_errors(self, query: Embedding, key: Embedding) -> np.ndarray:
+        here, there = self.landmarks.get(query.name, {}), self.landmarks.get(key.name, {})
+        shared = sorted(here.keys() & there.keys())
+        if not shared:
+            return np.zeros(0)
+        matches = match_points(query, key, np.stack([here[name] for name in shared]))
+        errors = np.linalg.norm(matches.points_mm - np.stack([there[name] for name in shared]), axis=1)
+        return errors[np.isfinite(errors)]
+
+    def _cycle_errors(self, query: Embedding, key: Embedding) -> np.ndarray:
+        points = self._points_in_body(query.name)
+        errors = cycle_error_mm(query, key, points, match_points(query, key, points))
+        return errors[np.isfinite(errors)]
+
+    def _points_in_body(self, name: str) -> np.ndarray:
+        """World mm [N, 3] of random places in the body of a case, the same ones in every validation."""
+        volume = self.volumes[name]
+        array, affine = resample(volume.array, volume.affine, (8.0, 8.0, 8.0))
+        places = np.argwhere(body_mask(array, (8.0, 8.0, 8.0)))
+        chosen = np.random.default_rng(0).choice(len(places), min(NUM_CYCLE_POINTS, len(places)), replace=False)
+        return index_to_world(affine, places[chosen])
+
+
+def main_error(measured: Mapping[str, float]) -> float:
+    """What decides which checkpoint is best: median plus a tenth of the 90th percentile, mm.
+
+    The median alone ignores far outliers, and they are what mining suffers from.
+    """
+    medians = [value for name, value in measured.items() if name.endswith("_median")]
+    tails = [value for name, value in measured.items() if name.endswith("_p90")]
+    return medians[0] + 0.1 * tails[0]

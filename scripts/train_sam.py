@@ -1,0 +1,365 @@
+"""Train SAM's anatomical embeddings on the user's own volumes, without labels or landmarks.
+
+    python scripts/train_sam.py --config configs/sam_quickstart.yaml --data_dir D --json_list F.json \\
+        --store_dir STORE --output_dir OUT --landmark_dir D/landmarks        (2 CPU cores, minutes)
+    torchrun --nproc_per_node=8 scripts/train_sam.py --config configs/sam_published.yaml --data_dir D \\
+        --json_list F.json --store_dir STORE --output_dir OUT                (8 GPUs, hours)
+
+Writes OUT/checkpoint.pth (the latest; resumes), OUT/checkpoint_best.pth (lowest validation error, or the latest where
+nothing is validated), log.txt, TensorBoard files and run.json. Both checkpoints load with `load_embedder`. The store is
+built when it is missing. Validation takes the list's `validation` section: landmark error with --landmark_dir, else the
+cycle error. Training volumes stay in memory at SAM's grid: 1.5 MB each at 4 mm, 12 MB at 2 mm.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from datasets.data_list import DataListError, load_data_list
+from datasets.sampler import StepSampler
+from datasets.volume_store import VolumeStore, build_store, parse_spacing
+from engine import distributed
+from engine.checkpoint import CheckpointError, find_resumable, load_checkpoint, save_checkpoint
+from engine.distributed import World, all_max
+from engine.flags import RunInfo, add_switch, make_parser, run_main
+from engine.logging import Clock, Meters, make_log
+from engine.optim import clip_gradients, make_optimizer
+from engine.precision import autocast, make_scaler, pick_precision
+from engine.schedules import CosineSchedule
+from engine.signals import EXIT_INTERRUPTED, StopRequest
+from sam_embed.checkpoint import EmbedderInfo
+from sam_embed.contrastive import LEVELS, LevelOptions, SamLoss
+from sam_embed.network import AnatomicalEmbedder
+from sam_embed.training import (
+    SamRun,
+    Validator,
+    WeightAverage,
+    embed_views,
+    load_training_volumes,
+    main_error,
+    read_landmarks,
+    share_done,
+)
+from sam_embed.view_intensity import IntensityOptions
+from sam_embed.views import ViewOptions, ViewPairDataset
+
+KIND = "sam_embed"
+BEST = "checkpoint_best.pth"
+SCHEDULE_PARTS = 10_000  # resolution of the learning rate's schedule over the share of the run that is done
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this command; `configs/sam_*.yaml` set them."""
+    parser = make_parser(__doc__)
+    add_data_flags(parser.add_argument_group("data"))
+    add_network_flags(parser.add_argument_group("network and its input"))
+    add_view_flags(parser.add_argument_group("views"))
+    for level in LEVELS:
+        add_level_flags(parser.add_argument_group(f"loss, {level} level"), level)
+    add_optimiser_flags(parser.add_argument_group("optimiser"))
+    add_running_flags(parser.add_argument_group("running"))
+    return parser
+
+
+def add_data_flags(group) -> None:
+    add = group.add_argument
+    add("--data_dir", type=str, required=True, help="folder that the list's paths are relative to")
+    add("--json_list", type=str, required=True, help="data list, see scripts/create_json.py")
+    add("--store_dir", type=str, required=True, help="volume store; what is missing in it is built")
+    add("--store_spacing_mm", type=str | float, nargs="+", default=["native"], help="of a store built here")
+    add("--landmark_dir", type=str, default="", help="<case>.json files that judge held-out cases; none: cycle error")
+    add("--output_dir", type=str, required=True, help="checkpoints, log.txt, TensorBoard, run.json")
+
+
+def add_network_flags(group) -> None:
+    add = group.add_argument
+    add("--spacing_mm", type=float, nargs=3, default=[4.0, 4.0, 4.0], help="SAM's grid (D, H, W), mm")
+    add("--hu_min", type=float, default=-1024.0, help="HU are clipped to [hu_min, hu_max] ...")
+    add("--hu_max", type=float, default=600.0, help="... mapped to [0, scale_to] ...")
+    add("--scale_to", type=float, default=4.0, help="... see --hu_max ...")
+    add("--offset", type=float, default=-2.0, help="... and this is added")
+    add("--width", type=int, default=24, help="channels of the stem")
+    add("--embed_dim", type=int, default=32, help="channels of each embedding")
+    add("--stem_kernel", type=int, nargs=3, default=[5, 5, 5], help="of the first convolution (D, H, W)")
+    add("--stem_stride", type=int, nargs=3, default=[2, 2, 2], help="likewise; with the pool the fine output's stride")
+    add("--pool_stride", type=int, nargs=3, default=[1, 1, 1], help="of the max pool after the first stage")
+    strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
+    add("--stage_strides", type=list[list[int]], default=strides, help="one (D, H, W) stride per stage")
+    add("--stage_kernel_depths", type=int, nargs=4, default=[3, 3, 3, 3], help="kernel size along D per stage")
+    add("--norm", type=str, choices=["batch", "instance", "group"], default="batch", help="normalisation layers")
+
+
+def add_view_flags(group) -> None:
+    add = group.add_argument
+    add("--view_shape", type=int, nargs=3, default=[80, 56, 72], help="voxels of a view (D, H, W)")
+    add("--num_points", type=int, default=256, help="corresponding points per pair of views")
+    add("--min_overlap", type=float, default=0.6, help="of two views along each axis, share of their extent")
+    add("--max_scale", type=float, default=1.25, help="each axis is scaled by 1 / this to this; 1 = off")
+    add("--rotate_deg", type=float, default=10.0, help="largest rotation about each axis; 0 = off")
+    add("--shear", type=float, default=0.08, help="largest shear; 0 = off")
+    add("--elastic_mm", type=float, default=14.0, help="largest std of the control points' displacement; 0 = off")
+    add("--elastic_spacing_mm", type=float, nargs=2, default=[50.0, 120.0], help="range of their distance, mm")
+    add("--truncate", type=float, default=0.3, help="probability that a view's scan ends early, per end; 0 = off")
+    add("--curve_hu", type=float, default=15.0, help="std of the random intensity curve, HU; 0 = off")
+    add("--field_hu", type=float, default=25.0, help="std of smooth fields in soft tissue, HU; 0 = off")
+    add("--noise_hu", type=float, default=40.0, help="largest std of the noise, HU; 0 = off")
+    add("--blur_vox", type=float, default=0.8, help="largest std of the blur, voxels; 0 = off")
+
+
+def add_level_flags(group, level: str) -> None:
+    add, defaults = group.add_argument, LevelOptions()
+    ignore_mm = 60.0 if level == "coarse" else 14.0
+    add(f"--{level}_weight", type=float, default=1.0, help="of this level in the loss; 0 = off")
+    add(f"--{level}_temperature", type=float, default=defaults.temperature, help="of its softmax")
+    add(f"--{level}_ignore_mm", type=float, default=ignore_mm, help="voxels nearer than this are no negatives")
+    add(f"--{level}_num_keys", type=int, default=6000, help="voxels that may be negatives, at random; 0 = all")
+    add(f"--{level}_num_hard", type=int, default=0, help="size of the pool of the hardest of them; 0 = all")
+    add(f"--{level}_num_drawn", type=int, default=0, help="negatives drawn from that pool; 0 = all")
+    add(f"--{level}_num_other", type=int, default=0, help="negatives from each other volume of the batch; 0 = none")
+    add_switch(group, f"--{level}_both_views", False, "negatives from the query's own view too")
+
+
+def add_optimiser_flags(group) -> None:
+    add = group.add_argument
+    add("--steps", type=int, default=200, help="length of the run, optimiser steps")
+    add("--time_limit_min", type=float, default=0.0, help="end (and lower the learning rate) by then; 0 = no limit")
+    add("--batch_size", type=int, default=1, help="volumes per process and step, two views each")
+    add("--optimizer", type=str, choices=["adamw", "sgd"], default="adamw", help="sgd has momentum 0.9, as published")
+    add("--lr", type=float, default=3e-3, help="peak learning rate")
+    add("--min_lr", type=float, default=3e-5, help="learning rate at the end")
+    add("--warmup_share", type=float, default=0.1, help="share of the run in which the learning rate rises; 0 = none")
+    add("--weight_decay", type=float, default=1e-4, help="0 = off")
+    add("--clip_grad", type=float, default=1.0, help="largest joint gradient norm; 0 = off")
+    add("--ema_momentum", type=float, default=0.98, help="of the averaged weights that the checkpoint holds; 0 = off")
+    add("--seed", type=int, default=0, help="decides weights and views")
+
+
+def add_running_flags(group) -> None:
+    add = group.add_argument
+    add("--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one")
+    precisions = ["auto", "fp32", "bf16", "fp16"]
+    add("--precision", type=str, choices=precisions, default="auto", help="auto = bf16 on CUDA that has it, else fp32")
+    add("--num_workers", type=int, default=0, help="processes that make views, per rank; 0 = the training process")
+    add("--load_threads", type=int, default=2, help="threads that load the volumes at the start")
+    add("--log_freq", type=int, default=10, help="steps between log lines")
+    add("--val_freq", type=int, default=0, help="steps between validations; 0 = at the end only")
+    add("--val_cases", type=int, default=4, help="held-out cases to match with each other; 0 = no validation")
+    add("--save_freq", type=int, default=200, help="steps between checkpoints; 0 = at the end only")
+    add("--resume", type=str, default="auto", help="auto = go on if OUTPUT_DIR has a checkpoint; none; or a file")
+    add("--dist_timeout_min", type=float, default=30.0, help="minutes that a rank waits for the others")
+
+
+def view_options(flags: jsonargparse.Namespace) -> ViewOptions:
+    """The views that the flags describe."""
+    intensity = {f.name: getattr(flags, f.name) for f in dataclasses.fields(IntensityOptions)}
+    same_name = ("num_points", "min_overlap", "max_scale", "rotate_deg", "shear", "elastic_mm", "truncate")
+    return ViewOptions(
+        shape=tuple(flags.view_shape),
+        spacing_mm=tuple(flags.spacing_mm),
+        elastic_spacing_mm=tuple(flags.elastic_spacing_mm),
+        intensity=IntensityOptions(**intensity),
+        **{name: getattr(flags, name) for name in same_name},
+    )
+
+
+def build_loss(flags: jsonargparse.Namespace, network: AnatomicalEmbedder) -> SamLoss:
+    """The loss that the flags describe, for this network's grids."""
+    names = [field.name for field in dataclasses.fields(LevelOptions)]
+    levels = {level: LevelOptions(**{name: getattr(flags, f"{level}_{name}") for name in names}) for level in LEVELS}
+    return SamLoss(levels, network.fine_grid(), network.coarse_grid(), flags.spacing_mm)
+
+
+def build_run(flags: jsonargparse.Namespace, world: World, info: EmbedderInfo, description: dict) -> SamRun:
+    """Network, averaged weights and optimiser on this rank's device, as at step 0."""
+    torch.manual_seed(flags.seed)
+    names = ("width", "embed_dim", "stem_kernel", "stem_stride", "pool_stride", "stage_strides", "stage_kernel_depths")
+    network = AnatomicalEmbedder(**{name: getattr(flags, name) for name in (*names, "norm")})
+    network = network.to(world.device, memory_format=torch.channels_last_3d)
+    if flags.optimizer == "sgd":
+        optimizer = torch.optim.SGD(network.parameters(), flags.lr, momentum=0.9, weight_decay=flags.weight_decay)
+    else:
+        optimizer = make_optimizer(network, flags.lr, flags.weight_decay, world.device)
+    scaler = make_scaler(pick_precision(flags.precision, world.device), world.device)
+    return SamRun(network, WeightAverage(network, flags.ema_momentum), optimizer, scaler, info, description)
+
+
+def resume(run: SamRun, flags: jsonargparse.Namespace) -> str:
+    """Restore the run that `--resume` names, if any; returns a line for the user."""
+    if flags.resume == "none":
+        return "starting anew"
+    if flags.resume != "auto":
+        run.restore(load_checkpoint(flags.resume, KIND), flags.resume)
+        return f"resumed {flags.resume} at step {run.step}"
+    found = find_resumable(flags.output_dir, KIND)
+    if found is None:
+        return "starting anew"
+    run.restore(found[0], str(found[1]))
+    return f"resumed {found[1]} at step {run.step}"
+
+
+def open_store(flags: jsonargparse.Namespace, world: World, section: str, limit: int | None) -> VolumeStore | None:
+    """The store's cases of a section of the data list, or None without any; rank 0 builds what is missing."""
+    try:
+        cases = load_data_list(flags.json_list, flags.data_dir, section)[:limit]
+    except DataListError:
+        if section == "training":
+            raise
+        cases = []
+    if not cases:
+        return None
+    failed = {}
+    if world.is_main:
+        spacing_mm = parse_spacing(flags.store_spacing_mm)
+        if (Path(flags.store_dir) / "store.json").exists():
+            spacing_mm = VolumeStore(flags.store_dir, []).spacing_mm
+        failed = build_store(cases, flags.store_dir, spacing_mm, max(1, flags.num_workers)).failed
+        for name, reason in failed.items():
+            print(f"left out {name}: {reason}", file=sys.stderr)
+    distributed.wait_for_main(world)
+    failed = distributed.gather_objects(failed)[0]
+    names = [case.name for case in cases if case.name not in failed]
+    return VolumeStore(flags.store_dir, names) if names else None
+
+
+def build_validator(flags: jsonargparse.Namespace, world: World) -> Validator | None:
+    """The judge of held-out cases, on rank 0 only; None where there are fewer than two."""
+    store = open_store(flags, world, "validation", flags.val_cases) if flags.val_cases > 1 else None
+    if store is None or len(store) < 2 or not world.is_main:
+        return None
+    landmarks = read_landmarks(flags.landmark_dir, store.names) if flags.landmark_dir else None
+    return Validator({name: store.read(name) for name in store.names}, landmarks)
+
+
+def train(
+    run: SamRun,
+    wrapped: nn.Module,
+    loss: SamLoss,
+    batches: DataLoader,
+    flags: jsonargparse.Namespace,
+    validator: Validator | None,
+    world: World,
+    log,
+) -> bool:
+    """Train from `run.step` to the end of steps or time; False when a signal ended it after a checkpoint."""
+    warmup = round(flags.warmup_share * SCHEDULE_PARTS)
+    schedule = CosineSchedule(flags.lr, flags.min_lr, SCHEDULE_PARTS, warmup, flags.lr / 20)
+    precision = pick_precision(flags.precision, world.device)
+    parameters = list(run.network.parameters())
+    meters, clock, started_s = Meters(), Clock(), time.perf_counter() - run.elapsed_s
+    with StopRequest() as stop:
+        for batch in batches:
+            # Learning rate; ranks agree on the time
+            share = share_done(run.step, flags.steps, time.perf_counter() - started_s, flags.time_limit_min * 60)
+            share, is_asked_to_stop = all_max(
+                torch.tensor([share, float(stop.requested)], device=world.device)
+            ).tolist()
+            lr = schedule(round(share * SCHEDULE_PARTS))
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+
+            # Forward and backward
+            clock.data_arrived(len(batch["view_a"]) * world.size)
+            draws = batch["draw"]
+            batch = {name: value.to(world.device, non_blocking=True) for name, value in batch.items()}
+            with autocast(precision, world.device):
+                fine, coarse = embed_views(wrapped, batch)
+            total, terms = loss(fine, coarse, (batch["points_a"], batch["points_b"]), draws)
+            run.scaler.scale(total).backward()
+
+            # Clip, finite check over ranks, step, average
+            run.scaler.unscale_(run.optimizer)
+            grad_norm = clip_gradients(parameters, flags.clip_grad)
+            is_broken = all_max((~torch.isfinite(total.detach())).float().view(1)).item()
+            if is_broken:
+                raise ValueError(f"the loss is not finite at step {run.step}; lower --lr (now {flags.lr:g})")
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.step += 1
+            run.average.update(run.network, run.step)
+            run.elapsed_s = time.perf_counter() - started_s
+            meters.add({"loss": total.detach(), **terms})
+            clock.step_done()
+
+            # Log, validate, save
+            is_last = run.step >= flags.steps or share >= 1
+            log.advance()
+            if run.step % flags.log_freq == 0 or is_last:
+                told = meters.read(world.device) | {"lr": lr, "grad_norm": float(grad_norm)} | clock.read()
+                log.record("train", run.step, 0, told)
+            is_val_due = is_last or (flags.val_freq > 0 and run.step % flags.val_freq == 0)
+            is_save_due = is_last or is_asked_to_stop or (flags.save_freq > 0 and run.step % flags.save_freq == 0)
+            is_best = is_val_due and judge(run, validator, log)
+            if world.is_main and (is_save_due or is_best):
+                save_checkpoint(run.as_checkpoint(), flags.output_dir, BEST if is_best else None)
+            distributed.wait_for_main(world) if is_val_due else None
+            if is_last or is_asked_to_stop:
+                return bool(is_last)
+    return True
+
+
+def judge(run: SamRun, validator: Validator | None, log) -> bool:
+    """Validate the averaged weights, if there is a validator; whether they are the best so far."""
+    if validator is None:
+        return True
+    measured = validator(run.average.network, run.info)
+    log.record("validation", run.step, 0, measured)
+    error = main_error(measured)
+    is_best = run.best is None or error < run.best
+    run.best = error if is_best else run.best
+    return is_best
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    world = distributed.start(flags.device, flags.dist_timeout_min)
+    try:
+        is_complete = run_training(flags, world)
+    finally:
+        distributed.stop()
+    if not is_complete:
+        raise SystemExit(EXIT_INTERRUPTED)
+
+
+def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
+    """Set everything up, train, and say where the result is; False when a signal ended the training."""
+    run_info = RunInfo.collect(flags)
+    info = EmbedderInfo(tuple(flags.spacing_mm), flags.hu_min, flags.hu_max, flags.scale_to, flags.offset)
+    options = view_options(flags)
+    description = {"flags": run_info.flags, "commit": run_info.commit, "versions": run_info.versions}
+    run = build_run(flags, world, info, description)
+    loss = build_loss(flags, run.network)
+    resumed = resume(run, flags)
+    store = open_store(flags, world, "training", None)
+    if store is None:
+        raise CheckpointError(f"{flags.json_list}: none of its training cases could be read")
+    validator = build_validator(flags, world)
+    dataset = ViewPairDataset(load_training_volumes(store, info, flags.load_threads), options, info, flags.seed)
+    sampler = StepSampler(flags.batch_size, world.rank, world.size, flags.steps, run.step)
+    batches = DataLoader(
+        dataset, batch_sampler=sampler, num_workers=flags.num_workers, persistent_workers=flags.num_workers > 0
+    )
+    wrapped = run.network
+    if distributed.has_group():
+        wrapped = nn.parallel.DistributedDataParallel(run.network)
+    if world.is_main:
+        run_info.write(flags.output_dir)
+    log = make_log(world, flags.output_dir, flags.steps, run.step)
+    log.say(f"{len(dataset.volumes)} training volumes, {resumed}, {world.size} process(es) on {world.device.type}")
+    try:
+        is_complete = train(run, wrapped, loss, batches, flags, validator, world, log)
+    finally:
+        log.close()
+    return is_complete
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,203 @@
+"""SAM's training command: it lowers the matching error, resumes exactly, joins ranks, and says what is wrong."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets.volume_store import VolumeStore
+from engine.checkpoint import load_checkpoint
+from sam_embed import training
+from sam_embed.checkpoint import EmbedderInfo, load_embedder
+from sam_embed.network import AnatomicalEmbedder
+from sam_embed.training import Validator, WeightAverage, read_landmarks, share_done
+from scripts import train_sam
+from tests.small_torsos import write_torsos
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = {
+    **{"width": 8, "embed_dim": 8, "stem_kernel": (3, 3, 3), "stem_stride": (1, 1, 1), "norm": "group"},
+    **{"spacing_mm": (8, 8, 8), "view_shape": (28, 16, 24), "num_points": 64, "steps": 4, "log_freq": 1},
+    **{"val_cases": 0, "fine_num_keys": 600, "joint_num_keys": 600, "device": "cpu", "precision": "fp32"},
+    **{"fine_ignore_mm": 16, "joint_ignore_mm": 16, "ema_momentum": 0.9, "elastic_mm": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_torsos(tmp_path_factory.mktemp("torsos"), num_training=6, num_validation=3)
+
+
+def arguments(corpus: Path, output_dir: Path, **changed) -> list[str]:
+    flags = {"data_dir": corpus, "json_list": corpus / "list.json", "store_dir": corpus / "store"}
+    flags |= {"output_dir": output_dir, **TINY, **changed}
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
+def logged(output_dir: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def weights(output_dir: Path, name: str = "checkpoint.pth") -> dict:
+    return load_checkpoint(output_dir / name, "sam_embed")
+
+
+def test_training_lowers_the_matching_error_of_held_out_cases(corpus, tmp_path):
+    flags = arguments(
+        corpus, tmp_path, steps=60, width=8, lr=5e-3, val_cases=3, landmark_dir=corpus / "landmarks", log_freq=10
+    )
+    train_sam.main(flags)
+    lines = logged(tmp_path, "train")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 2
+    trained = logged(tmp_path, "validation")[-1]
+    network, info = load_embedder(tmp_path / "checkpoint_best.pth")
+    assert info.spacing_mm == (8.0, 8.0, 8.0)
+    assert network.options["norm"] == "group"
+    store = VolumeStore(corpus / "store", [f"torso{i}" for i in (6, 7, 8)])
+    volumes = {name: store.read(name) for name in store.names}
+    validator = Validator(volumes, read_landmarks(corpus / "landmarks", store.names))
+    torch.manual_seed(0)
+    untrained = validator(AnatomicalEmbedder(**network.options).eval(), info)
+    assert trained["error_mm_median"] < 0.5 * untrained["error_mm_median"]
+    assert trained["error_mm_median"] < 24  # three voxels
+    again = validator(network, info)
+    assert math.isclose(again["error_mm_median"], trained["error_mm_median"], rel_tol=1e-3)
+    without_landmarks = Validator(volumes, None)(network, info)
+    assert 0 <= without_landmarks["cycle_mm_median"] < 60
+    assert json.loads((tmp_path / "run.json").read_text())["flags"]["steps"] == 60
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path):
+    train_sam.main(arguments(corpus, tmp_path / "whole", steps=4, save_freq=1))
+    whole = weights(tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_second(state, output_dir, keep_as=None):
+        written = original(state, output_dir, keep_as)
+        if state["step"] == 2:
+            raise Stop
+        return written
+
+    original = train_sam.save_checkpoint
+    train_sam.save_checkpoint = stop_after_second
+    try:
+        with pytest.raises(Stop):
+            train_sam.main(arguments(corpus, tmp_path / "parts", steps=4, save_freq=1))
+    finally:
+        train_sam.save_checkpoint = original
+    assert weights(tmp_path / "parts")["step"] == 2
+    train_sam.main(arguments(corpus, tmp_path / "parts", steps=4, save_freq=1))
+    parts = weights(tmp_path / "parts")
+    for key in ("state_dict", "raw_state_dict"):
+        assert all(torch.equal(parts[key][name], value) for name, value in whole[key].items()), key
+    losses = [[line["loss"] for line in logged(tmp_path / name, "train")] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+
+
+def test_two_processes_equal_one_with_the_joined_batch(corpus, tmp_path):
+    others = {"coarse_num_other": 8, "batch_size": 1, "steps": 2, "lr": 1e-3, "clip_grad": 0}
+    train_sam.main(arguments(corpus, tmp_path / "one", **{**others, "batch_size": 2}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "scripts/train_sam.py", *arguments(corpus, tmp_path / "two", **others)]
+    ranks = [
+        subprocess.Popen(
+            command, cwd=REPOSITORY, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"}
+        )
+        for r in (0, 1)
+    ]
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    one, two = (logged(tmp_path / name, "train") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
+        assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-3)
+
+
+def test_the_average_starts_as_a_mean_and_then_forgets():
+    network = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(network.weight)
+    average = WeightAverage(network, momentum=0.5)
+    torch.nn.init.ones_(network.weight)
+    average.update(network, step=1)  # momentum 1 / 11
+    assert math.isclose(float(average.network.weight), 10 / 11, rel_tol=1e-6)
+    torch.nn.init.zeros_(network.weight)
+    average.update(network, step=1000)  # momentum 0.5
+    assert math.isclose(float(average.network.weight), 5 / 11, rel_tol=1e-6)
+    with pytest.raises(ValueError, match="--ema_momentum"):
+        WeightAverage(network, momentum=1.0)
+
+
+def test_share_done_follows_steps_unless_time_runs_faster():
+    assert share_done(50, 200, 1e6, 0) == 0.25
+    assert share_done(50, 200, 30, 100) == 0.3
+    assert share_done(50, 200, 10, 100) == 0.25
+    assert share_done(250, 200, 0, 0) == 1.0
+
+
+def test_a_time_limit_ends_the_run_with_a_low_learning_rate(corpus, tmp_path):
+    train_sam.main(arguments(corpus, tmp_path, steps=100_000, time_limit_min=0.02, save_freq=0))
+    lines = logged(tmp_path, "train")
+    assert 1 <= len(lines) < 1000
+    assert lines[-1]["lr"] < 1e-4 < max(line["lr"] for line in lines)
+    assert weights(tmp_path)["step"] == lines[-1]["step"]
+
+
+def test_training_volumes_are_the_body_on_the_grid(corpus, tmp_path):
+    train_sam.main(arguments(corpus, tmp_path, steps=1))  # builds the store
+    store = VolumeStore(corpus / "store", ["torso1"])
+    info = EmbedderInfo(spacing_mm=(12.0, 12.0, 12.0))
+    (volume,) = training.load_training_volumes(store, info)
+    assert volume.hu.dtype == torch.int16
+    assert volume.hu.shape == volume.body.shape
+    assert volume.hu.shape[0] == 24  # 36 slices of 8 mm, all of them body
+    assert volume.body.any(dim=0).any(dim=1).all()  # cut to the body
+
+
+@pytest.mark.parametrize(
+    "changed, word",
+    [
+        ({"fine_weight": 0, "joint_weight": 0, "coarse_weight": 0}, "weight 0"),
+        ({"view_shape": (4, 4, 4)}, "shape"),
+        ({"landmark_dir": "nowhere", "val_cases": 3}, "--landmark_dir"),
+        ({"resume": "missing.pth"}, "no such checkpoint"),
+        ({"json_list": "missing.json"}, "missing.json"),
+    ],
+)
+def test_mistakes_are_named(corpus, tmp_path, changed, word):
+    with pytest.raises(ValueError, match=word):
+        train_sam.main(arguments(corpus, tmp_path, **changed))
+
+
+def test_a_run_of_another_network_is_not_resumed(corpus, tmp_path):
+    train_sam.main(arguments(corpus, tmp_path, steps=1))
+    with pytest.raises(ValueError, match="--resume none"):
+        train_sam.main(arguments(corpus, tmp_path, steps=2, width=16))
+
+
+def test_published_configuration_describes_the_published_network():
+    config = REPOSITORY / "configs" / "sam_published.yaml"
+    flags = train_sam.make_flags().parse_args(
+        [f"--config={config}", "--data_dir=d", "--json_list=j", "--store_dir=s", "--output_dir=o"]
+    )
+    names = ("width", "embed_dim", "stem_kernel", "stem_stride", "pool_stride", "stage_strides", "stage_kernel_depths")
+    assert AnatomicalEmbedder(**{name: getattr(flags, name) for name in names}, norm=flags.norm).options == (
+        AnatomicalEmbedder().options
+    )
+    assert train_sam.view_options(flags).shape == (32, 96, 96)
+    info = EmbedderInfo(tuple(flags.spacing_mm), flags.hu_min, flags.hu_max, flags.scale_to, flags.offset)
+    assert info == EmbedderInfo()
