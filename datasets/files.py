@@ -11,8 +11,12 @@ from pathlib import Path
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class DiskFullError(ValueError):
-    """No room is left for a file; the message names it. Whatever was there before is unharmed."""
+class FileWriteError(ValueError):
+    """A file cannot be written; the message names it and the reason. Whatever was there before is unharmed."""
+
+
+class DiskFullError(FileWriteError):
+    """No room is left for a file."""
 
 
 def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
@@ -20,6 +24,7 @@ def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
 
     Raises:
         DiskFullError: when the disk, the quota or the file-size limit is exhausted; an older file then stays.
+        FileWriteError: when the folder cannot be written to for another reason.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.aside")
@@ -31,13 +36,19 @@ def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        if error.errno in FULL_DISK_ERRORS:
-            raise DiskFullError(
-                f"{path}: no room for {len(content) / 2**20:.1f} MiB ({error.strerror}). Free some space there or "
-                "choose another folder, then run the same command again; finished files are kept."
-            ) from error
-        raise
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise _explained(error, path, len(content)) from error
+
+
+def _explained(error: OSError, path: Path, num_bytes: int) -> FileWriteError:
+    """What a user should read instead of an errno."""
+    if error.errno in FULL_DISK_ERRORS:
+        return DiskFullError(
+            f"{path}: no room for {num_bytes / 2**20:.1f} MiB ({error.strerror}). Free some space there or choose "
+            "another folder, then run the same command again; finished files are kept."
+        )
+    return FileWriteError(f"{path}: cannot be written ({error.strerror}). Choose another folder or change its rights.")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -64,7 +75,11 @@ def exclusive(lock_file: str | Path) -> Iterator[None]:
         yield
         return
     path = Path(lock_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise _explained(error, path, 0) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

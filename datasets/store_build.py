@@ -73,7 +73,7 @@ def build_store(
 
     Raises:
         StoreError: the store has another spacing, names clash or are no file names, or a worker was killed.
-        DiskFullError: no room; what is finished stays.
+        FileWriteError, DiskFullError: the folder cannot be written to, or is full; what is finished stays.
     """
     store_dir = Path(store_dir)
     _check_names([case.name for case in cases])
@@ -84,6 +84,8 @@ def build_store(
         report.reused = [case.name for case in cases if _is_current(case, records.get(case.name), store_dir)]
         finished = set(report.reused)
         order = [case for case in cases if case.name not in finished]
+    if not order and (store_dir / "index.json").exists():
+        return report  # nothing to write, so a finished store may lie in a folder that cannot be written to
     random.Random(os.getpid()).shuffle(order)
     try:
         results = _run(order, store_dir, spacing_mm, num_workers, verify)

@@ -188,8 +188,11 @@ def check_spacing(store_dir: Path, wanted_mm: tuple[float, float, float] | None)
 
 def create_settings(store_dir: Path, spacing_mm: tuple[float, float, float] | None) -> None:
     """Start a store, or check that the one that is there has this spacing. Safe when several processes do it."""
+    if (store_dir / "store.json").exists():
+        check_spacing(store_dir, spacing_mm)
+        return
     with exclusive(store_dir / "locks" / "store"):
-        if (store_dir / "store.json").exists():
+        if (store_dir / "store.json").exists():  # another process was first
             check_spacing(store_dir, spacing_mm)
             return
         settings = {

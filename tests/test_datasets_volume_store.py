@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from datasets.data_list import Case, find_cases, write_data_list
-from datasets.files import DiskFullError
+from datasets.files import DiskFullError, FileWriteError
 from datasets.geometry import resample
 from datasets.nifti import read_ct, read_label
 from datasets.store_format import read_region, write_index
@@ -407,6 +407,19 @@ def test_a_full_disk_is_reported_and_what_is_there_stays(store, cases, tmp_path)
     assert opened.names == ["case0", "case2"]
     assert not [file for file in (store.store_dir / "cases").iterdir() if file.name.endswith(".aside")]
     assert build_store(cases, store.store_dir, progress=False).built == ["case1"]
+
+
+def test_a_store_that_cannot_be_written_to(tmp_path, cases):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileWriteError, match="cannot be written"):
+        build_store(cases, tmp_path / "file" / "store", progress=False)
+
+
+def test_a_finished_store_is_left_untouched(store, cases):
+    before = {file: file.stat().st_mtime_ns for file in sorted(store.store_dir.rglob("*")) if file.is_file()}
+    assert build_store(cases, store.store_dir, num_workers=2, progress=False).reused == store.names
+    after = {file: file.stat().st_mtime_ns for file in sorted(store.store_dir.rglob("*")) if file.is_file()}
+    assert after == before
 
 
 def test_a_killed_worker_is_explained(tmp_path, cases, monkeypatch):

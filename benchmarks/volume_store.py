@@ -1,0 +1,175 @@
+"""Volume store: a random 96³ crop and the size on disk, beside what users would do instead.
+
+    python -m benchmarks.volume_store
+    python -m benchmarks.volume_store --image some_ct.nii.gz --output results/benchmarks/volume_store.json
+
+Beside it: MONAI's LoadImage of the .nii.gz and a crop; a crop from a memory-mapped .npy. Without --image, a real CT of
+the shared reference data, or else a noisy synthetic torso, is tiled to 512x512x200. All runs in this process, one
+thread, file cache warm for everybody; medians. Takes about a minute.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+import numpy as np
+import torch
+from monai.transforms import LoadImage
+from scipy import ndimage
+
+from datasets.data_list import Case
+from datasets.files import write_text
+from datasets.nifti import read_ct, write_nifti
+from datasets.volume_store import VolumeStore, build_store
+from engine.flags import git_commit, make_parser, run_main
+
+SHAPE_VOX = (200, 512, 512)
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this benchmark."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--image", type=str, default=None, help="a CT to use as it is, .nii or .nii.gz")
+    parser.add_argument("--roi", type=int, default=96, help="side of the crop in voxels")
+    parser.add_argument("--num_crops", type=int, default=100, help="crops to time from the store and the memory map")
+    parser.add_argument("--num_loads", type=int, default=3, help="whole loads to time with MONAI")
+    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
+    return parser
+
+
+def source_volume(image: str | None) -> tuple[np.ndarray, np.ndarray, str]:
+    """The voxels to store, int16 HU [D, H, W], their affine, and where they come from."""
+    if image is not None:
+        volume = read_ct(image)
+        return volume.array, volume.affine, Path(image).name
+    shared = Path(os.environ.get("ALICE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    real = shared / "ct" / "upper_abdomen_5mm_b.nii.gz"
+    affine = np.eye(4)[[2, 1, 0, 3]] * [2.5, -0.8, -0.8, 1]
+    if real.exists():
+        array = read_ct(real).array
+        # Mirrored copies along z: 200 slices that meet where they are alike.
+        array = np.concatenate([array, array[::-1]] * 2)[: SHAPE_VOX[0]]
+        return np.ascontiguousarray(array), affine, f"{real.name}, mirrored to {len(array)} slices"
+    return noisy_torso(), affine, "synthetic torso with noise of 12 HU"
+
+
+def noisy_torso() -> np.ndarray:
+    """A body of smooth tissue in air, with the correlated noise of a reconstruction, which decides the stored size."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[-1 : 1 : SHAPE_VOX[1] * 1j, -1 : 1 : SHAPE_VOX[2] * 1j]
+    body = (y / 0.55) ** 2 + (x / 0.8) ** 2 < 1
+    slices = []
+    for _ in range(SHAPE_VOX[0]):
+        noise = ndimage.gaussian_filter(rng.normal(size=SHAPE_VOX[1:]), 0.7)
+        tissue = 40 + 60 * np.sin(9 * x) * np.cos(7 * y) + 12 * noise / noise.std()
+        slices.append(np.where(body, tissue, -1024).astype(np.int16))
+    return np.stack(slices)
+
+
+def median_s(run: Callable[[int], np.ndarray], num_runs: int) -> float:
+    """Median seconds of a call after one to warm up."""
+    run(0)
+    seconds = []
+    for number in range(num_runs):
+        begin = time.perf_counter()
+        run(number)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def measure(array: np.ndarray, affine: np.ndarray, flags: jsonargparse.Namespace, folder: Path) -> dict:
+    """Times and sizes of the three ways."""
+    nifti, npy = folder / "ct.nii.gz", folder / "ct.npy"
+    write_nifti(nifti, array, affine)
+    np.save(npy, array)
+    begin = time.perf_counter()
+    build_store([Case("ct", nifti)], folder / "store", progress=False)
+    build_s = time.perf_counter() - begin
+    store, mapped, load = VolumeStore(folder / "store"), np.load(npy, mmap_mode="r"), LoadImage(image_only=True)
+    size = (flags.roi,) * 3
+    starts = np.random.default_rng(0).integers(0, np.maximum(1, np.subtract(array.shape, size) + 1), size=(1000, 3))
+
+    def region(number: int) -> tuple[slice, ...]:
+        return tuple(slice(int(a), int(a) + flags.roi) for a in starts[number])
+
+    def from_monai(number: int) -> np.ndarray:
+        # The file's axes are (W, H, D).
+        return load(nifti).numpy()[region(number)[::-1]].transpose(2, 1, 0).astype(np.int16)
+
+    def from_map(number: int) -> np.ndarray:
+        return np.array(mapped[region(number)])
+
+    def from_store(number: int) -> np.ndarray:
+        return store.crop("ct", starts[number], size)
+
+    for number in range(3):
+        assert np.array_equal(from_store(number), from_map(number))
+        assert np.array_equal(from_store(number), from_monai(number))
+    return {
+        "crop_store_s": median_s(from_store, flags.num_crops),
+        "crop_npy_s": median_s(from_map, flags.num_crops),
+        "crop_monai_s": median_s(from_monai, flags.num_loads),
+        "build_s": build_s,
+        "store_bytes": (folder / "store" / "cases" / "ct.b2nd").stat().st_size,
+        "nifti_bytes": nifti.stat().st_size,
+        "npy_bytes": npy.stat().st_size,
+    }
+
+
+def table(found: dict) -> str:
+    """The results as a person reads them."""
+    store_s, store_bytes = found["crop_store_s"], found["store_bytes"]
+    rows = [
+        ("", "crop", "beside store", "size", "beside store"),
+        ("volume store", f"{store_s * 1e3:.2f} ms", "1", f"{store_bytes / 2**20:.1f} MiB", "1"),
+    ]
+    for title, crop, size in (("MONAI LoadImage + crop", "monai", "nifti"), ("memory-mapped .npy", "npy", "npy")):
+        crop_s, size_bytes = found[f"crop_{crop}_s"], found[f"{size}_bytes"]
+        rows.append(
+            (
+                title,
+                f"{crop_s * 1e3:.2f} ms",
+                f"{crop_s / store_s:.2f} x",
+                f"{size_bytes / 2**20:.1f} MiB",
+                f"{size_bytes / store_bytes:.2f} x",
+            )
+        )
+    return "\n".join(f"{a:24}{b:>14}{c:>16}{d:>14}{e:>16}" for a, b, c, d, e in rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    torch.set_num_threads(1)
+    array, affine, source = source_volume(flags.image)
+    print(f"{source}: {' x '.join(map(str, array.shape))} int16, crops of {flags.roi}³")
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(array, affine, flags, Path(folder))
+    found |= {
+        "speedup_over_monai": found["crop_monai_s"] / found["crop_store_s"],
+        "slowdown_to_npy": found["crop_store_s"] / found["crop_npy_s"],
+        "size_ratio_to_nifti": found["store_bytes"] / found["nifti_bytes"],
+        "source": source,
+        "shape": list(array.shape),
+        "roi": flags.roi,
+        "commit": git_commit(),
+    }
+    print(table(found))
+    print(
+        f"store: {found['speedup_over_monai']:.0f} x faster than MONAI (wanted >= 200), "
+        f"{found['slowdown_to_npy']:.1f} x the time of the memory map (wanted <= 5), "
+        f"{found['size_ratio_to_nifti']:.2f} of the .nii.gz (wanted <= 0.8); made in {found['build_s']:.1f} s"
+    )
+    if flags.output:
+        write_text(flags.output, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
