@@ -72,8 +72,17 @@ class Embedding:
             for axis, size in enumerate(self.fine.shape[1:])
         ]
 
+    @cached_property
+    def _coarse_weights(self) -> list[Tensor]:
+        """Per axis, float32 [fine size, coarse size]: linear interpolation as a matrix."""
+        return [
+            _linear_weights(positions, size) for positions, size in zip(self.coarse_positions, self.coarse.shape[1:])
+        ]
+
     def coarse_on_fine(self, coarse_values: Tensor, first: int, last: int) -> Tensor:
         """Interpolate values on the coarse grid at the fine grid's slices first..last (exclusive), trilinearly.
+
+        Three matrix products: many times faster than gathering neighbours, as the coarse grid is short.
 
         Args:
             coarse_values: float32 [N, d', h', w'].
@@ -81,9 +90,10 @@ class Embedding:
         Returns:
             [N, last - first, h, w]; beyond the outermost coarse voxels their value continues.
         """
-        positions = self.coarse_positions
-        out = _interpolate_axis(coarse_values, positions[0][first:last], 1)
-        return _interpolate_axis(_interpolate_axis(out, positions[1], 2), positions[2], 3)
+        along_d, along_h, along_w = self._coarse_weights
+        in_slice = along_h @ (coarse_values @ along_w.T)  # [N, d', h, w]
+        out = along_d[first:last] @ in_slice.flatten(2)  # [N, last - first, h * w]
+        return out.unflatten(2, in_slice.shape[2:])
 
     @cached_property
     def coarse_length(self) -> Tensor:
@@ -95,17 +105,15 @@ class Embedding:
         return torch.cat(squared).sqrt().clamp_min(1e-6)
 
 
-def _interpolate_axis(values: Tensor, positions: np.ndarray, axis: int) -> Tensor:
-    """Linear interpolation along one axis at fractional indices, clamped to the ends."""
-    clamped = np.clip(positions, 0, values.shape[axis] - 1)
-    low = np.minimum(np.floor(clamped).astype(np.int64), max(values.shape[axis] - 2, 0))
-    shape = [1] * values.ndim
-    shape[axis] = -1
-    weight = torch.from_numpy((clamped - low).astype(np.float32)).reshape(shape).to(values)
-    lower = values.index_select(axis, torch.from_numpy(low).to(values.device))
-    high = np.minimum(low + 1, values.shape[axis] - 1)
-    upper = values.index_select(axis, torch.from_numpy(high).to(values.device))
-    return torch.lerp(lower, upper, weight.expand_as(lower))
+def _linear_weights(positions: np.ndarray, size: int) -> Tensor:
+    """float32 [len(positions), size]: each row holds the weights of the two neighbours; positions clamp to the ends."""
+    clamped = np.clip(positions, 0, size - 1)
+    low = np.minimum(np.floor(clamped).astype(np.int64), max(size - 2, 0))
+    rows = np.arange(len(positions))
+    weights = np.zeros((len(positions), size), dtype=np.float32)
+    np.add.at(weights, (rows, low), 1 - (clamped - low))
+    np.add.at(weights, (rows, np.minimum(low + 1, size - 1)), clamped - low)
+    return torch.from_numpy(weights)
 
 
 def embedding_path(embed_dir: str | Path, name: str) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 from datasets.geometry import index_to_world, world_to_index
 from sam_embed.embedding_store import Embedding
 
-DEFAULT_MEMORY_MB = 512
+DEFAULT_MEMORY_MB = 64  # small blocks stay in the allocator's pool and in cache: faster than large ones
 REFINE_RADIUS = 1  # fine voxels around the best one that sub-voxel refinement weighs
 
 
@@ -86,13 +86,13 @@ def similarity_slab(vectors: QueryVectors, coarse_similarity: Tensor, key: Embed
     Args:
         coarse_similarity: [N, d', h', w'], dot products on the key's coarse grid.
     """
-    coarse = key.coarse_on_fine(coarse_similarity, first, last) / key.coarse_length[first:last]
-    total = coarse.flatten(1)  # [N, (last - first) * h * w]
-    total += vectors.fine @ key.fine[:, first:last].float().flatten(1)
+    slab = key.coarse_on_fine(coarse_similarity, first, last).div_(key.coarse_length[first:last])
+    total = slab.flatten(1)  # [N, (last - first) * h * w], the same memory
+    total.addmm_(vectors.fine, key.fine[:, first:last].float().flatten(1))
     if vectors.semantic is None:
-        return total.view(coarse.shape) / 2
-    total += vectors.semantic @ key.semantic[:, first:last].float().flatten(1)
-    return total.view(coarse.shape) / 3
+        return slab.div_(2)
+    total.addmm_(vectors.semantic, key.semantic[:, first:last].float().flatten(1))
+    return slab.div_(3)
 
 
 def similarity_map(query: Embedding, key: Embedding, point_mm: np.ndarray) -> Tensor:
@@ -117,7 +117,7 @@ def best_voxels(vectors: QueryVectors, key: Embedding, memory_mb: float = DEFAUL
     """The most similar fine voxel of the key for each query vector: int64 index [N, 3] and float32 score [N]."""
     num_points, (depth, height, width) = len(vectors.fine), key.fine.shape[1:]
     coarse = torch.einsum("nc,cdhw->ndhw", vectors.coarse, key.coarse.float())
-    bytes_per_slice = 4 * height * width * (3 * num_points + 2 * key.fine.shape[0])
+    bytes_per_slice = 4 * height * width * (2 * num_points + 2 * key.fine.shape[0])
     num_slices = max(1, int(memory_mb * 2**20 / bytes_per_slice))
     best = torch.full((num_points,), -torch.inf)
     where = torch.zeros(num_points, dtype=torch.int64)

@@ -1,0 +1,52 @@
+"""Embedding many cases into a folder: shared out over processes, resumable, refused where the weights differ."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets.nifti import CTReadError, Volume
+from sam_embed.checkpoint import EmbedderInfo
+from sam_embed.embed import embed_volume
+from sam_embed.embedding_store import save_embedding, stored_fingerprint
+from sam_embed.network import AnatomicalEmbedder
+
+
+def embed_corpus(
+    network: AnatomicalEmbedder,
+    info: EmbedderInfo,
+    names: Sequence[str],
+    read: Callable[[str], Volume],
+    embed_dir: str | Path,
+    memory_mb: float = 2048,
+    rank: int = 0,
+    world_size: int = 1,
+    overwrite: bool = False,
+) -> dict:
+    """Write `<embed_dir>/<case>.safetensors` for this rank's share of the cases.
+
+    Args:
+        network, info: of `load_embedder`, the network perhaps through `for_inference`.
+        names: all cases; rank r takes every `world_size`-th one, from r on.
+        read: case name -> its volume.
+        memory_mb: as for `embed_volume`.
+        overwrite: embed cases again that have an embedding by the same weights.
+
+    Returns:
+        `written` and `reused` (lists of names) and `failed` (name -> reason: files that cannot be read are skipped).
+    """
+    report = {"written": [], "reused": [], "failed": {}}
+    bar = tqdm(names[rank::world_size], desc="embedding", unit="case", disable=rank > 0)
+    for name in bar:
+        bar.set_postfix_str(name)
+        if not overwrite and stored_fingerprint(embed_dir, name) == info.fingerprint:
+            report["reused"].append(name)
+            continue
+        try:
+            volume = read(name)
+        except CTReadError as error:
+            report["failed"][name] = str(error)
+            continue
+        save_embedding(embed_dir, embed_volume(network, volume, info, memory_mb, name))
+        report["written"].append(name)
+    return report

@@ -1,0 +1,75 @@
+"""Mine the table of matched points from embeddings: correspondences.npy and .json, which pretraining crops around.
+
+    python scripts/mine_pairs.py --embed_dir embeddings
+    torchrun --nproc_per_node=8 scripts/mine_pairs.py --embed_dir embeddings --num_points 400 --num_partners 16
+
+Every row is a point of one case and its match in another, in world mm, with score and cycle error. May be stopped and
+run again. To mine the training cases only, pass --json_list and --sections training.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+
+import jsonargparse
+
+from datasets.data_list import load_data_list
+from engine.flags import RunInfo, git_commit, make_parser, run_main
+from sam_embed.embedding_store import embedded_cases, load_embedding
+from sam_embed.mine import MiningOptions, mine_corpus
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this command."""
+    parser = make_parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--embed_dir", type=str, required=True, help="folder by scripts/generate_sam_embeddings.py")
+    data.add_argument("--output_dir", type=str | None, default=None, help="folder of the table; default: --embed_dir")
+    data.add_argument("--json_list", type=str | None, default=None, help="mine only this list's cases; default: all")
+    data.add_argument("--sections", type=str, nargs="+", default=["training"], help="sections of the list")
+    mining = parser.add_argument_group("mining")
+    defaults = MiningOptions()
+    mining.add_argument("--num_points", type=int, default=defaults.num_points, help="query points per case")
+    mining.add_argument("--num_partners", type=int, default=defaults.num_partners, help="key cases per query case")
+    mining.add_argument("--min_score", type=float, default=defaults.min_score, help="rows below are not stored")
+    mining.add_argument(
+        "--border_mm", type=float, default=defaults.border_mm, help="points keep so far from skin and scan ends, mm"
+    )
+    mining.add_argument("--seed", type=int, default=defaults.seed, help="of points and partners")
+    mining.add_argument("--cache_mb", type=float, default=2048.0, help="embeddings kept in memory, MB")
+    return parser
+
+
+def choose_cases(flags: jsonargparse.Namespace) -> list[str]:
+    """Embedded cases, or those that the list names (all of which must be embedded)."""
+    names = embedded_cases(flags.embed_dir)
+    if flags.json_list is None:
+        return names
+    sections = [load_data_list(flags.json_list, ".", section, must_exist=False) for section in flags.sections]
+    return sorted({case.name for section in sections for case in section})
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    options = MiningOptions(flags.num_points, flags.num_partners, flags.min_score, flags.border_mm, flags.seed)
+    names = choose_cases(flags)
+    output_dir = flags.output_dir or flags.embed_dir
+    provenance = {"commit": git_commit()}
+    if names:
+        provenance["spacing_mm"] = list(load_embedding(flags.embed_dir, names[0]).fine_spacing_mm)
+    if rank == 0:
+        RunInfo.collect(flags).write(output_dir, "mine_run.json")
+    table = mine_corpus(
+        flags.embed_dir, names, output_dir, options, provenance, flags.cache_mb, rank=rank, world_size=world_size
+    )
+    if table is not None:
+        print(json.dumps({"table": str(output_dir), **table.summary()}, indent=1))
+
+
+if __name__ == "__main__":
+    run_main(main)

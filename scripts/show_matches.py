@@ -1,0 +1,105 @@
+"""Show where SAM finds points of one CT in another: three planes of both, the similarity map, score and cycle error.
+
+    python scripts/show_matches.py --checkpoint_file SAM.pth --query A.nii.gz --key B.nii.gz --output_dir pictures
+    python scripts/show_matches.py --checkpoint_file SAM.pth --query A.nii.gz --key B.nii.gz --output_dir pictures \\
+        --points 12.5,-80,240 -30,-60,180
+
+Points are world mm (RAS+, as ITK-SNAP and nibabel give them); without any, a few are spread over the body. One PNG a
+point, and matches.json with all numbers.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+import numpy as np
+import torch
+
+from datasets.files import write_text
+from datasets.nifti import read_ct
+from engine.distributed import pick_device
+from engine.flags import RunInfo, make_parser, run_main
+from sam_embed.checkpoint import load_embedder
+from sam_embed.embed import embed_volume, for_inference
+from sam_embed.match import cycle_error_mm, inside, match_points, similarity_map
+from sam_embed.match_figure import draw_match, save_figure
+from sam_embed.mine import MiningOptions, draw_points
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this command."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--checkpoint_file", type=str, required=True, help="weights of the embedding network")
+    parser.add_argument("--query", type=str, required=True, help="CT with the points")
+    parser.add_argument("--key", type=str, required=True, help="CT to find them in")
+    parser.add_argument("--points", type=str, nargs="+", default=[], help="world mm as x,y,z; default: spread points")
+    parser.add_argument("--num_points", type=int, default=4, help="how many to spread when --points is not given")
+    parser.add_argument("--seed", type=int, default=0, help="of the spread points")
+    parser.add_argument("--output_dir", type=str, required=True, help="folder of the pictures")
+    parser.add_argument("--memory_mb", type=float, default=2048.0, help="working memory of the embedding, MB")
+    parser.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
+    return parser
+
+
+def parse_points(texts: list[str]) -> np.ndarray:
+    """World mm [N, 3] of texts like "12.5,-80,240".
+
+    Raises:
+        ValueError: a text that is not three finite numbers.
+    """
+    points = []
+    for text in texts:
+        try:
+            point = [float(part) for part in text.split(",")]
+        except ValueError:
+            point = []
+        if len(point) != 3 or not np.isfinite(point).all():
+            raise ValueError(f"--points takes x,y,z in mm, received {text!r}")
+        points.append(point)
+    return np.array(points, dtype=np.float64)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    wanted_mm = parse_points(flags.points)
+    network, info = load_embedder(flags.checkpoint_file)
+    fast = for_inference(network).to(pick_device(flags.device, 0))
+    volumes = [read_ct(path) for path in (flags.query, flags.key)]
+    query, key = (
+        embed_volume(fast, volume, info, flags.memory_mb, name)
+        for volume, name in zip(volumes, (flags.query, flags.key))
+    )
+    points_mm = wanted_mm if len(wanted_mm) else draw_points(query, MiningOptions(flags.num_points, seed=flags.seed))
+    outside = points_mm[~inside(query, points_mm)]
+    if len(outside):
+        raise ValueError(f"{flags.query}: the point {outside[0].tolist()} mm lies outside of the patient (--points)")
+    matches = match_points(query, key, points_mm)
+    cycle = cycle_error_mm(query, key, points_mm, matches)
+    folder = Path(flags.output_dir)
+    RunInfo.collect(flags).write(folder)
+    rows = []
+    for number, point_mm in enumerate(points_mm):
+        match_mm, score = matches.points_mm[number], float(matches.score[number])
+        similarity = similarity_map(query, key, point_mm).numpy()
+        figure = draw_match(*volumes, point_mm, match_mm, score, cycle[number], similarity, key.fine_affine)
+        picture = folder / f"match_{number + 1:02d}.png"
+        save_figure(figure, picture)
+        rows.append(
+            {
+                "query_mm": point_mm.tolist(),
+                "key_mm": match_mm.tolist(),
+                "score": score,
+                "cycle_mm": float(cycle[number]),
+                "picture": picture.name,
+            }
+        )
+        print(f"{picture}: score {score:.2f}, cycle error {cycle[number]:.1f} mm")
+    write_text(folder / "matches.json", json.dumps({"query": flags.query, "key": flags.key, "matches": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    run_main(main)
