@@ -109,7 +109,10 @@ class Backbone(nn.Module):
 
     def first_stage(self, volume: Tensor) -> Tensor:
         """Stem, first stage and pool: everything that works at full resolution."""
-        return F.max_pool3d(self.layer1(F.relu(self.conv1(volume))), self.pool_stride, self.pool_stride)
+        features = self.layer1(F.relu(self.conv1(volume)))
+        if self.pool_stride == (1, 1, 1):
+            return features  # such a pool changes nothing, but costs as much as a convolution
+        return F.max_pool3d(features, self.pool_stride, self.pool_stride)
 
     def forward(self, volume: Tensor) -> list[Tensor]:
         outputs = [self.first_stage(volume)]
