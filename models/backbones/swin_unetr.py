@@ -1,7 +1,8 @@
 """MONAI's SwinUNETR as Alice's backbone: method section "Networks" (Jiang et al., ICCV 2023, figure 2).
 
 MONAI's own modules are called in MONAI's own order, so that without a mask `decode(encode(x))` equals the network's
-forward and every exported weight fits MONAI's `SwinUNETR`. Maps for a crop of side n and feature size F:
+forward to rounding (on CPU, window attention takes the path of `models.layers.window_attention`) and every exported
+weight fits MONAI's `SwinUNETR`. Maps for a crop of side n and feature size F:
 
     stride   encoder map (token-wise normalised)       channels   decoder map          channels
     2        patch embedding                           F          decoder2             F
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbones.interface import Size3, truncated_normal, upsample_mask
+from models.layers.window_attention import use_fast_window_attention
 
 STAGE_STRIDES = (2, 4, 8, 16, 32)
 # Stride of a decoder map -> the decoder that makes it and the encoder block on its skip connection.
@@ -69,6 +71,7 @@ class SwinUNETRBackbone(nn.Module):
         self.network = SwinUNETR(
             in_channels=1, out_channels=1, feature_size=feature_size, use_checkpoint=use_checkpoint
         )
+        use_fast_window_attention(self.network)
         self.mask_token = truncated_normal(1, feature_size, 1, 1, 1)
         if decoder_stride == 1:
             self.mask_voxel = nn.Parameter(torch.zeros(1))

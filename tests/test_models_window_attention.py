@@ -1,0 +1,59 @@
+"""Chunked window attention against MONAI's own: outputs and gradients, with and without the shift's mask."""
+
+import copy
+
+import pytest
+import torch
+from monai.networks.nets.swin_unetr import WindowAttention, compute_mask
+
+from models.layers import window_attention
+from models.layers.window_attention import FastWindowAttention, use_fast_window_attention
+
+WINDOW = (4, 3, 3)
+
+
+def make_pair() -> tuple[torch.nn.Module, torch.nn.Module]:
+    torch.manual_seed(0)
+    reference = WindowAttention(12, num_heads=3, window_size=WINDOW, qkv_bias=True)
+    with torch.no_grad():
+        reference.relative_position_bias_table.normal_()
+    fast = copy.deepcopy(reference)
+    use_fast_window_attention(fast)
+    assert type(fast) is FastWindowAttention and type(reference) is WindowAttention
+    assert list(fast.state_dict()) == list(reference.state_dict())
+    return reference, fast
+
+
+def run(attention: torch.nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    out = attention(x, mask)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    return [out, x.grad, *(p.grad for p in attention.parameters())]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk_windows", [1, 5, 1000])
+def test_equals_monai_in_output_and_gradients(masked: bool, chunk_windows: int, monkeypatch) -> None:
+    """12 windows in each of two samples: chunks of 5 must not run from one sample's masks into the next's."""
+    monkeypatch.setattr(window_attention, "CHUNK_ELEMENTS", chunk_windows * 3 * 36 * 36)
+    reference, fast = make_pair()
+    mask = compute_mask((8, 6, 9), WINDOW, (2, 1, 1), "cpu") if masked else None
+    x = torch.randn(24, 36, 12)
+    for ours, expected in zip(run(fast, x, mask), run(reference, x, mask)):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_windows_smaller_than_the_table_use_its_corner() -> None:
+    reference, fast = make_pair()
+    x = torch.randn(5, 8, 12)
+    for ours, expected in zip(run(fast, x, None), run(reference, x, None)):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_bfloat16_is_as_near_to_float32_as_monai() -> None:
+    reference, fast = make_pair()
+    x = torch.randn(6, 36, 12)
+    exact = reference(x, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [(attention(x, None).float() - exact).abs().mean().item() for attention in (fast, reference)]
+    assert errors[0] < 1.2 * errors[1]
