@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import jsonargparse
@@ -74,14 +75,12 @@ class RunInfo:
 
     @classmethod
     def collect(cls, flags: jsonargparse.Namespace) -> "RunInfo":
-        import monai
-        import torch
-
         return cls(
             flags=flags_as_dict(flags),
             commit=git_commit(),
             command=" ".join(sys.argv),
-            versions={"python": platform.python_version(), "torch": str(torch.__version__), "monai": monai.__version__},
+            versions={"python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "monai", "timm")},
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 

@@ -23,11 +23,10 @@ stage "train SAM" python scripts/train_sam.py --config configs/sam_quickstart.ya
 stage "embed" python scripts/generate_sam_embeddings.py --checkpoint_file "$out/sam/best.pth" --data_dir "$out/data" \
     --json_list "$out/data.json" --embed_dir "$out/embeddings"
 stage "evaluate matching" python scripts/evaluate_matching.py --checkpoint_file "$out/sam/best.pth" --data_dir "$out/data" \
-    --json_list "$out/data.json" --section validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" \
+    --json_list "$out/data.json" --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" \
     --output "$out/matching.json"
 stage "mine pairs" python scripts/mine_pairs.py --embed_dir "$out/embeddings" --num_points 64 --num_partners 8
 stage "pretrain Alice" python main_ddp.py --config configs/quickstart.yaml --data_dir "$out/data" --json_list "$out/data.json" \
     --store_dir "$out/store" --embed_dir "$out/embeddings" --output_dir "$out/alice"
 stage "extract weights" python extract_backbone_weights.py "$out/alice/checkpoint.pth" "$out/alice_teacher.pth" --checkpoint_key teacher
-stage "report" python scripts/quickstart_report.py --quickstart_dir "$out"
-cat "$out/report.txt"
+python scripts/quickstart_report.py --quickstart_dir "$out"

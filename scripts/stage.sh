@@ -21,6 +21,6 @@ stage() { # NAME COMMAND...
 import json, sys, time
 record, name, key, started = sys.argv[1:]
 with open(record, "w") as file:
-    json.dump({"name": name, "key": key, "seconds": round(time.time() - float(started), 1)}, file)
+    json.dump({"name": name, "key": key, "started": float(started), "seconds": round(time.time() - float(started), 1)}, file)
 PY
 }

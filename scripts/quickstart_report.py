@@ -1,0 +1,155 @@
+"""Tell what the quickstart did: a table, results/quickstart/summary.json, and three pictures.
+
+    python scripts/quickstart_report.py --quickstart_dir results/quickstart
+
+Reads what the stages left behind; computes nothing anew but the pictures: matched landmarks of two held-out patients,
+a sheet of paired crops, and what the student makes of masked crops.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+
+from datasets.correspondences import CorrespondenceTable
+from datasets.data_list import load_data_list
+from datasets.files import write_text
+from datasets.pair_sheet import draw_pair_sheet
+from datasets.pairs import PairedCropDataset
+from datasets.volume_store import VolumeStore
+from engine.flags import RunInfo, git_commit, make_parser, run_main
+from sam_embed.embedding_store import load_embedding
+from sam_embed.evaluate import evaluate_pairs, load_landmarks
+from sam_embed.match_figure import draw_landmark_matches
+
+METHODS = {"sam": "SAM", "body_box": "body box", "body_affine": "affine fit"}
+LOSSES = ("loss", "loss_cls", "loss_tokens", "loss_recon")
+NUM_SHEET_PAIRS = 5
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this command."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--quickstart_dir", type=str, default="results/quickstart", help="what quickstart.sh filled")
+    return parser
+
+
+def read_stages(folder: Path) -> dict[str, float]:
+    """Seconds of each stage, in the order in which they ran first."""
+    records = [json.loads(path.read_text()) for path in sorted((folder / "stages").glob("*.json"))]
+    return {record["name"]: record["seconds"] for record in sorted(records, key=lambda record: record["started"])}
+
+
+def read_losses(log: Path) -> dict[str, dict[str, float]]:
+    """Loss terms of the first and the last training record of a log, and the last validation."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    train = [record for record in records if record["kind"] == "train"]
+    validation = [record for record in records if record["kind"] == "validation"]
+    if not train:
+        raise ValueError(f"{log}: no training record; did pretraining run?")
+
+    def losses(record: dict) -> dict[str, float]:
+        return {name: record[name] for name in ("step", *LOSSES) if name in record}
+
+    report = {"start": losses(train[0]), "end": losses(train[-1])}
+    if validation:
+        report["validation"] = losses(validation[-1])
+    return report
+
+
+def open_pairs(folder: Path, run: dict) -> PairedCropDataset:
+    """The pairs as the pretraining run `run` (its run.json) drew them."""
+    flags = run["flags"]
+    names = [case.name for case in load_data_list(folder / "data.json", folder / "data", "training")]
+    return PairedCropDataset(
+        VolumeStore(folder / "store"),
+        CorrespondenceTable.load(folder / "embeddings"),
+        flags["pairing"],
+        roi=(flags["roi_z"], flags["roi_y"], flags["roi_x"]),
+        hu_min=flags["a_min"],
+        hu_max=flags["a_max"],
+        mask_ratio=flags["mask_ratio"],
+        mask_block=flags["mask_block"],
+        min_score=flags["min_score"],
+        max_cycle_mm=flags["max_cycle_mm"],
+        seed=flags["seed"],
+        case_names=names,
+    )
+
+
+def summarise(folder: Path, pairs: PairedCropDataset) -> dict:
+    """All figures of the report as plain values."""
+    return {
+        "commit": git_commit(),
+        "seconds": read_stages(folder),
+        "matching": json.loads((folder / "matching.json").read_text()),
+        "pairs": pairs.statistics(),
+        "losses": read_losses(folder / "alice" / "log.txt"),
+    }
+
+
+def describe(summary: dict) -> str:
+    """The report as text for a terminal."""
+    lines = ["stage                 seconds"]
+    lines += [f"{name:<20} {seconds:>8.1f}" for name, seconds in summary["seconds"].items()]
+    lines += [f"{'total':<20} {sum(summary['seconds'].values()):>8.1f}", ""]
+    matching = summary["matching"]
+    lines += [f"landmark error on {matching['num_cases']} held-out patients, {matching['num_matches']} matches (mm)"]
+    lines += [f"{'':<12} {'median':>8} {'mean':>8} {'90th':>8} {'<= 10 mm':>9}"]
+    for key, name in METHODS.items():
+        row = matching[key]
+        figures = f"{row['median_mm']:>8.1f} {row['mean_mm']:>8.1f} {row['p90_mm']:>8.1f}"
+        lines.append(f"{name:<12} {figures} {row['share_within_10mm']:>9.0%}")
+    lines += ["", "pretraining", f"{'':<12} " + " ".join(f"{name:>12}" for name in ("start", "end", "validation"))]
+    losses = summary["losses"]
+    for name in LOSSES:
+        cells = [
+            f"{losses[when][name]:.4f}" if name in losses.get(when, {}) else "-"
+            for when in ("start", "end", "validation")
+        ]
+        lines.append(f"{name:<12} " + " ".join(f"{cell:>12}" for cell in cells))
+    lines += ["", "pairs"]
+    lines += [
+        f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}"
+        for name, value in summary["pairs"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw_matches(folder: Path, path: Path) -> None:
+    """Landmarks matched between the two held-out patients that share the most."""
+    names = [case.name for case in load_data_list(folder / "data.json", folder / "data", "validation")]
+    landmarks = load_landmarks(folder / "data" / "landmarks", names)
+    both = [(one, other) for one in landmarks for other in landmarks if one < other]
+    query, key = max(both, key=lambda pair: len(landmarks[pair[0]].keys() & landmarks[pair[1]].keys()))
+    chosen = {name: landmarks[name] for name in (query, key)}
+    errors = evaluate_pairs(lambda name: load_embedding(folder / "embeddings", name), chosen, show_progress=False)
+    store = VolumeStore(folder / "store")
+    draw_landmark_matches(store.read(query), store.read(key), errors[0], path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    folder = Path(flags.quickstart_dir)
+    run = json.loads((folder / "alice" / "run.json").read_text())
+    pairs = open_pairs(folder, run)
+    summary = summarise(folder, pairs)
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    draw_matches(folder, folder / "matched_landmarks.png")
+    draw_pair_sheet([pairs[index] for index in range(NUM_SHEET_PAIRS)], folder / "paired_crops.png", pairs.store)
+    shutil.copyfile(folder / "alice" / "reconstruction.png", folder / "reconstruction.png")
+    RunInfo.collect(flags).write(folder, "report_run.json")
+    pictures = ", ".join(
+        str(folder / f"{name}.png") for name in ("matched_landmarks", "paired_crops", "reconstruction")
+    )
+    text = describe(summary) + f"\npictures: {pictures}\n"
+    write_text(folder / "report.txt", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_main(main)
