@@ -165,28 +165,22 @@ def _add_table(hu: np.ndarray, scan: Scan, xs: np.ndarray, ys: np.ndarray) -> No
     np.maximum(hu, np.where(wide, table, -1000).astype(np.float32)[..., None], out=hu)
 
 
-def _nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str, storage: str) -> bytes:
-    """A gzipped NIfTI file of a world-ordered array in another axis order; without time stamp, so that bytes repeat."""
+def nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str, storage: str) -> bytes:
+    """A gzipped NIfTI file of a world-ordered (RAS) array; without time stamp, so that equal data give equal bytes.
+
+    Args:
+        array: [X, Y, Z] HU or labels; affine: [4, 4] of that array; orientation: axis codes of the file.
+        storage: "uint8", "int16", "int32", "float32", or "scaled": int16 holding HU + 1024 with scl_inter -1024.
+    """
     change = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
-    moved = apply_orientation(array, change)
-    new_affine = affine @ inv_ornt_aff(change, array.shape)
-    if storage == "scaled":
-        image = nib.Nifti1Image(np.clip(np.round(moved + 1024), -2000, 8191).astype(np.int16), new_affine)
-        image.header.set_slope_inter(1.0, 0.0)
-        image.header.set_data_dtype(np.int16)
-        raw = bytearray(image.to_bytes())
-        slope_inter = np.array([1.0, -1024.0], dtype=image.header.endianness + "f4").tobytes()
-        raw[112:120] = slope_inter  # scl_slope and scl_inter of the NIfTI-1 header
-        return gzip.compress(bytes(raw), 3, mtime=0)
-    if storage == "float32":
-        moved = np.round(moved).astype(np.float32)
-    elif array.dtype == np.uint8:
-        moved = moved.astype(np.uint8)
-    else:
-        moved = np.round(moved).astype(storage)
-    image = nib.Nifti1Image(moved, new_affine)
+    moved = np.round(apply_orientation(array, change))
+    shift = 1024 if storage == "scaled" else 0
+    stored = (moved + shift).astype("int16" if storage == "scaled" else storage)
+    image = nib.Nifti1Image(stored, affine @ inv_ornt_aff(change, array.shape))
     image.header.set_xyzt_units("mm", "sec")
-    return gzip.compress(image.to_bytes(), 3, mtime=0)
+    raw = bytearray(image.to_bytes())
+    raw[112:120] = np.array([1.0, -shift], image.header.endianness + "f4").tobytes()  # scl_slope, scl_inter
+    return gzip.compress(bytes(raw), 3, mtime=0)
 
 
 def case_files(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -> dict[str, Path]:
@@ -220,9 +214,9 @@ def write_case(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -
         return False
     done = render(case)
     scan = done.scan
-    _write(files["image"], _nifti_bytes(done.hu, done.affine, scan.orientation, scan.storage))
+    _write(files["image"], nifti_bytes(done.hu, done.affine, scan.orientation, scan.storage))
     if "label" in files:
-        _write(files["label"], _nifti_bytes(done.label, done.affine, scan.orientation, "uint8"))
+        _write(files["label"], nifti_bytes(done.label, done.affine, scan.orientation, "uint8"))
     if "atlas_map" in files:
         _write_atlas_map(files["atlas_map"], case)
     record = {

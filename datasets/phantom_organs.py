@@ -274,8 +274,8 @@ def _paint_esophagus(canvas: Canvas, patient: Patient) -> None:
         return
     region, distance, position = found
     canvas.paint(region, distance, np.float32(patient.hu["esophagus"]), 10)
-    bubbles = 5 + 2.2 * noise(region, "middle", patient.noise_offset_mm)
-    canvas.paint(region, distance + bubbles, np.float32(-500.0), None, opacity=0.8)
+    bubbles = 6.6 + 2.4 * noise(region, "middle", patient.noise_offset_mm)
+    canvas.paint(region, distance + bubbles, np.float32(-500.0), None, opacity=0.7)
 
 
 def _paint_colon(canvas: Canvas, patient: Patient) -> None:

@@ -161,7 +161,7 @@ class Canvas:
         return self.trim(region, distance)
 
     def paint_segments(self, segments, hu: float, only_label: int | None = None) -> None:
-        """Paint a tree of tubes (start, stop, radius, radius) over the HU, inside one organ when `only_label` is given."""
+        """Paint a tree of tubes (start, stop, radius, radius) over the HU; with `only_label` inside that organ only."""
         for start, stop, first, last in segments:
             reach = max(first, last)
             region = self.region(np.minimum(start, stop) - reach, np.maximum(start, stop) + reach)

@@ -1,0 +1,112 @@
+"""Draw a contact sheet of CT volumes: axial, coronal and sagittal slices of each, labels outlined where there are any.
+
+    python scripts/show_phantom.py --images data/phantom/FLARE22Train/images/*.nii.gz --output phantom.png
+    python scripts/show_phantom.py --images a.nii.gz b.nii.gz --output lungs.png --hu_min -1100 --hu_max 100
+
+Reads any NIfTI, so that phantoms can be looked at next to real CT. Patient's right is on the picture's left.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import nibabel as nib
+import numpy as np
+from PIL import Image
+
+from engine.flags import make_parser, run_main
+
+COLOURS = np.array(
+    [
+        (0, 0, 0),
+        (200, 90, 60),
+        (255, 210, 0),
+        (170, 60, 255),
+        (255, 150, 60),
+        (255, 0, 0),
+        (60, 120, 255),
+        (0, 255, 150),
+    ]
+    + [(0, 255, 255), (60, 200, 60), (220, 130, 220), (130, 130, 255), (255, 255, 130), (255, 170, 200)],
+    np.uint8,
+)
+
+
+def make_flags():
+    """The parser of this script."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--images", type=str, nargs="+", required=True, help="NIfTI files, one row of slices each")
+    parser.add_argument("--output", type=str, required=True, help="PNG file to write")
+    parser.add_argument("--num_axial", type=int, default=5, help="axial slices per file, evenly spaced")
+    parser.add_argument("--hu_min", type=float, default=-160.0, help="HU shown black")
+    parser.add_argument("--hu_max", type=float, default=240.0, help="HU shown white")
+    parser.add_argument("--pixel_mm", type=float, default=1.8, help="size of a picture's pixel in mm")
+    return parser
+
+
+def label_beside(image: Path) -> Path | None:
+    """The label file that FLARE22's layout puts beside an image, where there is one."""
+    label = image.parent.parent / "labels" / image.name.replace("_0000.nii.gz", ".nii.gz")
+    return label if label != image and label.exists() else None
+
+
+def read_ras(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Array [X, Y, Z] growing to right, front and top, and its spacing (mm)."""
+    image = nib.as_closest_canonical(nib.load(path))
+    return np.asarray(image.dataobj, np.float32), np.array(image.header.get_zooms()[:3], float)
+
+
+def picture(plane: np.ndarray, labels: np.ndarray | None, spacing: np.ndarray, flags) -> np.ndarray:
+    """One slice [A, B] (to the right or back, and up) as an RGB picture with outlined labels."""
+    size = tuple(max(int(n * s / flags.pixel_mm), 1) for n, s in zip(plane.shape, spacing))
+    grey = np.clip((plane - flags.hu_min) / (flags.hu_max - flags.hu_min), 0, 1) * 255
+    turned = Image.fromarray(grey[::-1, ::-1].T.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    rgb = np.repeat(np.asarray(turned)[..., None], 3, axis=-1)
+    if labels is not None:
+        turned = Image.fromarray(labels[::-1, ::-1].T.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+        ids = np.asarray(turned)
+        edge = (ids != np.roll(ids, 1, 0)) | (ids != np.roll(ids, 1, 1))
+        rgb = np.where((edge & (ids > 0))[..., None], COLOURS[ids % len(COLOURS)], rgb)
+    return rgb.astype(np.uint8)
+
+
+def row_of(path: Path, flags) -> np.ndarray:
+    """All slices of one file, side by side."""
+    hu, spacing = read_ras(path)
+    label = label_beside(path)
+    ids = read_ras(label)[0] if label else None
+    heights = np.linspace(0.06, 0.94, flags.num_axial) * (hu.shape[2] - 1)
+    cuts = [(2, int(z)) for z in heights] + [(1, int(0.45 * hu.shape[1])), (0, hu.shape[0] // 2)]
+    tiles = []
+    for axis, where in cuts:
+        kept = np.delete(spacing, axis)
+        plane = np.take(hu, where, axis=axis)
+        tiles.append(picture(plane, None if ids is None else np.take(ids, where, axis=axis), kept, flags))
+    return stack(tiles, axis=1)
+
+
+def stack(tiles: list[np.ndarray], axis: int) -> np.ndarray:
+    """Pictures in a row (axis 1) or column (axis 0), padded with black."""
+    other = 1 - axis
+    longest = max(tile.shape[other] for tile in tiles)
+    padded = []
+    for tile in tiles:
+        pad = [(0, 0)] * 3
+        pad[other] = (0, longest - tile.shape[other])
+        padded.append(np.pad(tile, pad))
+    return np.concatenate(padded, axis=axis)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    if not flags.hu_min < flags.hu_max:
+        raise ValueError(f"--hu_min must be below --hu_max, got {flags.hu_min} and {flags.hu_max}")
+    sheet = stack([row_of(Path(name), flags) for name in flags.images], axis=0)
+    Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(flags.output)
+    print(f"{flags.output}: {sheet.shape[1]} x {sheet.shape[0]} pixels, {len(flags.images)} volumes")
+
+
+if __name__ == "__main__":
+    run_main(main)
