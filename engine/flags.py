@@ -75,6 +75,7 @@ class RunInfo:
 
     @classmethod
     def collect(cls, flags: jsonargparse.Namespace) -> "RunInfo":
+        packages = {name: version(name) for name in ("torch", "monai", "timm")}
         return cls(
             flags=flags_as_dict(flags),
             commit=git_commit(),
