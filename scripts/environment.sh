@@ -10,11 +10,12 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 make_environment() { # DIRECTORY
     echo "Making the Python environment in $1 (once; about 6.5 GB, a few minutes)"
-    rm -rf "$1"
-    "$PYTHON" -m venv "$1"
-    "$1/bin/python" -m pip install --quiet --disable-pip-version-check \
-        -r "$repository/requirements.txt" -c "$repository/constraints.txt"
-    touch "$1/complete" # an install that was cut short lacks this file and is made again
+    # The file "complete" comes last: an install that was cut short lacks it and is made again.
+    rm -rf "$1" \
+        && "$PYTHON" -m venv "$1" \
+        && "$1/bin/python" -m pip install --quiet --disable-pip-version-check \
+            -r "$repository/requirements.txt" -c "$repository/constraints.txt" \
+        && touch "$1/complete"
 }
 
 use_environment() {
@@ -36,7 +37,7 @@ use_environment() {
         ( # two runs at once wait for each other where flock exists
             if command -v flock >/dev/null; then flock 9; fi
             [ -f "$directory/complete" ] || make_environment "$directory"
-        ) 9>"$directory.lock" || return 1
+        ) 9>"$directory.lock" || { echo "The environment in $directory could not be made" >&2; return 1; }
     fi
     export PATH="$directory/bin:$PATH"
 }
