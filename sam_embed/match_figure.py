@@ -13,11 +13,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from datasets.geometry import resample, spacing_of, world_to_index
+from datasets.geometry import body_box, index_to_world, resample, spacing_of, world_to_index
 from datasets.nifti import Volume
+from sam_embed.evaluate import PairErrors
 
 WINDOW_HU = (-160.0, 240.0)
 DISPLAY_SPACING_MM = (2.0, 2.0, 2.0)
+MARGIN_VOX = 4
 SLAB_MM = 18.0  # points at most so far from an axial slice are drawn on it
 BACKGROUND, TEXT = "#101216", "#e8eaed"
 
@@ -40,9 +42,13 @@ AXIAL, CORONAL, SAGITTAL = (
 
 
 def for_display(volume: Volume) -> Volume:
-    """The volume on an isotropic 2 mm grid, so that slices are cheap and comparable."""
+    """The patient on an isotropic 2 mm grid, without the air around: slices are cheap and fill the picture."""
     array, affine = resample(volume.array, volume.affine, DISPLAY_SPACING_MM)
-    return Volume(array, affine, volume.path)
+    start, stop = body_box(array, DISPLAY_SPACING_MM)
+    start, stop = np.maximum(start - MARGIN_VOX, 0), np.minimum(stop + MARGIN_VOX, array.shape)
+    affine = affine.copy()
+    affine[:3, 3] = index_to_world(affine, start)
+    return Volume(array[tuple(map(slice, start, stop))], affine, volume.path)
 
 
 def _extent(shape: Sequence[int], spacing: Sequence[float], plane: Plane) -> tuple[float, float, float, float]:
@@ -168,11 +174,11 @@ def draw_landmarks(
         query, key: canonical HU volumes.
         names: N landmarks.
         query_mm, match_mm, true_mm: world mm [N, 3]: places in the query, matches and true places in the key.
-        title: above the figure.
+        title: above the figure; empty for the median error.
     """
     query, key = for_display(query), for_display(key)
     errors_mm = np.linalg.norm(match_mm - true_mm, axis=1)
-    colours = [colormaps["hsv"](number / max(len(names), 1)) for number in range(len(names))]
+    colours = [_bright_colour(number / max(len(names), 1)) for number in range(len(names))]
     figure = Figure(figsize=(15, 11), facecolor=BACKGROUND, layout="constrained")
     grid = figure.subplots(2, 3, width_ratios=[1, 1, 0.55])
     level = _busiest_level(query, query_mm)
@@ -194,6 +200,42 @@ def draw_landmarks(
     _list_errors(grid[:, 2], names, errors_mm, colours)
     figure.suptitle(title or f"median error {np.nanmedian(errors_mm):.1f} mm", color=TEXT, fontsize=14)
     return figure
+
+
+def draw_landmark_matches(
+    query: Volume, key: Volume, errors: PairErrors, path: str | Path, num_landmarks: int = 16
+) -> None:
+    """Write the picture of `draw_landmarks` for some landmarks of an evaluated pair, spread over the body.
+
+    Args:
+        query, key: the volumes of `errors.query` and `errors.key`.
+        errors: of `evaluate_pairs`.
+        path: picture file.
+        num_landmarks: how many to draw; matches outside of the key are left out.
+    """
+    matched = np.flatnonzero(np.isfinite(errors.match_mm).all(axis=1))
+    chosen = matched[_spread(errors.query_mm[matched], num_landmarks)]
+    all_errors_mm = errors.error_mm["sam"][matched]
+    title = (
+        f"{errors.query} to {errors.key}: median error {np.median(all_errors_mm):.1f} mm over "
+        f"{len(matched)} landmarks, {len(chosen)} of them shown"
+    )
+    places = (errors.query_mm[chosen], errors.match_mm[chosen], errors.key_mm[chosen])
+    save_figure(draw_landmarks(query, key, [errors.landmarks[number] for number in chosen], *places, title), path)
+
+
+def _spread(points_mm: np.ndarray, num: int) -> np.ndarray:
+    """Indices of up to `num` points far from each other, head to foot."""
+    chosen = [0]
+    while len(chosen) < min(num, len(points_mm)):
+        distance = np.linalg.norm(points_mm[:, None] - points_mm[chosen], axis=2).min(axis=1)
+        chosen.append(int(distance.argmax()))
+    return np.array(sorted(chosen, key=lambda number: -points_mm[number, 2]))
+
+
+def _bright_colour(share: float) -> tuple[float, float, float]:
+    """A hue, mixed with white so that blue is readable on black."""
+    return tuple(0.35 + 0.65 * part for part in colormaps["hsv"](share)[:3])
 
 
 def _busiest_level(volume: Volume, points_mm: np.ndarray) -> float:

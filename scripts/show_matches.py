@@ -9,6 +9,7 @@ point, and matches.json with all numbers.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -62,8 +63,13 @@ def parse_points(texts: list[str]) -> np.ndarray:
     return np.array(points, dtype=np.float64)
 
 
+def keep_negative_points(argv: list[str]) -> list[str]:
+    """A leading space, so that argparse does not take "-30,-60,180" for a flag."""
+    return [f" {text}" if re.fullmatch(r"-[\d.]+,.*", text) else text for text in argv]
+
+
 def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
+    flags = make_flags().parse_args(keep_negative_points(sys.argv[1:] if argv is None else argv))
     wanted_mm = parse_points(flags.points)
     network, info = load_embedder(flags.checkpoint_file)
     fast = for_inference(network).to(pick_device(flags.device, 0))
