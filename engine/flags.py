@@ -80,8 +80,7 @@ class RunInfo:
             flags=flags_as_dict(flags),
             commit=git_commit(),
             command=" ".join(sys.argv),
-            versions={"python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "monai", "timm")},
+            versions={"python": platform.python_version()} | packages,
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
