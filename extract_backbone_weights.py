@@ -15,6 +15,7 @@ A .pth holds a plain dict of tensors, with a description beside it (`alice.pth.j
 description tells the preprocessing that the weights expect: spacing, HU window, crop, axis codes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ import torch
 from engine.checkpoint import CheckpointError, load_checkpoint
 from engine.flags import add_switch, make_parser, run_main
 from engine.run_state import KIND
-from engine.weights import SUFFIXES, TARGETS, compare, extract, save_weights
+from engine.weights import HEAD_PREFIX, SUFFIXES, compare, extract, save_weights
+from models.backbones import BACKBONES
 
 
 def make_flags():
@@ -57,25 +59,41 @@ def describe(state: dict, key: str) -> dict:
     }
 
 
-def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: Path) -> str:
+def swin_unetr_keys(backbone: dict) -> dict[str, torch.Tensor]:
+    """State dict of MONAI's SwinUNETR for 14 structures, at a checkpoint's feature size."""
+    from monai.networks.nets import SwinUNETR
+
+    in_channels, feature_size = backbone["in_channels"], backbone["feature_size"]
+    return SwinUNETR(in_channels=in_channels, out_channels=14, feature_size=feature_size).state_dict()
+
+
+# Which network the weights of a backbone (its name in models.backbones) are for.
+TARGETS: dict[str, Callable[[dict], dict[str, torch.Tensor]]] = {"swin_unetr": swin_unetr_keys}
+
+
+def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> str:
     """Compare with the network that the weights are for.
 
     Returns:
         One line that says what matched.
 
     Raises:
-        CheckpointError: nothing matches, or an encoder key is missing.
+        CheckpointError: nothing matches, or something does not fit.
     """
-    name = backbone.get("name")
+    name = backbone["name"]
     if name not in TARGETS:
         raise CheckpointError(f"{path}: its backbone is {name!r}; known are {', '.join(TARGETS)}")
-    report = compare(
-        {key: value for key, value in weights.items() if not key.startswith("head.")}, TARGETS[name](backbone)
-    )
-    matched, wanted = report.counts(is_encoder=True)
-    if matched < wanted or matched == 0:
-        raise CheckpointError(f"{path}: does not fit {name} of feature size {backbone['feature_size']}: {report}")
-    return f"{name}, feature size {backbone['feature_size']}: {report}"
+    parts = {"encoder": BACKBONES[name].encoder_key_prefixes, "decoder": BACKBONES[name].decoder_key_prefixes}
+    backbone_weights = {key: value for key, value in weights.items() if not key.startswith(HEAD_PREFIX)}
+    report = compare(backbone_weights, TARGETS[name](backbone))
+    told = f"{name}, feature size {backbone['feature_size']}: {report.tell(**parts)}"
+    if report.misshapen or report.unexpected or not report.matched:
+        raise CheckpointError(f"{path}: does not fit {told}")
+    matched, wanted = report.counts(parts["encoder"])
+    if matched < wanted:
+        modules = sorted({key.split(".")[0] for key in report.missing if key.startswith(parts["encoder"])})
+        told += f" ({', '.join(modules)} not trained by this run's objectives)"
+    return told
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{flags.output}: expected a name that ends in {' or '.join(SUFFIXES)}")
     state = load_checkpoint(flags.checkpoint, KIND)
     weights = extract(state, flags.checkpoint_key, flags.with_head, flags.checkpoint)
-    print(check_match(weights, state["backbone"], Path(flags.checkpoint)))
+    print(check_match(weights, state["backbone"], flags.checkpoint))
     save_weights(weights, describe(state, flags.checkpoint_key), flags.output)
     print(f"wrote {len(weights)} tensors of the {flags.checkpoint_key} (step {state['step']}) to {flags.output}")
 

@@ -15,7 +15,8 @@ from torch import nn
 from engine.precision import autocast
 from engine.validation import evaluating
 
-COLUMNS = ("crop", "seen by the student", "reconstruction", "pasted into the masked blocks")
+PLANES = ("axial", "coronal")
+COLUMNS = ("crop", "seen by the student", "reconstruction", "hidden blocks filled")
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def reconstruction_figure(
     titles: list[str],
     voxel_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Figure:
-    """One row per view and plane (axial, coronal), the four columns of `COLUMNS`.
+    """One row per view: the four columns of `COLUMNS` in the axial plane, then in the coronal one.
 
     Args:
         crops: [N, 1, D, H, W] in [0, 1], un-augmented.
@@ -63,20 +64,17 @@ def reconstruction_figure(
         titles: one per view.
         voxel_mm: voxel size (D, H, W), for the pictures' proportions.
     """
-    rows = []
+    figure = Figure(figsize=(16, 2.3 * len(titles) + 0.3), layout="constrained")
+    axes = figure.subplots(len(titles), 2 * len(COLUMNS), squeeze=False)
     for index, title in enumerate(titles):
         crop, view, made = (tensor[index, 0].float().cpu().numpy() for tensor in (crops, views, reconstructions))
         hidden = spread_mask(masks[index].cpu().numpy(), crop.shape)
-        columns = (crop, np.where(hidden, np.nan, view), made, np.where(hidden, made, crop))
-        for plane in ("axial", "coronal"):
-            rows.append((f"{title}\n{plane}", [middle_plane(column, plane) for column in columns], plane))
-    figure = Figure(figsize=(10, 2.5 * len(rows) + 0.3), layout="constrained")
-    axes = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
-    for row_axes, (title, pictures, plane) in zip(axes, rows):
-        for axis, name, picture in zip(row_axes, COLUMNS, pictures):
-            show(axis, picture, plane, voxel_mm)
-            axis.set_title(name, fontsize=7, pad=2)
-        row_axes[0].set_ylabel(title, fontsize=7)
+        volumes = (crop, np.where(hidden, np.nan, view), made, np.where(hidden, made, crop))
+        pictures = [(plane, name, volume) for plane in PLANES for name, volume in zip(COLUMNS, volumes)]
+        for axis, (plane, name, volume) in zip(axes[index], pictures):
+            show(axis, middle_plane(volume, plane), plane, voxel_mm)
+            axis.set_title(f"{plane}: {name}", fontsize=7, pad=2)
+        axes[index, 0].set_ylabel(title, fontsize=7)
     return figure
 
 

@@ -33,7 +33,7 @@ def add_data_flags(group) -> None:
     add("--store_dir", type=str, default="", help="volume store, made when missing; empty = OUTPUT_DIR/store")
     add(
         "--spacing_mm",
-        type=str,
+        type=float | str,
         nargs="+",
         default=None,
         help="voxel size in mm of the store: D H W, one number, or native; unset = the store's, 2 1.5 1.5 if made here",

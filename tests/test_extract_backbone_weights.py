@@ -1,0 +1,187 @@
+"""Extraction: one layout for student and teacher, fit for MONAI's SwinUNETR, in both formats; clear refusals."""
+
+import json
+import re
+
+import pytest
+import torch
+from monai.networks.nets import SwinUNETR
+from safetensors import safe_open
+
+import extract_backbone_weights
+import main_ddp
+from engine.checkpoint import CheckpointError
+from engine.flags import REPOSITORY
+from engine.optim import make_optimizer
+from engine.precision import make_scaler
+from engine.run_state import RunState
+from engine.weights import read_weights, start_from
+from tests.tiny_run import TINY
+
+CPU = torch.device("cpu")
+
+
+def build(**changed):
+    flags = main_ddp.make_flags().parse_args([f"--{name}={value}" for name, value in (TINY | changed).items()])
+    torch.manual_seed(3)
+    return (*main_ddp.build_networks(flags), main_ddp.make_loss(flags))
+
+
+def write_checkpoint(path, **changed):
+    student, teacher, loss = build(**changed)
+    description = {
+        "flags": {}, "commit": "abc", "versions": {},
+        "preprocessing": {"axcodes": "SPL", "spacing_mm": [2.0, 1.5, 1.5]},
+        "backbone": {"name": "swin_unetr", "feature_size": 12, "in_channels": 1},
+    }  # fmt: skip
+    run = RunState(
+        student, teacher, loss, make_optimizer(student, 0.1, 0, CPU), make_scaler("fp32", CPU), description, 7
+    )
+    torch.save(run.as_checkpoint(5), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pth")
+
+
+def monai_network() -> SwinUNETR:
+    return SwinUNETR(in_channels=1, out_channels=14, feature_size=12)
+
+
+def extract(checkpoint, output, *more) -> None:
+    extract_backbone_weights.main([str(checkpoint), str(output), *more])
+
+
+@pytest.mark.parametrize("key", ["student", "teacher"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_fill_monais_network(checkpoint, tmp_path, capsys, key, suffix):
+    output = tmp_path / f"alice{suffix}"
+    extract(checkpoint, output, "--checkpoint_key", key)
+    told = capsys.readouterr().out
+    assert re.search(r"encoder (\d+)/\1, ", told)
+    assert re.search(r"decoder (\d+)/\1 keys" if key == "student" else r"decoder 0/[1-9]", told)
+    weights = torch.load(output, weights_only=True) if suffix == ".pth" else read_weights(output)
+    network = monai_network()
+    missing, unexpected = network.load_state_dict(weights, strict=False)
+    assert unexpected == []
+    own_layers = {"out.conv.conv.weight", "out.conv.conv.bias"}
+    if key == "student":
+        assert set(missing) == own_layers
+    else:
+        assert {name.split(".")[0] for name in missing} == {f"decoder{i}" for i in range(1, 6)} | {"out"}
+    source = torch.load(checkpoint, weights_only=True)[key]
+    for name in weights:
+        assert torch.equal(network.state_dict()[name], source[f"backbone.network.{name}"]), name
+
+
+def test_description_travels_with_the_weights(checkpoint, tmp_path):
+    extract(checkpoint, tmp_path / "alice.pth")
+    extract(checkpoint, tmp_path / "alice.safetensors")
+    beside = json.loads((tmp_path / "alice.pth.json").read_text())
+    with safe_open(tmp_path / "alice.safetensors", framework="pt") as file:
+        inside = file.metadata()
+    assert beside["method"] == inside["method"] == "alice"
+    assert beside["module"] == "teacher" and beside["step"] == 7 and beside["commit"] == "abc"
+    assert (
+        beside["preprocessing"]
+        == json.loads(inside["preprocessing"])
+        == {"axcodes": "SPL", "spacing_mm": [2, 1.5, 1.5]}
+    )
+    assert beside["backbone"]["feature_size"] == 12
+
+
+def test_head_comes_along_only_when_asked(checkpoint, tmp_path):
+    for more, expected in (((), False), (("--with_head",), True)):
+        extract(checkpoint, tmp_path / "alice.pth", *more)
+        names = torch.load(tmp_path / "alice.pth", weights_only=True)
+        assert any(name.startswith("head.last_layer") for name in names) is expected
+        assert not any(name.startswith(("backbone.", "casa.", "out.")) or "mask_token" in name for name in names)
+
+
+def test_snippet_of_the_docstring_runs(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    extract(checkpoint, "alice.pth")
+    snippet = snippet_of(extract_backbone_weights.__doc__).replace("feature_size=48", "feature_size=12")
+    assert "load_state_dict" in snippet
+    exec(snippet, {})
+
+
+def test_snippet_of_the_readme_runs(checkpoint, tmp_path, monkeypatch):
+    readme = (REPOSITORY / "README.md").read_text()
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_state_dict" in block]
+    assert blocks, "the README shows no loading snippet"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    for block in blocks:
+        for output in re.findall(r"torch\.load\(\"([^\"]+)\"", block):
+            (tmp_path / output).parent.mkdir(parents=True, exist_ok=True)
+            extract(checkpoint, output)
+        exec(re.sub(r"feature_size=\d+", "feature_size=12", block), {})
+
+
+def snippet_of(docstring: str) -> str:
+    lines = docstring.split("load like this:")[1].split("A .pth holds")[0].splitlines()
+    return "\n".join(line.strip() for line in lines)
+
+
+def test_run_without_reconstruction_exports_its_encoder(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "cls_only.pth", lambda2=0, lambda3=0)
+    extract(path, tmp_path / "alice.pth", "--checkpoint_key", "student")
+    told = capsys.readouterr().out
+    assert "decoder 0/" in told and "not trained" in told
+    monai_network().load_state_dict(torch.load(tmp_path / "alice.pth", weights_only=True), strict=False)
+
+
+def test_wrong_files_are_refused_by_name(checkpoint, tmp_path):
+    torch.save({"kind": "sam_embed", "state_dict": {}}, tmp_path / "sam.pth")
+    with pytest.raises(CheckpointError, match="sam.pth: not a checkpoint of kind 'alice'.*sam_embed"):
+        extract(tmp_path / "sam.pth", tmp_path / "out.pth")
+    extract(checkpoint, tmp_path / "alice.pth")
+    with pytest.raises(CheckpointError, match="alice.pth: not a checkpoint of kind 'alice'.*swinViT"):
+        extract(tmp_path / "alice.pth", tmp_path / "out.pth")
+    with pytest.raises(CheckpointError, match="absent.pth"):
+        extract(tmp_path / "absent.pth", tmp_path / "out.pth")
+    with pytest.raises(ValueError, match="out.onnx: expected a name that ends in .pth or .safetensors"):
+        extract(checkpoint, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_nothing_to_extract_is_an_error_not_an_empty_file(checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)
+    bare = {name.removeprefix("backbone."): value for name, value in state["teacher"].items()}
+    torch.save(state | {"teacher": bare}, tmp_path / "bare.pth")
+    with pytest.raises(CheckpointError, match="nothing to extract"):
+        extract(tmp_path / "bare.pth", tmp_path / "out.pth")
+    renamed = {name.replace("swinViT", "vit"): value for name, value in state["teacher"].items()}
+    torch.save(state | {"teacher": renamed}, tmp_path / "renamed.pth")
+    with pytest.raises(CheckpointError, match="does not fit swin_unetr"):
+        extract(tmp_path / "renamed.pth", tmp_path / "out.pth")
+    torch.save(state | {"backbone": {**state["backbone"], "feature_size": 24}}, tmp_path / "wider.pth")
+    with pytest.raises(CheckpointError, match="feature size 24: .*misshapen"):
+        extract(tmp_path / "wider.pth", tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize("name", ["alice.pth", "alice.safetensors"])
+def test_extracted_weights_can_start_another_run(checkpoint, tmp_path, name):
+    extract(checkpoint, tmp_path / name, "--checkpoint_key", "student", "--with_head")
+    student = build()[0]
+    for parameter in student.parameters():
+        torch.nn.init.constant_(parameter, 0.5)
+    report = start_from(student, tmp_path / name)
+    assert {key.split(".")[0] for key in report.missing} == {"out"} and not report.misshapen
+    source = torch.load(checkpoint, weights_only=True)["student"]
+    for key, value in student.state_dict().items():
+        if key.startswith(("backbone.network.swinViT", "head.")):
+            assert torch.equal(value, source[key]), key
+
+
+def test_damaged_or_code_bearing_starting_weights_are_refused(tmp_path):
+    (tmp_path / "half.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(CheckpointError, match="half.safetensors: not readable"):
+        read_weights(tmp_path / "half.safetensors")
+    torch.save({"kind": "sam_embed", "state_dict": {"w": torch.zeros(1)}}, tmp_path / "sam.pth")
+    with pytest.raises(CheckpointError, match="kind 'sam_embed'"):
+        read_weights(tmp_path / "sam.pth")

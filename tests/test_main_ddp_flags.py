@@ -1,0 +1,94 @@
+"""The command line of main_ddp.py: its frozen names, its configs, and mistakes that are all reported together."""
+
+from pathlib import Path
+
+import pytest
+
+import main_ddp
+from engine.pretrain_flags import number_problems
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("sam_"))
+PUBLISHED = """
+data_dir json_list output_dir embed_dir checkpoint_file batch_size lr epochs roi_x roi_y roi_z a_min a_max mask_ratio
+ momentum_teacher lambda1 lambda2 lambda3 saveckp_freq num_workers use_fp16 seed
+"""
+OURS = """
+table_file store_dir spacing_mm pairing mask_block min_score max_cycle_mm iou_range jitter_mm augment backbone
+feature_size casa_variant casa_heads casa_head_dim casa_hidden_dim query_stride key_stride out_dim head_hidden_dim
+head_bottleneck_dim shared_head shared_head_teacher norm_last_layer recon_on student_temp teacher_temp
+warmup_teacher_temp warmup_teacher_temp_epochs centre_momentum steps_per_epoch accumulate_steps lr_reference_batch
+min_lr warmup_epochs weight_decay weight_decay_end clip_grad freeze_last_layer device precision use_checkpoint compile
+nan_policy dist_timeout_min resume keep_freq log_freq picture_freq val_freq num_val_pairs config print_config
+help
+"""
+
+
+def flag_names() -> set[str]:
+    options = (option for action in main_ddp.make_flags()._actions for option in action.option_strings)
+    return {option.removeprefix("--") for option in options if option.startswith("--") and "no_" not in option}
+
+
+def test_flag_names_are_frozen():
+    """Renaming a flag breaks users' job scripts: change this list only on purpose."""
+    assert flag_names() == set(PUBLISHED.split()) | set(OURS.split())
+
+
+def test_every_flag_has_help():
+    for action in main_ddp.make_flags()._actions:
+        assert action.help, action.option_strings
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_parse_and_hold_no_mistake(path):
+    flags = main_ddp.make_flags().parse_args(["--config", str(path)])
+    assert number_problems(flags, world_size=8) == []
+
+
+def test_command_line_wins_over_the_config(tmp_path):
+    (tmp_path / "run.yaml").write_text("batch_size: 3\nlr: 0.5\n")
+    flags = main_ddp.make_flags().parse_args(["--config", str(tmp_path / "run.yaml"), "--lr", "0.25"])
+    assert (flags.batch_size, flags.lr) == (3, 0.25)
+
+
+@pytest.mark.parametrize("text", ["batch_sice: 3\n", "batch_size: three\n", "pairing: by_name\n"])
+def test_unknown_keys_and_wrong_values_in_a_config_are_refused(tmp_path, text, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main_ddp.make_flags().parse_args(["--config", str(tmp_path / "run.yaml")])
+    assert text.split(":")[0] in capsys.readouterr().err
+
+
+def test_all_mistakes_are_reported_together_before_anything_is_written(tmp_path):
+    argv = [
+        f"--data_dir={tmp_path}", f"--json_list={tmp_path / 'absent.json'}", f"--output_dir={tmp_path / 'out'}",
+        "--pairing=iou", "--roi_x=50", "--a_min=300", "--mask_ratio=1.5", "--batch_size=0", "--lr=1e-5",
+        "--min_lr=1e-3", "--spacing_mm", "2", "2", "--device=cpu", "--precision=fp16",
+        "--iou_range", "0.9", "0.1", "--student_temp=0",
+    ]  # fmt: skip
+    with pytest.raises(ValueError) as error:
+        main_ddp.main(argv)
+    told = str(error.value)
+    for flag in ("json_list", "roi_x", "a_min", "batch_size", "min_lr", "spacing_mm", "precision", "iou_range"):
+        assert f"--{flag}" in told, flag
+    assert "flags need a change" in told and not (tmp_path / "out").exists()
+
+
+def test_floor_above_the_peak_is_an_error_that_knows_the_scaling():
+    """The published command: 5e-5 x 64 / 256 = 1.25e-5 peak, floor 1e-4."""
+    flags = main_ddp.make_flags().parse_args(
+        ["--lr=5e-5", "--min_lr=1e-4", "--lr_reference_batch=256", "--batch_size=8"]
+    )
+    (problem,) = number_problems(flags, world_size=8)
+    assert "1.25e-05" in problem and "--min_lr" in problem and "effective batch 64" in problem
+    flags.min_lr = 1e-6
+    assert number_problems(flags, world_size=8) == []
+
+
+def test_missing_table_names_the_two_commands(tmp_path):
+    (tmp_path / "list.json").write_text("{}")
+    argv = [f"--data_dir={tmp_path}", f"--json_list={tmp_path / 'list.json'}", f"--output_dir={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match="generate_sam_embeddings.py.*mine_pairs.py.*--pairing iou"):
+        main_ddp.main([*argv, f"--embed_dir={tmp_path}", "--feature_size=12", "--device=cpu"])
+    with pytest.raises(ValueError, match="--embed_dir is not given"):
+        main_ddp.main([*argv, "--feature_size=12", "--device=cpu"])
