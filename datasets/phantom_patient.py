@@ -199,7 +199,7 @@ def sample_scan(rng: np.random.Generator, patient: Patient, full_size: bool, ran
         shape=shape,
         spacing_mm=tuple(float(round(s, 6)) for s in spacing),
         origin_mm=tuple(float(round(o, 3)) for o in origin),
-        noise_hu=float(rng.uniform(6, 20)) * (1.3 if full_size else 1.0),
+        noise_hu=float(rng.uniform(6, 20)) * (1.15 if full_size else 1.0),
         blur_vox=float(rng.uniform(0.3, 0.6)) * (1.6 if full_size else 1.0),
         table_mm=float(rng.uniform(2, 26)) if rng.uniform() < 0.8 else None,
         circle=bool(rng.uniform() < 0.3),

@@ -27,7 +27,7 @@ def _paint_wall(canvas: Canvas, everything: Region, patient: Patient) -> None:
     strands = noise(everything, "middle")
     fat = patient.hu["fat"] + 5 * strands
     skin = outline_distance(SKIN, x, y, z)
-    canvas.paint(everything, skin, np.float32(10.0))
+    canvas.paint(everything, skin, np.float32(30.0))
     canvas.paint(everything, skin + np.float32(2.2), fat + 45 * np.clip(strands - 1.7, 0, 1))
     outer = outline_distance(MUSCLE, x, y, z)
     inner = cavity_distance(x, y, z)
@@ -83,7 +83,7 @@ def _paint_muscles(canvas: Canvas, patient: Patient) -> None:
                 continue
             region, distance, _ = found
             grain = noise(region, "middle")
-            canvas.paint(region, distance, patient.hu["fat"] + 25)
+            canvas.paint(region, distance, patient.hu["muscle"] - 60 - 40 * np.clip(grain, -1, 1))
             canvas.paint(region, distance + 1.2, patient.hu["muscle"] + 4 - 80 * np.clip(grain - 1.3, 0, 0.8))
     for side in (1, -1):  # the diaphragm's pillars, on both sides of the aorta
         crus = [(side * 9 - 4, 40, 106, 3.5), (side * 15 - 6, 32, 138, 5), (side * 17 - 8, 20, 178, 5)]

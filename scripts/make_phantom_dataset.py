@@ -3,6 +3,7 @@
     python scripts/make_phantom_dataset.py --out_dir data/phantom --num_unlabelled 20 --num_labelled 4 --seed 0
     python scripts/make_phantom_dataset.py --out_dir data/phantom_full --num_unlabelled 2 --num_labelled 0 --full_size
 
+A default case takes about 3 s on one core: 112-144 pixels a side, up to 125 slices of 1.5-5 mm, 1-3 MB.
 Finished cases are kept, so a run that was stopped goes on where it was; a larger --num_unlabelled adds cases.
 Each case: CT (and labels 1-13), landmarks/<case>.json with named landmarks in world mm.
 """
@@ -29,7 +30,7 @@ def make_flags():
         group,
         "--full_size",
         False,
-        "clinical matrices, 512x512 with up to 250 slices of 1-5 mm: about 30 times the default's time and size",
+        "clinical matrices, 512x512 with up to 250 slices: 35-90 s a core and case, 40-80 MB a file, 2 GiB a process",
     )
     add_switch(group, "--save_atlas_map", False, "also write atlas_maps/<case>.npz: every voxel's atlas mm (RAS order)")
     return parser
