@@ -20,6 +20,7 @@ from datasets.files import write_bytes
 
 SUFFIX = ".safetensors"
 FORMAT = "sam_embed.embedding.1"
+LENGTH_SLICES = 4  # fine slices for which all coarse channels are interpolated at a time
 
 
 class EmbeddingError(ValueError):
@@ -91,18 +92,22 @@ class Embedding:
             [N, last - first, h, w]; beyond the outermost coarse voxels their value continues.
         """
         along_d, along_h, along_w = self._coarse_weights
-        in_slice = along_h @ (coarse_values @ along_w.T)  # [N, d', h, w]
-        out = along_d[first:last] @ in_slice.flatten(2)  # [N, last - first, h * w]
+        along_d = along_d[first:last]
+        used = along_d.any(dim=0).nonzero()  # the few coarse slices between which these fine ones lie
+        low, high = int(used[0]), int(used[-1]) + 1
+        in_slice = along_h @ (coarse_values[:, low:high] @ along_w.T)  # [N, high - low, h, w]
+        out = along_d[:, low:high] @ in_slice.flatten(2)  # [N, last - first, h * w]
         return out.unflatten(2, in_slice.shape[2:])
 
     @cached_property
     def coarse_length(self) -> Tensor:
         """float32 [d, h, w]: length of the interpolated coarse vector, by which its similarities are divided."""
-        coarse = self.coarse.float()
-        squared = [
-            self.coarse_on_fine(coarse, number, number + 1).square().sum(dim=0) for number in range(self.fine.shape[1])
+        coarse, depth = self.coarse.float(), self.fine.shape[1]
+        lengths = [
+            torch.linalg.vector_norm(self.coarse_on_fine(coarse, first, min(first + LENGTH_SLICES, depth)), dim=0)
+            for first in range(0, depth, LENGTH_SLICES)
         ]
-        return torch.cat(squared).sqrt().clamp_min(1e-6)
+        return torch.cat(lengths).clamp_min(1e-6)
 
 
 def _linear_weights(positions: np.ndarray, size: int) -> Tensor:
