@@ -7,11 +7,10 @@ Shapes: B volumes, C channels, (D, H, W) voxels.
 """
 
 import copy
-import json
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,11 +22,11 @@ from datasets.volume_store import VolumeStore
 from sam_embed.checkpoint import CheckpointError, EmbedderInfo, embedder_checkpoint
 from sam_embed.embed import embed_volume
 from sam_embed.embedding_store import Embedding
+from sam_embed.evaluate import CLOSE_MM, Landmarks, evaluate_pairs, summarise
 from sam_embed.match import cycle_error_mm, match_points
 from sam_embed.network import AnatomicalEmbedder
 from sam_embed.views import TrainingVolume
 
-GOOD_MM = 10.0  # the share of errors below this is reported
 NUM_CYCLE_POINTS = 60
 
 
@@ -167,68 +166,37 @@ class SamRun:
         self.step, self.elapsed_s, self.best = state["step"], state["elapsed_s"], state["best"]
 
 
-def read_landmarks(landmark_dir: str | Path, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-    """Named landmarks (world mm, [3]) of the cases that have a file `<case>.json` in the folder.
-
-    Raises:
-        ValueError: a file that is no landmark file, or no case has one.
-    """
-    found = {}
-    for name in names:
-        path = Path(landmark_dir) / f"{name}.json"
-        if not path.is_file():
-            continue
-        try:
-            places = json.loads(path.read_text())["landmarks_mm"]
-            found[name] = {key: np.asarray(place, dtype=np.float64).reshape(3) for key, place in places.items()}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f'{path}: not a landmark file {{"landmarks_mm": {{name: [x, y, z]}}}} ({error})'
-            ) from error
-    if not found:
-        raise ValueError(f"{landmark_dir}: no landmark file for any of {', '.join(names)} (--landmark_dir)")
-    return found
-
-
 class Validator:
     """Judges weights on held-out volumes: landmark error where landmarks are known, else the cycle error.
 
     Args:
         volumes: name -> volume; every ordered pair of them is matched.
-        landmarks: name -> {landmark -> world mm [3]}, or None.
+        landmarks: of `sam_embed.evaluate.load_landmarks`, or None.
         memory_mb: for embedding one volume.
     """
 
     def __init__(
-        self, volumes: dict[str, Volume], landmarks: dict[str, dict[str, np.ndarray]] | None, memory_mb: float = 4096
+        self, volumes: dict[str, Volume], landmarks: dict[str, Landmarks] | None, memory_mb: float = 4096
     ) -> None:
         if len(volumes) < 2:
             raise ValueError(f"validation matches pairs of cases and needs two of them, found {len(volumes)}")
         self.volumes, self.landmarks, self.memory_mb = volumes, landmarks, memory_mb
 
     def __call__(self, network: AnatomicalEmbedder, info: EmbedderInfo) -> dict[str, float]:
-        """`error_mm_median`, `error_mm_p90` (or `cycle_mm_*`) and `share_within_10mm` over all ordered pairs."""
+        """`error_median_mm`, `error_p90_mm`, `error_share_within_10mm` (or `cycle_*`) over all ordered pairs."""
         embeddings = {
             name: embed_volume(network, volume, info, self.memory_mb, name) for name, volume in self.volumes.items()
         }
-        pairs = [(query, key) for query in embeddings for key in embeddings if query != key]
-        measure = self._cycle_errors if self.landmarks is None else self._landmark_errors
-        errors = np.concatenate([measure(embeddings[query], embeddings[key]) for query, key in pairs])
-        name = "cycle_mm" if self.landmarks is None else "error_mm"
+        if self.landmarks is not None:
+            figures = summarise(evaluate_pairs(embeddings.__getitem__, self.landmarks, show_progress=False))["sam"]
+            return {f"error_{name}": figures[name] for name in ("median_mm", "p90_mm", "share_within_10mm")}
+        pairs = itertools.permutations(embeddings.values(), 2)
+        errors = np.concatenate([self._cycle_errors(query, key) for query, key in pairs])
         return {
-            f"{name}_median": float(np.median(errors)),
-            f"{name}_p90": float(np.percentile(errors, 90)),
-            f"share_within_{GOOD_MM:.0f}mm": float(np.mean(errors <= GOOD_MM)),
+            "cycle_median_mm": float(np.median(errors)),
+            "cycle_p90_mm": float(np.percentile(errors, 90)),
+            "cycle_share_within_10mm": float(np.mean(errors <= CLOSE_MM)),
         }
-
-    def _landmark_errors(self, query: Embedding, key: Embedding) -> np.ndarray:
-        here, there = self.landmarks.get(query.name, {}), self.landmarks.get(key.name, {})
-        shared = sorted(here.keys() & there.keys())
-        if not shared:
-            return np.zeros(0)
-        matches = match_points(query, key, np.stack([here[name] for name in shared]))
-        errors = np.linalg.norm(matches.points_mm - np.stack([there[name] for name in shared]), axis=1)
-        return errors[np.isfinite(errors)]
 
     def _cycle_errors(self, query: Embedding, key: Embedding) -> np.ndarray:
         points = self._points_in_body(query.name)
@@ -249,6 +217,5 @@ def main_error(measured: Mapping[str, float]) -> float:
 
     The median alone ignores far outliers, and they are what mining suffers from.
     """
-    medians = [value for name, value in measured.items() if name.endswith("_median")]
-    tails = [value for name, value in measured.items() if name.endswith("_p90")]
-    return medians[0] + 0.1 * tails[0]
+    kind = "error" if "error_median_mm" in measured else "cycle"
+    return measured[f"{kind}_median_mm"] + 0.1 * measured[f"{kind}_p90_mm"]

@@ -37,6 +37,7 @@ from engine.schedules import CosineSchedule
 from engine.signals import EXIT_INTERRUPTED, StopRequest
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.contrastive import LEVELS, LevelOptions, SamLoss
+from sam_embed.evaluate import load_landmarks
 from sam_embed.network import AnatomicalEmbedder
 from sam_embed.training import (
     SamRun,
@@ -45,7 +46,6 @@ from sam_embed.training import (
     embed_views,
     load_training_volumes,
     main_error,
-    read_landmarks,
     share_done,
 )
 from sam_embed.view_intensity import IntensityOptions
@@ -234,7 +234,7 @@ def build_validator(flags: jsonargparse.Namespace, world: World) -> Validator | 
     store = open_store(flags, world, "validation", flags.val_cases) if flags.val_cases > 1 else None
     if store is None or len(store) < 2 or not world.is_main:
         return None
-    landmarks = read_landmarks(flags.landmark_dir, store.names) if flags.landmark_dir else None
+    landmarks = load_landmarks(flags.landmark_dir, store.names) if flags.landmark_dir else None
     return Validator({name: store.read(name) for name in store.names}, landmarks)
 
 

@@ -15,8 +15,9 @@ from datasets.volume_store import VolumeStore
 from engine.checkpoint import load_checkpoint
 from sam_embed import training
 from sam_embed.checkpoint import EmbedderInfo, load_embedder
+from sam_embed.evaluate import load_landmarks
 from sam_embed.network import AnatomicalEmbedder
-from sam_embed.training import Validator, WeightAverage, read_landmarks, share_done
+from sam_embed.training import Validator, WeightAverage, share_done
 from scripts import train_sam
 from tests.small_torsos import write_torsos
 
@@ -65,15 +66,15 @@ def test_training_lowers_the_matching_error_of_held_out_cases(corpus, tmp_path):
     assert network.options["norm"] == "group"
     store = VolumeStore(corpus / "store", [f"torso{i}" for i in (6, 7, 8)])
     volumes = {name: store.read(name) for name in store.names}
-    validator = Validator(volumes, read_landmarks(corpus / "landmarks", store.names))
+    validator = Validator(volumes, load_landmarks(corpus / "landmarks", store.names))
     torch.manual_seed(0)
     untrained = validator(AnatomicalEmbedder(**network.options).eval(), info)
-    assert trained["error_mm_median"] < 0.5 * untrained["error_mm_median"]
-    assert trained["error_mm_median"] < 24  # three voxels
+    assert trained["error_median_mm"] < 0.5 * untrained["error_median_mm"]
+    assert trained["error_median_mm"] < 24  # three voxels
     again = validator(network, info)
-    assert math.isclose(again["error_mm_median"], trained["error_mm_median"], rel_tol=1e-3)
+    assert math.isclose(again["error_median_mm"], trained["error_median_mm"], rel_tol=1e-3)
     without_landmarks = Validator(volumes, None)(network, info)
-    assert 0 <= without_landmarks["cycle_mm_median"] < 60
+    assert 0 <= without_landmarks["cycle_median_mm"] < 60
     assert json.loads((tmp_path / "run.json").read_text())["flags"]["steps"] == 60
 
 
@@ -173,7 +174,7 @@ def test_training_volumes_are_the_body_on_the_grid(corpus, tmp_path):
     [
         ({"fine_weight": 0, "joint_weight": 0, "coarse_weight": 0}, "weight 0"),
         ({"view_shape": (4, 4, 4)}, "shape"),
-        ({"landmark_dir": "nowhere", "val_cases": 3}, "--landmark_dir"),
+        ({"landmark_dir": "nowhere", "val_cases": 3}, "nowhere"),
         ({"resume": "missing.pth"}, "no such checkpoint"),
         ({"json_list": "missing.json"}, "missing.json"),
     ],
