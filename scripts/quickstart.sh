@@ -20,9 +20,9 @@ stage "volume store" python scripts/prepare_volumes.py --data_dir "$out/data" --
     --store_dir "$out/store" --spacing_mm 3 3 3
 stage "train SAM" python scripts/train_sam.py --config configs/sam_quickstart.yaml --data_dir "$out/data" \
     --json_list "$out/data.json" --store_dir "$out/store" --output_dir "$out/sam"
-stage "embed" python scripts/generate_sam_embeddings.py --checkpoint_file "$out/sam/checkpoint_best.pth" --data_dir "$out/data" \
-    --json_list "$out/data.json" --embed_dir "$out/embeddings"
-stage "evaluate matching" python scripts/evaluate_matching.py --checkpoint_file "$out/sam/checkpoint_best.pth" --data_dir "$out/data" \
+stage "embed" python scripts/generate_sam_embeddings.py --checkpoint_file "$out/sam/checkpoint_best.pth" --store_dir "$out/store" \
+    --embed_dir "$out/embeddings"
+stage "evaluate matching" python scripts/evaluate_matching.py --checkpoint_file "$out/sam/checkpoint_best.pth" --store_dir "$out/store" \
     --json_list "$out/data.json" --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" \
     --output "$out/matching.json"
 stage "mine pairs" python scripts/mine_pairs.py --embed_dir "$out/embeddings" --num_points 64 --num_partners 8
