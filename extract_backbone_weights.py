@@ -4,7 +4,8 @@
     python extract_backbone_weights.py results/run/checkpoint.pth alice.safetensors --checkpoint_key student --with_head
 
 The teacher holds the encoder, the student the encoder and the decoder that learnt to reconstruct. Both come in one
-layout, with the network's own names, and load like this:
+layout, with the network's own names (of other backbones: those of `models.backbones.segmentation_network`). They
+load like this:
 
     import torch
     from monai.networks.nets import SwinUNETR
@@ -15,7 +16,6 @@ A .pth holds a plain dict of tensors, with a description beside it (`alice.pth.j
 description tells the preprocessing that the weights expect: spacing, HU window, crop, axis codes.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +24,9 @@ from engine.checkpoint import CheckpointError, load_checkpoint
 from engine.flags import add_switch, make_parser, run_main
 from engine.run_state import KIND
 from engine.weights import HEAD_PREFIX, SUFFIXES, compare, extract, save_weights
-from models.backbones import BACKBONES
+from models.backbones import BACKBONES, segmentation_network
+
+NUM_CLASSES = 14  # of the network that weights are compared with; its output layer is not exported
 
 
 def make_flags():
@@ -59,18 +61,6 @@ def describe(state: dict, key: str) -> dict:
     }
 
 
-def swin_unetr_keys(backbone: dict) -> dict[str, torch.Tensor]:
-    """State dict of MONAI's SwinUNETR for 14 structures, at a checkpoint's feature size."""
-    from monai.networks.nets import SwinUNETR
-
-    in_channels, feature_size = backbone["in_channels"], backbone["feature_size"]
-    return SwinUNETR(in_channels=in_channels, out_channels=14, feature_size=feature_size).state_dict()
-
-
-# Which network the weights of a backbone (its name in models.backbones) are for.
-TARGETS: dict[str, Callable[[dict], dict[str, torch.Tensor]]] = {"swin_unetr": swin_unetr_keys}
-
-
 def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> str:
     """Compare with the network that the weights are for.
 
@@ -81,11 +71,12 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> 
         CheckpointError: nothing matches, or something does not fit.
     """
     name = backbone["name"]
-    if name not in TARGETS:
-        raise CheckpointError(f"{path}: its backbone is {name!r}; known are {', '.join(TARGETS)}")
+    if name not in BACKBONES:
+        raise CheckpointError(f"{path}: its backbone is {name!r}; known are {', '.join(BACKBONES)}")
     parts = {"encoder": BACKBONES[name].encoder_key_prefixes, "decoder": BACKBONES[name].decoder_key_prefixes}
     backbone_weights = {key: value for key, value in weights.items() if not key.startswith(HEAD_PREFIX)}
-    report = compare(backbone_weights, TARGETS[name](backbone))
+    network = segmentation_network(name, backbone["in_channels"], NUM_CLASSES, backbone["feature_size"])
+    report = compare(backbone_weights, network.state_dict())
     told = f"{name}, feature size {backbone['feature_size']}: {report.tell(**parts)}"
     if report.misshapen or report.unexpected or not report.matched:
         raise CheckpointError(f"{path}: does not fit {told}")

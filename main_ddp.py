@@ -192,9 +192,9 @@ def precision_request(flags) -> tuple[str, torch.device]:
 def build_networks(flags) -> tuple[nn.Module, nn.Module]:
     """The student and its EMA teacher; flags and arguments share their names."""
     shared = (
-        "backbone feature_size casa_variant casa_heads casa_head_dim casa_hidden_dim query_stride key_stride out_dim "
-        "head_hidden_dim head_bottleneck_dim shared_head shared_head_teacher norm_last_layer lambda1 lambda2 lambda3 "
-        "use_checkpoint"
+        "backbone feature_size casa_variant casa_heads casa_head_dim casa_hidden_dim query_stride key_stride "
+        "cls_features out_dim head_hidden_dim head_bottleneck_dim shared_head shared_head_teacher norm_last_layer "
+        "lambda1 lambda2 lambda3 use_checkpoint"
     )
     return build_alice(roi=roi_of(flags), **{name: getattr(flags, name) for name in shared.split()})
 
@@ -380,7 +380,7 @@ def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:
         return []
     num_steps = -(-flags.num_val_pairs // (flags.batch_size * world.size))
     return make_pair_loader(
-        data.validation, flags.batch_size, world.rank, world.size, num_workers=0, num_steps=num_steps
+        data.validation, flags.batch_size, world.rank, world.size, min(flags.num_workers, 2), num_steps=num_steps
     )
 
 

@@ -44,7 +44,7 @@ def add_data_flags(group) -> None:
 def add_view_flags(group, pairings: list[str]) -> None:
     add = group.add_argument
     add("--pairing", type=str, choices=pairings, default="sam", help="how two views are paired")
-    add("--roi_x", type=int, default=96, help="crop size along W, voxels (multiple of 32 for swin_unetr)")
+    add("--roi_x", type=int, default=96, help="crop size along W, voxels (multiple of 32 for swin_unetr, else 16)")
     add("--roi_y", type=int, default=96, help="crop size along H, voxels")
     add("--roi_z", type=int, default=96, help="crop size along D, voxels")
     add("--a_min", type=float, default=-125.0, help="HU that becomes 0")
@@ -61,13 +61,20 @@ def add_view_flags(group, pairings: list[str]) -> None:
 def add_model_flags(group, backbones: list[str], casa_variants: list[str]) -> None:
     add = group.add_argument
     add("--backbone", type=str, choices=backbones, default="swin_unetr", help="network to pretrain")
-    add("--feature_size", type=int, default=48, help="channels at stride 2 (multiple of 12 for swin_unetr)")
+    add("--feature_size", type=int, default=48, help="channels at stride 2 (multiple of 12; nnformer: of 6)")
     add("--casa_variant", type=str, choices=casa_variants, default="figure", help="CASA as drawn, or as released")
     add("--casa_heads", type=int, default=8, help="attention heads of CASA")
     add("--casa_head_dim", type=int, default=64, help="width of one head")
     add("--casa_hidden_dim", type=int, default=2048, help="width of CASA's feed-forward block")
     add("--query_stride", type=int, default=16, help="stride of the encoder tokens that CASA asks with, voxels")
     add("--key_stride", type=int, default=8, help="stride of the tokens that CASA asks, voxels")
+    add(
+        "--cls_features",
+        type=str,
+        choices=["deepest", "multiscale"],
+        default="deepest",
+        help="what cls is: pooled tokens of the deepest stage, or of all stages joined",
+    )
     add("--out_dim", type=int, default=512, help="width of the compared distributions")
     add("--head_hidden_dim", type=int, default=2048, help="width of the head's hidden layers")
     add("--head_bottleneck_dim", type=int, default=256, help="width before the head's last layer")

@@ -3,10 +3,10 @@
 Two views Q and K of the same anatomy in different patients. The student sees both under block masks, the teacher both
 unmasked. Each network runs both views in one forward: rows 0..B-1 of every output belong to Q, rows B..2B-1 to K.
 
-    student   backbone.encode -> pooled deepest stage -> head -> cls_logits
+    student   backbone.encode -> pooled tokens        -> head -> cls_logits
                               -> tokens at stride 16 -> CASA's query
               backbone.decode -> map at stride 8 -> head (phi) -> CASA -> casa_online (S);   reconstruction
-    teacher   backbone.encode -> pooled deepest stage -> head -> cls_logits
+    teacher   backbone.encode -> pooled tokens        -> head -> cls_logits
                               -> map at stride 8 -> head (psi) -> CASA, same query -> casa_target (T)
 
 Everything trainable hangs under the student: one DDP wrap, one gradient clip, one state dict. What an objective of
@@ -25,12 +25,14 @@ from models.backbones.interface import Backbone, Size3, flatten_tokens
 from models.casa import CASA_VARIANTS, FigureCASA, PublishedCASA
 from models.heads import ProjectionHead
 
+CLS_FEATURES = ("deepest", "multiscale")
+
 
 class StudentOutputs(NamedTuple):
     """What the student says about 2B views; None where an objective is switched off."""
 
     cls_logits: Tensor | None  # [2B, K]
-    cls_features: Tensor  # [2B, C]: pooled tokens of the deepest stage, before the head
+    cls_features: Tensor  # [2B, C]: pooled tokens (--cls_features), before the head
     casa_query: Tensor | None  # [2B, N, inner] (figure) or [2B, N, K] (published)
     casa_online: Tensor | None  # S [2B, N, K]
     reconstruction: Tensor | None  # [2B, 1, D, H, W]
@@ -57,9 +59,14 @@ class AliceStudent(nn.Module):
         casa: FigureCASA | PublishedCASA | None,
         query_stride: int = 16,
         key_stride: int = 8,
+        pooled_strides: tuple[int, ...] | None = None,
     ) -> None:
-        """Compose the parts; `head` None switches cls and CASA off, `casa` None switches CASA off."""
+        """Compose the parts; `head` None switches cls and CASA off, `casa` None switches CASA off.
+
+        `pooled_strides`: the encoder maps whose pooled tokens, joined, are cls; None takes the deepest.
+        """
         super().__init__()
+        self.pooled_strides = pooled_strides or (max(backbone.channels),)
         self.backbone, self.head, self.casa = backbone, head, casa
         self.query_stride, self.key_stride = query_stride, key_stride
 
@@ -73,7 +80,7 @@ class AliceStudent(nn.Module):
         masked = None if mask_q is None or mask_k is None else torch.cat([mask_q, mask_k])
         features = self.backbone.encode(torch.cat([view_q, view_k]), masked)
         reconstruction, decoded = self.backbone.decode(features)
-        pooled = pool_deepest(features)
+        pooled = pool_tokens(features, self.pooled_strides)
         cls_logits = (
             self.head.project_cls(pooled) if self.head is not None and self.head.last_layer is not None else None
         )
@@ -106,7 +113,7 @@ class AliceTeacher(nn.Module):
         self.backbone = student.backbone.encoder_twin()
         self.head = student.head.target_twin(shared_last_layer) if student.head is not None else None
         self.casa = student.casa.target_twin() if student.casa is not None else None
-        self.key_stride = student.key_stride
+        self.key_stride, self.pooled_strides = student.key_stride, student.pooled_strides
         self.requires_grad_(False)
         self.eval()
 
@@ -120,7 +127,7 @@ class AliceTeacher(nn.Module):
         if self.head is None:
             return TeacherOutputs(None, None, None, None)
         features = self.backbone.encode(torch.cat([view_q, view_k]))
-        pooled = pool_deepest(features)
+        pooled = pool_tokens(features, self.pooled_strides)
         cls_logits = self.head.project_cls(pooled) if self.head.last_layer is not None else None
         target = shuffled = None
         if self.casa is not None:
@@ -149,9 +156,9 @@ class AliceTeacher(nn.Module):
         torch._foreach_lerp_(averaged, towards, 1.0 - momentum)
 
 
-def pool_deepest(features: dict[int, Tensor]) -> Tensor:
-    """Mean over the tokens of the deepest stage: {stride: map} -> [B, C] in float32."""
-    return features[max(features)].float().mean(dim=(2, 3, 4))
+def pool_tokens(features: dict[int, Tensor], strides: tuple[int, ...]) -> Tensor:
+    """Means over the tokens of the maps at `strides`, joined: {stride: map} -> [B, sum of C] in float32."""
+    return torch.cat([features[stride].float().mean(dim=(2, 3, 4)) for stride in strides], dim=1)
 
 
 def build_alice(
@@ -159,6 +166,7 @@ def build_alice(
     feature_size: int = 48,
     roi: Size3 = (96, 96, 96),
     casa_variant: str = "figure",
+    cls_features: str = "deepest",
     out_dim: int = 512,
     head_hidden_dim: int = 2048,
     head_bottleneck_dim: int = 256,
@@ -179,6 +187,7 @@ def build_alice(
 
     Args:
         roi: crop size (D, H, W) in voxels.
+        cls_features: "deepest" for the pooled tokens of the deepest stage, "multiscale" for those of all stages joined.
         out_dim: K, the width of the compared distributions and of CASA.
         shared_head, shared_head_teacher: whether tokens share cls's last layer in the student and in the teacher.
         norm_last_layer: keep the last layers' gains at 1.
@@ -192,6 +201,8 @@ def build_alice(
         raise ValueError(f"--backbone must be one of {sorted(BACKBONES)}, got {backbone!r}")
     if casa_variant not in CASA_VARIANTS:
         raise ValueError(f"--casa_variant must be one of {sorted(CASA_VARIANTS)}, got {casa_variant!r}")
+    if cls_features not in CLS_FEATURES:
+        raise ValueError(f"--cls_features must be one of {CLS_FEATURES}, got {cls_features!r}")
     if min(lambda1, lambda2, lambda3) < 0 or max(lambda1, lambda2, lambda3) == 0:
         raise ValueError(
             f"--lambda1, --lambda2, --lambda3 must be >= 0 and not all 0, got {lambda1}, {lambda2}, {lambda3}"
@@ -209,13 +220,14 @@ def build_alice(
     decoder_stride = 1 if lambda3 else (key_stride if lambda2 else None)
     network = BACKBONES[backbone](feature_size, tuple(roi), decoder_stride, use_checkpoint)
     casa_class = CASA_VARIANTS[casa_variant]
+    pooled_strides = tuple(network.channels) if cls_features == "multiscale" else (max(network.channels),)
     head = casa = None
     if lambda2:
         check_casa_strides(network, query_stride, key_stride)
         casa = casa_class(network.channels[query_stride], out_dim, casa_heads, casa_head_dim, casa_hidden_dim)
     if lambda1 or lambda2:
         head = ProjectionHead(
-            in_dim=network.channels[max(network.channels)],
+            in_dim=sum(network.channels[stride] for stride in pooled_strides),
             out_dim=out_dim,
             hidden_dim=head_hidden_dim,
             bottleneck_dim=head_bottleneck_dim,
@@ -227,7 +239,7 @@ def build_alice(
             shared_last_layer=shared_head,
             train_gain=not norm_last_layer,
         )
-    student = AliceStudent(network, head, casa, query_stride, key_stride)
+    student = AliceStudent(network, head, casa, query_stride, key_stride, pooled_strides)
     return student, AliceTeacher(student, shared_head_teacher)
 
 

@@ -1,5 +1,33 @@
 """Backbones by name. A new one is a file that fits `models.backbones.interface.Backbone`, and a line here."""
 
-from models.backbones.swin_unetr import SwinUNETRBackbone
+from torch import nn
 
-BACKBONES = {"swin_unetr": SwinUNETRBackbone}
+from models.backbones.nnformer import NNFormerBackbone
+from models.backbones.swin_unetr import SwinUNETRBackbone
+from models.backbones.unet import UNetBackbone
+
+BACKBONES = {"nnformer": NNFormerBackbone, "swin_unetr": SwinUNETRBackbone, "unet": UNetBackbone}
+
+
+def segmentation_network(
+    name: str, in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool = False
+) -> nn.Module:
+    """The whole network that a backbone pretrains, with an output for another task.
+
+    Extracted weights carry its names (all but those of the output, `out.`), so `load_state_dict(weights, strict=False)`
+    fits.
+
+    Args:
+        name: of `BACKBONES`.
+        out_channels: number of classes, background included.
+        use_checkpoint: recompute activations in the backward pass instead of keeping them.
+
+    Returns:
+        A module that maps [B, in_channels, D, H, W] to logits [B, out_channels, D, H, W].
+
+    Raises:
+        ValueError: unknown name, naming the flag.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"--backbone must be one of {sorted(BACKBONES)}, got {name!r}")
+    return BACKBONES[name].make_network(in_channels, out_channels, feature_size, use_checkpoint)

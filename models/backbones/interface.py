@@ -18,7 +18,10 @@ Size3 = tuple[int, int, int]
 
 
 class Backbone(Protocol):
-    """An encoder with an optional decoder. It is an nn.Module; the third-party network hangs under `network`."""
+    """An encoder with an optional decoder. It is an nn.Module; the network that other tasks want hangs under `network`.
+
+    Names of `network`'s state dict start with one of the prefixes, or with `out.`, the layer that belongs to the task.
+    """
 
     network: nn.Module
     channels: dict[int, int]  # stride -> channels of the encoder map; the largest stride is the deepest stage
@@ -39,6 +42,10 @@ class Backbone(Protocol):
 
     def encoder_twin(self) -> "Backbone":
         """An independent copy that holds the encoder's weights only."""
+
+    @staticmethod
+    def make_network(in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool) -> nn.Module:
+        """The whole `network`, for other tasks too: volumes [B, in_channels, D, H, W] -> [B, out_channels, D, H, W]."""
 
 
 def upsample_mask(masked: Tensor, size: Size3) -> Tensor:

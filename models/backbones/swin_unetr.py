@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbones.interface import Size3, truncated_normal, upsample_mask
+from models.layers.instance_norm import use_steady_instance_norm
 from models.layers.window_attention import use_fast_window_attention
 
 STAGE_STRIDES = (2, 4, 8, 16, 32)
@@ -68,14 +69,23 @@ class SwinUNETRBackbone(nn.Module):
         self.decoder_stride = decoder_stride
         self.use_checkpoint = use_checkpoint
         self.channels = {stride: feature_size * stride // 2 for stride in STAGE_STRIDES}
-        self.network = SwinUNETR(
-            in_channels=1, out_channels=1, feature_size=feature_size, use_checkpoint=use_checkpoint
-        )
-        use_fast_window_attention(self.network)
+        self.network = self.make_network(1, 1, feature_size, use_checkpoint)
         self.mask_token = truncated_normal(1, feature_size, 1, 1, 1)
         if decoder_stride == 1:
             self.mask_voxel = nn.Parameter(torch.zeros(1))
         self._drop_unused_modules()
+
+    @staticmethod
+    def make_network(in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool) -> SwinUNETR:
+        """MONAI's network, with the window attention that is fast on CPU."""
+        network = SwinUNETR(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            feature_size=feature_size,
+            use_checkpoint=use_checkpoint,
+        )
+        use_fast_window_attention(network)
+        return network
 
     @property
     def decoder_channels(self) -> dict[int, int]:

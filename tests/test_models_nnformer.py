@@ -1,0 +1,171 @@
+"""The staged backbones, nnFormer and U-Net: strides, sizes, masking that hides, export, and modules that are built."""
+
+import copy
+
+import pytest
+import torch
+
+from models.backbones import BACKBONES, segmentation_network
+from models.backbones.interface import upsample_mask
+from models.backbones.nnformer import NNFormerBackbone
+from models.layers.windows import SwinBlock
+
+SIZE = (32, 16, 32)
+STAGED = ["nnformer", "unet"]
+
+
+def make_backbone(name: str, **options) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return BACKBONES[name](**({"feature_size": 12, "roi": SIZE} | options))
+
+
+def volumes(batch: int, seed: int = 1) -> torch.Tensor:
+    return torch.rand(batch, 1, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def block_mask() -> torch.Tensor:
+    masked = torch.zeros(1, 2, 1, 2, dtype=torch.bool)
+    masked[0, 0, 0, 1] = True
+    return masked
+
+
+def test_nnformer_has_the_published_sizes() -> None:
+    """9.7 M parameters, stated in method section "Networks"; token widths 384 and 192 as the golden head has them."""
+    backbone = NNFormerBackbone(48, (64, 64, 64))
+    assert 9.7e6 <= sum(p.numel() for p in backbone.network.parameters()) < 9.8e6
+    assert backbone.channels == {2: 48, 4: 96, 8: 192, 16: 384}
+    assert backbone.decoder_channels == {8: 192, 4: 96, 2: 48}
+    attentions = [part.attn for stage in backbone.network.encoder.values() for part in stage.blocks]
+    assert [(a.num_heads, a.window) for a in attentions[::2]] == [(6, 4), (12, 4), (24, 8), (48, 4)]
+    assert len(attentions) == 8
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_maps_have_the_announced_shapes(name: str) -> None:
+    backbone = make_backbone(name)
+    with torch.no_grad():
+        features = backbone.encode(volumes(1), block_mask())
+        reconstruction, decoded = backbone.decode(features)
+    assert reconstruction.shape == (1, 1, *SIZE)
+    for maps, channels in ((features, backbone.channels), (decoded, backbone.decoder_channels)):
+        assert {s: tuple(m.shape) for s, m in maps.items()} == {
+            s: (1, width, *(side // s for side in SIZE)) for s, width in channels.items()
+        }
+    assert {8, 16} <= set(backbone.channels) and backbone.channels[8] == backbone.decoder_channels[8]
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_masked_voxels_reach_no_output_and_visible_ones_do(name: str) -> None:
+    backbone, masked = make_backbone(name), block_mask()
+    hidden = upsample_mask(masked, SIZE)
+    x, other = volumes(1), volumes(1, seed=2)
+    with torch.no_grad():
+        encoded = [backbone.encode(v, masked) for v in (x, torch.where(hidden, other, x), other)]
+        outputs = [backbone.decode(features)[0] for features in encoded]
+    assert all(torch.equal(encoded[0][stride], encoded[1][stride]) for stride in backbone.channels)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_every_masked_place_holds_the_one_token_and_it_trains(name: str) -> None:
+    backbone, masked, embedded = make_backbone(name), block_mask(), []
+    encode = backbone.network.encode
+    backbone.network.encode = lambda x: embedded.append(x) or encode(x)
+    reconstruction, _ = backbone.decode(backbone.encode(volumes(1), masked))
+    hidden = upsample_mask(masked, tuple(embedded[0].shape[2:]))[0, 0]
+    token = backbone.mask_token.flatten()
+    assert torch.equal(embedded[0][0][:, hidden], token[:, None].expand(-1, int(hidden.sum())))
+    assert not (embedded[0][0][:, ~hidden] == token[:, None]).all(0).any()
+    reconstruction.square().mean().backward()
+    assert backbone.mask_token.grad.abs().sum() > 0 and backbone.mask_voxel.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("corner", [(0, 0, -1), (0, -1, 0), (-1, 0, 0)])
+def test_nnformer_tokens_lie_where_their_voxels_lie(corner: tuple[int, int, int]) -> None:
+    """With attention and perceptrons silenced, convolutions alone decide what a token of either map depends on."""
+    backbone = make_backbone("nnformer", feature_size=6, roi=(32, 32, 32), decoder_stride=8)
+    for part in backbone.modules():
+        if isinstance(part, SwinBlock):
+            for layer in (part.attn.proj, part.mlp.fc2):
+                torch.nn.init.zeros_(layer.weight)
+    x = torch.rand(1, 1, 32, 32, 32).requires_grad_()
+    features = backbone.encode(x)
+    for above in (features[8], backbone.decode(features)[1][8]):
+        token = above[(0, slice(None), *corner)]
+        (gradient,) = torch.autograd.grad(token @ torch.randn(len(token)), x, retain_graph=True)
+        energy = torch.nn.functional.avg_pool3d(gradient.square().sum(1), 16)[0]  # [2, 2, 2]
+        assert energy[corner] > 0.5 * energy.sum()
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_exported_weights_fill_a_segmentation_network(name: str) -> None:
+    """Under the network's own names, output layer apart; the teacher's are the encoder's part of them."""
+    backbone = make_backbone(name, roi=(64, 32, 32))
+    network = segmentation_network(name, in_channels=1, out_channels=5, feature_size=12)
+    prefixes = backbone.encoder_key_prefixes + backbone.decoder_key_prefixes
+    weights = {key: v for key, v in backbone.network.state_dict().items() if not key.startswith("out.")}
+    assert all(key.startswith(prefixes) for key in weights)
+    missing, unexpected = network.load_state_dict(weights, strict=False)
+    assert unexpected == [] and missing and all(key.startswith("out.") for key in missing)
+    teacher = set(backbone.encoder_twin().network.state_dict())
+    assert teacher == {key for key in weights if key.startswith(backbone.encoder_key_prefixes)}
+    volume = torch.rand(1, 1, 64, 32, 32)
+    with torch.no_grad():
+        assert network(volume).shape == (1, 5, 64, 32, 32)
+        network.out = copy.deepcopy(backbone.network.out)
+        torch.testing.assert_close(network(volume), backbone.decode(backbone.encode(volume))[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_encoder_twin_gives_the_same_maps_without_mask_tokens_or_decoder(name: str) -> None:
+    backbone = make_backbone(name)
+    twin = backbone.encoder_twin()
+    assert all(key.startswith(("network.embed.", "network.encoder.")) for key in twin.state_dict())
+    ours, theirs = backbone.encode(volumes(1)), twin.encode(volumes(1))
+    assert all(torch.equal(ours[stride], theirs[stride]) for stride in backbone.channels)
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in backbone.parameters()}
+    assert twin.decode(theirs) == (None, {})
+
+
+@pytest.mark.parametrize(("decoder_stride", "built"), [(None, []), (8, [8]), (4, [8, 4])])
+@pytest.mark.parametrize("name", STAGED)
+def test_builds_no_module_beyond_the_finest_map_needed(name: str, decoder_stride: int | None, built: list) -> None:
+    backbone = make_backbone(name, decoder_stride=decoder_stride)
+    assert list(backbone.decoder_channels) == built and backbone.network.out is None
+    reconstruction, decoded = backbone.decode(backbone.encode(volumes(1)))
+    assert reconstruction is None and list(decoded) == built
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_activation_checkpointing_keeps_the_numbers(name: str) -> None:
+    gradients = []
+    for use_checkpoint in (False, True):
+        backbone = make_backbone(name, use_checkpoint=use_checkpoint)
+        backbone.decode(backbone.encode(volumes(1), block_mask()))[0].square().mean().backward()
+        gradients.append({key: p.grad for key, p in backbone.named_parameters()})
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("nnformer", {"feature_size": 20}, "--feature_size"),
+        ("unet", {"feature_size": 13}, "--feature_size"),
+        ("nnformer", {"roi": (40, 32, 32)}, "--roi_x"),
+        ("unet", {"roi": (16, 16, 16)}, "--roi_x"),
+        ("nnformer", {"decoder_stride": 16}, "strides"),
+    ],
+)
+def test_impossible_sizes_name_the_flag(name: str, options: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        make_backbone(name, **options)
+
+
+def test_volumes_of_other_sizes_and_unknown_names_are_refused() -> None:
+    network = segmentation_network("unet", 1, 2, 12)
+    with pytest.raises(ValueError, match="multiples of 16.*--roi_x"):
+        network(torch.zeros(1, 1, 20, 32, 32))
+    with pytest.raises(ValueError, match="--backbone"):
+        segmentation_network("resnet", 1, 2, 12)
