@@ -191,6 +191,8 @@ def _run_pyramid(pyramid: Pyramid, features: list[Tensor], num_slices: int = 8) 
 def for_inference(network: AnatomicalEmbedder, precision: str = "fp32") -> AnatomicalEmbedder:
     """A faster copy for embedding: batch norms folded into the convolutions, channels last, perhaps in bfloat16.
 
+    In fp32, a 4.6 M voxel volume took 31 instead of 47 s of one core with the published layout.
+
     Args:
         network: in evaluation mode; left as it is.
         precision: "fp32" or "bf16" (cosine to fp32 above 0.999; pays on processors with bfloat16 units, and on GPUs).

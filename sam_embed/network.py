@@ -23,7 +23,12 @@ GROUP_NORM_GROUPS = 8
 
 
 class OutputGrid(NamedTuple):
-    """Where an output's voxels lie: output index i is centred at input index `i * stride + offset`, per axis."""
+    """Where an output's voxels lie: output index i is centred at input index `i * stride + offset`, per axis.
+
+    The published pipeline puts fine voxel i at 2 i + 0.5 along every axis, which balances the floor by which it finds a
+    query's voxel. Receptive fields say 2 i along H and W, 2 i + 0.5 along D (the pool). Matching cannot tell: an offset
+    common to query and key cancels.
+    """
 
     stride: tuple[float, float, float]
     offset: tuple[float, float, float]
