@@ -47,18 +47,18 @@ class Clock:
     """Samples per second of this rank, and the share of time spent waiting for data, since the last reading."""
 
     def __init__(self) -> None:
-        self.started = self.last_mark = time.perf_counter()
+        self.started = self.asked = time.perf_counter()
         self.waited_s = 0.0
         self.num_samples = 0
 
-    def data_arrived(self, num_samples: int) -> None:
-        """Call when a batch is there: the time since `step_done` was waiting."""
-        self.waited_s += time.perf_counter() - self.last_mark
-        self.num_samples += num_samples
+    def wait(self) -> None:
+        """Call before asking for a batch."""
+        self.asked = time.perf_counter()
 
-    def step_done(self) -> None:
-        """Call when the loop turns to the next batch."""
-        self.last_mark = time.perf_counter()
+    def data_arrived(self, num_samples: int) -> None:
+        """Call when the batch is there: the time since `wait` was waiting."""
+        self.waited_s += time.perf_counter() - self.asked
+        self.num_samples += num_samples
 
     def read(self) -> dict[str, float]:
         """`samples_per_s` and `data_wait_share` (0 to 1); starts anew."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.checkpoint import CheckpointError
 from engine.distributed import World, all_max, gather_objects, seed_step
 from engine.logging import Clock, Meters, RunLog, SilentLog
 from engine.optim import clip_gradients, set_schedule
@@ -101,6 +102,7 @@ def pretrain(
     Raises:
         NonFiniteLossError: on all ranks together, when the loss or a gradient is not finite (`nan_policy` stop), or
             when `MAX_SKIPPED_IN_A_ROW` steps had to be skipped.
+        CheckpointError: the last checkpoint of this process could not be written.
     """
     parameters = [parameter for parameter in run.student.parameters() if parameter.requires_grad]
     last_layers = run.student.last_layer_parameters()
@@ -115,6 +117,7 @@ def pretrain(
             # Forward and backward; ranks exchange gradients with the last part only
             centres_before, parts, losses = copy_buffers(run.loss), [], []
             for part in range(options.num_parts):
+                clock.wait()
                 batch, is_last_part = next(batches), part + 1 == options.num_parts
                 parts.append(batch)
                 clock.data_arrived(len(batch["query"]) * world.size)
@@ -125,7 +128,6 @@ def pretrain(
                 step_terms = {"loss": total.detach(), **terms, **pair_statistics(batch)}
                 meters.add(step_terms)
                 epoch_meters.add(step_terms)
-                clock.step_done()
 
             # Clip over all trained modules
             run.scaler.unscale_(run.optimizer)
@@ -174,7 +176,11 @@ def pretrain(
             is_due = is_epoch_end and epoch % options.save_freq == 0
             if world.is_main and (is_due or is_last or is_asked_to_stop):
                 is_kept = is_epoch_end and options.keep_freq and epoch % options.keep_freq == 0
-                hooks.save(epoch if is_kept else None)
+                is_saved = hooks.save(epoch if is_kept else None)
+                if not is_saved and (is_last or is_asked_to_stop):
+                    raise CheckpointError(
+                        f"step {run.step} could not be saved, and the run ends here (see the warning)"
+                    )
             if is_asked_to_stop and not is_last:
                 log.say(f"asked to stop: step {run.step} is saved")
                 return False

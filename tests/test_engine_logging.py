@@ -23,13 +23,17 @@ def test_meters_average_over_steps_and_start_anew():
 
 def test_clock_tells_waiting_from_working():
     clock = Clock()
+    clock.wait()
     time.sleep(0.05)
     clock.data_arrived(4)
     time.sleep(0.05)
-    clock.step_done()
     told = clock.read()
-    assert 0.3 < told["data_wait_share"] < 0.7
-    assert 20 < told["samples_per_s"] < 41
+    assert 0.1 < told["data_wait_share"] < 0.9  # half, on a machine that has nothing else to do
+    assert 1 < told["samples_per_s"] < 41
+    clock.wait()
+    clock.data_arrived(1)
+    time.sleep(0.05)
+    assert clock.read()["data_wait_share"] < 0.1
 
 
 def test_log_lines_are_json_and_appear_once_after_a_resume(tmp_path):

@@ -1,5 +1,6 @@
 """The loop on a network of a few numbers: order of phases, accumulation, freezing, non-finite losses, signals."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.checkpoint import CheckpointError
 from engine.distributed import World
 from engine.logging import RunLog
 from engine.optim import clip_gradients, decays, make_optimizer
@@ -175,6 +177,13 @@ def test_epochs_decide_when_to_save_validate_and_draw(tmp_path):
     assert setup.validated == [6, 9]
     assert setup.drawn == [5, 9]
     assert [line["step"] for line in log_of(tmp_path, "epoch")] == [2, 4, 6, 8, 9]
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_but_one_on_the_way_is_not(tmp_path):
+    setup = Setup(tmp_path, num_steps=4, steps_per_epoch=2)
+    setup.hooks = dataclasses.replace(setup.hooks, save=lambda epoch: False)
+    with pytest.raises(CheckpointError, match="step 4 could not be saved"):
+        setup()
 
 
 def test_non_finite_loss_stops_before_any_weight_changes(tmp_path):

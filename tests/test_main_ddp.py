@@ -24,9 +24,9 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
-    """An uninterrupted run: two epochs of two steps, one validation."""
+    """An uninterrupted run: one epoch of three steps, one validation."""
     output_dir = tmp_path_factory.mktemp("finished")
-    main_ddp.main(arguments(corpus, output_dir, val_freq=2, num_val_pairs=1, keep_freq=1))
+    main_ddp.main(arguments(corpus, output_dir, val_freq=1, num_val_pairs=1, keep_freq=1))
     return output_dir
 
 
@@ -40,21 +40,21 @@ def flat(state, prefix: str = "") -> dict:
 
 def test_run_leaves_what_it_should(finished):
     state = torch.load(finished / LATEST, weights_only=True)
-    assert state["kind"] == "alice" and (state["step"], state["epoch"]) == (4, 2)
+    assert state["kind"] == "alice" and (state["step"], state["epoch"]) == (3, 1)
     assert state["preprocessing"] == {
         "axcodes": "SPL", "spacing_mm": [2.0, 2.0, 2.0], "hu_min": -125.0, "hu_max": 225.0, "roi": [64, 32, 32]
     }  # fmt: skip
     assert state["backbone"] == {"name": "swin_unetr", "feature_size": 12, "in_channels": 1}
     assert state["num_training_cases"] == 3
     assert state["flags"]["batch_size"] == 2 and state["commit"]
-    assert load_checkpoint(finished / "checkpoint0001.pth", "alice")["step"] == 2
+    assert load_checkpoint(finished / "checkpoint0001.pth", "alice")["step"] == 3
     assert json.loads((finished / "run.json").read_text())["flags"] == state["flags"]
     assert list((finished / "tensorboard").iterdir())
 
 
 def test_log_holds_terms_monitors_and_pair_statistics(finished):
     lines = log_of(finished)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [1, 2, 3]
     terms = {"loss", "loss_cls", "loss_tokens", "loss_recon", "teacher_entropy", "feature_std", "casa_cos_right"}
     rates = {"lr", "weight_decay", "momentum_teacher", "teacher_temp", "grad_norm", "samples_per_s", "data_wait_share"}
     for line in lines:
@@ -63,8 +63,8 @@ def test_log_holds_terms_monitors_and_pair_statistics(finished):
         assert 0.7 <= line["pair_score"] <= 1 and line["fallback_share"] == 0
         weighted = line["loss_cls"] + line["loss_tokens"] + 10 * line["loss_recon"]
         assert line["loss"] == pytest.approx(weighted, rel=1e-4)
-    assert [line["step"] for line in log_of(finished, "validation")] == [4]
-    assert [line["step"] for line in log_of(finished, "epoch")] == [2, 4]
+    assert [line["step"] for line in log_of(finished, "validation")] == [3]
+    assert [line["step"] for line in log_of(finished, "epoch")] == [3]
 
 
 def test_interrupted_in_the_middle_of_an_epoch_and_resumed_equals_uninterrupted(
@@ -72,19 +72,19 @@ def test_interrupted_in_the_middle_of_an_epoch_and_resumed_equals_uninterrupted(
 ):
     plain = engine.pretrain.seed_step
 
-    def signal_at_third_step(seed: int, step: int, rank: int) -> None:
+    def signal_at_second_step(seed: int, step: int, rank: int) -> None:
         plain(seed, step, rank)
-        if step == 2:
+        if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(engine.pretrain, "seed_step", signal_at_third_step)
+    monkeypatch.setattr(engine.pretrain, "seed_step", signal_at_second_step)
     with pytest.raises(SystemExit) as ended:
         main_ddp.main(arguments(corpus, tmp_path))
     assert ended.value.code == EXIT_INTERRUPTED == 75
-    assert load_checkpoint(tmp_path / LATEST)["step"] == 3
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 2
     monkeypatch.setattr(engine.pretrain, "seed_step", plain)
     main_ddp.main(arguments(corpus, tmp_path, num_workers=2))
-    assert "resumed at step 3" in capfd.readouterr().out
+    assert "resumed at step 2" in capfd.readouterr().out
     ours, theirs = (torch.load(folder / LATEST, weights_only=True) for folder in (tmp_path, finished))
     for part in ("student", "teacher", "loss", "optimizer"):
         one, other = flat(ours[part]), flat(theirs[part])
@@ -92,7 +92,7 @@ def test_interrupted_in_the_middle_of_an_epoch_and_resumed_equals_uninterrupted(
         for name, value in one.items():
             same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
             assert same, f"{part}{name} differs"
-    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4]
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3]
     for one, other in zip(log_of(tmp_path), log_of(finished)):
         assert one["loss"] == other["loss"]
 
@@ -108,15 +108,14 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(finished, corpus, tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argv = arguments(corpus, tmp_path, batch_size=1, val_freq=2, num_val_pairs=1, keep_freq=1)
+    argv = arguments(corpus, tmp_path, batch_size=1, val_freq=1, num_val_pairs=2)
     mp.spawn(one_of_two_ranks, (port, argv), nprocs=2)
     for kind in ("train", "validation"):
-        # One held-out pair becomes two with two ranks, so only training is the same run.
-        assert len(log_of(tmp_path, kind)) == len(log_of(finished, kind))
-    for one, other in zip(log_of(tmp_path), log_of(finished)):
-        for name in ("loss", "loss_cls", "loss_tokens", "loss_recon", "grad_norm", "pair_score"):
-            assert one[name] == pytest.approx(other[name], rel=2e-3), (one["step"], name)
-    ours, theirs = (torch.load(folder / "checkpoint0001.pth", weights_only=True) for folder in (tmp_path, finished))
+        assert len(log_of(tmp_path, kind)) == len(log_of(finished, kind)) > 0
+        for one, other in zip(log_of(tmp_path, kind), log_of(finished, kind)):
+            for name in ("loss", "loss_cls", "loss_tokens", "loss_recon", "pair_score"):
+                assert one[name] == pytest.approx(other[name], rel=2e-3), (kind, one["step"], name)
+    ours, theirs = (torch.load(folder / LATEST, weights_only=True) for folder in (tmp_path, finished))
     # AdamW divides by the gradient's own size, so weights whose gradient is rounding noise differ; its running means of
     # gradients do not.
     for name, mean in flat(theirs["optimizer"]["state"]).items():
@@ -148,7 +147,7 @@ def test_starting_weights_change_the_start_and_foreign_files_are_refused(finishe
     torch.save({"state_dict": {"layer.weight": torch.zeros(3, 3)}}, foreign)
     with pytest.raises(ValueError, match="foreign.pth: none of its 1 tensors.*--checkpoint_file"):
         main_ddp.main(arguments(corpus, tmp_path / "a", checkpoint_file=foreign))
-    changed = {"checkpoint_file": finished / LATEST, "epochs": 1, "steps_per_epoch": 1}
+    changed = {"checkpoint_file": finished / LATEST, "steps_per_epoch": 1, "warmup_epochs": 1}
     main_ddp.main(arguments(corpus, tmp_path / "b", **changed))
     assert "started from the weights of" in capfd.readouterr().out
     # The first step of a warm-up has learning rate 0: these still are the weights that the run started from.

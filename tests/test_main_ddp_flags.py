@@ -8,7 +8,7 @@ import main_ddp
 from engine.pretrain_flags import number_problems
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("sam_"))
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith(("sam_", "finetune_")))
 PUBLISHED = """
 data_dir json_list output_dir embed_dir checkpoint_file batch_size lr epochs roi_x roi_y roi_z a_min a_max mask_ratio
  momentum_teacher lambda1 lambda2 lambda3 saveckp_freq num_workers use_fp16 seed

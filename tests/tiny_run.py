@@ -13,9 +13,17 @@ SPACING_MM = (2.0, 2.0, 2.0)
 # SwinUNETR's deepest stage needs more than one token, hence the 64.
 TINY = {
     **{"roi_z": 64, "roi_y": 32, "roi_x": 32, "feature_size": 12, "out_dim": 16, "casa_heads": 2, "casa_head_dim": 8},
-    **{"casa_hidden_dim": 16, "head_hidden_dim": 256, "head_bottleneck_dim": 32, "batch_size": 2, "epochs": 2},
-    **{"steps_per_epoch": 2, "warmup_epochs": 1, "warmup_teacher_temp_epochs": 1, "freeze_last_layer": 0.5, "lr": 1e-3},
-    **{"num_workers": 0, "log_freq": 1, "picture_freq": 0, "val_freq": 0, "device": "cpu", "precision": "fp32"},
+    **{"casa_hidden_dim": 16, "head_hidden_dim": 256, "head_bottleneck_dim": 32, "batch_size": 2, "epochs": 1},
+    **{"steps_per_epoch": 3, "warmup_epochs": 0.67, "warmup_teacher_temp_epochs": 1, "freeze_last_layer": 0.34},
+    **{
+        "lr": 1e-3,
+        "num_workers": 0,
+        "log_freq": 1,
+        "picture_freq": 0,
+        "val_freq": 0,
+        "device": "cpu",
+        "precision": "fp32",
+    },
 }
 
 
