@@ -287,7 +287,6 @@ def train(
             run.average.update(run.network, run.step)
             run.elapsed_s = time.perf_counter() - started_s
             meters.add({"loss": total.detach(), **terms})
-            clock.step_done()
 
             # Log, validate, save
             is_last = run.step >= flags.steps or share >= 1
@@ -300,9 +299,11 @@ def train(
             is_best = is_val_due and judge(run, validator, log)
             if world.is_main and (is_save_due or is_best):
                 save_checkpoint(run.as_checkpoint(), flags.output_dir, BEST if is_best else None)
-            distributed.wait_for_main(world) if is_val_due else None
+            if is_val_due:
+                distributed.wait_for_main(world)
             if is_last or is_asked_to_stop:
                 return bool(is_last)
+            clock.wait()
     return True
 
 
