@@ -43,7 +43,8 @@ def test_unknown_keys_and_abbreviations_are_refused(module_name, tmp_path, capsy
 
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_committed_configs_hold_known_keys(config):
-    module_name = "scripts.train_sam" if config.name.startswith("sam_") else "main_ddp"
+    modules = {"sam": "scripts.train_sam", "finetune": "scripts.finetune_segmentation"}
+    module_name = modules.get(config.name.split("_")[0], "main_ddp")
     parser = parser_of(module_name)
     required = [action for action in parser._actions if getattr(action, "required", False)]
     words = [word for action in required for word in (action.option_strings[0], "given")]

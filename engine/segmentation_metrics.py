@@ -1,0 +1,99 @@
+"""Dice and normalised surface distance per organ, MONAI's, on the part of the volume that holds the organ.
+
+Conventions where MONAI leaves the choice: an organ that neither truth nor prediction has counts for nothing (NaN); one
+that only one of them has scores 0 in both measures, as FLARE22 counts it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.metrics import compute_dice, compute_surface_dice
+from scipy import ndimage
+
+
+@dataclass(frozen=True)
+class OrganScore:
+    """One organ of one case; `dice` and `nsd` in [0, 1] or NaN, volumes in millilitres."""
+
+    case: str
+    organ: str
+    dice: float
+    nsd: float
+    truth_ml: float
+    predicted_ml: float
+
+
+def score_case(
+    case: str,
+    predicted: np.ndarray,
+    truth: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    names: tuple[str, ...],
+    tolerance_mm: float,
+) -> list[OrganScore]:
+    """Scores of all organs of a case.
+
+    Args:
+        predicted, truth: uint8 channels [D, H, W], 0 = background.
+        spacing_mm: of their voxels, (D, H, W).
+        names: of the channels, background first.
+        tolerance_mm: surfaces nearer than this agree; 0 leaves NSD out (NaN).
+
+    Returns:
+        One score per organ, in the order of `names`.
+    """
+    if predicted.shape != truth.shape:
+        raise ValueError(f"{case}: prediction has shape {predicted.shape}, truth {truth.shape}")
+    boxes = [ndimage.find_objects(array, max_label=len(names) - 1) for array in (predicted, truth)]
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    scores = []
+    for channel, name in enumerate(names[1:], start=1):
+        box = joined_box(boxes[0][channel - 1], boxes[1][channel - 1])
+        if box is None:
+            scores.append(OrganScore(case, name, float("nan"), float("nan"), 0.0, 0.0))
+            continue
+        masks = [array[box] == channel for array in (predicted, truth)]
+        dice, nsd = organ_scores(*masks, spacing_mm, tolerance_mm)
+        scores.append(OrganScore(case, name, dice, nsd, masks[1].sum() * voxel_ml, masks[0].sum() * voxel_ml))
+    return scores
+
+
+def joined_box(one: tuple[slice, ...] | None, other: tuple[slice, ...] | None) -> tuple[slice, ...] | None:
+    """The box around two boxes, either of which may be missing."""
+    if one is None or other is None:
+        return one or other
+    return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other))
+
+
+def organ_scores(
+    predicted: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, float], tolerance_mm: float
+) -> tuple[float, float]:
+    """(Dice, NSD) of two bool masks [d, h, w], of which at least one is not empty."""
+    if not predicted.any() or not truth.any():
+        return 0.0, (0.0 if tolerance_mm > 0 else float("nan"))
+    # A rim of background, so that what touches the box has a surface there.
+    tensors = [torch.from_numpy(np.pad(mask, 1))[None, None] for mask in (predicted, truth)]
+    dice = float(compute_dice(*tensors))
+    if tolerance_mm <= 0:
+        return dice, float("nan")
+    nsd = compute_surface_dice(*tensors, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing_mm)
+    return dice, float(nsd)
+
+
+def case_means(scores: list[OrganScore], measure: str = "dice") -> dict[str, float]:
+    """Case -> mean of a measure over its organs; NaN where none counts."""
+    cases = dict.fromkeys(score.case for score in scores)
+    return {case: nan_mean([getattr(s, measure) for s in scores if s.case == case]) for case in cases}
+
+
+def nan_mean(values: list[float]) -> float:
+    """Mean of the values that are numbers; NaN where there is none."""
+    kept = [value for value in values if not np.isnan(value)]
+    return float(np.mean(kept)) if kept else float("nan")
+
+
+def nan_std(values: list[float]) -> float:
+    """Sample standard deviation of the values that are numbers; NaN for fewer than two."""
+    kept = [value for value in values if not np.isnan(value)]
+    return float(np.std(kept, ddof=1)) if len(kept) > 1 else float("nan")

@@ -1,0 +1,102 @@
+"""Overlay pictures: CT, truth and prediction side by side, of the cases where the network did worst and best.
+
+Arrays are [D, H, W] in the canonical orientation. Only the planes that are shown are kept per case, so that every case
+may be a candidate. Axial planes have anterior on top and the patient's left on the right; coronal ones the head on top.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+OPACITY = 0.55
+
+
+@dataclass(frozen=True)
+class CaseView:
+    """The two planes of a case: {"axial" or "coronal": (HU, truth, prediction, height over width of a voxel)}."""
+
+    case: str
+    planes: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]
+
+
+def case_view(
+    case: str, hu: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> CaseView:
+    """Cut the axial and the coronal plane with most organs in the truth (most voxels among those).
+
+    Args:
+        hu: int16 [D, H, W].
+        truth, predicted: uint8 channels [D, H, W].
+        spacing_mm: (D, H, W).
+    """
+    axial, coronal = richest_plane(truth, 0), richest_plane(truth, 1)
+    cut = {
+        "axial": ([a[axial].copy() for a in (hu, truth, predicted)], spacing_mm[1] / spacing_mm[2]),
+        "coronal": ([a[::-1, coronal].copy() for a in (hu, truth, predicted)], spacing_mm[0] / spacing_mm[2]),
+    }
+    return CaseView(case, {plane: (*arrays, aspect) for plane, (arrays, aspect) in cut.items()})
+
+
+def richest_plane(labels: np.ndarray, axis: int) -> int:
+    """The index along an axis of the plane that shows most organs, and of those the one with most of their voxels."""
+    planes = np.moveaxis(labels, axis, 0)
+    num_organs = np.array([np.count_nonzero(np.bincount(plane.ravel(), minlength=2)[1:]) for plane in planes])
+    num_voxels = np.array([np.count_nonzero(plane) for plane in planes])
+    return int(np.lexsort((num_voxels, num_organs))[-1])
+
+
+def overlay_figure(
+    views: list[tuple[str, CaseView]], names: tuple[str, ...], hu_min: float = -160.0, hu_max: float = 240.0
+) -> Figure:
+    """One row per case: CT, truth, prediction in the axial plane, then in the coronal one.
+
+    Args:
+        views: (title, view).
+        names: of the channels, background first.
+        hu_min, hu_max: HU that are black and white.
+    """
+    figure = Figure(figsize=(15, 3.4 * len(views) + 0.8), layout="constrained")
+    axes = figure.subplots(len(views), 6, squeeze=False)
+    colours = channel_colours(len(names))
+    for row, (title, view) in zip(axes, views):
+        for first, (plane, (hu, truth, predicted, aspect)) in zip((0, 3), view.planes.items()):
+            grey = np.clip((hu.astype(np.float32) - hu_min) / (hu_max - hu_min), 0, 1)[..., None].repeat(3, -1)
+            pictures = {
+                "CT": grey,
+                "truth": painted(grey, truth, colours),
+                "prediction": painted(grey, predicted, colours),
+            }
+            for axis, (name, picture) in zip(row[first : first + 3], pictures.items()):
+                axis.imshow(picture, aspect=aspect, interpolation="nearest")
+                axis.set_title(f"{plane}: {name}", fontsize=8, pad=2)
+                axis.set_xticks([])
+                axis.set_yticks([])
+        row[0].set_ylabel(title, fontsize=8)
+    handles = [Patch(color=colours[channel], label=name) for channel, name in enumerate(names) if channel]
+    figure.legend(handles=handles[:30], loc="outside lower center", ncols=7, fontsize=7)
+    return figure
+
+
+def channel_colours(num_channels: int) -> np.ndarray:
+    """One RGB colour [num_channels, 3] in [0, 1] per channel."""
+    table = colormaps["tab20"].colors if num_channels <= 21 else colormaps["hsv"](np.linspace(0, 1, num_channels))
+    return np.array([(0, 0, 0), *[colour[:3] for colour in table]])[:num_channels]
+
+
+def painted(grey: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Labels [h, w] painted over a picture [h, w, 3], half transparent."""
+    mixed = (1 - OPACITY) * grey + OPACITY * colours[np.minimum(labels, len(colours) - 1)]
+    return np.where(labels[..., None] > 0, mixed, grey)
+
+
+def save_overlay(path: str | Path, views: list[tuple[str, CaseView]], names: tuple[str, ...]) -> None:
+    """Write an overlay figure as PNG; the folder is made."""
+    figure = overlay_figure(views, names)
+    FigureCanvasAgg(figure)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

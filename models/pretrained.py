@@ -1,0 +1,170 @@
+"""`load_pretrained(model, path)`: weights into a network by name and shape, with a report, never silently in vain.
+
+The habit elsewhere is `load_state_dict(..., strict=False)`, which loads nothing at all when the names differ by a
+prefix, and says so to nobody. Here the spelling is found out, every key is accounted for, and too small a share fails.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.segmenters import kind_of
+from models.weights_file import WeightsError, WeightsFile, read_weights_file
+
+PARTS = ("encoder", "whole")
+# What training code puts around a network: DDP, torch.compile, Lightning, our students and teachers, others' wrappers.
+WRAPPERS = re.compile(r"^(?:module|_orig_mod|model|network|net|backbone|student|teacher|segmenter)\.")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every key of the network's wanted part, and of the file's others.
+
+    Attributes:
+        matched: loaded as they are.
+        adapted: loaded after their one input channel was spread over the network's.
+        missing: wanted by the network, not in the file; they keep their random values.
+        misshapen: "name (file's shape) for (network's shape)"; they keep their random values.
+        unexpected: of the file, not wanted.
+        description: what the file says about itself (preprocessing, backbone, ...).
+    """
+
+    path: str
+    part: str
+    matched: list[str]
+    adapted: list[str]
+    missing: list[str]
+    misshapen: list[str]
+    unexpected: list[str]
+    description: dict = field(default_factory=dict)
+
+    @property
+    def loaded(self) -> list[str]:
+        """The keys that now hold the file's values."""
+        return self.matched + self.adapted
+
+    @property
+    def share(self) -> float:
+        """Loaded keys over wanted keys, 0 to 1."""
+        num_wanted = len(self.loaded) + len(self.missing) + len(self.misshapen)
+        return len(self.loaded) / max(1, num_wanted)
+
+    def tell(self) -> str:
+        """One line for people."""
+        num_wanted = len(self.loaded) + len(self.missing) + len(self.misshapen)
+        text = f"{self.path}: {len(self.loaded)} of {num_wanted} keys of the {self.part} network loaded"
+        if self.part == "encoder":
+            text = text.replace("encoder network", "encoder")
+        for name in ("adapted", "missing", "misshapen", "unexpected"):
+            keys = getattr(self, name)
+            if keys:
+                text += f"; {len(keys)} {name} ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})"
+        return text
+
+
+def load_pretrained(
+    model: nn.Module, path: str | Path | WeightsFile, min_share: float = 0.9, part: str = "encoder"
+) -> LoadReport:
+    """Load what a file holds for `model`, or fail.
+
+    Args:
+        model: the network; its output layer (whose shape depends on the classes) is never loaded from another task.
+        path: any file that `models.weights_file` reads, or what it read.
+        min_share: least share of the part's keys, 0 to 1, that must be loaded.
+        part: "encoder", or "whole" for encoder and decoder. Keys of the file outside of the part are left alone.
+
+    Returns:
+        The report; the model then holds the weights.
+
+    Raises:
+        WeightsError: an unreadable file, or less than `min_share` fits; the model is then untouched.
+        ValueError: an unknown part, or a network of which nobody knows what its encoder is.
+    """
+    file = path if isinstance(path, WeightsFile) else read_weights_file(path)
+    own = model.state_dict()
+    wanted = wanted_keys(model, own, part)
+    given = best_spelling(file.tensors, own)
+    fitting, adapted, misshapen = {}, [], []
+    for key in wanted:
+        if key not in given:
+            continue
+        tensor = fit_input_channels(given[key], own[key])
+        if tensor is None:
+            misshapen.append(f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}")
+            continue
+        fitting[key] = tensor
+        if tensor.shape != given[key].shape:
+            adapted.append(key)
+    report = LoadReport(
+        path=file.path,
+        part=part,
+        matched=[key for key in fitting if key not in adapted],
+        adapted=adapted,
+        missing=[key for key in wanted if key not in given],
+        misshapen=misshapen,
+        unexpected=[key for key in given if key not in wanted],
+        description=file.description,
+    )
+    if report.share < min_share or not fitting:
+        raise WeightsError(
+            f"{report.tell()}: that is {report.share:.0%}, less than the {min_share:.0%} that must fit. Does the "
+            "network (--backbone, --feature_size) equal the one that the weights are for?"
+        )
+    model.load_state_dict(own | fitting)
+    return report
+
+
+def wanted_keys(model: nn.Module, own: dict[str, Tensor], part: str) -> list[str]:
+    """The network's keys that a file should have: those of the encoder, or all but the output layer's."""
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}, expected one of {', '.join(PARTS)}")
+    kind = kind_of(model)
+    if kind is None and part == "encoder":
+        raise ValueError(
+            f"{type(model).__name__} is not among models.segmenters.SEGMENTERS, so its encoder is unknown; "
+            "pass part='whole'"
+        )
+    if part == "encoder":
+        return [key for key in own if key.startswith(kind.encoder_key_prefixes)]
+    return [key for key in own if kind is None or not key.startswith(kind.output_key_prefixes)]
+
+
+def best_spelling(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors under the spelling that meets most of the network's names."""
+    spellings: list[Callable[[str], str]] = [
+        lambda name: name,
+        unwrapped,
+        lambda name: published_names(unwrapped(name)),
+        lambda name: "swinViT." + published_names(unwrapped(name)),  # MONAI's own pretraining keeps the bare encoder
+    ]
+    candidates = [{spell(name): tensor for name, tensor in tensors.items()} for spell in spellings]
+    return max(candidates, key=lambda candidate: sum(name in own for name in candidate))
+
+
+def unwrapped(name: str) -> str:
+    """A key without what was wrapped around the network, however often."""
+    while WRAPPERS.match(name):
+        name = WRAPPERS.sub("", name, count=1)
+    return name
+
+
+def published_names(name: str) -> str:
+    """The names of MONAI's SwinUNETR for those that older published weights use."""
+    return name.replace("swin_vit.", "swinViT.").replace("mlp.fc1.", "mlp.linear1.").replace("mlp.fc2.", "mlp.linear2.")
+
+
+def fit_input_channels(given: Tensor, own: Tensor) -> Tensor | None:
+    """`given` where its shape is the network's; a one-channel convolution spread over N channels; else None.
+
+    Every channel gets the weights divided by N, so that N equal channels give what one channel gave.
+    """
+    if given.shape == own.shape:
+        return given
+    is_convolution = own.ndim == 5 and given.ndim == 5
+    if is_convolution and given.shape[1] == 1 and given.shape[0] == own.shape[0] and given.shape[2:] == own.shape[2:]:
+        return torch.as_tensor(given).expand_as(own) / own.shape[1]
+    return None

@@ -1,0 +1,132 @@
+"""Segmentation networks by the name of their backbone: what pretrained weights are finetuned into.
+
+A segmenter is the backbone's own third-party network with one output channel per class, so that extracted weights fit
+by name. Beside the network, finetuning must know which keys are the encoder (to load or freeze it) and how deep each
+weight lies (to let early layers move less, as BEiT's finetuning does).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from monai.networks.nets import SwinUNETR
+from torch import nn
+
+from models.backbones import BACKBONES, segmentation_network
+from models.backbones.interface import Size3
+from models.backbones.nnformer import NNFormer
+from models.backbones.unet import UNet
+
+
+@dataclass(frozen=True)
+class SegmenterKind:
+    """How to build and take apart the segmentation network of one backbone.
+
+    Attributes:
+        name: of the backbone, in `models.backbones.BACKBONES`.
+        network_class: what `build` makes.
+        depth_prefixes: key prefix -> depth of the encoder's layers, 0 nearest to the input; all other keys lie deepest.
+    """
+
+    name: str
+    network_class: type[nn.Module]
+    depth_prefixes: dict[str, int]
+
+    output_key_prefixes = ("out.",)  # of the layer whose shape depends on the number of classes
+
+    def build(self, in_channels: int, num_classes: int, feature_size: int, use_checkpoint: bool = False) -> nn.Module:
+        """A network that maps [B, in_channels, D, H, W] to logits [B, num_classes, D, H, W]."""
+        return segmentation_network(self.name, in_channels, num_classes, feature_size, use_checkpoint)
+
+    @property
+    def encoder_key_prefixes(self) -> tuple[str, ...]:
+        return BACKBONES[self.name].encoder_key_prefixes
+
+    @property
+    def num_depths(self) -> int:
+        """Depths there are, with that of the decoder and the output."""
+        return max(self.depth_prefixes.values()) + 2
+
+    def depth_of(self, key: str) -> int:
+        """The depth of one weight: 0 nearest to the input, `num_depths - 1` for decoder and output."""
+        matches = [depth for prefix, depth in self.depth_prefixes.items() if key.startswith(prefix)]
+        return matches[0] if matches else self.num_depths - 1
+
+    def check_sizes(self, feature_size: int, roi: Size3) -> None:
+        """Raise ValueError, naming the flag, for a feature size or crop (D, H, W) that the network cannot take."""
+        BACKBONES[self.name](feature_size, tuple(roi), 1, False)
+
+
+# The convolutions on SwinUNETR's skip connections lie as deep as the map that they read.
+SWIN_UNETR_DEPTHS = {
+    "swinViT.patch_embed.": 0,
+    "encoder1.": 0,
+    "swinViT.layers1.": 1,
+    "encoder2.": 1,
+    "swinViT.layers2.": 2,
+    "encoder3.": 2,
+    "swinViT.layers3.": 3,
+    "encoder4.": 3,
+    "swinViT.layers4.": 4,
+    "encoder10.": 5,
+}
+STAGED_DEPTHS = {"embed.": 0, "encoder.2.": 1, "encoder.4.": 2, "encoder.8.": 3, "encoder.16.": 4}
+
+SEGMENTERS = {
+    "nnformer": SegmenterKind("nnformer", NNFormer, STAGED_DEPTHS),
+    "swin_unetr": SegmenterKind("swin_unetr", SwinUNETR, SWIN_UNETR_DEPTHS),
+    "unet": SegmenterKind("unet", UNet, STAGED_DEPTHS),
+}
+
+
+def kind_of(network: nn.Module) -> SegmenterKind | None:
+    """The registry's entry for a network, by its class; None for networks that are not in it."""
+    return next((kind for kind in SEGMENTERS.values() if isinstance(network, kind.network_class)), None)
+
+
+def layer_groups(
+    network: nn.Module, kind: SegmenterKind, layer_decay: float, decays: Callable[[str, nn.Parameter], bool]
+) -> list[dict]:
+    """Parameter groups for layer-wise learning-rate decay: one per depth and per kind of weight decay.
+
+    Args:
+        network: parameters that need no gradient are left out.
+        layer_decay: a weight `n` depths below the output learns at `layer_decay ** n` of the rate; 1 = all alike.
+        decays: (name, parameter) -> whether weight decay applies.
+
+    Returns:
+        Dicts with "params", "lr_scale", "is_decayed", sorted, so that the same network gives the same order.
+
+    Raises:
+        ValueError: the decay does not lie in (0, 1].
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"--layer_decay is {layer_decay}, expected above 0 and up to 1 (1 = off)")
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((kind.depth_of(name), decays(name, parameter)), []).append(parameter)
+    return [
+        {"params": groups[key], "lr_scale": layer_decay ** (kind.num_depths - 1 - key[0]), "is_decayed": key[1]}
+        for key in sorted(groups)
+    ]
+
+
+def count_parameters(network: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters of a network."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+
+
+def freeze(network: nn.Module, keys: list[str]) -> list[nn.Parameter]:
+    """Stop gradients to the named parameters; returns them.
+
+    Raises:
+        ValueError: none of the keys is a parameter.
+    """
+    wanted = set(keys)
+    frozen = [parameter for name, parameter in network.named_parameters() if name in wanted]
+    if not frozen:
+        raise ValueError("--freeze_encoder_steps: no encoder weights were loaded, so there is nothing to freeze")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen

@@ -1,0 +1,94 @@
+"""Weights in the files that people have: our checkpoints, extracted weights, MONAI's and other projects' files.
+
+Only tensors are read (`weights_only=True`); nothing in a file can run code. What describes the weights (spacing, HU
+window, axis codes, backbone) comes from the header of a .safetensors, the `.json` beside a .pth, or the checkpoint.
+"""
+
+import json
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# Where files keep their tensors; the first that is there counts. Our checkpoints hold the student under "student", a
+# finetuned network under "model"; "network_weights" is nnU-Net's name, "net" VoCo's.
+CONTAINERS = ("student", "state_dict", "model", "network_weights", "model_state_dict", "net")
+DESCRIBING = ("preprocessing", "backbone", "method", "module", "step", "commit", "kind", "classes")
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be read or does not fit; the message names it and says what to change."""
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """Tensors under the names that the file gives them, and its description (empty for files without one)."""
+
+    path: str
+    tensors: dict[str, torch.Tensor]
+    description: dict = field(default_factory=dict)
+
+
+def read_weights_file(path: str | Path) -> WeightsFile:
+    """Read .safetensors, .pth or .pt onto the CPU.
+
+    Raises:
+        WeightsError: missing, damaged, carrying code, or without tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file (--weights)")
+    found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    if not found.tensors:
+        raise WeightsError(f"{path}: holds no tensors")
+    return found
+
+
+def _read_safetensors(path: Path) -> WeightsFile:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return WeightsFile(str(path), tensors, {k: _plain(v) for k, v in (file.metadata() or {}).items()})
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not readable as safetensors ({error})") from error
+
+
+def _plain(text: str) -> object:
+    """A value of a safetensors header, which holds text only: JSON where it is JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _read_pickled(path: Path) -> WeightsFile:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path}: holds Python objects besides tensors, which could run code, or is damaged, and is not loaded; "
+            "save its state dict alone (torch.save(model.state_dict(), ...)) in the environment that made it"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path}: not a complete PyTorch file ({str(error).splitlines()[0][:200]})") from error
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    container = next((name for name in CONTAINERS if isinstance(state.get(name), dict)), None)
+    tensors = state if container is None else state[container]
+    description = {name: state[name] for name in DESCRIBING if name in state}
+    beside = path.with_name(path.name + ".json")
+    if beside.is_file():
+        description |= _read_description(beside)
+    return WeightsFile(str(path), {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}, description)
+
+
+def _read_description(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: the weights' description is not readable ({error}); mend or remove it") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a JSON object that describes the weights")
+    return content
