@@ -52,7 +52,7 @@ def add_view_flags(group, pairings: list[str]) -> None:
     add("--mask_ratio", type=float, default=0.75, help="share of blocks hidden from the student; 0 = off")
     add("--mask_block", type=int, default=16, help="side of a mask block, voxels")
     add("--min_score", type=float, default=0.7, help="lowest score of a matched pair, -1 to 1; -1 = any")
-    add("--max_cycle_mm", type=float, default=15.0, help="largest cycle error of a matched pair, mm; inf = any")
+    add("--max_cycle_mm", type=float, default=15.0, help="largest cycle error of a matched pair, mm; 1e6 = any")
     add("--iou_range", type=float, nargs=2, default=[0.3, 0.6], help="IoU of two crops of one volume, low high")
     add("--jitter_mm", type=float, default=10.0, help="random shift of both crops of a pair, mm; 0 = off")
     add_switch(group, "--augment", True, "intensity augmentation, another one for every view")

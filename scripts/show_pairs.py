@@ -39,7 +39,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     pairs = parser.add_argument_group("pairs")
     pairs.add_argument("--pairing", type=str, choices=sorted(PAIRINGS), default="sam", help="how two views are paired")
     pairs.add_argument("--min_score", type=float, default=0.7, help="lowest score of a matched pair; -1 = any")
-    pairs.add_argument("--max_cycle_mm", type=float, default=15.0, help="largest cycle error, mm; inf = any")
+    pairs.add_argument("--max_cycle_mm", type=float, default=15.0, help="largest cycle error, mm; 1e6 = any")
     pairs.add_argument("--iou_range", type=float, nargs=2, default=[0.3, 0.6], help="IoU of two crops of one volume")
     pairs.add_argument("--jitter_mm", type=float, default=10.0, help="random shift of both crops, mm; 0 = off")
     pairs.add_argument("--seed", type=int, default=0, help="decides every choice")
