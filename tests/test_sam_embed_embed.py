@@ -30,14 +30,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("depth", [33, 50])
+@pytest.mark.parametrize("depth", [33, 40])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_slabs_equal_the_whole(layout, depth):
     network = fill_by_name(AnatomicalEmbedder(**LAYOUTS[layout])).eval()
-    volume = torch.randn(1, 1, depth, 21, 18, generator=torch.Generator().manual_seed(0)) * 30
+    volume = torch.randn(1, 1, depth, 13, 10, generator=torch.Generator().manual_seed(0)) * 30
     with torch.no_grad():
         whole = network(volume)
-    for memory_mb in (0.01, 0.6, 1000):
+    for memory_mb in (0.01, 0.3, 1000):
         slabs = embed_tensor(network, volume, memory_mb)
         for expected, received in zip(whole, slabs, strict=True):
             assert received.dtype == torch.float16
