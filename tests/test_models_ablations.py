@@ -1,7 +1,7 @@
 """Every objective off in every combination, for every backbone and CASA variant: what is built trains, and all of it.
 
-Each combination takes steps under DDP without `find_unused_parameters`, where a second step raises if the first has left
-a parameter without gradient.
+Each combination takes steps under DDP without `find_unused_parameters`, where a second step raises if the first has
+left a parameter without gradient.
 """
 
 import itertools
@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from losses.alice import AliceLoss
 from models.alice import build_alice, pool_tokens
-from models.casa import CASA_VARIANTS
 
 SIZES = {"swin_unetr": (64, 32, 32), "nnformer": (32, 16, 16), "unet": (32, 16, 16)}
 SMALL = {
@@ -23,6 +22,10 @@ SMALL = {
     **{"casa_heads": 2, "casa_head_dim": 4, "casa_hidden_dim": 16},
 }
 COMBINATIONS = [lambdas for lambdas in itertools.product((0.0, 1.0), repeat=3) if any(lambdas)]
+# Without CASA its variant decides nothing.
+RUNS = [("figure", lambdas) for lambdas in COMBINATIONS] + [
+    ("published", lambdas) for lambdas in COMBINATIONS if lambdas[1]
+]
 TERMS = ("loss_cls", "loss_tokens", "loss_recon")
 
 
@@ -55,12 +58,9 @@ def process_group(tmp_path_factory):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("lambdas", COMBINATIONS, ids=lambda lambdas: "".join("01"[int(x)] for x in lambdas))
-@pytest.mark.parametrize("casa_variant", sorted(CASA_VARIANTS))
+@pytest.mark.parametrize(("casa_variant", "lambdas"), RUNS)
 @pytest.mark.parametrize("backbone", ["nnformer", "unet", "swin_unetr"])
 def test_every_combination_trains_all_that_it_builds(process_group, backbone, casa_variant, lambdas):
-    if casa_variant == "published" and not lambdas[1]:
-        pytest.skip("without CASA its variant decides nothing")
     weights = dict(zip(("lambda1", "lambda2", "lambda3"), lambdas))
     student, teacher = make_pair(backbone, casa_variant=casa_variant, **weights)
     loss = AliceLoss(**weights, out_dim=SMALL["out_dim"])
@@ -88,7 +88,7 @@ def test_multiscale_cls_joins_the_pooled_tokens_of_all_stages(process_group, bac
     features = student.backbone.encode(batch["query"], batch["query_mask"])
     slow = torch.cat([features[stride][0].flatten(1).mean(1) for stride in sorted(widths)])
     assert online.cls_features.shape == (2, sum(widths.values())) and len(widths) >= 4
-    torch.testing.assert_close(online.cls_features[0], slow, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(online.cls_features[0], slow, rtol=1e-3, atol=1e-4)
     target = teacher(batch["query"], batch["key"], online)
     assert target.cls_features.shape == online.cls_features.shape and target.cls_logits.shape == (2, 16)
     step(DistributedDataParallel(student), teacher, AliceLoss(out_dim=16), batch)

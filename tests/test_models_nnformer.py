@@ -81,9 +81,17 @@ def test_every_masked_place_holds_the_one_token_and_it_trains(name: str) -> None
     assert backbone.mask_token.grad.abs().sum() > 0 and backbone.mask_voxel.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("corner", [(0, 0, -1), (0, -1, 0), (-1, 0, 0)])
-def test_nnformer_tokens_lie_where_their_voxels_lie(corner: tuple[int, int, int]) -> None:
-    """With attention and perceptrons silenced, convolutions alone decide what a token of either map depends on."""
+def centre_of_influence(token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Mean place (D, H, W) of the voxels of x [1, 1, n, n, n] that a token depends on, weighted by the dependence."""
+    (gradient,) = torch.autograd.grad(token @ torch.randn(len(token)), x, retain_graph=True)
+    places = torch.stack(torch.meshgrid(*(torch.arange(float(side)) for side in x.shape[2:]), indexing="ij"))
+    weights = gradient[0].square() / gradient.square().sum()  # [1, n, n, n]
+    return (places * weights).sum(dim=(1, 2, 3))
+
+
+def test_nnformer_tokens_lie_where_their_voxels_lie() -> None:
+    """With attention and perceptrons silenced, convolutions alone decide what a token of either map depends on: from
+    the first to the last token along an axis, that moves along this axis."""
     backbone = make_backbone("nnformer", feature_size=6, roi=(32, 32, 32), decoder_stride=8)
     for part in backbone.modules():
         if isinstance(part, SwinBlock):
@@ -92,10 +100,11 @@ def test_nnformer_tokens_lie_where_their_voxels_lie(corner: tuple[int, int, int]
     x = torch.rand(1, 1, 32, 32, 32).requires_grad_()
     features = backbone.encode(x)
     for above in (features[8], backbone.decode(features)[1][8]):
-        token = above[(0, slice(None), *corner)]
-        (gradient,) = torch.autograd.grad(token @ torch.randn(len(token)), x, retain_graph=True)
-        energy = torch.nn.functional.avg_pool3d(gradient.square().sum(1), 16)[0]  # [2, 2, 2]
-        assert energy[corner] > 0.5 * energy.sum()
+        first = centre_of_influence(above[0, :, 0, 0, 0], x)
+        for axis in range(3):
+            last = [-1 if other == axis else 0 for other in range(3)]
+            moved = centre_of_influence(above[(0, slice(None), *last)], x) - first
+            assert moved[axis] > 4 and moved.argmax() == axis
 
 
 @pytest.mark.parametrize("name", sorted(BACKBONES))

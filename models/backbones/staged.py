@@ -150,9 +150,9 @@ class StagedBackbone(nn.Module):
 
     def _drop_decoder_below(self, decoder_stride: int | None) -> None:
         """Delete what gets no gradient: DDP then runs without searching for unused parameters."""
-        for stride in self.decoder_strides:
-            if decoder_stride is None or stride < decoder_stride:
-                del self.network.decoder[str(stride)]
+        for stride in list(self.network.decoder):
+            if decoder_stride is None or int(stride) < decoder_stride:
+                del self.network.decoder[stride]
         if decoder_stride != 1:
             self.network.out = None
 

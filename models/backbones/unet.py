@@ -16,6 +16,7 @@ from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock, Unet
 
 from models.backbones.interface import Size3
 from models.backbones.staged import StagedBackbone, StagedNetwork
+from models.layers.instance_norm import use_steady_instance_norm
 
 WIDTHS = {1: 0.5, 2: 1, 4: 2, 8: 4, 16: 8}
 DECODER_STRIDES = (8, 4, 2, 1)
@@ -40,6 +41,7 @@ class UNet(StagedNetwork):
             out=UnetOutBlock(3, width[1], out_channels),
             use_checkpoint=use_checkpoint,
         )
+        use_steady_instance_norm(self)
 
 
 class UNetBackbone(StagedBackbone):
