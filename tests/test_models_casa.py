@@ -66,6 +66,7 @@ def test_figure_variant_follows_its_equations() -> None:
     tokens, source = randn(2, 3, 12), randn(2, 4, 16, seed=1)
     query = casa.make_query(tokens)
     expected = torch.stack([align_slowly(casa, query[i], source[i]) for i in range(2)])
+    expected = expected / expected.square().sum(-1, keepdim=True).sqrt()
     torch.testing.assert_close(casa.align(query, source), expected, rtol=1e-5, atol=1e-6)
 
 
