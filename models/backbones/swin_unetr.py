@@ -86,7 +86,6 @@ class SwinUNETRBackbone(nn.Module):
         )
         use_fast_window_attention(network)
         use_steady_instance_norm(network)
-        use_steady_instance_norm(network)
         return network
 
     @property

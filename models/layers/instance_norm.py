@@ -1,10 +1,11 @@
 """Instance norm that stays right in half precision on CPU.
 
-PyTorch's CPU kernel keeps the mean and the inverse deviation of bfloat16 and float16 input in that same format. Over the few
-tokens of a deep stage, or wherever a masked crop makes a channel nearly constant, the rounded mean is off by a good part of a
-deviation. Measured on 2 tokens of standard normal input: outputs off by up to 0.3 (the exact ones are about 1), gradients by
-up to 4 times the largest exact one, because the terms that should cancel no longer do; each such norm multiplies what is
-left by up to 316 (one over the square root of its epsilon). Here the statistics are float32, as they are on CUDA.
+PyTorch's CPU kernel keeps mean and inverse deviation of bfloat16 and float16 input in that same format. Over the few
+tokens of a deep stage, or wherever a masked crop makes a channel nearly constant, the rounded mean is off by a good
+part of a deviation. Measured on 2 tokens of standard normal input: outputs off by up to 0.3 (the exact ones are about
+1), gradients by up to 4 times the largest exact one, because terms that should cancel no longer do; and each such norm
+multiplies what is left by up to 316 (one over the square root of its epsilon). Here the statistics are float32, as they
+are on CUDA.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 
 class SteadyInstanceNorm3d(nn.InstanceNorm3d):
-    """`nn.InstanceNorm3d` with float32 arithmetic for half-precision input on CPU; the output keeps the input's type."""
+    """`nn.InstanceNorm3d` in float32 arithmetic for half-precision input on CPU; keeps the input's type."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, D, H, W] -> the same shape and type."""
