@@ -14,6 +14,7 @@ The same command again goes on where the run stopped (--resume auto). SIGTERM an
 the run with exit code 75; a complete run ends with 0. --pairing iou and random need no --embed_dir.
 """
 
+import inspect
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -368,10 +369,11 @@ def wrap(student: nn.Module, world: World) -> nn.Module:
     """DDP around the student where there is a process group; the teacher stays outside."""
     if not distributed.has_group():
         return student
+    # No buffer changes while training. Newer PyTorch calls the switch by another name.
+    names = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        student, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True, **{switch: False})
 
 
 def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:
