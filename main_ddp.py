@@ -104,7 +104,7 @@ def open_data(flags, world: World) -> Data:
     if world.is_main:
         fill_store(cases["training"] + cases["validation"], store_dir, flags)
     distributed.wait_for_main(world)
-    spacing = None if flags.spacing_mm is None else spacing_words(flags.spacing_mm)
+    spacing = None if flags.spacing_mm is None else parse_spacing(flags.spacing_mm) or "native"
     store = VolumeStore(store_dir, expected_spacing_mm=spacing)
     names = {section: [case.name for case in listed if case.name in store] for section, listed in cases.items()}
     table = None
@@ -115,11 +115,6 @@ def open_data(flags, world: World) -> Data:
     if names["validation"] and flags.val_freq:
         validation = make_dataset(flags, store, table, names["validation"], flags.seed + VALIDATION_SEED)
     return Data(store, training, validation)
-
-
-def spacing_words(words: list[str]) -> tuple[float, float, float] | str:
-    """The value of --spacing_mm as the store takes it: (D, H, W) in mm, or "native"."""
-    return parse_spacing(words) or "native"
 
 
 def fill_store(cases: list[Case], store_dir: Path, flags) -> None:
