@@ -1,0 +1,210 @@
+"""scripts/finetune_segmentation.py on tiny phantoms: files, resume, weights, early stop, ranks, evaluation."""
+
+import json
+import os
+import signal
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import engine.finetune
+import scripts.evaluate_segmentation
+import scripts.finetune_segmentation as command
+from engine.checkpoint import LATEST, CheckpointError, load_checkpoint
+from engine.signals import EXIT_INTERRUPTED
+from engine.weights import save_weights
+from models.segmenters import SEGMENTERS
+from models.weights_file import read_weights_file
+from tests.labelled_corpus import finetune_arguments, make_labelled_corpus
+from tests.tiny_run import log_of
+
+EXPECTED_FILES = {"checkpoint.pth", "checkpoint_previous.pth", "best.pth", "log.txt", "run.json", "tensorboard"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_labelled_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """An uninterrupted run of four steps with its evaluation."""
+    output_dir = tmp_path_factory.mktemp("finished")
+    command.main(finetune_arguments(corpus, output_dir))
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Pretrained weights of the tiny network that describe themselves."""
+    torch.manual_seed(9)
+    state = SEGMENTERS["unet"].build(1, 1, 8).state_dict()
+    path = tmp_path_factory.mktemp("weights") / "alice.safetensors"
+    preprocessing = {"axcodes": "SPL", "spacing_mm": [4.0] * 3, "hu_min": -100.0, "hu_max": 300.0, "roi": [32] * 3}
+    backbone = {"name": "unet", "feature_size": 8, "in_channels": 1}
+    described = {"method": "alice", "step": 5, "backbone": backbone, "preprocessing": preprocessing}
+    save_weights({k: v for k, v in state.items() if not k.startswith("out.")}, described, path)
+    return path
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_a_run_leaves_what_it_should(finished, corpus):
+    assert {path.name for path in finished.iterdir()} == EXPECTED_FILES | {"evaluation"}
+    best = load_checkpoint(finished / "best.pth", "segmentation")
+    assert best["classes"] == {"values": [0, 1, 2, 5], "names": ["background", "liver", "spleen", "aorta"]}
+    assert best["preprocessing"]["spacing_mm"] == [4.0, 4.0, 4.0] and "optimizer" not in best
+    assert best["training_cases"] == ["case0", "case1", "case2"] and best["validation_cases"] == ["case3", "case4"]
+    assert [line["step"] for line in log_of(finished)] == [1, 2, 3, 4]
+    validations = log_of(finished, "validation")
+    assert [line["step"] for line in validations] == [2, 4]
+    assert best["best_dice"] == max(line["dice"] for line in validations)
+    assert json.loads((finished / "run.json").read_text())["flags"]["steps"] == 4
+
+
+def test_evaluation_names_organs_cases_and_the_run(finished):
+    folder = finished / "evaluation"
+    summary = json.loads((folder / "results.json").read_text())
+    assert list(summary["organs"]) == ["liver", "spleen", "aorta"] and summary["num_cases"] == 2
+    assert summary["description"]["labelled training cases"] == 3 and summary["description"]["weights"] == "none"
+    assert "| liver |" in (folder / "results.md").read_text()
+    assert (folder / "worst_and_best.png").stat().st_size > 10_000
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(finished, corpus, tmp_path, monkeypatch, capfd):
+    plain = engine.finetune.seed_step
+
+    def signal_at_second_step(seed: int, step: int, rank: int) -> None:
+        plain(seed, step, rank)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(engine.finetune, "seed_step", signal_at_second_step)
+    with pytest.raises(SystemExit) as ended:
+        command.main(finetune_arguments(corpus, tmp_path, evaluate="false"))
+    assert ended.value.code == EXIT_INTERRUPTED and load_checkpoint(tmp_path / LATEST)["step"] == 3
+    monkeypatch.setattr(engine.finetune, "seed_step", plain)
+    command.main(finetune_arguments(corpus, tmp_path, evaluate="false"))
+    assert "resumed at step 3" in capfd.readouterr().out
+    for name in (LATEST, "best.pth"):
+        ours, theirs = (load_checkpoint(folder / name) for folder in (tmp_path, finished))
+        for part in theirs.keys() - {"flags", "commit"}:
+            assert same(ours[part], theirs[part]), (name, part)
+    assert [line["loss"] for line in log_of(tmp_path)] == [line["loss"] for line in log_of(finished)]
+
+
+def test_a_finished_run_is_left_as_it_is(finished, corpus):
+    before = load_checkpoint(finished / LATEST)
+    command.main(finetune_arguments(corpus, finished, evaluate="false"))
+    assert same(before["model"], load_checkpoint(finished / LATEST)["model"])
+
+
+def test_training_learns_the_organs(corpus, tmp_path):
+    flags = {"steps": 24, "val_freq": 24, "evaluate": "false", "augment": "false", "lr": 5e-2, "save_freq": 24}
+    command.main(finetune_arguments(corpus, tmp_path, **flags))
+    losses = [line["loss"] for line in log_of(tmp_path)]
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5]), losses
+    assert log_of(tmp_path, "validation")[-1]["dice"] > 0.25
+
+
+def test_weights_bring_their_preprocessing_and_their_encoder(weights, corpus, tmp_path, capfd):
+    own = dict.fromkeys(("backbone", "feature_size", "spacing_mm", "roi_x", "roi_y", "roi_z"))
+    flags = own | {"weights": weights, "steps": 1, "freeze_encoder_steps": -1, "val_freq": 0, "evaluate": "false"}
+    flags |= {"num_labelled": 1, "fold": 1, "a_max": 250, "layer_decay": 0.5}
+    command.main(finetune_arguments(corpus, tmp_path, **flags))
+    told = capfd.readouterr().out
+    state = load_checkpoint(tmp_path / "best.pth")
+    assert "warning: --a_max 250 differs from the 300 that the weights were trained with" in told
+    assert "keys of the encoder loaded" in told
+    assert state["preprocessing"] | {"hu_max": 300.0} == {
+        "axcodes": "SPL", "spacing_mm": [4.0] * 3, "hu_min": -100.0, "hu_max": 300.0, "roi": [32] * 3
+    }  # fmt: skip
+    assert state["pretrained"]["method"] == "alice" and len(state["training_cases"]) == 1
+    given = read_weights_file(weights).tensors
+    for key, value in state["model"].items():
+        if key.startswith(("embed.", "encoder.")):
+            assert torch.equal(value, given[key]), f"{key} was frozen"
+    torch.manual_seed(0)
+    fresh = SEGMENTERS["unet"].build(1, 4, 8).state_dict()
+    assert not torch.equal(state["model"]["out.conv.conv.weight"], fresh["out.conv.conv.weight"]), "the output learnt"
+    assert not torch.equal(
+        state["model"]["decoder.8.conv_block.conv1.conv.weight"], given["decoder.8.conv_block.conv1.conv.weight"]
+    )
+
+
+def test_encoder_waits_for_its_steps_and_then_moves(weights, corpus, tmp_path):
+    given = read_weights_file(weights).tensors["encoder.4.conv1.conv.weight"]
+    flags = {"weights": weights, "freeze_encoder_steps": 2, "val_freq": 0, "evaluate": "false"}
+    for steps, is_still in ((2, True), (3, False)):
+        command.main(finetune_arguments(corpus, tmp_path / str(steps), steps=steps, **flags))
+        now = load_checkpoint(tmp_path / str(steps) / "best.pth")["model"]["encoder.4.conv1.conv.weight"]
+        assert torch.equal(now, given) == is_still
+
+
+def test_early_stop_after_patience(corpus, tmp_path, monkeypatch, capfd):
+    dice = iter([0.5, 0.4, float("nan"), 0.6])
+
+    class Judged:
+        def __init__(self) -> None:
+            self.dice = next(dice)
+
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: Judged())
+    flags = {"steps": 8, "val_freq": 1, "patience": 2, "evaluate": "false"}
+    command.main(finetune_arguments(corpus, tmp_path, **flags))
+    assert "stopped early at step 3: no better Dice than 0.5000 of step 1" in capfd.readouterr().out
+    assert load_checkpoint(tmp_path / "best.pth")["step"] == 1
+    assert load_checkpoint(tmp_path / LATEST)["progress"]["is_stopped"]
+    command.main(finetune_arguments(corpus, tmp_path, **flags))
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 3, "a stopped run stays stopped"
+
+
+def test_mistakes_are_named(weights, corpus, tmp_path):
+    with pytest.raises(ValueError, match="--feature_size"):
+        command.main(finetune_arguments(corpus, tmp_path / "a", weights=weights, feature_size=16))
+    with pytest.raises(ValueError, match="--num_labelled 9: 3 training cases"):
+        command.main(finetune_arguments(corpus, tmp_path / "b", num_labelled=9))
+    with pytest.raises(ValueError, match="spacing"):
+        command.main(finetune_arguments(corpus, tmp_path / "c", spacing_mm=5))
+    with pytest.raises(CheckpointError, match="not a checkpoint of kind 'segmentation'"):
+        torch.save({"kind": "alice", "student": {}}, tmp_path / "other.pth")
+        command.main(finetune_arguments(corpus, tmp_path / "d", resume=tmp_path / "other.pth"))
+
+
+def one_of_two_ranks(rank: int, port: int, argv: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    command.main(argv)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_judge_together(finished, corpus, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_of_two_ranks, (port, finetune_arguments(corpus, tmp_path, steps=2, num_val_cases=0)), nprocs=2)
+    assert [line["step"] for line in log_of(tmp_path, "validation")] == [2]
+    summary = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert summary["num_cases"] == 2 and (tmp_path / "evaluation" / "worst_and_best.png").exists()
+
+
+def test_evaluation_command_equals_the_runs_own(finished, corpus, tmp_path):
+    paths = ["--data_dir", str(corpus), "--json_list", str(corpus / "list.json"), "--device", "cpu"]
+    flags = ["--checkpoint_file", str(finished / "best.pth"), "--output_dir", str(tmp_path), "--overlap", "0"]
+    scripts.evaluate_segmentation.main([*paths, *flags, "--save_predictions"])
+    ours, theirs = ((folder / "cases.csv").read_text() for folder in (tmp_path, finished / "evaluation"))
+    assert ours == theirs, "volumes from files and from the store give the same"
+    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["case3.nii.gz", "case4.nii.gz"]
+    joined = ["--join", str(tmp_path), str(finished / "evaluation"), "--output_dir", str(tmp_path / "joined")]
+    scripts.evaluate_segmentation.main(joined)
+    assert json.loads((tmp_path / "joined" / "results.json").read_text())["num_runs"] == 2
+    with pytest.raises(ValueError, match="--checkpoint_file"):
+        scripts.evaluate_segmentation.main(["--output_dir", str(tmp_path)])

@@ -1,0 +1,61 @@
+"""What finetuning takes over from the weights, and mistakes in its flags."""
+
+import pytest
+
+from engine.finetune_flags import check_finetune_flags
+from engine.finetune_setup import Preprocessing, settle_network, settle_preprocessing
+from scripts.finetune_segmentation import make_flags
+
+DESCRIBED = {"axcodes": "SPL", "spacing_mm": [3.0, 2.0, 2.0], "hu_min": -175.0, "hu_max": 250.0, "roi": [64, 96, 96]}
+NOTHING = {"spacing_mm": None, "hu_min": None, "hu_max": None, "roi": [None, None, None]}
+
+
+def test_values_come_from_the_weights():
+    settled, warnings = settle_preprocessing(NOTHING, DESCRIBED, in_store=[1.0, 1.0, 1.0])
+    assert settled == Preprocessing((3.0, 2.0, 2.0), -175.0, 250.0, (64, 96, 96)) and not warnings
+    assert Preprocessing.from_dict(settled.as_dict()) == settled and settled.as_dict()["axcodes"] == "SPL"
+
+
+def test_flags_win_with_a_warning_where_they_differ():
+    given = NOTHING | {"spacing_mm": [2.0, 2.0, 2.0], "hu_min": -175.0, "roi": [None, 64, None]}
+    settled, warnings = settle_preprocessing(given, DESCRIBED)
+    assert settled.spacing_mm == (2.0, 2.0, 2.0) and settled.roi == (64, 64, 96)
+    assert len(warnings) == 1 and "--spacing_mm 2 2 2 differs from the 3 2 2" in warnings[0]
+    _, warnings = settle_preprocessing(NOTHING | {"spacing_mm": "native", "hu_max": 300.0}, DESCRIBED)
+    assert len(warnings) == 2 and "--a_max 300" in warnings[1]
+    _, warnings = settle_preprocessing(NOTHING, DESCRIBED | {"axcodes": "RAS"})
+    assert len(warnings) == 1 and "axis order RAS, here it is SPL" in warnings[0]
+
+
+def test_without_weights_the_store_and_then_the_defaults_decide():
+    settled, warnings = settle_preprocessing(NOTHING, {}, in_store="native")
+    assert settled.spacing_mm is None and not warnings
+    assert settle_preprocessing(NOTHING, {})[0] == Preprocessing((2.0, 1.5, 1.5), -125.0, 225.0, (96, 96, 96))
+    with pytest.raises(ValueError, match="--a_min 400 --a_max 225"):
+        settle_preprocessing(NOTHING | {"hu_min": 400.0}, {})
+
+
+def test_network_comes_from_the_weights():
+    assert settle_network(None, None, {"name": "unet", "feature_size": 24}) == ("unet", 24, [])
+    assert settle_network(None, None, {}) == ("swin_unetr", 48, [])
+    name, size, warnings = settle_network("swin_unetr", 24, {"name": "unet", "feature_size": 24})
+    assert (name, size) == ("swin_unetr", 24) and warnings == ["--backbone swin_unetr differs from the weights' unet"]
+
+
+def test_all_mistakes_are_told_together(tmp_path):
+    words = ["--data_dir", str(tmp_path / "no"), "--weights", "none.pth", "--steps", "0", "--overlap", "1"]
+    words += ["--layer_decay", "0", "--min_lr", "1", "--val_freq", "0", "--patience", "3"]
+    with pytest.raises(ValueError) as told:
+        check_finetune_flags(make_flags().parse_args(words))
+    for part in (
+        "--json_list is not given",
+        "--output_dir is not given",
+        "is not a folder",
+        "--weights none.pth: no such file",
+        "--steps 0: expected 1 or more",
+        "--overlap 1.0: expected 0 to below 1",
+        "--layer_decay 0.0",
+        "--min_lr 1.0, --lr 0.0003",
+        "--patience 3, --val_freq 0",
+    ):
+        assert part in str(told.value), part

@@ -1,0 +1,230 @@
+"""Sliding windows against MONAI's and the obvious way, restoring to other grids, metrics, tables and pictures."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from monai.inferers import sliding_window_inference
+
+from engine.segmentation_metrics import OrganScore, case_means, score_case
+from engine.segmentation_pictures import case_view, richest_plane, save_overlay
+from engine.segmentation_report import join_reports, read_scores, summarise, write_joined, write_report
+from engine.sliding_window import (
+    WindowOptions,
+    axis_map,
+    blend_weights,
+    probability_slices,
+    restored_labels,
+    segment_volume,
+    window_starts,
+)
+
+CPU = torch.device("cpu")
+NAMES = ("background", "liver", "aorta")
+
+
+def shift_network(x: torch.Tensor) -> torch.Tensor:
+    """Logits [B, 3, ...] that depend on the place within the window, so that blending shows."""
+    ramp = torch.linspace(0, 2, x.shape[2]).view(1, 1, -1, 1, 1)
+    return torch.cat([x + ramp, 2 * x - ramp, 1 - x * ramp], dim=1)
+
+
+def hu_volume(shape: tuple[int, int, int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(-200, 300, shape, dtype=np.int16)
+
+
+# Windows
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "overlap"), [(10, 4, 0.5), (11, 4, 0.0), (4, 4, 0.5), (3, 4, 0.5), (97, 96, 0.25)]
+)
+def test_windows_cover_an_axis_and_overlap_as_asked(size, side, overlap):
+    starts = window_starts(size, side, overlap)
+    assert starts[0] == 0 and starts == sorted(set(starts))
+    if size > side:
+        assert starts[-1] == size - side
+        assert max(b - a for a, b in zip(starts, starts[1:])) <= max(1, math.ceil(side * (1 - overlap)))
+
+
+@pytest.mark.parametrize("shape", [(21, 17, 19), (8, 12, 10), (5, 20, 7)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_slices_equal_the_obvious_sum_over_the_whole_volume(shape, batch_size):
+    roi, hu = (8, 12, 10), hu_volume(shape)
+    options = WindowOptions(roi, overlap=0.5, batch_size=batch_size)
+    slices = torch.stack(list(probability_slices(shift_network, torch.from_numpy(hu), options, CPU)), dim=1)
+    padded = [max(size, side) for size, side in zip(shape, roi)]
+    before = [(p - s) // 2 for p, s in zip(padded, shape)]
+    whole = np.full(padded, -1024, dtype=np.int16)
+    inner = tuple(slice(b, b + s) for b, s in zip(before, shape))
+    whole[inner] = hu
+    x = ((torch.from_numpy(whole).float() + 125) / 350).clamp(0, 1)
+    weight = blend_weights(roi[0])[:, None, None] * blend_weights(roi[1])[:, None] * blend_weights(roi[2])
+    total, norm = torch.zeros(3, *padded), torch.zeros(padded)
+    for corner in np.array(np.meshgrid(*(window_starts(p, r, 0.5) for p, r in zip(padded, roi)))).reshape(3, -1).T:
+        part = tuple(slice(int(c), int(c) + r) for c, r in zip(corner, roi))
+        total[(slice(None), *part)] += shift_network(x[part][None, None]).softmax(1)[0] * weight
+        norm[part] += weight
+    torch.testing.assert_close(slices, (total / norm)[(slice(None), *inner)], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(slices.sum(0), torch.ones(shape), rtol=1e-4, atol=1e-5)
+
+
+def test_constant_blending_agrees_with_monai():
+    """Where windows fit without overlap, blending cannot matter: the same network gives the same classes."""
+    hu = hu_volume((16, 24, 20))
+    options = WindowOptions((8, 12, 10), overlap=0.0)
+    ours = segment_volume(shift_network, hu, np.eye(4), hu.shape, np.eye(4), options, CPU)
+    x = ((torch.from_numpy(hu).float() + 125) / 350).clamp(0, 1)[None, None]
+    theirs = sliding_window_inference(x, (8, 12, 10), 1, shift_network, overlap=0.0).argmax(1)[0].numpy()
+    assert np.array_equal(ours, theirs)
+
+
+def test_memory_is_a_slab_whatever_the_height(monkeypatch):
+    largest = []
+    plain = torch.zeros
+
+    def noting(*size, **options):
+        made = plain(*size, **options)
+        largest.append(made.numel())
+        return made
+
+    monkeypatch.setattr(torch, "zeros", noting)
+    options = WindowOptions((8, 8, 8), overlap=0.5)
+    peaks = []
+    for depth in (16, 160):
+        largest.clear()
+        for _ in probability_slices(shift_network, torch.from_numpy(hu_volume((depth, 12, 12))), options, CPU):
+            pass
+        peaks.append(max(largest))
+    assert peaks[0] == peaks[1] == 3 * 8 * 12 * 12
+
+
+# Other grids
+
+
+def test_restoring_doubles_a_grid_at_the_right_places():
+    coarse, fine = np.diag([2.0, 2.0, 2.0, 1.0]), np.eye(4)
+    fine[:3, 3] = -0.5  # the fine voxels 0 and 1 share the coarse voxel 0
+    scale, offset = axis_map(coarse, fine)
+    np.testing.assert_allclose(scale, 0.5)
+    np.testing.assert_allclose(offset, -0.25)
+    probability = torch.zeros(2, 6, 6, 6)
+    probability[0] = 1
+    probability[:, 2:4, 1:3, 2:5] = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
+    restored = restored_labels(iter(probability.unbind(1)), (6, 6, 6), (scale, offset), (12, 12, 12))
+    expected = np.zeros((12, 12, 12), dtype=np.uint8)
+    expected[4:8, 2:6, 4:10] = 1
+    expected[np.ix_([4, 7], [2, 5], [4, 9])] = 0  # 0.75 ** 3 at a corner: less than a half
+    assert np.array_equal(restored, expected) and restored.dtype == np.uint8
+
+
+def test_restoring_interpolates_probabilities_linearly():
+    rng = np.random.default_rng(1)
+    probability = torch.from_numpy(rng.random((3, 5, 6, 7), dtype=np.float32))
+    affine, out_affine = np.diag([4.0, 3.0, 2.0, 1.0]), np.diag([1.7, 2.9, 0.8, 1.0])
+    out_affine[:3, 3] = (0.3, 0.2, 0.1)
+    out_shape = (11, 6, 14)
+    mapping = axis_map(affine, out_affine)
+    restored = restored_labels(iter(probability.unbind(1)), (5, 6, 7), mapping, out_shape)
+    from scipy.ndimage import map_coordinates
+
+    places = np.stack(np.meshgrid(*(np.arange(n) for n in out_shape), indexing="ij")).reshape(3, -1)
+    inside = mapping[0][:, None] * places + mapping[1][:, None]
+    obvious = np.stack([map_coordinates(p.numpy(), inside, order=1, mode="nearest") for p in probability])
+    margin = np.sort(obvious, axis=0)[-1] - np.sort(obvious, axis=0)[-2]
+    differs = restored.ravel() != obvious.argmax(0)
+    assert not differs[margin > 1e-4].any()
+
+
+def test_grids_that_are_not_parallel_are_refused():
+    turned = np.eye(4)
+    turned[:2, :2] = [[0.8, -0.6], [0.6, 0.8]]
+    with pytest.raises(ValueError, match="not parallel"):
+        axis_map(np.eye(4), turned)
+
+
+# Metrics
+
+
+def cubes() -> tuple[np.ndarray, np.ndarray]:
+    truth, predicted = np.zeros((20, 20, 20), dtype=np.uint8), np.zeros((20, 20, 20), dtype=np.uint8)
+    truth[4:12, 4:12, 4:12] = 1
+    predicted[5:13, 4:12, 4:12] = 1
+    truth[0:3, 0:3, 0:3] = 2
+    return predicted, truth
+
+
+def test_dice_and_nsd_by_hand():
+    predicted, truth = cubes()
+    liver, aorta = score_case("a", predicted, truth, (3.0, 1.0, 1.0), NAMES, tolerance_mm=2.0)
+    assert liver.dice == pytest.approx(7 / 8)
+    # The two faces across D lie 3 mm apart; the 4 other faces touch the other cube's surface but for one row each.
+    assert 0.3 < liver.nsd < 0.95
+    assert score_case("a", predicted, truth, (3.0, 1.0, 1.0), NAMES, tolerance_mm=3.0)[0].nsd == 1.0
+    assert liver.truth_ml == pytest.approx(512 * 3 / 1000) and liver.predicted_ml == liver.truth_ml
+    assert (aorta.dice, aorta.nsd) == (0.0, 0.0), "missed altogether"
+    swapped = score_case("a", truth, predicted, (3.0, 1.0, 1.0), NAMES, 2.0)
+    assert swapped[0].dice == liver.dice and swapped[0].nsd == pytest.approx(liver.nsd)
+    assert swapped[1].dice == 0.0, "invented where there is none"
+
+
+def test_absent_organs_count_for_nothing_and_nsd_may_be_left_out():
+    predicted, truth = cubes()
+    truth[truth == 2] = 0
+    scores = score_case("a", predicted, truth, (1.0, 1.0, 1.0), NAMES, 0.0)
+    assert math.isnan(scores[1].dice) and math.isnan(scores[0].nsd)
+    assert case_means(scores) == {"a": pytest.approx(7 / 8)}
+    with pytest.raises(ValueError, match="a: prediction has shape"):
+        score_case("a", predicted[1:], truth, (1.0, 1.0, 1.0), NAMES, 0.0)
+
+
+# Tables
+
+
+def make_scores(offset: float) -> list[OrganScore]:
+    nan = float("nan")
+    return [
+        OrganScore("a", "liver", 0.8 + offset, 0.7, 1500.0, 1400.0),
+        OrganScore("a", "aorta", 0.6 + offset, 0.5, 80.0, 70.0),
+        OrganScore("b", "liver", 0.9 + offset, 0.9, 1200.0, 1250.0),
+        OrganScore("b", "aorta", nan, nan, 0.0, 0.0),
+    ]
+
+
+def test_report_counts_every_case_once(tmp_path):
+    summary = write_report(tmp_path, make_scores(0.0), {"checkpoint": "best.pth"})
+    assert summary["dice"]["mean"] == pytest.approx((0.7 + 0.9) / 2)
+    assert summary["dice"]["std"] == pytest.approx(np.std([0.7, 0.9], ddof=1))
+    assert summary["organs"]["aorta"]["dice"] == {"mean": 0.6, "std": pytest.approx(math.nan, nan_ok=True), "num": 1}
+    rows = list(csv.DictReader((tmp_path / "cases.csv").open()))
+    assert len(rows) == 4 and rows[3]["dice"] == "" and rows[0]["truth_ml"] == "1500"
+    table = (tmp_path / "results.md").read_text()
+    assert "| liver | 85.0 ± 7.1 | 80.0 ± 14.1 | 2 |" in table and "| **mean** | 80.0 ± 14.1 |" in table
+    assert json.loads((tmp_path / "results.json").read_text())["organs"]["aorta"]["dice"]["std"] is None
+    assert summarise(read_scores(tmp_path / "cases.csv"))["dice"] == pytest.approx(summary["dice"])
+
+
+def test_joined_runs_spread_over_their_means(tmp_path):
+    for seed, offset in enumerate((0.0, 0.02, 0.04)):
+        write_report(tmp_path / f"seed{seed}", make_scores(offset), {})
+    folders = [tmp_path / f"seed{seed}" for seed in range(3)]
+    joined = write_joined(tmp_path / "all", folders)
+    assert joined["dice"] == {"mean": pytest.approx(0.82), "std": pytest.approx(0.02), "num": 3}
+    assert "| liver | 87.0 ± 2.0 | 80.0 ± 0.0 | 3 |" in (tmp_path / "all" / "results.md").read_text()
+    with pytest.raises(ValueError, match="evaluate the run first"):
+        join_reports([tmp_path / "nowhere"])
+
+
+def test_overlay_shows_the_richest_planes(tmp_path):
+    predicted, truth = cubes()
+    assert richest_plane(truth, 0) in range(0, 3) or richest_plane(truth, 0) in range(4, 12)
+    truth[6, 2, 2] = 2
+    assert richest_plane(truth, 0) == 6, "two organs beat one"
+    hu = hu_volume(truth.shape)
+    view = case_view("a", hu, truth, predicted, (3.0, 1.0, 1.0))
+    assert np.array_equal(view.planes["axial"][0], hu[6]) and view.planes["coronal"][3] == 3.0
+    save_overlay(tmp_path / "pictures" / "a.png", [("worst", view), ("best", view)], NAMES)
+    assert (tmp_path / "pictures" / "a.png").stat().st_size > 10_000
