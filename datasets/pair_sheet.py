@@ -75,7 +75,7 @@ def _planes(image: np.ndarray, mask: np.ndarray, spacing_mm: Sequence[float]) ->
 def _draw_plane(axis, label: str, image: np.ndarray, mask: np.ndarray, aspect: float) -> None:
     axis.imshow(image, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
     tint = np.zeros((*mask.shape, 4), dtype=np.float32)
-    tint[mask] = (0.1, 0.5, 1.0, 0.28)
+    tint[mask] = (0.1, 0.5, 1.0, 0.2)
     axis.imshow(tint, aspect=aspect, interpolation="nearest")
     axis.plot((image.shape[1] - 1) / 2, (image.shape[0] - 1) / 2, "+", color="yellow", markersize=9, markeredgewidth=1)
     axis.set_title(label, fontsize=7, pad=2)
