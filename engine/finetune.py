@@ -218,8 +218,9 @@ def judge(
     run: FinetuneRun, dice: float, patience: int, output_dir: str | Path, world: World, log: RunLog | SilentLog
 ) -> None:
     """Keep the best weights, and end the run where patience is over. All ranks decide alike."""
-    if dice > run.best_dice:
-        run.best_dice, run.best_step, run.num_without_gain = dice, run.step, 0
+    is_first = run.best_step == 0  # then there must be something to use, even if no organ counted (NaN)
+    if dice > run.best_dice or is_first:
+        run.best_dice, run.best_step, run.num_without_gain = max(run.best_dice, dice), run.step, 0
         if world.is_main:
             write_best(run, output_dir)
         return

@@ -166,6 +166,15 @@ def test_early_stop_after_patience(corpus, tmp_path, monkeypatch, capfd):
     assert load_checkpoint(tmp_path / LATEST)["step"] == 3, "a stopped run stays stopped"
 
 
+def test_best_exists_even_where_no_organ_counts(corpus, tmp_path, monkeypatch):
+    class Judged:
+        dice = float("nan")
+
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: Judged())
+    command.main(finetune_arguments(corpus, tmp_path, steps=2, val_freq=1, evaluate="false"))
+    assert load_checkpoint(tmp_path / "best.pth")["step"] == 1
+
+
 def test_mistakes_are_named(weights, corpus, tmp_path):
     with pytest.raises(ValueError, match="--feature_size"):
         command.main(finetune_arguments(corpus, tmp_path / "a", weights=weights, feature_size=16))
