@@ -35,6 +35,7 @@ from datasets.pairs import PairedCropDataset
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed, pictures
 from engine.checkpoint import find_resumable, load_checkpoint, save_checkpoint
+from engine.collapse import CollapseWatch
 from engine.distributed import World
 from engine.flags import RunInfo, run_main
 from engine.logging import RunLog, SilentLog, make_log
@@ -355,6 +356,7 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
             keep_as=None if epoch is None else f"checkpoint{epoch:04d}.pth",
         ),
         case_names=case_names,
+        watch=CollapseWatch(flags.out_dim),
     )
     objective = make_objective(run, student, precision, world.device)
     return pretrain(run, student, objective, iter(loader), schedules, options, hooks, world, log)

@@ -67,13 +67,14 @@ class Hooks:
 
     validate() -> means over held-out pairs (all ranks take part); draw(batch, step) adds pictures (rank 0 only);
     save(epoch or None) -> whether a checkpoint was written, None = no numbered copy (rank 0 only);
-    case_names(batch) -> the names of its cases, for error messages.
+    case_names(batch) -> the names of its cases, for error messages; watch(means of an epoch) -> warnings for the user.
     """
 
     validate: Callable[[], dict[str, float]]
     draw: Callable[[dict, int], None]
     save: Callable[[int | None], bool]
     case_names: Callable[[dict], list[str]]
+    watch: Callable[[dict[str, float]], list[str]] = lambda means: []
 
 
 def pretrain(
@@ -168,7 +169,10 @@ def pretrain(
             if options.picture_freq and (run.step % options.picture_freq == 0 or is_last) and world.is_main:
                 hooks.draw(batch, run.step)
             if is_epoch_end or is_last:
-                log.record("epoch", run.step, epoch, epoch_meters.read(world.device))
+                means = epoch_meters.read(world.device)
+                log.record("epoch", run.step, epoch, means)
+                for warning in hooks.watch(means):
+                    log.say(f"warning: {warning}")
             if options.val_freq and (is_last or (is_epoch_end and epoch % options.val_freq == 0)):
                 log.record("validation", run.step, epoch, hooks.validate())
 

@@ -166,5 +166,12 @@ def swap_views(rows: Tensor) -> Tensor:
 
 
 def mean_cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Mean over tokens and samples of the cosine between [2B, N, K] and [2B, N, K]."""
-    return F.cosine_similarity(left.detach().float(), right.detach().float(), dim=-1).mean()
+    """Mean over tokens and samples of the cosine between what is particular in [2B, N, K] and [2B, N, K].
+
+    Particular is what differs from the mean over tokens and samples. S and T point almost the same way wherever they
+    look: in a training that went well, plain cosines were 0.633 for the right and another view alike, these 0.22 and
+    -0.10.
+    """
+    left, right = (x.detach().float() for x in (left, right))
+    left, right = (x - x.mean(dim=(0, 1)) for x in (left, right))
+    return F.cosine_similarity(left, right, dim=-1).mean()

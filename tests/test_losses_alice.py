@@ -179,10 +179,11 @@ def test_monitors_tell_collapse_from_health() -> None:
 
 def test_casa_monitors_compare_right_and_shuffled_sources() -> None:
     student, teacher, batch = make_outputs()
-    teacher.casa_target = student.casa_online.detach() * 3
+    teacher.casa_target = student.casa_online.detach() * 3 + torch.arange(8.0)
     _, terms = AliceLoss(out_dim=8)(student, teacher, batch, 0.1)
     assert terms["casa_cos_right"].item() == pytest.approx(1.0, abs=1e-5)
-    expected = F.cosine_similarity(student.casa_online, teacher.casa_shuffled, dim=-1).mean()
+    ours, theirs = (x - x.mean(dim=(0, 1)) for x in (student.casa_online, teacher.casa_shuffled))
+    expected = F.cosine_similarity(ours, theirs, dim=-1).mean()
     assert terms["casa_cos_shuffled"].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
