@@ -70,6 +70,8 @@ def start(wanted_device: str = "auto", timeout_min: float = 30.0) -> World:
     device = pick_device(wanted_device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        make_cpu_repeatable()
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
@@ -81,6 +83,16 @@ def start(wanted_device: str = "auto", timeout_min: float = 30.0) -> World:
     elif size > 1 and not dist.is_initialized():
         raise ValueError("WORLD_SIZE is set without RANK and MASTER_ADDR; start several processes with torchrun")
     return World(rank, local_rank, size, device)
+
+
+def make_cpu_repeatable() -> None:
+    """Same flags, seed and number of threads give the same numbers on a CPU.
+
+    Gradients of indexing (relative position biases, gathered points) are otherwise added by several threads in the
+    order in which they happen to arrive.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # writes NaN into every new tensor, for debugging
 
 
 def stop() -> None:

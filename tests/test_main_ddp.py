@@ -16,6 +16,8 @@ from engine.flags import REPOSITORY
 from engine.signals import EXIT_INTERRUPTED
 from tests.tiny_run import add_store_and_table, arguments, log_of, make_corpus
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):

@@ -30,6 +30,9 @@ TINY = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     return write_torsos(tmp_path_factory.mktemp("torsos"), num_training=6, num_validation=3)
