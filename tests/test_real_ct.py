@@ -1,0 +1,75 @@
+"""Real CT through the steps between files and paired crops: store, embeddings, matching, mining, crops."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.data_list import Case
+from datasets.pairs import PairedCropDataset
+from datasets.volume_store import VolumeStore, build_store
+from sam_embed.checkpoint import EmbedderInfo
+from sam_embed.corpus import embed_corpus
+from sam_embed.embedding_store import load_embedding
+from sam_embed.match import match_points
+from sam_embed.mine import MiningOptions, mine_corpus
+from sam_embed.network import AnatomicalEmbedder
+from tests.shared import shared_file
+
+NAMES = ("abdomen_pelvis_3mm", "chest_2mm", "upper_abdomen_5mm_a")
+SPACING_MM = (5.0, 5.0, 5.0)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A store of three scanners' CT, their embeddings by an untrained network, and the table mined from those."""
+    folder = tmp_path_factory.mktemp("real")
+    cases = [Case(name, shared_file("ct", f"{name}.nii.gz"), None) for name in NAMES]
+    report = build_store(cases, folder / "store", SPACING_MM, progress=False)
+    assert not report.failed
+    store = VolumeStore(folder / "store")
+    torch.manual_seed(0)
+    network = AnatomicalEmbedder(width=16, embed_dim=16, norm="batch").eval()
+    embed_corpus(network, EmbedderInfo(SPACING_MM), store.names, store.read, folder / "embeddings")
+    options = MiningOptions(num_points=24, num_partners=2, min_score=-1.0)
+    table = mine_corpus(folder / "embeddings", store.names, folder / "embeddings", options)
+    return folder, store, table
+
+
+def test_a_volume_matches_itself(real):
+    folder, _, table = real
+    for index, name in enumerate(table.case_names):
+        embedding = load_embedding(folder / "embeddings", name)
+        points = table.rows["query_mm"][table.rows["query_case"] == index].astype(np.float64)
+        matches = match_points(embedding, embedding, points)
+        errors = np.linalg.norm(matches.points_mm - points, axis=1)
+        assert np.median(errors) < 5.0, (name, errors)  # half a fine voxel of 10 mm
+        assert np.nanmin(matches.score) > 0.9
+
+
+def test_mined_points_lie_in_bodies_and_volumes(real):
+    _, store, table = real
+    assert len(table.rows) == len(NAMES) * 24 * 2
+    for row in table.rows[::7]:
+        for side in ("query", "key"):
+            name = table.case_names[int(row[f"{side}_case"])]
+            volume = store.read(name)
+            index = np.linalg.inv(volume.affine) @ np.append(row[f"{side}_mm"], 1.0)
+            assert (index[:3] > -1).all() and (index[:3] < np.array(volume.array.shape)).all()
+            if side == "query":  # an untrained network may see the key's place anywhere
+                near = tuple(slice(max(0, int(i) - 3), int(i) + 4) for i in index[:3])
+                assert volume.array[near].max() > -300, f"{name}: no tissue around a mined point"
+
+
+@pytest.mark.parametrize("pairing", ["sam", "iou", "random"])
+def test_crops_of_real_ct_show_bodies(real, pairing):
+    _, store, table = real
+    pairs = PairedCropDataset(
+        store, table if pairing == "sam" else None, pairing, (32, 32, 64), min_score=-1.0, max_cycle_mm=1e6, seed=1
+    )
+    for index in range(6):
+        sample = pairs[index]
+        for side in ("query", "key"):
+            crop = sample[side]
+            assert crop.shape == (1, 32, 32, 64) and torch.isfinite(crop).all()
+            tissue = ((crop > 0.2) & (crop < 0.9)).float().mean()  # about -55 to 190 HU
+            assert tissue > 0.03, f"{pairing} {index} {side}: {float(tissue):.3f} of the crop is soft tissue"
