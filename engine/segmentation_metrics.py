@@ -4,6 +4,7 @@ Conventions where MONAI leaves the choice: an organ that neither truth nor predi
 that only one of them has scores 0 in both measures, as FLARE22 counts it.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,11 @@ def organ_scores(
     dice = float(compute_dice(*tensors))
     if tolerance_mm <= 0:
         return dice, float("nan")
-    nsd = compute_surface_dice(*tensors, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing_mm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of its own calls
+        nsd = compute_surface_dice(
+            *tensors, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing_mm
+        )
     return dice, float(nsd)
 
 
