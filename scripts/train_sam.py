@@ -174,6 +174,14 @@ def build_loss(flags: jsonargparse.Namespace, network: AnatomicalEmbedder) -> Sa
     """The loss that the flags describe, for this network's grids."""
     names = [field.name for field in dataclasses.fields(LevelOptions)]
     levels = {level: LevelOptions(**{name: getattr(flags, f"{level}_{name}") for name in names}) for level in LEVELS}
+    weights = {level: options.weight for level, options in levels.items()}
+    untrained = [level for level in ("fine", "coarse") if weights[level] + weights["joint"] <= 0]
+    if min(weights.values()) < 0 or untrained:
+        told = ", ".join(f"--{level}_weight {weight:g}" for level, weight in weights.items())
+        raise ValueError(
+            f"{told}: expected weights of 0 or more that train both outputs, which takes --joint_weight, or both "
+            "--fine_weight and --coarse_weight, above 0"
+        )
     return SamLoss(levels, network.fine_grid(), network.coarse_grid(), flags.spacing_mm)
 
 

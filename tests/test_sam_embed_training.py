@@ -205,3 +205,9 @@ def test_published_configuration_describes_the_published_network():
     assert train_sam.view_options(flags).shape == (32, 96, 96)
     info = EmbedderInfo(tuple(flags.spacing_mm), flags.hu_min, flags.hu_max, flags.scale_to, flags.offset)
     assert info == EmbedderInfo()
+
+
+@pytest.mark.parametrize("weights", [{"fine_weight": 0, "joint_weight": 0}, {"coarse_weight": -1}])
+def test_weights_that_leave_an_output_untrained_are_refused(corpus, tmp_path, weights):
+    with pytest.raises(ValueError, match="--joint_weight"):
+        train_sam.main(arguments(corpus, tmp_path / "out", **weights))
