@@ -17,8 +17,7 @@ class WeightNormLinear(nn.Module):
     """A linear layer without bias whose rows are `weight_g * weight_v / |weight_v|` (Salimans and Kingma, 2016).
 
     It always computes in float32: its cosines are divided by temperatures down to 0.008, which would blow bfloat16's
-        rounding
-    (0.004 at 1) up to half a logit.
+    rounding (0.004 at 1) up to half a logit.
     """
 
     def __init__(self, in_dim: int, out_dim: int, train_gain: bool = False) -> None:

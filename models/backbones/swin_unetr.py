@@ -159,8 +159,7 @@ class SwinUNETRBackbone(nn.Module):
         """An independent copy without decoder and mask token: the EMA teacher.
 
         It keeps encoder1 to encoder10 wherever the student has them, although only swinViT runs: they belong to the
-            weights
-        that the teacher exports.
+        weights that the teacher exports.
         """
         twin = copy.deepcopy(self)
         twin.decoder_stride = None
