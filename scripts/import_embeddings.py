@@ -1,0 +1,138 @@
+"""Turn the authors' embedding pickles into ours: `<embed_dir>/<case>.safetensors`, for scripts/mine_pairs.py.
+
+    python scripts/import_embeddings.py --pickle_dir their_embeddings --data_dir FLARE22 --json_list flare.json \\
+        --embed_dir embeddings
+
+A pickle belongs to the case of its file name, else of the name stored in it. The CT gives the geometry: the pickle must
+have been made from the whole volume at 2 mm, axes (z, y, x). Nothing in a pickle is executed; one that holds more than
+tensors, arrays and plain values is refused. May be stopped and run again: finished cases are kept.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+from tqdm import tqdm
+
+from datasets.data_list import unique_names
+from datasets.nifti import CTReadError
+from datasets.store_format import StoreError
+from engine.flags import RunInfo, add_switch, make_parser, run_main
+from sam_embed.case_source import SECTIONS, CaseSource, open_cases
+from sam_embed.checkpoint import load_embedder
+from sam_embed.embedding_store import save_embedding, stored_fingerprint
+from sam_embed.published_pickle import PublishedPickleError, read_published, to_embedding
+
+PICKLE_SUFFIXES = (".pkl", ".pickle", ".pk", ".p", ".pth", ".pt")
+UNKNOWN_WEIGHTS = "imported"  # pickles do not say which weights made them
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this command."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--pickle_dir", type=str, required=True, help=f"folder of {', '.join(PICKLE_SUFFIXES)} files")
+    parser.add_argument("--embed_dir", type=str, required=True, help="folder of the embeddings; made if missing")
+    parser.add_argument(
+        "--checkpoint_file",
+        type=str | None,
+        default=None,
+        help="the weights that made the pickles; only so may the result be matched with embeddings made here",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_dir", type=str | None, default=None, help="folder of the CT files")
+    data.add_argument("--json_list", type=str | None, default=None, help="data list; default: every CT of --data_dir")
+    data.add_argument("--sections", type=str, nargs="+", default=list(SECTIONS), help="sections of the list")
+    data.add_argument("--store_dir", type=str | None, default=None, help="volume store; else the files are read")
+    add_switch(data, "--overwrite", False, "import cases again that have an imported embedding")
+    return parser
+
+
+def find_pickles(pickle_dir: str | Path) -> list[Path]:
+    """All pickles below a folder, sorted.
+
+    Raises:
+        PublishedPickleError: there are none.
+    """
+    paths = sorted(
+        path for path in Path(pickle_dir).rglob("*") if path.suffix.lower() in PICKLE_SUFFIXES and path.is_file()
+    )
+    if not paths:
+        raise PublishedPickleError(f"{pickle_dir}: no {', '.join(PICKLE_SUFFIXES)} files below it (--pickle_dir)")
+    return paths
+
+
+def import_all(
+    pickles: Sequence[Path], cases: CaseSource, embed_dir: str | Path, fingerprint: str, overwrite: bool = False
+) -> dict:
+    """Import every pickle.
+
+    Returns:
+        `written` and `reused` (lists of case names) and `failed` (pickle -> reason).
+    """
+    report = {"written": [], "reused": [], "failed": {}}
+    owner = {}
+    bar = tqdm(pickles, desc="importing", unit="case")
+    for path in bar:
+        bar.set_postfix_str(path.name)
+        try:
+            name, kind = _import_one(path, cases, embed_dir, fingerprint, overwrite, owner)
+            report[kind].append(name)
+        except (PublishedPickleError, CTReadError, StoreError) as error:
+            report["failed"][str(path)] = str(error)
+    return report
+
+
+def _import_one(
+    path: Path, cases: CaseSource, embed_dir: str | Path, fingerprint: str, overwrite: bool, owner: dict[str, Path]
+) -> tuple[str, str]:
+    """The case's name and whether it was "written" or "reused"; `owner` remembers which pickle was whose."""
+    name = _case_called(path.name.removesuffix(path.suffix), cases)
+    published = None
+    if name is None:
+        published = read_published(path)
+        name = _case_called(published.name or "", cases)
+    if name is None:
+        raise PublishedPickleError(
+            f"{path}: no case is called so ({len(cases.names)} cases, first {cases.names[0]}); rename the file to "
+            "<case>.pkl or check --data_dir and --json_list"
+        )
+    if owner.setdefault(name, path) != path:
+        raise PublishedPickleError(f"{path}: case {name} was already taken from {owner[name]}")
+    if not overwrite and stored_fingerprint(embed_dir, name) == fingerprint:
+        return name, "reused"
+    published = published or read_published(path)
+    if _case_called(published.name or "", cases) not in (None, name):
+        raise PublishedPickleError(f"{path}: its file name says {name}, its content says {published.name}")
+    save_embedding(embed_dir, to_embedding(published, cases.read(name), name, fingerprint, path))
+    return name, "written"
+
+
+def _case_called(text: str, cases: CaseSource) -> str | None:
+    """The case that a file's stem or a stored name (perhaps a path) means."""
+    file_name = Path(text).name
+    candidates = (file_name, *unique_names([file_name if ".nii" in file_name else f"{file_name}.nii.gz"]))
+    return next((name for name in candidates if name in cases.names), None)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    pickles = find_pickles(flags.pickle_dir)
+    cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections)
+    fingerprint = load_embedder(flags.checkpoint_file)[1].fingerprint if flags.checkpoint_file else UNKNOWN_WEIGHTS
+    RunInfo.collect(flags).write(flags.embed_dir, "import_run.json")
+    report = import_all(pickles, cases, flags.embed_dir, fingerprint, flags.overwrite)
+    for reason in report["failed"].values():
+        print(f"failed {reason}", file=sys.stderr)
+    print(
+        f"{flags.embed_dir}: imported {len(report['written'])} of {len(pickles)} pickles, {len(report['reused'])} were "
+        f"there already, {len(report['failed'])} failed"
+    )
+    if report["failed"] and not (report["written"] or report["reused"]):
+        raise PublishedPickleError(f"{flags.pickle_dir}: no pickle could be imported; the reasons are above")
+
+
+if __name__ == "__main__":
+    run_main(main)
