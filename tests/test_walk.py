@@ -2,11 +2,14 @@
 
 import importlib
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from monai.networks.nets import SwinUNETR
+
+from engine.flags import REPOSITORY
 
 SMALL_SAM = "--steps 2 --view_shape 32 32 32 --spacing_mm 8 8 8 --width 16 --embed_dim 16 --num_points 32 --val_cases 0"
 SMALL_ALICE = "--config configs/smoke.yaml --pairing sam --min_score -1 --max_cycle_mm 1e6 --batch_size 1 --device cpu"
@@ -74,3 +77,14 @@ def test_weights_load_into_monai(walked, key):
     assert not [name for name in result.missing_keys if name.startswith(wanted)]
     assert not torch.equal(before["swinViT.patch_embed.proj.weight"], network.swinViT.patch_embed.proj.weight)
     assert network(torch.zeros(1, 1, 32, 32, 64)).shape == (1, 14, 32, 32, 64)
+
+
+def test_the_readme_snippet_loads_the_teacher(walked, monkeypatch):
+    snippet = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL).group(1)
+    monkeypatch.chdir(walked)
+    names = {}
+    exec(snippet, names)
+    weights = torch.load("alice_teacher.pth", weights_only=True)
+    loaded = names["model"].state_dict()
+    assert len(weights) > 100
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
