@@ -1,0 +1,67 @@
+"""The benchmarks run, what they compare agrees, and their figures are figures; how fast is not tested."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import all as all_benchmarks
+from benchmarks import matching, pairing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY_MATCHING = ["--quick", "--grid", "[32,48,48]", "--num_channels", "8", "--num_points", "12"]
+TINY_PAIRING = (
+    ["--quick", "--coarsen", "6", "--roi", "32", "--num_channels", "4", "--num_rows", "2"]
+    + ["--num_samples", "6", "--num_published", "2"]
+)  # fmt: skip
+
+
+def figures(benchmark, argv: list[str], tmp_path) -> dict:
+    """What a benchmark writes with --output, its times and ratios checked to be positive."""
+    output = tmp_path / "found.json"
+    benchmark.main([*argv, "--output", str(output)])
+    found = json.loads(output.read_text())
+    checked = [value for name, value in found.items() if name.endswith("wall_s") or name.startswith("speedup")]
+    assert len(checked) >= 5
+    assert all(np.isfinite(value) and value > 0 for value in checked)
+    assert all(len(row) == len(all_benchmarks.HEADER) for row in benchmark.rows(found))
+    return found
+
+
+def test_matching_agrees_with_one_map_per_point(tmp_path):
+    found = figures(matching, TINY_MATCHING, tmp_path)
+    assert found["agree"] is True
+    assert found["same_voxel"] == 1.0
+    assert found["score_difference"] < 1e-4
+    assert found["fine_shape"] == [8, 16, 24, 24]
+    assert found["coarse_shape"] == [8, 8, 3, 3]
+
+
+def test_matching_stops_when_the_ways_disagree(monkeypatch):
+    wrong = matching.Place(np.array([0, 0, 0]), -1.0)
+    monkeypatch.setattr(matching, "place_by_map", lambda *_: wrong)
+    with pytest.raises(RuntimeError, match="disagree"):
+        matching.main(TINY_MATCHING)
+
+
+def test_pairing_gives_the_published_way_s_crops(tmp_path):
+    found = figures(pairing, TINY_PAIRING, tmp_path)
+    assert found["agree"] is True
+    assert found["crop_difference"] < 1e-5
+
+
+def test_pairing_stops_when_the_crops_differ(monkeypatch):
+    right = pairing.place_by_map
+    monkeypatch.setattr(pairing, "place_by_map", lambda *given: right(*given)._replace(index=np.array([2, 2, 2])))
+    with pytest.raises(RuntimeError, match="differ"):
+        pairing.main(TINY_PAIRING)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="--only names nonsense"):
+        all_benchmarks.main(["--only", "[nonsense]"])
+
+
+def test_table_aligns_its_columns():
+    shown = all_benchmarks.table([("what", "ours"), ("a long name", "1 ms")]).splitlines()
+    assert shown[0].index("ours") == shown[2].index("1 ms")
