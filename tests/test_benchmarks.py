@@ -11,7 +11,7 @@ from benchmarks import matching, pairing
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_MATCHING = ["--quick", "--grid", "[32,48,48]", "--num_channels", "8", "--num_points", "12"]
 TINY_PAIRING = (
-    ["--quick", "--coarsen", "6", "--roi", "32", "--num_channels", "4", "--num_rows", "2"]
+    ["--quick", "--coarsen", "4", "--roi", "32", "--num_channels", "8", "--num_rows", "4"]
     + ["--num_samples", "6", "--num_published", "2"]
 )  # fmt: skip
 
