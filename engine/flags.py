@@ -23,7 +23,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults and types, and keeps the line breaks of the description."""
+    """Shows defaults and types, keeps the line breaks of the description, and a usage that fits one line.
+
+    The usage names what must be given and `--config`; fifty optional flags in front of every error would hide it.
+    """
+
+    def add_usage(self, usage, actions, groups, prefix=None) -> None:
+        """Leave optional flags to the list below the usage."""
+        shown = [
+            action for action in actions if not action.option_strings or action.required or action.dest == "config"
+        ]
+        super().add_usage(usage, shown, [], prefix)
 
 
 def make_parser(description: str) -> jsonargparse.ArgumentParser:
