@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.files import write_bytes
-from datasets.geometry import index_to_world
+from datasets.geometry import index_to_world, world_to_index
 from sam_embed.embedding_store import Embedding, EmbeddingCache, stored_fingerprint
 from sam_embed.match import cycle_error_mm, match_points
 
@@ -103,7 +103,8 @@ def mine_case(cache: EmbeddingCache, names: Sequence[str], query: str, options: 
     for partner in draw_partners(names, query, options):
         key = cache[partner]
         matches = match_points(embedding, key, points_mm)
-        kept = matches.score >= options.min_score  # False for the NaN of unmatched points
+        # Both are False for the NaN of unmatched points.
+        kept = (matches.score >= options.min_score) & lies_in_body(key, matches.points_mm)
         rows = np.zeros(int(kept.sum()), dtype=ROW_DTYPE)
         rows["query_case"], rows["key_case"] = number_of[query], number_of[partner]
         rows["query_mm"], rows["key_mm"] = points_mm[kept], matches.points_mm[kept]
@@ -111,6 +112,17 @@ def mine_case(cache: EmbeddingCache, names: Sequence[str], query: str, options: 
         rows["cycle_mm"] = cycle_error_mm(embedding, key, points_mm, matches)[kept]
         parts.append(rows)
     return np.concatenate(parts)
+
+
+def lies_in_body(embedding: Embedding, points_mm: np.ndarray) -> np.ndarray:
+    """Which of the world points [N, 3] lie in a fine voxel of the patient (bool [N]): matches in air are wrong."""
+    known = np.isfinite(points_mm).all(axis=1)
+    if embedding.body is None:
+        return known
+    index = np.rint(world_to_index(embedding.fine_affine, np.where(known[:, None], points_mm, 0.0))).astype(int)
+    last = np.array(embedding.body.shape) - 1
+    known &= ((index >= 0) & (index <= last)).all(axis=1)
+    return known & embedding.body.numpy()[tuple(np.clip(index, 0, last).T)]
 
 
 def _settings_digest(options: MiningOptions, names: Sequence[str], fingerprint: str) -> str:

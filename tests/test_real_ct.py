@@ -48,16 +48,15 @@ def test_a_volume_matches_itself(real):
 
 def test_mined_points_lie_in_bodies_and_volumes(real):
     _, store, table = real
-    assert len(table.rows) == len(NAMES) * 24 * 2
+    assert len(NAMES) * 24 <= len(table.rows) <= len(NAMES) * 24 * 2  # matches in air are dropped
     for row in table.rows[::7]:
         for side in ("query", "key"):
             name = table.case_names[int(row[f"{side}_case"])]
             volume = store.read(name)
             index = np.linalg.inv(volume.affine) @ np.append(row[f"{side}_mm"], 1.0)
             assert (index[:3] > -1).all() and (index[:3] < np.array(volume.array.shape)).all()
-            if side == "query":  # an untrained network may see the key's place anywhere
-                near = tuple(slice(max(0, int(i) - 3), int(i) + 4) for i in index[:3])
-                assert volume.array[near].max() > -300, f"{name}: no tissue around a mined point"
+            near = tuple(slice(max(0, int(i) - 3), int(i) + 4) for i in index[:3])
+            assert volume.array[near].max() > -700, f"{name}: only air around a mined point"
 
 
 @pytest.mark.parametrize("pairing", ["sam", "iou", "random"])

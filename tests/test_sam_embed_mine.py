@@ -1,13 +1,23 @@
 """Mining: right matches, spread points, the same table whoever mines, resumed runs, complaints."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from datasets.correspondences import CorrespondenceTable
-from datasets.geometry import world_to_index
+from datasets.geometry import index_to_world, world_to_index
 from sam_embed.embedding_store import EmbeddingCache, embedding_path, load_embedding, save_embedding
-from sam_embed.mine import SHARD_FOLDER, MiningOptions, draw_partners, draw_points, mine_case, mine_corpus
+from sam_embed.mine import (
+    SHARD_FOLDER,
+    MiningOptions,
+    draw_partners,
+    draw_points,
+    lies_in_body,
+    mine_case,
+    mine_corpus,
+)
 from scripts import mine_pairs
 from tests.sam_fakes import AFFINE, patient_embedding, to_atlas
 
@@ -111,3 +121,13 @@ def test_what_cannot_be_mined_is_named(embed_dir, tmp_path):
         mine_corpus(embed_dir, [*NAMES, "patient9"], tmp_path, OPTIONS)
     assert load_embedding(embed_dir, "patient9").fingerprint == "other"
     embedding_path(embed_dir, "patient9").unlink()
+
+
+def test_matches_in_air_are_dropped():
+    embedding = patient_embedding(0)
+    body = torch.zeros(embedding.fine.shape[1:], dtype=torch.bool)
+    body[2, 3, 1] = True
+    embedding = dataclasses.replace(embedding, body=body)
+    index = np.array([[2, 3, 1], [2.4, 3.4, 0.6], [2.6, 3, 1], [0, 0, 0], [-9, 3, 1]], dtype=float)
+    points_mm = np.concatenate([index_to_world(embedding.fine_affine, index), np.full((1, 3), np.nan)])
+    assert lies_in_body(embedding, points_mm).tolist() == [True, True, False, False, False, False]
