@@ -68,10 +68,11 @@ def main(argv: list[str] | None = None) -> None:
     student, teacher = check_and_build(flags)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     world = distributed.start(flags.device, flags.dist_timeout_min)
+    info = RunInfo.collect(flags)
     if world.is_main:
-        RunInfo.collect(flags).write(flags.output_dir)
+        info.write(flags.output_dir)
     data = open_data(flags, world)
-    run = make_run(flags, student, teacher, data, world)
+    run = make_run(flags, student, teacher, data, world, info)
     options = make_options(flags, data, world)
     state = find_start(flags, run)
     log = make_log(world, flags.output_dir, options.num_steps, run.step)
@@ -202,10 +203,9 @@ def make_loss(flags) -> AliceLoss:
     return AliceLoss(**{name: getattr(flags, name) for name in shared.split()})
 
 
-def make_run(flags, student: nn.Module, teacher: nn.Module, data: Data, world: World) -> RunState:
+def make_run(flags, student: nn.Module, teacher: nn.Module, data: Data, world: World, info: RunInfo) -> RunState:
     """Everything that changes while training, on this rank's device."""
     student, teacher = student.to(world.device), teacher.to(world.device)
-    info = RunInfo.collect(flags)
     description = {
         "flags": info.flags,
         "commit": info.commit,
