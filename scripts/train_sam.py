@@ -354,7 +354,11 @@ def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
     dataset = ViewPairDataset(load_training_volumes(store, info, flags.load_threads), options, info, flags.seed)
     sampler = StepSampler(flags.batch_size, world.rank, world.size, flags.steps, run.step)
     batches = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=flags.num_workers, persistent_workers=flags.num_workers > 0
+        dataset,
+        batch_sampler=sampler,
+        num_workers=flags.num_workers,
+        persistent_workers=flags.num_workers > 0,
+        pin_memory=world.device.type == "cuda",
     )
     wrapped = run.network
     if distributed.has_group():
