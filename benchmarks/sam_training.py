@@ -35,7 +35,7 @@ class Recipe:
         config: file of `configs/`.
         flags: added to it.
         batch_size: volumes a step on a CPU; `--batch_factor` multiplies it.
-        cost: of matching one pair of volumes, in that of the base recipe; dear ones are judged on fewer cases.
+        cost: of matching one pair of volumes, in those of the base; dear recipes are judged on fewer cases.
     """
 
     told: str
@@ -45,8 +45,8 @@ class Recipe:
     cost: float = 1.0
 
     def num_judged(self, num_held_out: int) -> int:
-        """Held-out cases to match with each other: all, or so many that it takes about as long as 12 of the base's."""
-        return min(num_held_out, max(3, round(12 / self.cost**0.5))) if self.cost > 4 else num_held_out
+        """Held-out cases to match with each other, so many that every recipe's judging takes about equally long."""
+        return max(2, round(num_held_out / self.cost**0.5))
 
 
 # Anatomy differs between patients by more than the base recipe bends a view, and contrast by more than it changes HU.
@@ -65,11 +65,9 @@ HARD = (
 RECIPES = {
     "base": Recipe("sam_phantom.yaml", "sam_phantom.yaml"),
     "strong": Recipe("stronger deformation and contrast changes", "sam_phantom.yaml", (*STRONG,)),
-    "wide": Recipe("the same, width 40, 128 channels", "sam_phantom.yaml", (*STRONG, *WIDE)),
-    "fine_grid": Recipe("strong on a 3 mm grid", "sam_phantom.yaml", (*STRONG, *FINE_GRID)),
-    "full_output": Recipe(
-        "strong, fine output at every 4 mm voxel", "sam_phantom.yaml", (*STRONG, *FULL_OUTPUT), cost=8
-    ),
+    "wide": Recipe("the same, width 40, 128 channels", "sam_phantom.yaml", (*STRONG, *WIDE), cost=4),
+    "fine_grid": Recipe("strong on a 3 mm grid", "sam_phantom.yaml", (*STRONG, *FINE_GRID), cost=2),
+    "full_output": Recipe("strong, fine output per 4 mm voxel", "sam_phantom.yaml", (*STRONG, *FULL_OUTPUT), cost=8),
     "hard": Recipe("strong, hard and cross-case negatives", "sam_phantom.yaml", (*STRONG, *HARD), batch_size=2),
     "no_average": Recipe("base, last weights, no average", "sam_phantom.yaml", ("--ema_momentum", "0")),
     "published": Recipe("sam_published.yaml", "sam_published.yaml", batch_size=2, cost=32),
