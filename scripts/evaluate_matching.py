@@ -1,11 +1,14 @@
-"""How far SAM's matches lie from known landmarks, beside two baselines that only know the body's outline. Prints JSON.
+"""How far SAM's matches lie from the truth, by organ and region, and which thresholds make most of them right.
 
     python scripts/evaluate_matching.py --checkpoint_file SAM.pth --data_dir phantom --landmark_dir phantom/landmarks
     python scripts/evaluate_matching.py --checkpoint_file SAM.pth --data_dir phantom --json_list phantom.json \\
-        --sections validation --landmark_dir phantom/landmarks --embed_dir embeddings --output matching.json
+        --sections validation --landmark_dir phantom/landmarks --embed_dir embeddings --output matching.json \\
+        --figure trust.png
 
 A landmark file is `<landmark_dir>/<case>.json` with {"landmarks_mm": {name: [x, y, z]}} in world mm (RAS+). Every
-ordered pair of cases that share a landmark counts. Embeddings found in --embed_dir are used, missing ones made there.
+ordered pair of cases that share a landmark counts. Phantoms also state the seed of their patient, so that points mined
+as for pretraining, anywhere in the body, are judged too: thresholds for main_ddp.py come from these. Embeddings found
+in --embed_dir are used, missing ones made there.
 """
 
 import json
@@ -16,10 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from datasets.files import write_text
+from datasets.phantom_truth import load_truth, states_seeds
 from engine.distributed import pick_device
 from engine.flags import RunInfo, add_switch, make_parser, run_main
 from sam_embed.baselines import Body, find_body
@@ -29,6 +34,11 @@ from sam_embed.corpus import embed_corpus
 from sam_embed.embed import for_inference
 from sam_embed.embedding_store import EmbeddingCache
 from sam_embed.evaluate import PairErrors, errors_by_landmark, evaluate_pairs, load_landmarks, summarise
+from sam_embed.judge import Judged, judge_landmarks, judge_rows
+from sam_embed.mine import MiningOptions, mine_case
+from sam_embed.trust import WANTED_SHARE, trust_report
+from sam_embed.trust_figure import save_trust_figure
+from sam_embed.trust_text import trust_lines
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
@@ -44,8 +54,11 @@ def make_flags() -> jsonargparse.ArgumentParser:
     data.add_argument(
         "--embed_dir", type=str | None, default=None, help="folder of embeddings; default: a temporary one"
     )
-    data.add_argument("--output", type=str | None, default=None, help="also write the JSON to this file")
+    data.add_argument("--output", type=str | None, default=None, help="write every figure to this JSON file")
+    data.add_argument("--figure", type=str | None, default=None, help="draw error against score and cycle error here")
     run = parser.add_argument_group("run")
+    run.add_argument("--num_points", type=int, default=200, help="points mined per case and judged; 0 = landmarks only")
+    run.add_argument("--wanted", type=float, default=WANTED_SHARE, help="share of kept pairs within 15 mm, 0 to 1")
     add_switch(run, "--baselines", True, "also match by body box and by affine fit (0.2 s a pair)")
     add_switch(run, "--by_landmark", False, "list the errors of every landmark")
     run.add_argument("--max_cases", type=int | None, default=None, help="use the first so many cases; default: all")
@@ -55,8 +68,10 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def evaluate(flags: jsonargparse.Namespace, cases: CaseSource, embed_dir: str) -> list[PairErrors]:
-    """Embed what is missing, outline the bodies, match."""
+def evaluate(
+    flags: jsonargparse.Namespace, cases: CaseSource, embed_dir: str
+) -> tuple[list[PairErrors], Judged | None]:
+    """Embed what is missing, outline the bodies, match landmarks, mine points where they can be judged."""
     landmarks = load_landmarks(flags.landmark_dir, cases.names)
     names = sorted(landmarks)[: flags.max_cases]
     network, info = load_embedder(flags.checkpoint_file)
@@ -68,22 +83,46 @@ def evaluate(flags: jsonargparse.Namespace, cases: CaseSource, embed_dir: str) -
     if flags.baselines:
         bodies = {name: find_body(cases.read(name)) for name in tqdm(names, desc="body outlines", unit="case")}
     cache = EmbeddingCache(embed_dir, flags.cache_mb)
-    return evaluate_pairs(cache.__getitem__, {name: landmarks[name] for name in names}, bodies)
+    results = evaluate_pairs(cache.__getitem__, {name: landmarks[name] for name in names}, bodies)
+    is_judged = flags.num_points > 0 and states_seeds(flags.landmark_dir, names)
+    return results, judge_mined(flags, cache, names) if is_judged else None
+
+
+def judge_mined(flags: jsonargparse.Namespace, cache: EmbeddingCache, names: list[str]) -> Judged:
+    """Mine as scripts/mine_pairs.py does, every case against all others, and judge the pairs."""
+    truth = load_truth(flags.landmark_dir, names)
+    options = MiningOptions(num_points=flags.num_points, num_partners=len(names))
+    rows = [mine_case(cache, names, name, options) for name in tqdm(names, desc="mining", unit="case")]
+    return judge_rows(np.concatenate(rows), names, truth)
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
+    if not 0 < flags.wanted < 1 or flags.num_points < 0:
+        raise ValueError(
+            f"--wanted must lie between 0 and 1 and --num_points not be negative, received {flags.wanted:g} and "
+            f"{flags.num_points}"
+        )
     cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections)
     with tempfile.TemporaryDirectory(prefix="embeddings_") as scratch:
-        results = evaluate(flags, cases, flags.embed_dir or scratch)
+        results, mined = evaluate(flags, cases, flags.embed_dir or scratch)
     report = {"checkpoint_file": flags.checkpoint_file, **summarise(results)}
+    report["landmarks"] = trust_report(judge_landmarks(results), flags.wanted)
+    report["mined"] = None if mined is None or not len(mined) else trust_report(mined, flags.wanted)
     if flags.by_landmark:
         report["by_landmark"] = errors_by_landmark(results)
-    text = json.dumps(report, indent=1)
+    write_results(flags, report)
+    print("\n".join(trust_lines(report)))
+
+
+def write_results(flags: jsonargparse.Namespace, report: dict) -> None:
+    """The JSON file with its run record, and the picture, as far as they are wanted."""
     if flags.output:
-        write_text(flags.output, text + "\n")
+        write_text(flags.output, json.dumps(report, indent=1) + "\n")
         RunInfo.collect(flags).write(Path(flags.output).parent, f"{Path(flags.output).stem}_run.json")
-    print(text)
+    if flags.figure:
+        drawn, what = (report["mined"], "mined pairs") if report["mined"] else (report["landmarks"], "landmarks")
+        save_trust_figure(drawn, f"{drawn['all']['num_matches']:,} {what} of {report['num_cases']} cases", flags.figure)
 
 
 if __name__ == "__main__":

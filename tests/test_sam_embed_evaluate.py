@@ -130,12 +130,15 @@ def test_commands_embed_and_evaluate(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     generate_sam_embeddings.main(common)
     assert "embedded 2 cases, 1 were there" in capsys.readouterr().out
-    output = tmp_path / "matching.json"
-    evaluate_matching.main([*common, "--landmark_dir", str(corpus / "landmarks"), "--output", str(output)])
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(output.read_text()) and printed["num_cases"] == 3
+    output, figure = tmp_path / "matching.json", tmp_path / "trust.png"
+    files = ["--landmark_dir", str(corpus / "landmarks"), "--output", str(output), "--figure", str(figure)]
+    evaluate_matching.main([*common, *files])
+    told, written = capsys.readouterr().out, json.loads(output.read_text())
+    assert written["num_cases"] == 3 and figure.stat().st_size > 20_000
+    assert written["landmarks"]["in_words"] in told and "affine fit of the body: median" in told
+    assert written["mined"] is None and "Mined pairs were not judged" in told  # these patients are no phantoms
     for method in ("sam", "body_box", "body_affine"):
-        assert set(printed[method]) >= {"median_mm", "mean_mm", "p90_mm", "share_within_10mm"}
+        assert set(written[method]) >= {"median_mm", "mean_mm", "p90_mm", "share_within_10mm"}
 
 
 def test_command_draws_a_match(corpus, tmp_path):
