@@ -29,18 +29,18 @@ from datasets.correspondences import CorrespondenceTable
 from datasets.data_list import Case, load_data_list
 from datasets.loader import make_pair_loader
 from datasets.masks import mask_grid, num_masked_blocks
-from datasets.pair_sheet import pair_figure, samples_of
 from datasets.pairings import PAIRINGS, PairingOptions
 from datasets.pairs import PairedCropDataset
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
-from engine import distributed, pictures
+from engine import distributed
 from engine.checkpoint import find_resumable, load_checkpoint, save_checkpoint
 from engine.collapse import CollapseWatch
 from engine.distributed import World
 from engine.flags import RunInfo, run_main
 from engine.logging import RunLog, SilentLog, make_log
 from engine.optim import make_optimizer
-from engine.precision import autocast, make_scaler, pick_precision
+from engine.pictures import draw_pictures
+from engine.precision import autocast, compile_networks, make_scaler, pick_precision, use_channels_last
 from engine.pretrain import Hooks, LoopOptions, Objective, Schedules, pretrain
 from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of
 from engine.run_state import KIND, RunState
@@ -55,7 +55,6 @@ from models.casa import CASA_VARIANTS
 
 DEFAULT_SPACING_MM = (2.0, 1.5, 1.5)
 VALIDATION_SEED = 1_000_003
-NUM_PICTURED = 2
 
 
 def make_flags():
@@ -206,6 +205,9 @@ def make_loss(flags) -> AliceLoss:
 def make_run(flags, student: nn.Module, teacher: nn.Module, data: Data, world: World, info: RunInfo) -> RunState:
     """Everything that changes while training, on this rank's device."""
     student, teacher = student.to(world.device), teacher.to(world.device)
+    if flags.channels_last:
+        use_channels_last(student, teacher)
+    torch.backends.cudnn.benchmark = flags.cudnn_benchmark
     description = {
         "flags": info.flags,
         "commit": info.commit,
@@ -328,7 +330,7 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
     precision = pick_precision(*precision_request(flags))
     schedules = make_schedules(flags, options, world)
     if flags.compile:
-        run.student.compile()
+        compile_networks(run.student, run.teacher)
     student = wrap(run.student, world)
     loader = make_pair_loader(
         data.training,
@@ -381,18 +383,6 @@ def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:
     return make_pair_loader(
         data.validation, flags.batch_size, world.rank, world.size, min(flags.num_workers, 2), num_steps=num_steps
     )
-
-
-def draw_pictures(
-    run: RunState, batch: dict, step: int, store: VolumeStore, precision: str, output_dir: Path, log: RunLog
-) -> None:
-    """The batch's first pairs: views, masks and matched points, and reconstructions where the student makes them."""
-    batch = {name: value[:NUM_PICTURED] for name, value in batch.items()}
-    log.image("pairs", pictures.figure_pixels(pair_figure(samples_of(batch), store, "student")), step)
-    figure = pictures.reconstruction_sheet(run.student, batch, store, precision)
-    if figure is not None:
-        log.image("reconstructions", pictures.figure_pixels(figure), step)
-        pictures.save_figure(figure, output_dir / "reconstruction.png")
 
 
 if __name__ == "__main__":

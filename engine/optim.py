@@ -10,8 +10,10 @@ from torch import nn
 NEVER_DECAYED = ("bias", "bias_table", "mask_token")
 
 
-def make_optimizer(module: nn.Module, lr: float, weight_decay: float, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters of `module`, fused on CUDA.
+def make_optimizer(
+    module: nn.Module, lr: float, weight_decay: float, device: torch.device, fused: bool | None = None
+) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters of `module`; one kernel does a step where `fused` (None = on CUDA).
 
     Group 0 decays; group 1 (biases, norms and other 1-D parameters, attention bias tables, the mask token) does not.
 
@@ -27,12 +29,33 @@ def make_optimizer(module: nn.Module, lr: float, weight_decay: float, device: to
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, fused=True if device.type == "cuda" else None)
+    is_fused = device.type == "cuda" if fused is None else fused
+    return torch.optim.AdamW(groups, lr=lr, fused=True if is_fused else None)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies to this parameter."""
     return parameter.ndim > 1 and not name.rsplit(".", 1)[-1].endswith(NEVER_DECAYED)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Go on from a stored state, on this device and in this layout, whatever those were when it was stored.
+
+    PyTorch would take over from the file how to compute (`fused`, `foreach`) and keep its tensors' strides, and the
+    fused kernel refuses running means whose strides differ from their parameter's.
+
+    Raises:
+        ValueError: the state belongs to other parameters.
+    """
+    ways = [{name: group.get(name) for name in ("fused", "foreach")} for group in optimizer.param_groups]
+    if len(state["param_groups"]) != len(ways):
+        raise ValueError(f"{len(state['param_groups'])} parameter groups where this run has {len(ways)}")
+    groups = [group | way for group, way in zip(state["param_groups"], ways)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter).copy_(value)
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

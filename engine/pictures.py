@@ -12,11 +12,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
+from datasets.pair_sheet import pair_figure, samples_of
+from engine.logging import RunLog
 from engine.precision import autocast
+from engine.run_state import RunState
 from engine.validation import evaluating
 
+NUM_PICTURED = 2
 PLANES = ("axial", "coronal")
 COLUMNS = ("crop", "seen by the student", "reconstruction", "hidden blocks filled")
+
+
+def draw_pictures(run: RunState, batch: dict, step: int, store, precision: str, output_dir: Path, log: RunLog) -> None:
+    """The batch's first pairs: views, masks and matched points, and reconstructions where the student makes them."""
+    batch = {name: value[:NUM_PICTURED] for name, value in batch.items()}
+    log.image("pairs", figure_pixels(pair_figure(samples_of(batch), store, "student")), step)
+    figure = reconstruction_sheet(run.student, batch, store, precision)
+    if figure is not None:
+        log.image("reconstructions", figure_pixels(figure), step)
+        save_figure(figure, output_dir / "reconstruction.png")
 
 
 @torch.no_grad()

@@ -137,7 +137,13 @@ def add_running_flags(group) -> None:
     )
     add_switch(group, "--use_fp16", False, "short for --precision fp16")
     add_switch(group, "--use_checkpoint", False, "recompute activations instead of keeping them: less memory, slower")
-    add_switch(group, "--compile", False, "compile the student with torch.compile")
+    add_switch(
+        group, "--channels_last", False, "3-D convolutions in channels-last layout: same numbers, other speed"
+    )
+    add_switch(
+        group, "--cudnn_benchmark", False, "cuDNN tries its algorithms at the first step, and keeps the fastest"
+    )
+    add_switch(group, "--compile", False, "torch.compile: a slow first step, then faster ones; needs a C++ compiler")
     add(
         "--nan_policy",
         type=str,

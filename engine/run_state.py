@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from engine.checkpoint import CheckpointError, load_strictly
+from engine.optim import load_optimizer
 
 KIND = "alice"
 # Flags that may differ between a run and its continuation without changing what is trained.
 FREE_FLAGS = {
     *("data_dir", "json_list", "embed_dir", "table_file", "store_dir", "output_dir", "checkpoint_file", "resume"),
     *("saveckp_freq", "keep_freq", "val_freq", "num_val_pairs", "picture_freq", "log_freq", "nan_policy"),
-    *("num_workers", "device", "dist_timeout_min", "use_checkpoint", "compile"),
+    *("num_workers", "device", "dist_timeout_min", "use_checkpoint", "compile", "channels_last", "cudnn_benchmark"),
 }
 
 
@@ -59,7 +60,7 @@ class RunState:
         for name in ("student", "teacher", "loss"):
             load_strictly(getattr(self, name), state[name], name, path)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
         except ValueError as error:
             raise CheckpointError(f"{path}: its optimiser state does not fit this run ({error})") from error
         if state["scaler"]:

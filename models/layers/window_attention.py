@@ -1,27 +1,33 @@
-"""Swin's window attention (Liu et al., ICCV 2021) on CPU without storing attention: same weights, same numbers.
+"""Swin's window attention (Liu et al., ICCV 2021) without storing attention: same weights, same numbers.
 
 MONAI's version writes every window's [heads, n, n] matrix (n = 343 tokens) to memory several times, forward and
-backward, and keeps two of them per block for the backward pass. Here a few windows at a time go through scores, softmax
-and product while they sit in the processor's cache, and the backward pass computes them again, as flash attention does
-(Dao et al., 2022).
+backward, and keeps two of them per block for the backward pass. Here, on a CPU, a few windows at a time go through
+scores, softmax and product while they sit in the processor's cache, and the backward pass computes them again, as flash
+attention does (Dao et al., 2022). Other devices take torch's scaled_dot_product_attention.
 
 MONAI's mask of shifted windows adds -100 to forbidden scores. Their weights of about 4e-44 are denormal numbers, which
 a CPU handles in microcode: measured, softmax takes 12 times as long and the product behind it 4 times. The mask is
 therefore taken ten times here, which makes those weights exactly zero.
 
 Measured, CPU seconds for 90 windows of 3 heads and 16 channels each (MONAI -> here): 0.70 -> 0.51 forward and backward,
-1.30 -> 0.47 with the shift's mask; 0.34 -> 0.13 and 0.67 -> 0.14 without gradients.
+1.30 -> 0.47 with the shift's mask; 0.34 -> 0.13 and 0.67 -> 0.14 without gradients. What the fused path brings on a GPU
+is measured by `python -m benchmarks.pretrain_step`.
 
 Letters: W windows of the whole batch, w windows of one sample, h heads, n tokens of a window, d channels of a head.
 """
 
 import torch
+import torch.nn.functional as F
 from monai.networks.nets.swin_unetr import WindowAttention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CHUNK_ELEMENTS = 2**20  # of scores at a time: 4 MB in float32, which stays in the cache
 MASK_FACTOR = 10.0
+# The bias trains, so its gradient is wanted: flash attention takes no bias, cuDNN's gives it no gradient.
+FUSED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WAYS = ("auto", "chunked", "fused", "monai")
 
 
 class ChunkedAttention(torch.autograd.Function):
@@ -73,23 +79,63 @@ def window_weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, part
     return scores.softmax(-1)
 
 
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias + mask) v through torch's fused attention.
+
+    Fused kernels want four axes. With a mask the windows of a sample therefore stand beside each other as heads, and
+    bias and mask are joined once, not once a sample.
+
+    Args:
+        q, k, v: [W, h, n, d], not scaled; of one type, which the added term is brought to.
+        bias: [h, n, n].
+        mask: [w, n, n] or None.
+
+    Returns:
+        [W, h, n, d].
+    """
+    shape = q.shape
+    if mask is None:
+        added = bias[None]  # [1, h, n, n]
+    else:
+        added = (bias[None] + mask[:, None]).flatten(0, 1)[None]  # [1, w*h, n, n]
+        q, k, v = (x.reshape(-1, added.shape[1], *shape[2:]) for x in (q, k, v))  # [B, w*h, n, d]
+    with sdpa_kernel(FUSED_KERNELS):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added.to(q.dtype))
+    return out.reshape(shape)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, way: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias + mask) v for q, k, v [W, h, n, d], bias [h, n, n], mask [w, n, n] or None.
+
+    `way`: chunked, fused, or auto = chunked on a CPU and fused elsewhere.
+    """
+    if way == "chunked" or (way == "auto" and q.device.type == "cpu"):
+        return ChunkedAttention.apply(q * q.shape[-1] ** -0.5, k, v, bias, mask)
+    return fused_attention(q, k, v, bias, mask)
+
+
 class FastWindowAttention(WindowAttention):
-    """MONAI's window attention with the chunked path on CPU; adds no weights, and leaves other devices to MONAI."""
+    """MONAI's window attention through `attend`; adds no weights. `way` "monai" computes as MONAI does."""
+
+    way = "auto"
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens of all windows [W, n, C] and the shift's mask [w, n, n] -> [W, n, C]."""
-        if x.device.type != "cpu" or (self.training and self.attn_drop.p > 0):
+        if self.way == "monai" or (self.training and self.attn_drop.p > 0):
             return super().forward(x, mask)
         windows, tokens, channels = x.shape
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # [W, h, n, d]
         index = self.relative_position_index[:tokens, :tokens].reshape(-1)
         bias = self.relative_position_bias_table[index].view(tokens, tokens, -1).permute(2, 0, 1).contiguous()
-        attended = ChunkedAttention.apply(q * self.scale, k, v, bias, mask)
+        attended = attend(q, k, v, bias, mask, self.way)
         return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(windows, tokens, channels)))
 
 
-def use_fast_window_attention(network: nn.Module) -> None:
-    """Let every window attention of `network` take the chunked path; its state dict does not change."""
+def use_fast_window_attention(network: nn.Module, way: str = "auto") -> None:
+    """Let every window attention of `network` go one of `WAYS`; its state dict does not change."""
+    if way not in WAYS:
+        raise ValueError(f"window attention knows the ways {', '.join(WAYS)}, not {way!r}")
     for part in network.modules():
-        if type(part) is WindowAttention:
+        if type(part) in (WindowAttention, FastWindowAttention):
             part.__class__ = FastWindowAttention
+            part.way = way

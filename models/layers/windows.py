@@ -20,7 +20,7 @@ from monai.networks.nets.swin_unetr import window_partition, window_reverse
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from models.layers.window_attention import ChunkedAttention
+from models.layers.window_attention import attend
 
 Size3 = tuple[int, int, int]
 FORBIDDEN = -100.0  # added to the scores of pairs that must not see each other
@@ -100,20 +100,6 @@ class WindowAttention(nn.Module):
         index = relative_position_index(window, self.window).to(tokens.device)
         bias = self.relative_position_bias_table[index].permute(2, 0, 1).contiguous()  # [h, n, n]
         return self.proj(attend(q, k, v, bias, mask).transpose(1, 2).flatten(2))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias + mask) v for q, k, v [W, h, n, d], bias [h, n, n], mask [w, n, n] or None."""
-    if q.device.type == "cpu":
-        return ChunkedAttention.apply(q * q.shape[-1] ** -0.5, k, v, bias, mask)
-    return fused_attention(q, k, v, bias, mask)
-
-
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """The same through torch's fused attention."""
-    added = bias[None] if mask is None else bias[None] + mask[:, None]  # [1 or w, h, n, n]
-    q, k, v = (x.unflatten(0, (-1, added.shape[0])) for x in (q, k, v))  # [B or W, 1 or w, h, n, d]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=added.to(q.dtype)).flatten(0, 1)
 
 
 class SwinBlock(nn.Module):

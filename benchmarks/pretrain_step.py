@@ -1,0 +1,377 @@
+"""Alice's step: milliseconds, crop pairs per second and peak memory, one speed flag after the other.
+
+    python -m benchmarks.pretrain_step --output results/benchmarks/pretrain_step.json --markdown results/step.md
+    python -m benchmarks.pretrain_step --quick --device cpu
+
+One step is what training does: student on both masked views, teacher, CASA, all three losses, backward, clipping,
+AdamW, moving average (figure 2 of Alice, ICCV 2023), on random crops that already lie on the device. The first table starts
+from MONAI's SwinUNETR as it comes, in fp32, and adds one change a line. The second says what fits on which GPU: peak
+memory against crop and batch size, with and without --use_checkpoint. Memory is what PyTorch reserved at its peak, and
+what it had given to tensors; the CUDA context (about 0.5 GB) and other programs come on top. A setting that runs out of
+memory or fails is told as such, and the next one runs; torch.compile runs in a process of its own with a time limit.
+"""
+
+import copy
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets.files import write_text
+from engine.distributed import pick_device
+from engine.flags import add_switch, git_commit, make_parser, run_main
+from engine.optim import clip_gradients, make_optimizer
+from engine.precision import autocast, compile_networks, make_scaler, pick_precision, use_channels_last
+from losses.alice import AliceLoss
+from models.alice import build_alice
+from models.layers.window_attention import use_fast_window_attention
+
+GB = 2**30
+TEACHER_TEMP, MOMENTUM, CLIP = 0.07, 0.996, 3.0
+MASK_BLOCK, MASKED_SHARE = 16, 0.75
+QUICK = {
+    "feature_size": 12,
+    "out_dim": 16,
+    "head_hidden_dim": 32,
+    "head_bottleneck_dim": 16,
+    "casa_heads": 2,
+    "casa_head_dim": 8,
+    "casa_hidden_dim": 16,
+}
+COLUMNS = ("crop", "pairs", "setting", "ms a step", "pairs/s", "speed-up", "reserved GB", "tensors GB", "note")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a table: crop and batch, and the choices that make the step fast or small."""
+
+    name: str
+    roi: tuple[int, int, int]
+    num_pairs: int
+    precision: str = "fp32"
+    attention: str = "monai"
+    fused_optimizer: bool = False
+    channels_last: bool = False
+    cudnn_benchmark: bool = False
+    use_checkpoint: bool = False
+    is_compiled: bool = False
+
+
+def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str) -> list[Setting]:
+    """From the plain network up: each line adds one change to the line before, the last three to the fourth."""
+    plain = Setting("MONAI's SwinUNETR, fp32", roi, num_pairs)
+    half = dataclasses.replace(plain, name=f"+ {precision}", precision=precision)
+    fused = dataclasses.replace(half, name="+ fused window attention", attention="fused")
+    default = dataclasses.replace(fused, name="+ fused AdamW (the default)", fused_optimizer=True)
+    return [
+        plain,
+        half,
+        fused,
+        default,
+        dataclasses.replace(default, name="default + --channels_last", channels_last=True),
+        dataclasses.replace(default, name="default + --cudnn_benchmark", cudnn_benchmark=True),
+        dataclasses.replace(default, name="default + both", channels_last=True, cudnn_benchmark=True),
+        dataclasses.replace(default, name="default + --use_checkpoint", use_checkpoint=True),
+        dataclasses.replace(default, name="default + --compile", is_compiled=True),
+    ]
+
+
+def memory_grid(sizes: dict[tuple[int, int, int], list[int]], precision: str) -> list[Setting]:
+    """The default at growing batch sizes, without and with --use_checkpoint."""
+    return [
+        Setting("--use_checkpoint" if again else "default", roi, n, precision, "fused", True, use_checkpoint=again)
+        for again in (False, True)
+        for roi, batch_sizes in sizes.items()
+        for n in batch_sizes
+    ]
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this benchmark."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA if any"
+    )
+    parser.add_argument("--feature_size", type=int, default=48, help="channels of SwinUNETR at stride 2")
+    parser.add_argument("--num_steps", type=int, default=10, help="timed steps of each line of the first table")
+    parser.add_argument("--time_limit_s", type=float, default=220.0, help="lines that would start later are left out")
+    parser.add_argument("--compile_limit_s", type=float, default=100.0, help="longest time for a compiled line")
+    add_switch(parser, "--quick", False, "a tiny network and crop: does every line run?")
+    parser.add_argument(
+        "--only", type=str, default=None, help="one setting as JSON (as in the results) and nothing else"
+    )
+    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
+    parser.add_argument("--markdown", type=str, default=None, help="file for the tables")
+    return parser
+
+
+# One setting
+
+
+class Bench:
+    """Networks built once on the CPU, copied for each setting; the student and teacher of a step are never shared."""
+
+    def __init__(self, options: dict, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.device = device
+        self.networks = {again: build_alice(**options, use_checkpoint=again) for again in (False, True)}
+        self.loss_options = {"out_dim": options.get("out_dim", 512)}
+
+    def measure(self, setting: Setting, num_steps: int) -> dict:
+        """Time and memory of a setting; its error where it cannot run."""
+        try:
+            found = self.run(setting, num_steps)
+        except RuntimeError as error:  # torch's for memory, kernels and compilers
+            name = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+            found = {"error": f"{name}: {error}".splitlines()[0][:300]}
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    def run(self, setting: Setting, num_steps: int) -> dict:
+        """Warm up, then time `num_steps` steps together; their peak memory includes the optimiser's state."""
+        step = self.make_step(setting)
+        started = time.perf_counter()
+        step()
+        first_s = self.clock() - started
+        if num_steps > 1:
+            step()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        started = self.clock()
+        for _ in range(num_steps):
+            loss = step()
+        step_s = (self.clock() - started) / num_steps
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"the loss became {float(loss)}")
+        found = {"step_ms": 1000 * step_s, "pairs_per_s": setting.num_pairs / step_s, "first_step_s": first_s}
+        if self.device.type == "cuda":
+            found["reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / GB
+            found["tensors_gb"] = torch.cuda.max_memory_allocated(self.device) / GB
+        return found
+
+    def clock(self) -> float:
+        """Now, after the device has done all that was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def make_step(self, setting: Setting):
+        """A function that trains one step and returns the loss."""
+        device = self.device
+        torch.backends.cudnn.benchmark = setting.cudnn_benchmark
+        student, teacher = (network.to(device) for network in copy.deepcopy(self.networks[setting.use_checkpoint]))
+        for network in (student, teacher):
+            use_fast_window_attention(network, setting.attention)
+        if setting.channels_last:
+            use_channels_last(student, teacher)
+        if setting.is_compiled:
+            compile_networks(student, teacher)
+        loss = AliceLoss(**self.loss_options).to(device)
+        optimizer = make_optimizer(student, 1e-4, 0.04, device, fused=setting.fused_optimizer)
+        scaler, trained = make_scaler(setting.precision, device), [p for p in student.parameters() if p.requires_grad]
+        batch = synthetic_batch(setting.num_pairs, setting.roi, device)
+
+        def step() -> Tensor:
+            with autocast(setting.precision, device):
+                online = student(batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
+                target = teacher(batch["query_teacher"], batch["key_teacher"], online)
+            total, _ = loss(online, target, batch, TEACHER_TEMP)
+            scaler.scale(total).backward()
+            scaler.unscale_(optimizer)
+            clip_gradients(trained, CLIP)
+            scaler.step(optimizer)
+            scaler.update()
+            teacher.update(student, MOMENTUM)
+            optimizer.zero_grad(set_to_none=True)
+            return total.detach()
+
+        return step
+
+
+def synthetic_batch(num_pairs: int, roi: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
+    """Random crops and block masks with the names, shapes and types of a training batch, on the device."""
+    names = ("query", "key", "query_student", "query_teacher", "key_student", "key_teacher")
+    batch = {name: torch.rand(num_pairs, 1, *roi, device=device) for name in names}
+    grid = [side // MASK_BLOCK for side in roi]
+    for name in ("query_mask", "key_mask"):
+        order = torch.rand(num_pairs, grid[0] * grid[1] * grid[2], device=device).argsort(dim=1)
+        batch[name] = (order < MASKED_SHARE * order.shape[1]).view(num_pairs, *grid)
+    return batch
+
+
+def measure_apart(setting: Setting, flags) -> dict:
+    """The same in a process of its own that may be ended: compilers can hang, and take their time."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "found.json"
+        words = [sys.executable, "-m", "benchmarks.pretrain_step", "--device", flags.device, "--output", str(output)]
+        words += ["--feature_size", str(flags.feature_size), "--num_steps", str(flags.num_steps)]
+        words += ["--only", json.dumps(dataclasses.asdict(setting)), *(["--quick"] if flags.quick else [])]
+        root = Path(__file__).resolve().parents[1]
+        try:
+            done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=flags.compile_limit_s)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {flags.compile_limit_s:.0f} s"}
+        if done.returncode or not output.exists():
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            return {"error": lines[-1][:300]}
+        return json.loads(output.read_text())["settings"][0]["found"]
+
+
+# All settings
+
+
+def plan(flags, precision: str) -> tuple[list[Setting], list[Setting]]:
+    """The lines of both tables, most telling first."""
+    if flags.quick:
+        small = (64, 32, 32)
+        return ladder(small, 1, precision), memory_grid({small: [1, 2]}, precision)
+    sizes = {(96,) * 3: [1, 2, 4, 8, 16], (64,) * 3: [2, 8, 32], (128,) * 3: [1, 2, 4]}
+    return [*ladder((96,) * 3, 4, precision), *ladder((64,) * 3, 8, precision)[:-1]], memory_grid(sizes, precision)
+
+
+def run(flags) -> dict:
+    """Measure all settings; returns machine, versions, and a list of {table, setting, found}."""
+    started = time.perf_counter()
+    device = pick_device(flags.device, 0)
+    precision = "bf16" if device.type == "cpu" else pick_precision("auto", device)
+    options = QUICK if flags.quick else {"feature_size": flags.feature_size}
+    num_steps = 1 if flags.quick else flags.num_steps
+    bench, results = Bench(options, device), []
+    if flags.only:
+        setting = setting_of(json.loads(flags.only))
+        results.append(
+            {"table": "only", "setting": dataclasses.asdict(setting), "found": bench.measure(setting, num_steps)}
+        )
+        return about(device, flags, started) | {"settings": results}
+    tables = dict(zip(("speed", "memory"), plan(flags, precision)))
+    jobs = [(table, setting) for table, settings in tables.items() for setting in settings]
+    jobs.sort(key=lambda job: job[1].is_compiled)  # last, since it takes longest
+    for table, setting in tqdm(jobs, unit="setting", disable=not sys.stderr.isatty()):
+        if time.perf_counter() - started > flags.time_limit_s:
+            found = {"error": f"left out after --time_limit_s {flags.time_limit_s:.0f}"}
+        elif setting.is_compiled:
+            found = measure_apart(setting, flags)
+        else:
+            found = bench.measure(setting, num_steps if table == "speed" else min(3, num_steps))
+        results.append({"table": table, "setting": dataclasses.asdict(setting), "found": found})
+        print(f"{time.perf_counter() - started:5.0f} s  {' '.join(line(results[-1], None))}", flush=True)
+    return about(device, flags, started) | {"settings": results}
+
+
+def setting_of(values: dict) -> Setting:
+    """A setting as it stands in the results."""
+    return Setting(**values | {"roi": tuple(values["roi"])})
+
+
+def about(device: torch.device, flags, started: float) -> dict:
+    """What the figures belong to."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "commit": git_commit(),
+        "feature_size": QUICK["feature_size"] if flags.quick else flags.feature_size,
+        "took_s": time.perf_counter() - started,
+    }
+
+
+# Tables
+
+
+def line(result: dict, base_ms: float | None) -> tuple[str, ...]:
+    """One line under `COLUMNS`; `base_ms` is the time of the first line of its ladder."""
+    setting, found = result["setting"], result["found"]
+
+    def shown(name: str, digits: int) -> str:
+        return f"{found[name]:,.{digits}f}" if name in found else ""
+
+    faster = f"{base_ms / found['step_ms']:.2f}" if base_ms and "step_ms" in found else ""
+    note = found.get("error", "")
+    if setting["is_compiled"] and not note:
+        note = f"first step {found['first_step_s']:.0f} s"
+    crop = "x".join(map(str, setting["roi"]))
+    figures = (shown("step_ms", 1), shown("pairs_per_s", 2), faster, shown("reserved_gb", 1), shown("tensors_gb", 1))
+    return (crop, str(setting["num_pairs"]), setting["name"], *figures, note)
+
+
+def markdown(found: dict) -> str:
+    """Both tables, and the memory table once more as GB against crop and batch."""
+    told = [
+        f"{found['device']}, PyTorch {found['torch']}, feature size {found['feature_size']}, commit {found['commit']}"
+    ]
+    for table in ("speed", "memory"):
+        results = [result for result in found["settings"] if result["table"] == table]
+        bases = {}
+        for result in results:
+            bases.setdefault(tuple(result["setting"]["roi"]), result["found"].get("step_ms"))
+        rows = [COLUMNS, ("---",) * len(COLUMNS)]
+        rows += [line(r, bases[tuple(r["setting"]["roi"])] if table == "speed" else None) for r in results]
+        told.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return "\n\n".join([*told, which_gpu(found)]) + "\n"
+
+
+def which_gpu(found: dict) -> str:
+    """GB reserved, without / with --use_checkpoint, one line a crop and one column a batch size."""
+    cells: dict[tuple, dict[int, list[str]]] = {}
+    for result in found["settings"]:
+        if result["table"] == "memory":
+            setting, gb = result["setting"], result["found"].get("reserved_gb")
+            entry = "-" if gb is None else f"{gb:.0f}"
+            cells.setdefault(tuple(setting["roi"]), {}).setdefault(setting["num_pairs"], []).append(entry)
+    sizes = sorted({size for by_size in cells.values() for size in by_size})
+    rows = [("crop", *(f"{size} pair{'s' * (size > 1)}" for size in sizes)), ("---",) * (len(sizes) + 1)]
+    for roi, by_size in cells.items():
+        rows.append(("x".join(map(str, roi)), *(" / ".join(by_size.get(size, [])) for size in sizes)))
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"GB, without / with --use_checkpoint:\n\n{table}"
+
+
+def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+    """What, ours, beside, ratio, target: for `benchmarks.all`."""
+    told, base = [], {}
+    for result in found["settings"]:
+        setting, figures = result["setting"], result["found"]
+        if result["table"] == "speed" and "step_ms" in figures:
+            base.setdefault(tuple(setting["roi"]), figures["step_ms"])
+            plain_ms = base[tuple(setting["roi"])]
+            crop = "x".join(map(str, setting["roi"]))
+            what = f"step, {crop}, {setting['num_pairs']} pairs: {setting['name']}"
+            told.append(
+                (
+                    what,
+                    f"{figures['step_ms']:.0f} ms",
+                    f"{plain_ms:.0f} ms, fp32 MONAI",
+                    f"{plain_ms / figures['step_ms']:.2f}x",
+                    "",
+                )
+            )
+    return told
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    found = run(flags)
+    if flags.output:
+        write_text(flags.output, json.dumps(found, indent=1) + "\n")
+    text = markdown(found)
+    if flags.markdown:
+        write_text(flags.markdown, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_main(main)
