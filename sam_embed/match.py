@@ -2,12 +2,11 @@
 
 Yan et al., "SAM", TMI 2022, Sec. III-B: the similarity of a query vector to every key voxel is the mean of the cosines
 of the fine and of the coarse embedding (UAE-S: and of the semantic one); the best voxel is the match, its similarity
-the score. Points are world mm; voxels are found through the embeddings' affines.
-
-The coarse map is never interpolated to the fine grid with all its channels: interpolation is linear, so the few
-similarities on the coarse grid are interpolated and divided by the length of the interpolated vector.
+the score. Points are world mm; voxels are found through the embeddings' affines. How the best voxel is searched for:
+`sam_embed.search`. Matching runs on the device on which the embeddings lie (`on_device`).
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from datasets.geometry import index_to_world, world_to_index
 from sam_embed.embedding_store import Embedding
+from sam_embed.search import QueryVectors, coarse_similarities, search_all, search_where_possible, similarity_slab
 
 DEFAULT_MEMORY_MB = 64  # small blocks stay in the allocator's pool and in cache: faster than large ones
-REFINE_RADIUS = 1  # fine voxels around the best one that sub-voxel refinement weighs
+SEARCHES = ("auto", "all", "tiles")
 
 
 class Matches(NamedTuple):
@@ -32,14 +32,6 @@ class Matches(NamedTuple):
 
     points_mm: np.ndarray
     score: np.ndarray
-
-
-class QueryVectors(NamedTuple):
-    """The embeddings at N points: [N, C] each, unit length; `semantic` for networks that have it."""
-
-    fine: Tensor
-    coarse: Tensor
-    semantic: Tensor | None
 
 
 def inside(embedding: Embedding, points_mm: np.ndarray) -> np.ndarray:
@@ -62,11 +54,13 @@ def sample_vectors(values: Tensor, index: np.ndarray) -> Tensor:
     index = np.clip(index, 0, size - 1)
     low = np.minimum(np.floor(index).astype(np.int64), np.maximum(size - 2, 0))
     weight = index - low
-    total = torch.zeros(len(index), values.shape[0])
+    total = torch.zeros(len(index), values.shape[0], device=values.device)
     for corner in np.ndindex(2, 2, 2):
         at = np.minimum(low + corner, size - 1)
         share = np.prod(np.where(corner, weight, 1 - weight), axis=1).astype(np.float32)
-        total += torch.from_numpy(share)[:, None] * values[:, at[:, 0], at[:, 1], at[:, 2]].float().T
+        d, h, w = torch.from_numpy(at.T).to(values.device)
+        corners = values[:, d, h, w].float().T
+        total += torch.from_numpy(share).to(values.device)[:, None] * corners
     return F.normalize(total, dim=1)
 
 
@@ -80,27 +74,11 @@ def query_vectors(embedding: Embedding, points_mm: np.ndarray) -> QueryVectors:
     )
 
 
-def similarity_slab(vectors: QueryVectors, coarse_similarity: Tensor, key: Embedding, first: int, last: int) -> Tensor:
-    """Mean similarity [N, last - first, h, w] of the query vectors to the key's fine slices first..last (exclusive).
-
-    Args:
-        coarse_similarity: [N, d', h', w'], dot products on the key's coarse grid.
-    """
-    slab = key.coarse_on_fine(coarse_similarity, first, last).div_(key.coarse_length[first:last])
-    total = slab.flatten(1)  # [N, (last - first) * h * w], the same memory
-    total.addmm_(vectors.fine, key.fine[:, first:last].float().flatten(1))
-    if vectors.semantic is None:
-        return slab.div_(2)
-    total.addmm_(vectors.semantic, key.semantic[:, first:last].float().flatten(1))
-    return slab.div_(3)
-
-
 def similarity_map(query: Embedding, key: Embedding, point_mm: np.ndarray) -> Tensor:
     """float32 [d, h, w]: similarity of one world point [3] of the query to every fine voxel of the key."""
     check_same_network(query, key)
     vectors = query_vectors(query, np.asarray(point_mm, dtype=np.float64)[None])
-    coarse = torch.einsum("nc,cdhw->ndhw", vectors.coarse, key.coarse.float())
-    return similarity_slab(vectors, coarse, key, 0, key.fine.shape[1])[0]
+    return similarity_slab(vectors, coarse_similarities(vectors, key), key, 0, key.fine.shape[1])[0]
 
 
 def check_same_network(query: Embedding, key: Embedding) -> None:
@@ -112,29 +90,35 @@ def check_same_network(query: Embedding, key: Embedding) -> None:
         )
 
 
+def on_device(embedding: Embedding, device: torch.device | str) -> Embedding:
+    """The embedding with its tensors on a device; the same object where it lies there already."""
+    if embedding.fine.device == torch.device(device):
+        return embedding
+    return dataclasses.replace(embedding, **{name: part.to(device) for name, part in embedding.tensors().items()})
+
+
 @torch.no_grad()
-def best_voxels(vectors: QueryVectors, key: Embedding, memory_mb: float = DEFAULT_MEMORY_MB) -> tuple[Tensor, Tensor]:
-    """The most similar fine voxel of the key for each query vector: int64 index [N, 3] and float32 score [N]."""
-    num_points, (depth, height, width) = len(vectors.fine), key.fine.shape[1:]
-    coarse = torch.einsum("nc,cdhw->ndhw", vectors.coarse, key.coarse.float())
-    bytes_per_slice = 4 * height * width * (2 * num_points + 2 * key.fine.shape[0])
-    num_slices = max(1, int(memory_mb * 2**20 / bytes_per_slice))
-    best = torch.full((num_points,), -torch.inf)
-    where = torch.zeros(num_points, dtype=torch.int64)
-    for first in range(0, depth, num_slices):
-        slab = similarity_slab(vectors, coarse, key, first, min(depth, first + num_slices))
-        score, flat = slab.flatten(1).max(dim=1)
-        better = score > best
-        best = torch.where(better, score, best)
-        where = torch.where(better, flat + first * height * width, where)
-    index = torch.stack([where // (height * width), where // width % height, where % width], dim=1)
-    return index, best
+def best_voxels(
+    vectors: QueryVectors, key: Embedding, memory_mb: float = DEFAULT_MEMORY_MB, search: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The most similar fine voxel of the key for each query vector: int64 index [N, 3] and float32 score [N].
+
+    Args:
+        search: "tiles" looks only where the coarse map leaves a chance, "all" everywhere: the same result. "auto" is
+            tiles on the CPU and all on a GPU, which is done sooner than it could be told what to leave out.
+    """
+    if search not in SEARCHES:
+        raise ValueError(f"search is {search!r}; choose one of {', '.join(SEARCHES)}")
+    by_tiles = search == "tiles" or (search == "auto" and key.fine.device.type == "cpu")
+    where, best = (search_where_possible if by_tiles else search_all)(vectors, key, memory_mb)
+    _, height, width = key.fine.shape[1:]
+    return torch.stack([where // (height * width), where // width % height, where % width], dim=1), best
 
 
 def match_points(
     query: Embedding, key: Embedding, points_mm: np.ndarray, memory_mb: float = DEFAULT_MEMORY_MB, refine: bool = True
 ) -> Matches:
-    """Match world points of one volume to another: one matrix product for all of them.
+    """Match world points of one volume to another, all of them together.
 
     Between voxels, query vectors are interpolated and matches refined: on phantoms at 8 mm fine voxels the median error
     fell from 17.6 mm (nearest voxels) to 16.9 (interpolated) and 16.4 mm (refined too).
@@ -142,7 +126,7 @@ def match_points(
     Args:
         query, key: embeddings by the same weights.
         points_mm: [N, 3] world mm in the query volume.
-        memory_mb: working memory beyond the embeddings.
+        memory_mb: working memory beyond the embeddings, where all voxels are looked at.
         refine: find the place between voxels by a parabola through the similarities beside the best one.
 
     Returns:
@@ -157,8 +141,8 @@ def match_points(
         vectors = query_vectors(query, points_mm[usable])
         index, best = best_voxels(vectors, key, memory_mb)
         place = index.double() + (_parabola_offset(vectors, key, index) if refine else 0.0)
-        found[usable] = index_to_world(key.fine_affine, place.numpy())
-        score[usable] = best.numpy()
+        found[usable] = index_to_world(key.fine_affine, place.cpu().numpy())
+        score[usable] = best.cpu().numpy()
     return Matches(found, score)
 
 
@@ -179,7 +163,7 @@ def _similarity_at(vectors: QueryVectors, key: Embedding, index: Tensor) -> Tens
     """Similarity [N] of each query vector to one fine voxel [N, 3] of the key."""
     at = index.unbind(dim=1)
     fine_at = key.fine[:, at[0], at[1], at[2]].float().T
-    coarse_index = [positions[axis_index.numpy()] for positions, axis_index in zip(key.coarse_positions, at)]
+    coarse_index = [positions[axis_index.cpu().numpy()] for positions, axis_index in zip(key.coarse_positions, at)]
     coarse_at = sample_vectors(key.coarse, np.stack(coarse_index, axis=1))
     total = (vectors.fine * fine_at).sum(dim=1) + (vectors.coarse * coarse_at).sum(dim=1)
     if vectors.semantic is None:
@@ -189,14 +173,14 @@ def _similarity_at(vectors: QueryVectors, key: Embedding, index: Tensor) -> Tens
 
 def _parabola_offset(vectors: QueryVectors, key: Embedding, index: Tensor) -> Tensor:
     """Per axis, where a parabola through both neighbours peaks: [N, 3] in (-0.5, 0.5) fine voxels, 0 at borders."""
-    size = torch.tensor(key.fine.shape[1:])
+    size = torch.tensor(key.fine.shape[1:], device=index.device)
     centre = _similarity_at(vectors, key, index)
-    offset = torch.zeros(len(index), 3, dtype=torch.float64)
+    offset = torch.zeros(len(index), 3, dtype=torch.float64, device=index.device)
     for axis in range(3):
-        step = torch.zeros(3, dtype=torch.int64)
+        step = torch.zeros_like(size)
         step[axis] = 1
         has_both = (index[:, axis] > 0) & (index[:, axis] < size[axis] - 1)
-        below = _similarity_at(vectors, key, torch.maximum(index - step, torch.zeros(3, dtype=torch.int64)))
+        below = _similarity_at(vectors, key, (index - step).clamp_min(0))
         above = _similarity_at(vectors, key, torch.minimum(index + step, size - 1))
         curvature = below - 2 * centre + above
         peak = 0.5 * (below - above) / curvature.clamp(max=-1e-6)

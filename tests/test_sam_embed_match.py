@@ -1,14 +1,19 @@
 """Matching: published numbers, equality with the obvious computation, known shifts, memory chunks, points outside."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from datasets.geometry import index_to_world
+from sam_embed import search
 from sam_embed.embedding_store import Embedding
 from sam_embed.match import best_voxels, cycle_error_mm, match_points, query_vectors, similarity_map
+from sam_embed.mine import MiningOptions, draw_points
 from sam_embed.published import published_match, published_similarity
+from tests.sam_fakes import patient_embedding
 from tests.shared import shared_file
 
 FINE_AFFINE = np.array([[0, 0, -4.0, 60], [0, -4.0, 0, 20], [4.0, 0, 0, -300], [0, 0, 0, 1]])
@@ -78,10 +83,62 @@ def test_fast_similarity_equals_the_definition(semantic):
 def test_chunks_change_nothing():
     query, key = random_embedding(0), random_embedding(1)
     vectors = query_vectors(query, index_to_world(FINE_AFFINE, np.random.default_rng(0).uniform(1, 7, (20, 3))))
-    whole_index, whole_score = best_voxels(vectors, key, memory_mb=100)
-    slab_index, slab_score = best_voxels(vectors, key, memory_mb=0.001)
+    whole_index, whole_score = best_voxels(vectors, key, memory_mb=100, search="all")
+    slab_index, slab_score = best_voxels(vectors, key, memory_mb=0.001, search="all")
     assert torch.equal(whole_index, slab_index)
     torch.testing.assert_close(whole_score, slab_score)
+
+
+def patients(semantic: bool) -> tuple[Embedding, Embedding]:
+    """Two patients whose coarse map tells where in the body a voxel lies, as a trained one does."""
+    query, key = patient_embedding(0), patient_embedding(1)
+    if semantic:
+        query, key = (dataclasses.replace(one, semantic=one.fine.roll(2, dims=0)) for one in (query, key))
+    return query, key
+
+
+@pytest.mark.parametrize("semantic", [False, True])
+@pytest.mark.parametrize("tile_vox", [40, 700])
+def test_what_the_coarse_map_rules_out_is_not_looked_at_and_changes_nothing(tile_vox, semantic, monkeypatch):
+    monkeypatch.setattr(search, "TILE_VOX", tile_vox)
+    looked_at = []
+    visit = search._TileSearch.visit
+    monkeypatch.setattr(search._TileSearch, "visit", lambda *given: looked_at.append(len(given[2])) or visit(*given))
+    query, key = patients(semantic)
+    vectors = query_vectors(query, draw_points(query, MiningOptions(num_points=60)))
+    all_index, all_score = best_voxels(vectors, key, search="all")
+    tile_index, tile_score = best_voxels(vectors, key, search="tiles")
+    num_tiles = np.prod([len(axis) for axis in search.grid_of(key).runs])
+    assert num_tiles > 20 and 0 < sum(looked_at) < 0.4 * 60 * num_tiles
+    assert torch.equal(all_index, tile_index)
+    torch.testing.assert_close(all_score, tile_score, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("semantic", [False, True])
+@pytest.mark.parametrize("worthwhile", [0.0, 2.0])  # 2: tiles whatever they cost
+def test_searching_tiles_of_an_untrained_embedding_finds_the_same(worthwhile, semantic, monkeypatch):
+    monkeypatch.setattr(search, "TILE_VOX", 30)
+    monkeypatch.setattr(search, "WORTHWHILE", worthwhile)
+    for shape in ((7, 8, 11), (1, 5, 2), (3, 1, 1)):  # the last two: axes with a single coarse voxel
+        query, key = random_embedding(0, semantic=semantic), random_embedding(1, shape=shape, semantic=semantic)
+        vectors = query_vectors(query, index_to_world(FINE_AFFINE, np.random.default_rng(0).uniform(1, 7, (20, 3))))
+        all_index, all_score = best_voxels(vectors, key, search="all")
+        tile_index, tile_score = best_voxels(vectors, key, search="tiles")
+        assert torch.equal(all_index, tile_index)
+        torch.testing.assert_close(all_score, tile_score, atol=1e-6, rtol=0)
+
+
+def test_interpolated_length_is_that_of_the_interpolated_vectors():
+    key = random_embedding(1, shape=(7, 8, 11))
+    grid = search.grid_of(key)
+    direct = torch.linalg.vector_norm(grid.on_fine(key.coarse.float(), 0, 7), dim=0)
+    torch.testing.assert_close(grid.length, direct, atol=1e-5, rtol=0)
+    assert search.grid_of(key) is grid
+
+
+def test_unknown_searches_are_refused():
+    with pytest.raises(ValueError, match="auto, all, tiles"):
+        best_voxels(None, None, search="some")
 
 
 def test_a_moved_volume_is_matched_to_where_it_went():
