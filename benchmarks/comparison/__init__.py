@@ -1,0 +1,1 @@
+"""The parts of benchmarks/compare_pretraining.py: settings, jobs, stages, statistics, figure."""

@@ -1,0 +1,59 @@
+"""The figure: Dice against the number of labelled cases, one line an arm."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from benchmarks.comparison.arms import ARMS, SCRATCH
+from benchmarks.comparison.results import Scores
+from datasets.files import write_bytes
+
+STYLES = {
+    SCRATCH: ("#777777", "o", "--"),
+    "mim": ("#b07aa1", "s", "-"),
+    "random": ("#f28e2b", "^", "-"),
+    "iou": ("#edc948", "v", "-"),
+    "sam": ("#d62728", "D", "-"),
+    "sam_no_casa": ("#76b7b2", "P", "-"),
+    "true": ("#2f5d9b", "X", ":"),
+}
+SPREAD = 0.02  # arms lie beside each other by this share of the axis, so that error bars can be told apart
+
+
+def draw(scores: Scores, num_seeds: int, path: Path) -> None:
+    """Write the figure as PNG: means over seeds of the mean Dice over test cases; bars are ± the std over seeds."""
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(scores.shots), dtype=float)
+    reach = SPREAD * max(1, len(scores.shots) - 1)
+    for number, arm in enumerate(scores.arms):
+        by_seed = [100 * scores.by_seed(arm, shots) for shots in scores.shots]
+        means = [values.mean() for values in by_seed]
+        spreads = [values.std(ddof=1) if len(values) > 1 else 0.0 for values in by_seed]
+        colour, marker, line = STYLES[arm]
+        axes.errorbar(
+            places + (number - (len(scores.arms) - 1) / 2) * reach,
+            means,
+            spreads,
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            capsize=2,
+            linewidth=1.6,
+            markersize=5,
+            label=ARMS[arm].title,
+        )
+    axes.set_xticks(places, [str(shots) for shots in scores.shots])
+    axes.set_xlabel("labelled cases")
+    axes.set_ylabel("Dice, mean over organs (%)")
+    axes.set_title(f"{len(scores.cases)} held-out phantoms, mean ± std over {num_seeds} seeds", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_bytes(path, buffer.getbuffer())

@@ -1,0 +1,270 @@
+"""Jobs: calls of the project's entry points, done once, several side by side in worker processes.
+
+A job is what a user would type, one or more command lines of entry points. It is run by `main(argv)` of that entry
+point in a worker process that lives for many jobs, so that imports are paid once. A record of what has been done, with
+the words of the command, lets a later run skip it; where the words have changed, the job's own folder is emptied first.
+"""
+
+import contextlib
+import gc
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from datasets.files import write_text
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NUM_LOG_LINES = 15
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class JobError(ValueError):
+    """A job failed; the message names its log file and shows the end of it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """An entry point's module and the words behind it on the command line."""
+
+    module: str
+    words: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """What one would type."""
+        return f"python -m {self.module} " + " ".join(self.words)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Calls that are done together.
+
+    Attributes:
+        name: of the record and the log, `stage/what`.
+        folder: what the job alone writes to; emptied when the calls have changed. None = the calls look after that.
+        after: jobs whose results are read; when they change, this one is done again.
+        environment: variables set while it runs.
+        scraps: file patterns in `folder` that are removed at the end.
+    """
+
+    name: str
+    calls: tuple[Call, ...]
+    folder: Path | None = None
+    after: tuple["Job", ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    scraps: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Changes with everything that decides the result."""
+        words = [[call.module, *call.words] for call in self.calls]
+        told = json.dumps([words, [job.key for job in self.after]])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    @property
+    def stage(self) -> str:
+        return self.name.split("/")[0]
+
+
+@dataclass(frozen=True)
+class Records:
+    """What has been begun and done, one JSON file and one log a job, in a folder."""
+
+    folder: Path
+
+    def path(self, job: Job) -> Path:
+        return self.folder / f"{job.name}.json"
+
+    def log(self, job: Job) -> Path:
+        return self.folder / f"{job.name}.log"
+
+    def read(self, job: Job) -> dict:
+        path = self.path(job)
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def is_done(self, job: Job) -> bool:
+        record = self.read(job)
+        return record.get("key") == job.key and "seconds" in record
+
+    def write(self, job: Job, **more: float) -> None:
+        record = {"key": job.key, "commands": [call.command for call in job.calls], **more}
+        write_text(self.path(job), json.dumps(record, indent=1) + "\n")
+
+
+class Workers:
+    """The processes that do jobs, started once: `with Workers(8, records) as workers: workers.run(jobs, 1)`.
+
+    Args:
+        num_parallel: processes; 0 = jobs are done one by one in this process.
+        records: where to look for what is done.
+    """
+
+    def __init__(self, num_parallel: int, records: Records) -> None:
+        self.records, self.pool = records, None
+        if num_parallel:
+            spawn = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(num_parallel, spawn, initializer=end_with, initargs=(os.getpid(),))
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, jobs: Sequence[Job], num_threads: int) -> None:
+        """Do what is not done yet, begun in the order given, each with so many CPU threads.
+
+        Raises:
+            JobError: a job failed; those running then have ended, the others have not been begun.
+        """
+        missing = [job for job in jobs if not self.records.is_done(job)]
+        if self.pool is None:
+            for job in missing:
+                do_job(job, self.records, num_threads)
+                tell(job, self.records, missing[missing.index(job) + 1 :])
+            return
+        with changed_environment(dict.fromkeys(THREAD_VARIABLES, "1")):
+            waiting = {self.pool.submit(do_job, job, self.records, num_threads): job for job in missing}
+        left = list(missing)
+        for future in as_completed(waiting):
+            left.remove(waiting[future])
+            if future.exception() is not None:
+                self.pool.shutdown(wait=True, cancel_futures=True)
+                raise future.exception()
+            tell(waiting[future], self.records, left)
+
+
+def tell(job: Job, records: Records, left: list[Job]) -> None:
+    """One line about a job that has ended."""
+    print(f"{job.name}: {records.read(job)['seconds']:.0f} s, {len(left)} to go", flush=True)
+
+
+def end_with(parent: int) -> None:
+    """Let this worker process end when the process that started it is gone, in whatever way."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def do_job(job: Job, records: Records, num_threads: int) -> None:
+    """Run a job's calls one after the other in this process; what they print goes to the job's log.
+
+    Raises:
+        JobError: one of them failed.
+    """
+    before = records.read(job)
+    if before.get("key") != job.key and job.folder is not None and job.folder.exists():
+        shutil.rmtree(job.folder)
+    started = time.time()
+    records.write(job, started=started)
+    log = records.log(job)
+    try:
+        with changed_environment(job.environment), output_to(log), torch_threads(num_threads):
+            for call in job.calls:
+                run_call(call)
+    except (Exception, SystemExit) as error:
+        lines = log.read_text().splitlines()[-NUM_LOG_LINES:]
+        raise JobError(f"{job.name} failed ({error!r}); {log} ends with\n" + "\n".join(lines)) from None
+    for pattern in job.scraps:
+        for path in sorted(job.folder.glob(pattern)):
+            path.unlink()
+    records.write(job, started=started, seconds=time.time() - started)
+
+
+def run_call(call: Call) -> None:
+    """`main(argv)` of an entry point, as from the command line: its run record shows the words."""
+    print(f"$ {call.command}", flush=True)
+    words_before, sys.argv = sys.argv, [call.module, *call.words]
+    try:
+        importlib.import_module(call.module).main(list(call.words))
+    finally:
+        sys.argv = words_before
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what a call has left, so that the next one, or another process, has it."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def changed_environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch's CPU threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Send everything that this process and its children print to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    with path.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        for number in kept:
+            os.dup2(file.fileno(), number)
+        try:
+            yield
+        finally:
+            file.flush()
+            for number, copy in kept.items():
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+def read_records(records: Records) -> dict[str, dict]:
+    """Job name -> record of every finished job in the folder."""
+    found = {}
+    for path in sorted(records.folder.glob("*/*.json")):
+        record = json.loads(path.read_text())
+        if "seconds" in record:
+            found[f"{path.parent.name}/{path.stem}"] = record
+    return found
+
+
+def words(**flags: object) -> tuple[str, ...]:
+    """Flags as words of a command line; lists and tuples as several words."""
+    made: list[str] = []
+    for name, value in flags.items():
+        made.append(f"--{name}")
+        made += map(str, value) if isinstance(value, list | tuple) else [str(value)]
+    return tuple(made)

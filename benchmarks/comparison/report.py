@@ -1,0 +1,138 @@
+"""The report: comparison.md for people, comparison.json for programs, and the figure."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+
+from benchmarks.comparison.arms import ARMS
+from benchmarks.comparison.figure import draw
+from benchmarks.comparison.jobs import Records, read_records
+from benchmarks.comparison.results import (
+    Comparison,
+    Scores,
+    compare_all,
+    points,
+    pretraining_ends,
+    read_dice,
+    verdicts,
+)
+from benchmarks.comparison.stages import Plan
+from datasets.files import write_text
+from engine.flags import git_commit
+from engine.segmentation_report import without_nan
+
+FIGURE, TABLES, SUMMARY = "dice_over_labels.png", "comparison.md", "comparison.json"
+
+
+def write_report(plan: Plan, records: Records, command: str) -> dict:
+    """Write the three files to `plan.root/report`; returns the summary."""
+    scores, folder = read_dice(plan), plan.root / "report"
+    comparisons, ends = compare_all(scores), pretraining_ends(plan)
+    seconds = stage_seconds(records)
+    told = verdicts(comparisons)
+    summary = {
+        "command": command,
+        "commit": git_commit(),
+        "settings": dataclasses.asdict(plan.settings),
+        "verdicts": told,
+        "dice": {arm: {str(k): dice_summary(scores, arm, k) for k in scores.shots} for arm in scores.arms},
+        "test_cases": scores.cases,
+        "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons],
+        "pretraining": ends,
+        "seconds": seconds,
+    }
+    write_text(folder / SUMMARY, json.dumps(without_nan(summary), indent=1) + "\n")
+    parts = [
+        "# Pretrainings compared",
+        f"`{command}`, commit {summary['commit']}",
+        "\n".join(f"- {line}" for line in told),
+        f"Dice in percent, mean over organs and {len(scores.cases)} held-out phantoms in their files' own spacing; "
+        f"mean ± std over {len(plan.settings.seeds)} seeds, each with labelled cases of its own:",
+        dice_table(scores),
+        f"![Dice against the number of labels]({FIGURE})",
+        "Paired differences in Dice points over the test cases (each averaged over seeds), 95 % bootstrap interval, "
+        "two-sided Wilcoxon signed-rank test, not corrected for their number:",
+        comparison_table(comparisons, scores.shots),
+        f"How the pretrainings ended (means of the last epoch; log K = {math.log(128):.2f} is uniform for "
+        "entropy and for the cls and token losses):",
+        monitor_table(ends),
+        "Time, seconds: from the stage's first job to the end of its last, and all its jobs added up:",
+        time_table(seconds),
+        "Settings: " + ", ".join(f"{name} {value}" for name, value in summary["settings"].items()),
+    ]
+    write_text(folder / TABLES, "\n\n".join(parts) + "\n")
+    draw(scores, len(plan.settings.seeds), folder / FIGURE)
+    return summary
+
+
+def dice_summary(scores: Scores, arm: str, shots: int) -> dict:
+    """Mean and spread over seeds, and every entry [seeds][cases]."""
+    by_seed = scores.by_seed(arm, shots)
+    return {
+        "mean": float(by_seed.mean()),
+        "std": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
+        "by_seed": by_seed.tolist(),
+        "by_seed_and_case": scores.dice[arm, shots].tolist(),
+    }
+
+
+def dice_table(scores: Scores) -> str:
+    """One row an arm, one column a number of labelled cases."""
+    lines = []
+    for arm in scores.arms:
+        cells = []
+        for shots in scores.shots:
+            by_seed = 100 * scores.by_seed(arm, shots)
+            spread = f" ± {by_seed.std(ddof=1):.1f}" if len(by_seed) > 1 else ""
+            cells.append(f"{by_seed.mean():.1f}{spread}")
+        lines.append([ARMS[arm].title, *cells])
+    return markdown(["", *(f"{shots} labelled" for shots in scores.shots)], lines)
+
+
+def comparison_table(comparisons: list[Comparison], shots: tuple[int, ...]) -> str:
+    """One row a pair of arms, one column a number of labelled cases."""
+    pairs = dict.fromkeys((c.better, c.worse) for c in comparisons)
+    by_key = {(c.better, c.worse, c.shots): c for c in comparisons}
+    lines = [
+        [f"{ARMS[one].title} − {ARMS[other].title}", *(points(by_key[one, other, k]) for k in shots)]
+        for one, other in pairs
+    ]
+    return markdown(["", *(f"{k} labelled" for k in shots)], lines)
+
+
+def monitor_table(ends: dict[str, dict[str, float]]) -> str:
+    """One row a monitor, one column an arm."""
+    names = list(dict.fromkeys(name for end in ends.values() for name in end))
+    lines = [[name, *(f"{end[name]:.4g}" if name in end else "–" for end in ends.values())] for name in names]
+    return markdown(["", *ends], lines)
+
+
+def stage_seconds(records: Records) -> dict[str, dict[str, float]]:
+    """Stage -> wall seconds from its first start to its last end, and the sum over jobs."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, record in read_records(records).items():
+        found.setdefault(name.split("/")[0], []).append((record["started"], record["seconds"]))
+    return {
+        stage: {
+            "wall": max(start + length for start, length in jobs) - min(start for start, _ in jobs),
+            "sum": float(np.sum([length for _, length in jobs])),
+            "longest": max(length for _, length in jobs),
+            "num_jobs": len(jobs),
+        }
+        for stage, jobs in found.items()
+    }
+
+
+def time_table(seconds: dict[str, dict[str, float]]) -> str:
+    """One row a stage."""
+    names = ("wall", "sum", "longest", "num_jobs")
+    lines = [[stage, *(f"{seconds[stage][name]:.0f}" for name in names)] for stage in seconds]
+    return markdown(["stage", "wall", "sum of jobs", "longest job", "jobs"], lines)
+
+
+def markdown(heads: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

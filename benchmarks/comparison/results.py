@@ -1,0 +1,152 @@
+"""What came out: Dice of every finetuning, means and spreads, paired tests, and how the pretrainings ended."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from benchmarks.comparison.arms import CLAIMS, SCRATCH
+from benchmarks.comparison.stages import Plan
+from engine.segmentation_metrics import case_means
+from engine.segmentation_report import CASES, read_scores
+
+NUM_RESAMPLES = 10_000
+WANTED_GAIN = 0.05  # of pretraining over scratch with one labelled case, Dice
+MONITORS = (
+    *("loss", "loss_cls", "loss_tokens", "loss_recon", "teacher_entropy", "teacher_kl_uniform", "feature_std"),
+    *("casa_cos_right", "casa_cos_shuffled", "fallback_share", "pair_score"),
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Dice of every finetuning: `dice[arm, shots]` is [seeds, cases], each entry a mean over organs.
+
+    NaN where a case has no organ that counts.
+    """
+
+    dice: dict[tuple[str, int], np.ndarray]
+    cases: list[str]
+    shots: tuple[int, ...]
+    arms: tuple[str, ...]
+
+    def by_seed(self, arm: str, shots: int) -> np.ndarray:
+        """Mean over cases [seeds]."""
+        return np.nanmean(self.dice[arm, shots], axis=1)
+
+    def by_case(self, arm: str, shots: int) -> np.ndarray:
+        """Mean over seeds [cases]."""
+        return np.nanmean(self.dice[arm, shots], axis=0)
+
+
+def read_dice(plan: Plan) -> Scores:
+    """The Dice of all finetunings of a plan, in the test files' own spacing.
+
+    Raises:
+        ValueError: one is missing (run the finetune stage), or two judge other cases.
+    """
+    dice, cases = {}, None
+    for arm in plan.arms:
+        for shots in plan.settings.shots:
+            rows = []
+            for seed in plan.settings.seeds:
+                means = case_means(read_scores(plan.evaluation(arm, shots, seed) / CASES))
+                cases = cases or list(means)
+                if list(means) != cases:
+                    raise ValueError(f"{plan.evaluation(arm, shots, seed)}: judged other cases than the others")
+                rows.append([means[case] for case in cases])
+            dice[arm, shots] = np.array(rows)
+    return Scores(dice, cases, plan.settings.shots, plan.arms)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against another with the same labelled cases, Dice in [0, 1].
+
+    Attributes:
+        gain: mean difference over test cases, each case's Dice averaged over seeds.
+        low, high: 95 % bootstrap interval of it over test cases.
+        num_won, num_cases: test cases on which the first is better, and all.
+        p: of the two-sided Wilcoxon signed-rank test over test cases; NaN with fewer than 2 cases that differ.
+    """
+
+    better: str
+    worse: str
+    shots: int
+    gain: float
+    low: float
+    high: float
+    num_won: int
+    num_cases: int
+    p: float
+
+
+def compare(scores: Scores, better: str, worse: str, shots: int) -> Comparison:
+    """Paired comparison of two arms."""
+    difference = scores.by_case(better, shots) - scores.by_case(worse, shots)
+    difference = difference[np.isfinite(difference)]
+    rng = np.random.default_rng(0)
+    means = rng.choice(difference, (NUM_RESAMPLES, len(difference))).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    differing = difference[difference != 0]
+    p = float(wilcoxon(differing).pvalue) if len(differing) > 1 else math.nan
+    num_won = int((difference > 0).sum())
+    return Comparison(
+        better, worse, shots, float(difference.mean()), float(low), float(high), num_won, len(difference), p
+    )
+
+
+def compare_all(scores: Scores) -> list[Comparison]:
+    """Every claim between arms that were run, at every number of labelled cases."""
+    claims = [(one, other) for one, other in CLAIMS if one in scores.arms and other in scores.arms]
+    return [compare(scores, one, other, shots) for one, other in claims for shots in scores.shots]
+
+
+def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
+    """What the comparison had to show, and whether it did, in words."""
+    told = []
+    by_key = {(c.better, c.worse, c.shots): c for c in comparisons}
+    fewest = min((c.shots for c in comparisons), default=0)
+    against_scratch = by_key.get(("sam", SCRATCH, fewest))
+    if against_scratch is not None:
+        word = "yes" if against_scratch.gain >= WANTED_GAIN else "NO"
+        told.append(
+            f"Alice with SAM pairs beats scratch by 5 Dice points with {fewest} labelled: {word} "
+            f"({points(against_scratch)})"
+        )
+    against_random = by_key.get(("sam", "random", fewest))
+    if against_random is not None:
+        word = "yes" if against_random.gain >= 0 else ("within chance" if against_random.high >= 0 else "NO")
+        told.append(
+            f"SAM pairs are not worse than random pairs with {fewest} labelled: {word} ({points(against_random)})"
+        )
+    return told
+
+
+def points(comparison: Comparison) -> str:
+    """`+5.2 [3.1, 7.0], better on 10 of 12, p 0.004`, in Dice points."""
+    c = comparison
+    p = "p –" if math.isnan(c.p) else f"p {c.p:.2g}"
+    return f"{100 * c.gain:+.1f} [{100 * c.low:.1f}, {100 * c.high:.1f}], better on {c.num_won} of {c.num_cases}, {p}"
+
+
+def pretraining_ends(plan: Plan) -> dict[str, dict[str, float]]:
+    """Arm -> monitors: means over the last epoch, the held-out pairs' losses as `held_out_*`, steps and speed."""
+    return {arm: read_end(plan.run_folder("pretrain", arm) / "log.txt") for arm in plan.pretrain}
+
+
+def read_end(log: Path) -> dict[str, float]:
+    """How a pretraining ended, by its log.txt."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    last = {
+        kind: next((x for x in reversed(lines) if x["kind"] == kind), {}) for kind in ("train", "epoch", "validation")
+    }
+    found = {name: last["epoch"][name] for name in MONITORS if name in last["epoch"]}
+    held_out = last.get("validation", {})
+    found |= {f"held_out_{name}": held_out[name] for name in MONITORS if name in held_out}
+    found |= {name: last["train"][name] for name in ("samples_per_s", "data_wait_share") if name in last["train"]}
+    return found | {"step": last["epoch"]["step"]}

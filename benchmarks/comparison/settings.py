@@ -1,0 +1,119 @@
+"""What a comparison of pretrainings is allowed to cost, as presets that flags change one by one."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+
+from engine.flags import make_parser
+
+
+def available_cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def flag(default: object, help: str):
+    """A setting that is a flag of the same name; a tuple takes several words."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The budget, the same for every arm. Sizes (D, H, W); defaults are those of `--preset gpu`."""
+
+    num_unlabelled: int = flag(64, "phantoms to pretrain with, held-out ones included")
+    num_held_out: int = flag(8, "of these, held out to watch the pretraining losses")
+    num_labelled: int = flag(15, "labelled phantoms to finetune with")
+    num_test: int = flag(12, "labelled phantoms that every finetuned network is judged on")
+    data_seed: int = flag(7, "of the phantoms")
+    spacing_mm: float = flag(3.0, "voxel size, mm")
+    roi: tuple = flag((64, 64, 64), "crop D H W in voxels, of pretraining and finetuning")
+    backbone: str = flag("swin_unetr", "network")
+    feature_size: int = flag(12, "its channels at stride 2")
+    num_points: int = flag(96, "query points per case of the tables of pairs, mined and true")
+    num_partners: int = flag(8, "key cases per query case of both tables")
+    sam_config: str = flag("configs/sam_phantom.yaml", "recipe of the SAM training, without --sam_checkpoint")
+    sam_flags: str = flag("--time_limit_min=2.5", "further flags of that training, in quotes")
+    pretrain_steps: int = flag(800, "optimiser steps of every pretraining")
+    pretrain_batch: int = flag(8, "pairs per step")
+    pretrain_lr: float = flag(1e-3, "peak learning rate of pretraining")
+    pretrain_workers: int = flag(2, "loading processes of each pretraining; 0 = none")
+    pretrain_flags: str = flag("", "further flags of every pretraining, in quotes")
+    weights_from: str = flag("student", "what is finetuned: student (encoder and decoder) or teacher (encoder)")
+    shots: tuple = flag((1, 4, 15), "numbers of labelled cases")
+    seeds: tuple = flag((0, 1, 2), "of finetuning; each also takes its own labelled cases (--fold)")
+    finetune_steps: int = flag(400, "optimiser steps of every finetuning")
+    finetune_batch: int = flag(2, "crops per step")
+    finetune_lr: float = flag(1e-3, "peak learning rate of finetuning")
+    finetune_workers: int = flag(1, "loading processes of each finetuning; 0 = none")
+    finetune_flags: str = flag("", "further flags of every finetuning, in quotes")
+    num_parallel: int = flag(8, "pretrainings or finetunings side by side; 0 = one by one within this process")
+    num_threads: int = flag(1, "CPU threads of each")
+
+
+PRESETS: dict[str, dict] = {
+    "gpu": {},
+    "cpu": {
+        **{"num_unlabelled": 32, "num_held_out": 4, "num_test": 8, "spacing_mm": 4.0, "roi": (32, 32, 32)},
+        **{"backbone": "unet", "feature_size": 16, "num_points": 64, "pretrain_steps": 400, "pretrain_workers": 0},
+        **{"sam_config": "configs/sam_quickstart.yaml", "sam_flags": "--time_limit_min=10 --steps=300"},
+        **{"finetune_steps": 300, "finetune_workers": 0, "num_parallel": 2},
+    },
+    "smoke": {
+        **{"num_unlabelled": 4, "num_held_out": 1, "num_labelled": 2, "num_test": 2, "spacing_mm": 8.0},
+        **{"roi": (32, 32, 32), "backbone": "unet", "feature_size": 4, "num_points": 12, "num_partners": 2},
+        "sam_config": "configs/sam_quickstart.yaml",
+        "sam_flags": "--steps=2 --width=8 --embed_dim=8 --view_shape 32 32 32 --num_points=32",
+        **{"pretrain_steps": 4, "pretrain_batch": 2, "pretrain_workers": 0, "shots": (1, 2), "seeds": (0, 1)},
+        **{"finetune_steps": 4, "finetune_workers": 0, "num_parallel": 2},
+    },
+}
+
+
+def make_flags(description: str, arms: list[str], stages: list[str]):
+    """The command line: where, which stages, and every setting (unset = the preset's)."""
+    parser = make_parser(description)
+    add = parser.add_argument
+    add("--output_dir", type=str, required=True, help="everything goes here; the same command again goes on there")
+    add("--preset", type=str, choices=list(PRESETS), default="gpu", help="defaults of all settings")
+    add("--stages", type=str, default=",".join(stages), help="which of these to run, separated by commas")
+    add("--arms", type=str, default=",".join(arms), help="which of these to compare, separated by commas")
+    add("--sam_checkpoint", type=str, default="", help="a trained SAM; empty = train one")
+    add("--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one")
+    add("--num_cpus", type=int, default=available_cpus(), help="cores for the stages that prepare data")
+    group = parser.add_argument_group("settings (unset = the preset's; shown: gpu's)")
+    for entry in dataclasses.fields(Settings):
+        told = f"{entry.metadata['help']} [{shown(entry.default)}]"
+        if isinstance(entry.default, tuple):
+            group.add_argument(f"--{entry.name}", type=int, nargs="+", default=None, help=told)
+        else:
+            group.add_argument(f"--{entry.name}", type=type(entry.default), default=None, help=told)
+    return parser
+
+
+def shown(value: object) -> str:
+    """A setting in one word, for the help."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def settle(flags) -> Settings:
+    """The preset with the given flags on top.
+
+    Raises:
+        ValueError: numbers that contradict each other.
+    """
+    names = [entry.name for entry in dataclasses.fields(Settings)]
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    settings = Settings(**PRESETS[flags.preset] | given)
+    if not settings.shots or not settings.seeds or min(settings.shots) < 1:
+        raise ValueError(f"--shots {settings.shots} --seeds {settings.seeds}: expected at least one of each")
+    if max(settings.shots) > settings.num_labelled:
+        raise ValueError(f"--shots {settings.shots}: --num_labelled {settings.num_labelled} has fewer cases")
+    if settings.weights_from not in ("student", "teacher"):
+        raise ValueError(f"--weights_from {settings.weights_from}: expected student or teacher")
+    if not 0 < settings.num_held_out < settings.num_unlabelled - 1:
+        raise ValueError("--num_held_out must leave at least two of --num_unlabelled to pretrain with")
+    if len(settings.roi) != 3:
+        raise ValueError(f"--roi {settings.roi}: expected D H W")
+    return settings

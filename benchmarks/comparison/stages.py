@@ -1,0 +1,283 @@
+"""The stages of the comparison as jobs: every line here is a command of the README."""
+
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from benchmarks.comparison.arms import ARMS, SCRATCH
+from benchmarks.comparison.jobs import REPOSITORY, Call, Job, words
+from benchmarks.comparison.settings import Settings
+
+LEARNING_STAGES = ("pretrain", "finetune")
+STEPS_PER_EPOCH = 20
+MAX_SHARDS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything lies and what is to be done.
+
+    Attributes:
+        root: the comparison's folder.
+        sam_checkpoint: a trained SAM, or None to train one.
+        device: auto, cpu or cuda.
+        num_cpus: cores for the stages that prepare data.
+    """
+
+    root: Path
+    settings: Settings
+    arms: tuple[str, ...]
+    sam_checkpoint: Path | None = None
+    device: str = "auto"
+    num_cpus: int = 1
+
+    # Folders: data sets of other sizes or seeds lie beside each other
+
+    @property
+    def data(self) -> Path:
+        s = self.settings
+        return self.root / f"data_{s.num_unlabelled}_{s.num_labelled}_{s.num_test}_seed{s.data_seed}"
+
+    @property
+    def phantoms(self) -> Path:
+        return self.data / "phantoms"
+
+    @property
+    def store(self) -> Path:
+        return self.data / f"store_{self.settings.spacing_mm:g}mm"
+
+    def list_of(self, which: str) -> Path:
+        """The data list of `unlabelled` or `labelled` cases."""
+        return self.data / f"{which}.json"
+
+    def tables(self, which: str) -> Path:
+        """The folder of the `sam` or `true` table of pairs."""
+        return self.data / f"pairs_{which}"
+
+    def run_folder(self, *parts: object) -> Path:
+        return self.root.joinpath(*map(str, parts))
+
+    def evaluation(self, arm: str, shots: int, seed: int) -> Path:
+        """Where one finetuning is judged."""
+        return self.run_folder("finetune", arm, f"{shots}shot", f"seed{seed}", "evaluation")
+
+    # Stages: batches of jobs, each batch after the one before
+
+    def batches(self, stage: str) -> list[list[Job]]:
+        """The jobs of a stage."""
+        made = {
+            "data": lambda: [[self.make_phantoms], list(self.make_lists.values()), list(self.make_stores.values())],
+            "sam": lambda: [self.train_sam, [self.make_true_pairs, *self.embed], self.mine],
+            "pretrain": lambda: [list(self.pretrain.values())],
+            "finetune": lambda: [self.finetune],
+        }
+        return made[stage]()
+
+    def num_threads(self, stage: str, num_jobs: int) -> int:
+        """CPU threads of each of a batch's jobs."""
+        if stage in LEARNING_STAGES:
+            return self.settings.num_threads
+        return max(1, self.num_cpus // max(1, num_jobs))
+
+    @cached_property
+    def make_phantoms(self) -> Job:
+        s = self.settings
+        flags = words(
+            out_dir=self.phantoms,
+            num_unlabelled=s.num_unlabelled,
+            num_labelled=s.num_labelled + s.num_test,
+            seed=s.data_seed,
+            num_workers=self.num_cpus,
+        )
+        return Job("data/phantoms", (Call("scripts.make_phantom_dataset", flags),))
+
+    @cached_property
+    def make_lists(self) -> dict[str, Job]:
+        held_out = {"unlabelled": self.settings.num_held_out, "labelled": self.settings.num_test}
+        return {which: self._make_list(which, number) for which, number in held_out.items()}
+
+    def _make_list(self, which: str, num_held_out: int) -> Job:
+        flags = words(
+            data_dir=self.phantoms,
+            output=self.list_of(which),
+            cases=which,
+            num_validation=num_held_out,
+            num_workers=max(1, self.num_cpus // 2),
+        )
+        return Job(f"data/{which}_list", (Call("scripts.create_json", flags),), after=(self.make_phantoms,))
+
+    @cached_property
+    def make_stores(self) -> dict[str, Job]:
+        return {which: self._make_store(which) for which in self.make_lists}
+
+    def _make_store(self, which: str) -> Job:
+        flags = words(
+            data_dir=self.phantoms,
+            json_list=self.list_of(which),
+            store_dir=self.store,
+            spacing_mm=self.settings.spacing_mm,
+            num_workers=max(1, self.num_cpus // 2),
+        )
+        calls = (Call("scripts.prepare_volumes", flags),)
+        return Job(f"data/{which}_store", calls, after=(self.make_lists[which],))
+
+    @cached_property
+    def make_true_pairs(self) -> Job:
+        s = self.settings
+        flags = words(
+            landmark_dir=self.phantoms / "landmarks",
+            store_dir=self.store,
+            json_list=self.list_of("unlabelled"),
+            output_dir=self.tables("true"),
+            num_points=s.num_points,
+            num_partners=s.num_partners,
+            num_workers=max(1, self.num_cpus // 2),
+        )
+        calls = (Call("benchmarks.comparison.true_pairs", flags),)
+        return Job("sam/true_pairs", calls, self.tables("true"), (self.make_stores["unlabelled"],))
+
+    @cached_property
+    def train_sam(self) -> list[Job]:
+        """One job, or none where a trained SAM is given."""
+        if self.sam_checkpoint is not None:
+            return []
+        folder = self.run_folder("sam")
+        flags = words(
+            config=REPOSITORY / self.settings.sam_config,
+            data_dir=self.phantoms,
+            json_list=self.list_of("unlabelled"),
+            store_dir=self.store,
+            output_dir=folder,
+            val_cases=0,
+            device=self.device,
+        )
+        calls = (Call("scripts.train_sam", (*flags, *shlex.split(self.settings.sam_flags))),)
+        return [Job("sam/train", calls, folder, (self.make_stores["unlabelled"],))]
+
+    @property
+    def num_shards(self) -> int:
+        """How many processes share embedding and mining; all of them must run at once."""
+        return max(1, min(self.settings.num_parallel, MAX_SHARDS, self.num_cpus))
+
+    @cached_property
+    def embed(self) -> list[Job]:
+        flags = words(
+            checkpoint_file=self.sam_checkpoint or self.run_folder("sam") / "checkpoint_best.pth",
+            store_dir=self.store,
+            json_list=self.list_of("unlabelled"),
+            data_dir=self.phantoms,
+            embed_dir=self.tables("sam"),
+            device=self.device,
+        )
+        return self._shards("sam/embed", Call("scripts.generate_sam_embeddings", flags), tuple(self.train_sam))
+
+    @cached_property
+    def mine(self) -> list[Job]:
+        s = self.settings
+        flags = words(
+            embed_dir=self.tables("sam"),
+            json_list=self.list_of("unlabelled"),
+            sections=("training", "validation"),
+            num_points=s.num_points,
+            num_partners=s.num_partners,
+        )
+        return self._shards("sam/mine", Call("scripts.mine_pairs", flags), tuple(self.embed))
+
+    def _shards(self, name: str, call: Call, after: tuple[Job, ...]) -> list[Job]:
+        """The same command in several processes, each with its share of the cases."""
+        after = (*after, self.make_stores["unlabelled"])
+        return [
+            Job(f"{name}{rank}", (call,), after=after, environment={"RANK": str(rank), "WORLD_SIZE": str(count)})
+            for count in [self.num_shards]
+            for rank in range(count)
+        ]
+
+    @cached_property
+    def pretrain(self) -> dict[str, Job]:
+        return {arm: self._pretrain(arm) for arm in self.arms if arm != SCRATCH}
+
+    def _pretrain(self, arm: str) -> Job:
+        s, folder = self.settings, self.run_folder("pretrain", arm)
+        num_epochs = -(-s.pretrain_steps // STEPS_PER_EPOCH)
+        flags = words(
+            config=REPOSITORY / "configs" / "comparison.yaml",
+            data_dir=self.phantoms,
+            json_list=self.list_of("unlabelled"),
+            store_dir=self.store,
+            output_dir=folder,
+            **self._network,
+            batch_size=s.pretrain_batch,
+            epochs=num_epochs,
+            steps_per_epoch=min(STEPS_PER_EPOCH, s.pretrain_steps),
+            warmup_epochs=0.1 * num_epochs,
+            lr=s.pretrain_lr,
+            min_lr=s.pretrain_lr / 100,
+            val_freq=num_epochs,
+            saveckp_freq=max(1, num_epochs // 8),
+            num_workers=s.pretrain_workers,
+            device=self.device,
+        )
+        after: list[Job] = [self.make_stores["unlabelled"]]
+        if ARMS[arm].table == "sam":
+            after += self.mine
+        if ARMS[arm].table == "true":
+            after.append(self.make_true_pairs)
+        if ARMS[arm].table is not None:
+            flags += words(table_file=self.tables(ARMS[arm].table) / "correspondences.npy")
+        flags += (*ARMS[arm].flags, *shlex.split(s.pretrain_flags))
+        extract = (str(folder / "checkpoint.pth"), str(self.weights(arm)), "--checkpoint_key", s.weights_from)
+        calls = (Call("main_ddp", flags), Call("extract_backbone_weights", extract))
+        return Job(f"pretrain/{arm}", calls, folder, tuple(after))
+
+    @property
+    def _network(self) -> dict:
+        """Network and crop, as both pretraining and finetuning call them."""
+        s = self.settings
+        sides = dict(zip(("roi_z", "roi_y", "roi_x"), s.roi))
+        return {"backbone": s.backbone, "feature_size": s.feature_size, **sides}
+
+    def weights(self, arm: str) -> Path:
+        """The extracted weights of an arm; the name says of which module."""
+        return self.run_folder("pretrain", arm, f"{self.settings.weights_from}.safetensors")
+
+    @cached_property
+    def finetune(self) -> list[Job]:
+        """Seeds first, arms last: what is compared runs side by side, and an early look shows every arm."""
+        s = self.settings
+        return [self._finetune(arm, shots, seed) for seed in s.seeds for shots in s.shots for arm in self.arms]
+
+    def _finetune(self, arm: str, shots: int, seed: int) -> Job:
+        s, evaluation = self.settings, self.evaluation(arm, shots, seed)
+        shared = {
+            "data_dir": self.phantoms,
+            "json_list": self.list_of("labelled"),
+            "store_dir": self.store,
+            "device": self.device,
+        }
+        whole = "whole" if s.weights_from == "student" else "encoder"
+        start = words(weights="none") if arm == SCRATCH else words(weights=self.weights(arm), weights_part=whole)
+        train = words(
+            config=REPOSITORY / "configs" / "finetune_comparison.yaml",
+            **shared,
+            output_dir=evaluation.parent,
+            **self._network,
+            num_labelled=shots,
+            fold=seed,
+            seed=seed,
+            steps=s.finetune_steps,
+            save_freq=s.finetune_steps,
+            warmup_steps=max(1, s.finetune_steps // 20),
+            batch_size=s.finetune_batch,
+            lr=s.finetune_lr,
+            min_lr=s.finetune_lr / 100,
+            num_workers=s.finetune_workers,
+        )
+        judge = words(checkpoint_file=evaluation.parent / "best.pth", **shared, output_dir=evaluation)
+        judge += ("--no_pictures", *words(nsd_mm=0, overlap=0.25, window_batch=8))
+        after = (self.make_stores["labelled"], *([] if arm == SCRATCH else [self.pretrain[arm]]))
+        calls = (
+            Call("scripts.finetune_segmentation", (*train, *start, *shlex.split(s.finetune_flags))),
+            Call("scripts.evaluate_segmentation", judge),
+        )
+        return Job(f"finetune/{arm}_{shots}shot_seed{seed}", calls, evaluation.parent, after, scraps=("*.pth",))

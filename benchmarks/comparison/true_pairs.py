@@ -1,0 +1,118 @@
+"""The true table of pairs of phantoms: what mining would give with a perfect SAM, the upper bound of the comparison.
+
+    python -m benchmarks.comparison.true_pairs --landmark_dir phantom/landmarks --store_dir store \\
+        --json_list phantom.json --output_dir pairs_true
+
+Points spread over the body of every case, away from its surface, as in mining; partners are other cases at random. The
+key's place comes from the two patients' deformations (`datasets.phantom_truth`); points that the key's scan does not
+show are left out. Every row has score 1 and cycle error 0.
+"""
+
+import multiprocessing
+import sys
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from scipy import ndimage
+
+from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.data_list import load_data_list
+from datasets.geometry import body_mask, index_to_world
+from datasets.phantom_truth import PhantomTruth, load_truth
+from datasets.volume_store import VolumeStore
+from engine.flags import RunInfo, git_commit, make_parser, run_main
+
+COARSE = 2  # the body's depth is measured on every second voxel
+
+
+def make_flags():
+    """The flags of this command."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--landmark_dir", type=str, required=True, help="the phantoms' landmarks/, which state their seeds")
+    add("--store_dir", type=str, required=True, help="volume store of the phantoms")
+    add("--json_list", type=str, required=True, help="data list; all its sections are used")
+    add("--output_dir", type=str, required=True, help="folder of the table")
+    add("--num_points", type=int, default=200, help="query points per case")
+    add("--num_partners", type=int, default=8, help="key cases per query case")
+    add("--border_mm", type=float, default=12.0, help="points keep so far from the skin and the scan's ends, mm")
+    add("--seed", type=int, default=0, help="of points and partners")
+    add("--num_workers", type=int, default=1, help="processes; 1 = this one")
+    return parser
+
+
+def draw_points(store: VolumeStore, name: str, num_points: int, border_mm: float, seed: int) -> np.ndarray:
+    """Places deep in the body of a case, world mm [num_points, 3]."""
+    volume = store.read(name)
+    spacing = np.array(volume.spacing_mm)
+    body = np.pad(body_mask(volume.array, volume.spacing_mm)[::COARSE, ::COARSE, ::COARSE], 1)
+    depth_mm = ndimage.distance_transform_edt(body, sampling=spacing * COARSE)[1:-1, 1:-1, 1:-1]
+    voxels = np.argwhere(depth_mm >= min(border_mm, 0.5 * depth_mm.max()))
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    chosen = voxels[rng.integers(len(voxels), size=num_points)] * COARSE + rng.uniform(0, COARSE, (num_points, 3))
+    return index_to_world(volume.affine, np.minimum(chosen, np.array(volume.shape) - 1))
+
+
+def prepare(
+    name: str, store: VolumeStore, landmark_dir: str, num_points: int, border_mm: float, seed: int
+) -> tuple[PhantomTruth, np.ndarray]:
+    """A case's truth and its query points, world mm."""
+    return load_truth(landmark_dir, [name])[name], draw_points(store, name, num_points, border_mm, seed)
+
+
+def rows_of(query: int, truths: list[PhantomTruth], points_mm: np.ndarray, num_partners: int, seed: int) -> np.ndarray:
+    """The rows (`ROW_DTYPE`) of one query case."""
+    rng = np.random.default_rng([seed + 1, zlib.crc32(truths[query].name.encode())])
+    others = [number for number in range(len(truths)) if number != query]
+    atlas_mm, parts = truths[query].to_atlas(points_mm), []
+    for key in sorted(rng.permutation(others)[:num_partners].tolist()):
+        key_mm = truths[key].from_atlas(atlas_mm)
+        is_seen = truths[key].is_scanned(key_mm)
+        rows = np.zeros(int(is_seen.sum()), dtype=ROW_DTYPE)
+        rows["query_case"], rows["key_case"], rows["score"] = query, key, 1.0
+        rows["query_mm"], rows["key_mm"] = points_mm[is_seen], key_mm[is_seen]
+        parts.append(rows)
+    return np.concatenate(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    cases = [
+        case
+        for part in ("training", "validation")
+        for case in load_data_list(flags.json_list, ".", part, must_exist=False)
+    ]
+    names = sorted(case.name for case in cases)
+    if len(names) < 2 or min(flags.num_points, flags.num_partners) < 1:
+        raise ValueError(f"{flags.json_list}: true pairs need two cases, --num_points and --num_partners of 1 or more")
+    store = VolumeStore(flags.store_dir, names)
+    job = partial(
+        prepare,
+        store=store,
+        landmark_dir=flags.landmark_dir,
+        num_points=flags.num_points,
+        border_mm=flags.border_mm,
+        seed=flags.seed,
+    )
+    if flags.num_workers > 1:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(flags.num_workers, len(names)), mp_context=spawn) as pool:
+            prepared = list(pool.map(job, names))
+    else:
+        prepared = [job(name) for name in names]
+    truths = [truth for truth, _ in prepared]
+    numbered = enumerate(prepared)
+    rows = np.concatenate([rows_of(n, truths, points, flags.num_partners, flags.seed) for n, (_, points) in numbered])
+    RunInfo.collect(flags).write(flags.output_dir, "true_pairs_run.json")
+    provenance = {"commit": git_commit(), "embedder": "none: the phantoms' own deformations", "seed": flags.seed}
+    table = CorrespondenceTable.write(flags.output_dir, names, rows, provenance)
+    print(f"{flags.output_dir}: {len(table)} true pairs of {len(names)} cases")
+
+
+if __name__ == "__main__":
+    run_main(main)
