@@ -16,7 +16,14 @@ from torch import Tensor
 
 from datasets.geometry import index_to_world, world_to_index
 from sam_embed.embedding_store import Embedding
-from sam_embed.search import QueryVectors, coarse_similarities, search_all, search_where_possible, similarity_slab
+from sam_embed.search import (
+    QueryVectors,
+    coarse_similarities,
+    grid_of,
+    search_all,
+    search_where_possible,
+    similarity_slab,
+)
 
 DEFAULT_MEMORY_MB = 64  # small blocks stay in the allocator's pool and in cache: faster than large ones
 SEARCHES = ("auto", "all", "tiles")
@@ -92,9 +99,10 @@ def check_same_network(query: Embedding, key: Embedding) -> None:
 
 def on_device(embedding: Embedding, device: torch.device | str) -> Embedding:
     """The embedding with its tensors on a device; the same object where it lies there already."""
-    if embedding.fine.device == torch.device(device):
+    moved = {name: part.to(device) for name, part in embedding.tensors().items()}
+    if moved["fine"] is embedding.fine:
         return embedding
-    return dataclasses.replace(embedding, **{name: part.to(device) for name, part in embedding.tensors().items()})
+    return dataclasses.replace(embedding, **moved)
 
 
 @torch.no_grad()
@@ -105,11 +113,13 @@ def best_voxels(
 
     Args:
         search: "tiles" looks only where the coarse map leaves a chance, "all" everywhere: the same result. "auto" is
-            tiles on the CPU and all on a GPU, which is done sooner than it could be told what to leave out.
+            tiles on the CPU (where the coarse grid is much coarser than the fine one) and all on a GPU, which is done
+            sooner than it could be told what to leave out.
     """
     if search not in SEARCHES:
         raise ValueError(f"search is {search!r}; choose one of {', '.join(SEARCHES)}")
-    by_tiles = search == "tiles" or (search == "auto" and key.fine.device.type == "cpu")
+    is_cpu = key.fine.device.type == "cpu"
+    by_tiles = search == "tiles" or (search == "auto" and is_cpu and grid_of(key).has_large_cells)
     where, best = (search_where_possible if by_tiles else search_all)(vectors, key, memory_mb)
     _, height, width = key.fine.shape[1:]
     return torch.stack([where // (height * width), where // width % height, where % width], dim=1), best

@@ -1,9 +1,12 @@
 """Mining: which points of every volume match which points of some others, once for the whole corpus.
 
-For every query case, K points spread over the body are matched to M partner cases, and back. Two embeddings are in use
-at a time, a few more stay cached. A query case's rows are one small file, so that a killed run continues where it was
-and several processes share the work; the files are then joined into one table (`datasets.correspondences`). Points and
-partners depend on the seed and the case's name only, never on who mines or in which order.
+For every query case, K points spread over the body are matched to M partner cases, and back. The cases stand on a
+circle in an order that the seed decides, and each is matched to the M that follow it: neighbours on the circle share
+all but two of their partners, so that one walk around it reads every embedding about once and keeps M + 1 in memory
+(fewer, where the cache is smaller, at the price of reading some again). A query case's rows are one small file, so
+that a killed run continues where it was and several processes share the work; the files are then joined into one table
+(`datasets.correspondences`). Points and partners depend on the seed and the names only, never on who mines or in which
+order.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -23,10 +27,11 @@ from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.files import write_bytes
 from datasets.geometry import index_to_world, world_to_index
 from sam_embed.embedding_store import Embedding, EmbeddingCache, stored_fingerprint
-from sam_embed.match import cycle_error_mm, match_points
+from sam_embed.match import Matches, cycle_error_mm, match_points, on_device
 
 SHARD_FOLDER = "mined"
 NUM_CANDIDATES = 16  # per point: the farthest of so many random places from the points already drawn is taken
+GPU_MEMORY_MB = 2048.0  # a GPU is fast with large products, a CPU with small ones
 WAIT_LIMIT_S = 3600.0  # without any new file from the other processes
 
 
@@ -36,7 +41,7 @@ class MiningOptions:
 
     Attributes:
         num_points: query points per case.
-        num_partners: key cases per query case; more than there are means all.
+        num_partners: key cases per query case; more than there are means all. A case is key as often as query.
         min_score: rows below are not stored. A floor to save room: training applies its own threshold.
         border_mm: distance that query points keep from the body's surface and from the ends of the scan.
         seed: of points and partners.
@@ -65,7 +70,7 @@ def draw_points(embedding: Embedding, options: MiningOptions) -> np.ndarray:
 
     Where no place is far enough from the border (a thin slab), the deepest fifth of the body is taken.
     """
-    inside = np.ones(embedding.fine.shape[1:], dtype=bool) if embedding.body is None else embedding.body.numpy()
+    inside = np.ones(embedding.fine.shape[1:], dtype=bool) if embedding.body is None else embedding.body.cpu().numpy()
     # The padding makes the ends of the embedded box count as border.
     depth_mm = ndimage.distance_transform_edt(np.pad(inside, 1), sampling=embedding.fine_spacing_mm)[1:-1, 1:-1, 1:-1]
     deep = depth_mm >= options.border_mm
@@ -85,33 +90,45 @@ def draw_points(embedding: Embedding, options: MiningOptions) -> np.ndarray:
     return chosen
 
 
-def draw_partners(names: Sequence[str], query: str, options: MiningOptions) -> list[str]:
-    """Key cases of one query case, sorted; the same whatever the order of `names`."""
-    others = sorted(set(names) - {query})
-    if options.num_partners >= len(others):
-        return others
-    rng = _generator(options.seed + 1, query)
-    return sorted(others[number] for number in rng.choice(len(others), options.num_partners, replace=False))
+def circle_of(names: Sequence[str], seed: int) -> list[str]:
+    """The cases in the order of their digests: as good as random, and another case more changes its neighbours only."""
+    return sorted(set(names), key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
 
 
-def mine_case(cache: EmbeddingCache, names: Sequence[str], query: str, options: MiningOptions) -> np.ndarray:
-    """Rows (`ROW_DTYPE`) of one query case; case numbers index `names`."""
-    number_of = {name: number for number, name in enumerate(names)}
-    embedding = cache[query]
+def partners_on(circle: Sequence[str], query: str, num_partners: int) -> list[str]:
+    """Key cases of one query case: those that follow it on the circle, nearest first."""
+    at = circle.index(query)
+    return [circle[(at + step) % len(circle)] for step in range(1, min(num_partners, len(circle) - 1) + 1)]
+
+
+def mine_case(
+    cache: EmbeddingCache, names: Sequence[str], query: str, options: MiningOptions, device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """Rows (`ROW_DTYPE`) of one query case, sorted by key case; case numbers index `names`."""
+    circle = circle_of(names, options.seed)
+    partners = partners_on(circle, query, options.num_partners)
+    if circle.index(query) % 2:
+        partners.reverse()  # there and back: a cache too small for all partners still holds the last ones
+    embedding = on_device(cache[query], device)
     points_mm = draw_points(embedding, options)
-    parts = []
-    for partner in draw_partners(names, query, options):
-        key = cache[partner]
-        matches = match_points(embedding, key, points_mm)
-        # Both are False for the NaN of unmatched points.
-        kept = (matches.score >= options.min_score) & lies_in_body(key, matches.points_mm)
-        rows = np.zeros(int(kept.sum()), dtype=ROW_DTYPE)
-        rows["query_case"], rows["key_case"] = number_of[query], number_of[partner]
-        rows["query_mm"], rows["key_mm"] = points_mm[kept], matches.points_mm[kept]
-        rows["score"] = matches.score[kept]
-        rows["cycle_mm"] = cycle_error_mm(embedding, key, points_mm, matches)[kept]
-        parts.append(rows)
-    return np.concatenate(parts)
+    rows_of = {name: _mine_pair(embedding, on_device(cache[name], device), points_mm, options) for name in partners}
+    number_of = {name: number for number, name in enumerate(names)}
+    for name, rows in rows_of.items():
+        rows["query_case"], rows["key_case"] = number_of[query], number_of[name]
+    return np.concatenate([rows_of[name] for name in sorted(partners)])
+
+
+def _mine_pair(query: Embedding, key: Embedding, points_mm: np.ndarray, options: MiningOptions) -> np.ndarray:
+    """Rows of one pair of cases, without the cases' numbers."""
+    matching = {} if query.fine.device.type == "cpu" else {"memory_mb": GPU_MEMORY_MB}
+    matches = match_points(query, key, points_mm, **matching)
+    # Both are False for the NaN of unmatched points.
+    kept = (matches.score >= options.min_score) & lies_in_body(key, matches.points_mm)
+    points_mm, matches = points_mm[kept], Matches(matches.points_mm[kept], matches.score[kept])
+    rows = np.zeros(len(points_mm), dtype=ROW_DTYPE)
+    rows["query_mm"], rows["key_mm"], rows["score"] = points_mm, matches.points_mm, matches.score
+    rows["cycle_mm"] = cycle_error_mm(query, key, points_mm, matches, **matching)
+    return rows
 
 
 def lies_in_body(embedding: Embedding, points_mm: np.ndarray) -> np.ndarray:
@@ -122,12 +139,17 @@ def lies_in_body(embedding: Embedding, points_mm: np.ndarray) -> np.ndarray:
     index = np.rint(world_to_index(embedding.fine_affine, np.where(known[:, None], points_mm, 0.0))).astype(int)
     last = np.array(embedding.body.shape) - 1
     known &= ((index >= 0) & (index <= last)).all(axis=1)
-    return known & embedding.body.numpy()[tuple(np.clip(index, 0, last).T)]
+    return known & embedding.body.cpu().numpy()[tuple(np.clip(index, 0, last).T)]
 
 
 def _settings_digest(options: MiningOptions, names: Sequence[str], fingerprint: str) -> str:
     """Changes with everything that decides the rows, so that old files are not mistaken for new ones."""
-    settings = {**dataclasses.asdict(options), "names": list(names), "fingerprint": fingerprint}
+    settings = {
+        **dataclasses.asdict(options),
+        "names": list(names),
+        "fingerprint": fingerprint,
+        "partners": "those that follow on the circle",
+    }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -156,6 +178,7 @@ def mine_corpus(
     cache_mb: float = 2048,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device | str = "cpu",
 ) -> CorrespondenceTable | None:
     """Mine this rank's share of the cases; rank 0 then waits for the others and joins everything into one table.
 
@@ -165,7 +188,8 @@ def mine_corpus(
         output_dir: the table's folder; each case's rows lie in `mined/` below it.
         options: what to mine.
         provenance: plain values to state in the table beside the options.
-        cache_mb: embeddings kept in memory.
+        cache_mb: embeddings kept in memory, beside the two in use.
+        device: where to match.
 
     Returns:
         The table on rank 0, None elsewhere.
@@ -177,10 +201,12 @@ def mine_corpus(
     digest = _settings_digest(options, names, fingerprint)
     shards = {name: Path(output_dir) / SHARD_FOLDER / f"{name}.{digest}.npy" for name in names}
     cache = EmbeddingCache(embed_dir, cache_mb)
-    for name in tqdm(names[rank::world_size], desc="mining", unit="case", disable=rank > 0):
+    circle = circle_of(names, options.seed)
+    arc = circle[len(circle) * rank // world_size : len(circle) * (rank + 1) // world_size]
+    for name in tqdm(arc, desc="mining", unit="case", disable=rank > 0):
         if not shards[name].exists():
             buffer = io.BytesIO()
-            np.save(buffer, mine_case(cache, names, name, options))
+            np.save(buffer, mine_case(cache, names, name, options, device))
             write_bytes(shards[name], buffer.getbuffer())
     if rank > 0:
         return None

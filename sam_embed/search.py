@@ -20,6 +20,7 @@ from torch import Tensor
 from sam_embed.embedding_store import Embedding
 
 TILE_VOX = 2048  # fine voxels that are searched in one product: small enough to skip many, large enough to be fast
+MIN_VOX_PER_CELL = 32
 LENGTH_LIMIT = 1.02  # of stored vectors; unit length but for half precision, quantisation, or import
 ROUNDING = 1e-5  # by which a bound may miss what it bounds, in float32
 WORTHWHILE = 0.5  # share of queries times tiles below which skipping the others pays
@@ -65,6 +66,12 @@ class SearchGrid:
             self.weights.append(torch.from_numpy(matrix).to(key.coarse.device))
         self.length = self._interpolated_length()
         self.runs = _runs(low, self._coarse.shape[1:])
+
+    @property
+    def has_large_cells(self) -> bool:
+        """Whether so many fine voxels lie in a cell of the coarse grid that a tile has few coarse voxels around it."""
+        cells = np.prod([max(size - 1, 1) for size in self._coarse.shape[1:]])
+        return np.prod(self._shape) >= MIN_VOX_PER_CELL * cells
 
     def on_fine(self, values: Tensor, first: int, last: int) -> Tensor:
         """Interpolate values [N, d', h', w'] at the fine slices first..last (exclusive): [N, last - first, h, w].

@@ -3,8 +3,9 @@
     python scripts/mine_pairs.py --embed_dir embeddings
     torchrun --nproc_per_node=8 scripts/mine_pairs.py --embed_dir embeddings --num_points 400 --num_partners 16
 
-Every row is a point of one case and its match in another, in world mm, with score and cycle error. May be stopped and
-run again. To mine the training cases only, pass --json_list and --sections training.
+Every row is a point of one case and its match in another, in world mm, with score and cycle error. Each embedding is
+read about once. May be stopped, even killed, and run again. To mine the training cases only, pass --json_list and
+--sections training.
 """
 
 import os
@@ -18,6 +19,7 @@ import json
 import jsonargparse
 
 from datasets.data_list import load_data_list
+from engine.distributed import pick_device
 from engine.flags import RunInfo, git_commit, make_parser, run_main
 from sam_embed.embedding_store import embedded_cases, load_embedding
 from sam_embed.mine import MiningOptions, mine_corpus
@@ -40,7 +42,13 @@ def make_flags() -> jsonargparse.ArgumentParser:
         "--border_mm", type=float, default=defaults.border_mm, help="points keep so far from skin and scan ends, mm"
     )
     mining.add_argument("--seed", type=int, default=defaults.seed, help="of points and partners")
-    mining.add_argument("--cache_mb", type=float, default=2048.0, help="embeddings kept in memory, MB")
+    mining.add_argument(
+        "--cache_mb",
+        type=float,
+        default=2048.0,
+        help="embeddings kept in memory, MB; room for --num_partners + 1 of them reads each about once",
+    )
+    mining.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to match")
     return parser
 
 
@@ -64,8 +72,9 @@ def main(argv: list[str] | None = None) -> None:
         provenance["spacing_mm"] = list(load_embedding(flags.embed_dir, names[0]).fine_spacing_mm)
     if rank == 0:
         RunInfo.collect(flags).write(output_dir, "mine_run.json")
+    device = pick_device(flags.device, int(os.environ.get("LOCAL_RANK", 0)))
     table = mine_corpus(
-        flags.embed_dir, names, output_dir, options, provenance, flags.cache_mb, rank=rank, world_size=world_size
+        flags.embed_dir, names, output_dir, options, provenance, flags.cache_mb, rank, world_size, device
     )
     if table is not None:
         print(json.dumps({"table": str(output_dir), **table.summary()}, indent=1))

@@ -1,22 +1,29 @@
 """Mining: right matches, spread points, the same table whoever mines, resumed runs, complaints."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from datasets.correspondences import CorrespondenceTable
+from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.geometry import index_to_world, world_to_index
-from sam_embed.embedding_store import EmbeddingCache, embedding_path, load_embedding, save_embedding
+from sam_embed.embedding_store import Embedding, EmbeddingCache, embedding_path, load_embedding, save_embedding
 from sam_embed.mine import (
     SHARD_FOLDER,
     MiningOptions,
-    draw_partners,
+    circle_of,
     draw_points,
     lies_in_body,
     mine_case,
     mine_corpus,
+    partners_on,
 )
 from scripts import mine_pairs
 from tests.sam_fakes import AFFINE, patient_embedding, to_atlas
@@ -68,11 +75,19 @@ def test_thin_slabs_still_get_points():
     assert np.isfinite(draw_points(embedding, MiningOptions(num_points=5, border_mm=500))).all()
 
 
-def test_partners_do_not_depend_on_the_order():
-    options = MiningOptions(num_partners=2)
-    assert draw_partners(NAMES, "patient1", options) == draw_partners(NAMES[::-1], "patient1", options)
-    assert "patient1" not in draw_partners(NAMES, "patient1", options)
-    assert draw_partners(NAMES, "patient1", MiningOptions(num_partners=99)) == ["patient0", "patient2", "patient3"]
+def test_partners_follow_on_a_circle_that_the_names_decide():
+    names = [f"case{number}" for number in range(40)]
+    circle = circle_of(names, 0)
+    assert circle == circle_of(names[::-1], 0) and sorted(circle) == sorted(names)
+    assert circle != sorted(names) and circle != circle_of(names, 1)
+    partners = {name: partners_on(circle, name, 3) for name in names}
+    assert all(len({name, *chosen}) == 4 for name, chosen in partners.items())
+    keys = [key for chosen in partners.values() for key in chosen]
+    assert all(keys.count(name) == 3 for name in names)
+    with_one_more = circle_of([*names, "new"], 0)
+    changed = [name for name in names if partners_on(with_one_more, name, 3) != partners[name]]
+    assert len(changed) == 3  # a new case concerns those before it only
+    assert sorted(partners_on(circle, "case7", 99)) == sorted(set(names) - {"case7"})
 
 
 def test_ranks_and_resumed_runs_give_the_same_table(embed_dir, tmp_path, monkeypatch):
@@ -81,13 +96,77 @@ def test_ranks_and_resumed_runs_give_the_same_table(embed_dir, tmp_path, monkeyp
     mined = []
     monkeypatch.setattr("sam_embed.mine.mine_case", lambda *args: mined.append(args[2]) or mine_case(*args))
     shared = mine_corpus(embed_dir, NAMES, tmp_path / "shared", OPTIONS, rank=0, world_size=2)
-    assert mined == ["patient0", "patient2"]  # what the other process has done is not done again
+    assert mined == circle_of(NAMES, OPTIONS.seed)[:2]  # what the other process has done is not done again
     np.testing.assert_array_equal(whole.rows, shared.rows)
     mined.clear()
     other_seed = MiningOptions(num_points=12, num_partners=2, seed=4)
     mine_corpus(embed_dir, NAMES, tmp_path / "other", other_seed, rank=1, world_size=2)
     mine_corpus(embed_dir, NAMES, tmp_path / "other", OPTIONS)
     assert len(mined) == 2 + 4  # rows of another seed are not reused
+
+
+class CountedReads:
+    """Stands for reading embeddings: counts how often, and how many of those read are still in memory."""
+
+    def __init__(self, num_cases: int) -> None:
+        self.names = [f"case{number:03d}" for number in range(num_cases)]
+        self.num_reads, self.most_held, self._alive = 0, 0, weakref.WeakSet()
+
+    def __call__(self, embed_dir, name: str) -> Embedding:
+        fine = torch.zeros(2, 6, 6, 6, dtype=torch.float16)
+        embedding = Embedding(name, fine, fine[:, ::2, ::2, ::2].clone(), AFFINE, AFFINE, fingerprint="counted")
+        self._alive.add(embedding)
+        self.num_reads += 1
+        self.most_held = max(self.most_held, len(self._alive))
+        return embedding
+
+
+@pytest.mark.parametrize(
+    "num_kept, most_reads", [(20, 1.1), (9, 1.1), (5, 6), (1, 9)], ids=["roomy", "just enough", "tight", "none"]
+)
+def test_a_corpus_is_read_about_once_and_never_held(num_kept, most_reads, tmp_path, monkeypatch):
+    reads = CountedReads(num_cases=200)
+    one_mb = reads(None, "case000").num_bytes / 2**20
+    reads.num_reads = 0
+    monkeypatch.setattr("sam_embed.embedding_store.load_embedding", reads)
+    monkeypatch.setattr("sam_embed.mine.stored_fingerprint", lambda *_: "counted")
+    monkeypatch.setattr("sam_embed.mine._mine_pair", lambda *_: np.zeros(1, dtype=ROW_DTYPE))
+    options = MiningOptions(num_points=1, num_partners=8)
+    table = mine_corpus("nowhere", reads.names, tmp_path, options, cache_mb=(num_kept + 0.5) * one_mb)
+    assert len(table) == 200 * 8
+    assert reads.num_reads <= most_reads * 200
+    assert reads.most_held <= num_kept + 2  # the query and the key in use, should both have left the cache
+
+
+def test_ranks_read_their_own_part_of_the_corpus(tmp_path, monkeypatch):
+    reads = CountedReads(num_cases=200)
+    monkeypatch.setattr("sam_embed.embedding_store.load_embedding", reads)
+    monkeypatch.setattr("sam_embed.mine.stored_fingerprint", lambda *_: "counted")
+    monkeypatch.setattr("sam_embed.mine._mine_pair", lambda *_: np.zeros(1, dtype=ROW_DTYPE))
+    mine_corpus("nowhere", reads.names, tmp_path, MiningOptions(1, 8), rank=3, world_size=4)
+    assert len(list((tmp_path / SHARD_FOLDER).iterdir())) == 50
+    assert reads.num_reads == 50 + 8
+
+
+def test_a_run_killed_at_any_time_is_continued_to_the_same_table(embed_dir, tmp_path):
+    script = Path(mine_pairs.__file__)
+    command = ["--embed_dir", str(embed_dir), "--num_points", "100", "--device", "cpu"]
+    killed = ["--output_dir", str(tmp_path / "killed")]
+    process = subprocess.Popen(
+        [sys.executable, str(script), *command, *killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    shards = tmp_path / "killed" / SHARD_FOLDER
+    while process.poll() is None and not list(shards.glob("*.npy")):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL  # it had not finished
+    finished = {path: path.stat().st_mtime_ns for path in shards.glob("*.npy")}
+    assert 1 <= len(finished) < len(NAMES) and not (tmp_path / "killed" / "correspondences.npy").exists()
+    (shards / "left.tmp").touch()
+    mine_pairs.main([*command, *killed])
+    mine_pairs.main([*command, "--output_dir", str(tmp_path / "whole")])
+    for name in ("correspondences.npy", "correspondences.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_score_floor_drops_rows(embed_dir, tmp_path):
