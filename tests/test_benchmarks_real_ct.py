@@ -32,7 +32,7 @@ def test_distance_to_an_organ_is_zero_inside_and_infinite_outside_of_the_scan():
         return (label.affine @ [d, h, w, 1])[:3]
 
     points = np.stack([at(12, 3, 15), at(4, 3, 15), at(20, 3, 7), at(40, 3, 15), [np.nan] * 3])
-    np.testing.assert_allclose(label.distance_mm("left lung", points), [0, 12, 10, np.inf, np.inf])
+    np.testing.assert_allclose(label.distance_mm("left lung", points), [0, 12, 10, np.inf, np.inf], atol=1e-6)
     found = benchmark.landing(label.distance_mm("left lung", points), np.array([1.0, 2, 3, 4, np.nan]))
     assert found == {"num_points": 5, "in_organ": 0.2, "near_organ": 0.4, "median_cycle_mm": 2.5}
 
@@ -44,9 +44,9 @@ def test_levels_are_those_that_both_scans_show():
     assert levels == pytest.approx((-20 + benchmark.LEVEL_MARGIN_MM, 18 - benchmark.LEVEL_MARGIN_MM))
     for label in (low, high):
         points = benchmark.organ_points(label, "spinal cord", levels, 1000)
-        height = points[:, 2] - benchmark.lowest_lung_mm(label)
+        height = points[:, 2] - label.lowest_lung_mm
         assert height.min() >= -15 and height.max() <= 13 and len(np.unique(height)) == 14
-        assert (label.distance_mm("spinal cord", points) == 0).all()
+        assert label.distance_mm("spinal cord", points).max() < benchmark.INSIDE_MM
     assert len(benchmark.organ_points(low, "spinal cord", levels, 7)) == 7
 
 
