@@ -4,11 +4,12 @@
     python -m benchmarks.pretrain_step --quick --device cpu
 
 One step is what training does: student on both masked views, teacher, CASA, all three losses, backward, clipping,
-AdamW, moving average (figure 2 of Alice, ICCV 2023), on random crops that already lie on the device. The first table starts
-from MONAI's SwinUNETR as it comes, in fp32, and adds one change a line. The second says what fits on which GPU: peak
-memory against crop and batch size, with and without --use_checkpoint. Memory is what PyTorch reserved at its peak, and
-what it had given to tensors; the CUDA context (about 0.5 GB) and other programs come on top. A setting that runs out of
-memory or fails is told as such, and the next one runs; torch.compile runs in a process of its own with a time limit.
+AdamW, moving average (figure 2 of Alice, ICCV 2023), on random crops that already lie on the device. The first table
+starts from MONAI's SwinUNETR as it comes, in fp32, and adds one change a line. The second says what fits on which GPU:
+peak memory against crop and batch size, with and without --use_checkpoint. Memory is what PyTorch reserved at its peak,
+and what it had given to tensors; the CUDA context (about 0.5 GB) and other programs come on top. A setting that runs
+out of memory or fails is told as such, and the next one runs; torch.compile runs in a process of its own with a time
+limit.
 """
 
 import copy
@@ -133,7 +134,7 @@ class Bench:
         """Time and memory of a setting; its error where it cannot run."""
         try:
             found = self.run(setting, num_steps)
-        except RuntimeError as error:  # torch's for memory, kernels and compilers
+        except (RuntimeError, ValueError) as error:  # torch's for memory, kernels and compilers
             name = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
             found = {"error": f"{name}: {error}".splitlines()[0][:300]}
         gc.collect()
