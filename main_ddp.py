@@ -33,7 +33,7 @@ from datasets.pairings import PAIRINGS, PairingOptions
 from datasets.pairs import PairedCropDataset
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
-from engine.checkpoint import find_resumable, load_checkpoint, save_checkpoint
+from engine.checkpoint import find_resumable_together, load_checkpoint, save_checkpoint
 from engine.collapse import CollapseWatch
 from engine.distributed import World
 from engine.flags import RunInfo, run_main
@@ -45,7 +45,7 @@ from engine.pretrain import Hooks, LoopOptions, Objective, Schedules, pretrain
 from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of
 from engine.run_state import KIND, RunState
 from engine.schedules import CosineSchedule, LinearSchedule, peak_lr
-from engine.signals import EXIT_INTERRUPTED
+from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
 from engine.validation import validate
 from engine.weights import start_from
 from losses.alice import AliceLoss
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     data = open_data(flags, world)
     run = make_run(flags, student, teacher, data, world, info)
     options = make_options(flags, data, world)
-    state = find_start(flags, run)
+    state = find_start(flags, run, world)
     log = make_log(world, flags.output_dir, options.num_steps, run.step)
     log.say(describe_start(flags, data, options, run, world, state))
     is_complete = train(flags, run, data, options, world, log)
@@ -233,12 +233,12 @@ def make_run(flags, student: nn.Module, teacher: nn.Module, data: Data, world: W
     )
 
 
-def find_start(flags, run: RunState) -> str:
+def find_start(flags, run: RunState, world: World) -> str:
     """Resume, start from given weights, or start afresh; returns one line that says which."""
     if flags.resume not in ("auto", "none"):
         run.restore(load_checkpoint(flags.resume, KIND), flags.resume)
         return f"resumed at step {run.step} from {flags.resume}"
-    found = find_resumable(flags.output_dir, KIND) if flags.resume == "auto" else None
+    found = find_resumable_together(flags.output_dir, KIND, world) if flags.resume == "auto" else None
     if found is not None:
         run.restore(*found)
         return f"resumed at step {run.step} from {found[1]}"
@@ -386,4 +386,5 @@ def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:
 
 
 if __name__ == "__main__":
+    stop_early_when_asked()
     run_main(main)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class BrokenVolumeError(ValueError):
-    """A volume that could not be read; the dataset reports it once and draws another pair."""
+    """A crop that could not be read; the dataset reports its volume once and draws another pair."""
 
 
 class PairedCropDataset(Dataset):
@@ -58,8 +58,8 @@ class PairedCropDataset(Dataset):
         hu_max: float = 225.0,
         mask_ratio: float = 0.75,
         mask_block: int = 16,
-        min_score: float = 0.7,
-        max_cycle_mm: float = 15.0,
+        min_score: float = PairingOptions.min_score,
+        max_cycle_mm: float = PairingOptions.max_cycle_mm,
         iou_range: Sequence[float] = (0.3, 0.6),
         jitter_mm: float = 10.0,
         max_outside: float = 0.25,
@@ -155,15 +155,18 @@ class PairedCropDataset(Dataset):
         return int(self._deal[1][position])
 
     def _cut(self, name: str, point_mm: np.ndarray) -> np.ndarray:
-        """An int16 HU crop; a volume that cannot be read is marked, reported once, and never touched again."""
-        index = self._store_index[name]
-        if self._is_broken[index]:
-            raise BrokenVolumeError(f"case {name}: reported before")
+        """An int16 HU crop; a volume that cannot be read is marked and reported once.
+
+        Each crop is tried, whatever happened to others of its volume. A volume with one damaged chunk would otherwise
+        be left out from the moment on at which this process met it, and samples would depend on workers and restarts.
+        """
         try:
             return cut(self.store, name, point_mm, self.roi)
         except (OSError, StoreError) as error:
-            self._is_broken[index] = True
-            logger.warning("case %s cannot be read and is left out from now on: %s", name, error)
+            index = self._store_index[name]
+            if not self._is_broken[index]:
+                self._is_broken[index] = True
+                logger.warning("case %s cannot be read; other pairs take the place of its own: %s", name, error)
             raise BrokenVolumeError(f"case {name}: {error}") from error
 
     def _sample(

@@ -2,20 +2,26 @@
 
 A run's folder holds `checkpoint.pth` (the latest), `checkpoint_previous.pth` (the one before) and, where asked for,
 numbered ones (`checkpoint0010.pth`) that stay. At every moment at least one complete checkpoint exists once the first
-was written: the new file is complete and on disk before any name changes. Everything loads with `weights_only=True`,
-so that a checkpoint can carry no code.
+was written: the new file is complete and on disk before any name changes, and a damaged one that a resumed run met is
+set aside as `checkpoint.pth.damaged`, lest it push the good one out. Everything loads with `weights_only=True`, so that
+a checkpoint can carry no code, and with the checksums of its parts compared, which `torch.load` does not do.
 """
 
+import contextlib
 import os
 import pickle
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 
+from engine.distributed import World, main_decides
+
 LATEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
+DAMAGED = LATEST + ".damaged"
 
 
 class CheckpointError(ValueError):
@@ -43,21 +49,22 @@ def save_checkpoint(state: dict, output_dir: str | Path, keep_as: str | None = N
             copy_aside = folder / (keep_as + ".tmp")
             shutil.copyfile(aside, copy_aside)
             copy_aside.replace(folder / keep_as)
+        if (folder / LATEST).exists():
+            (folder / LATEST).replace(folder / PREVIOUS)
+        aside.replace(folder / LATEST)
+        sync_folder(folder)
     except (OSError, RuntimeError) as error:
         # torch's zip writer turns a full disk into RuntimeError.
-        for leftover in folder.glob("*.pth.tmp"):
-            leftover.unlink(missing_ok=True)
-        kept = folder / LATEST
+        with contextlib.suppress(OSError):
+            for leftover in folder.glob("*.pth.tmp"):
+                leftover.unlink(missing_ok=True)
+        kept = [path for name in (LATEST, PREVIOUS) if (path := folder / name).exists()]
         warnings.warn(
-            f"could not write a checkpoint to {folder} ({str(error).splitlines()[0]}); "
-            + (f"{kept} from before is kept" if kept.exists() else "there is none from before"),
+            f"could not write a checkpoint to {folder} ({first_line(error)}); "
+            + (f"{kept[0]} from before is kept" if kept else "there is none from before"),
             stacklevel=2,
         )
         return False
-    if (folder / LATEST).exists():
-        (folder / LATEST).replace(folder / PREVIOUS)
-    aside.replace(folder / LATEST)
-    sync_folder(folder)
     return True
 
 
@@ -92,10 +99,11 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
+        check_parts(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(unreadable(path, error)) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a complete checkpoint ({first_line(error)})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}; expected the dict that main_ddp.py writes")
@@ -103,6 +111,20 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict:
         found = f"kind {state['kind']!r}" if "kind" in state else f"keys {', '.join(map(str, list(state)[:5]))} ..."
         raise CheckpointError(f"{path}: not a checkpoint of kind {kind!r} (found {found})")
     return state
+
+
+def check_parts(path: Path) -> None:
+    """Compare the checksum of every part of a checkpoint (a zip archive); older formats have none and pass.
+
+    Raises:
+        ValueError: a part differs: bytes of the file have changed since it was written.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of its part {damaged} is wrong: the file was damaged")
 
 
 def unreadable(path: Path, error: Exception) -> str:
@@ -123,6 +145,8 @@ def first_line(error: Exception) -> str:
 def find_resumable(output_dir: str | Path, kind: str) -> tuple[dict, Path] | None:
     """The newest readable checkpoint of a run's folder: the latest, else (with a warning) the one before.
 
+    Where the one before is used, the damaged latest is renamed to `DAMAGED`. Call it on rank 0 only.
+
     Returns:
         (state, path), or None where the folder holds no checkpoint at all.
 
@@ -133,15 +157,44 @@ def find_resumable(output_dir: str | Path, kind: str) -> tuple[dict, Path] | Non
     problems = []
     for path in candidates:
         try:
-            return load_checkpoint(path, kind), path
+            state = load_checkpoint(path, kind)
         except CheckpointError as error:
             problems.append(str(error))
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+            continue
+        if problems:
+            with contextlib.suppress(OSError):
+                (Path(output_dir) / LATEST).replace(Path(output_dir) / DAMAGED)
+        return state, path
     if problems:
         raise CheckpointError(
             "no checkpoint of this run can be read: " + "; ".join(problems) + ". Start over with --resume none"
         )
     return None
+
+
+def find_resumable_together(output_dir: str | Path, kind: str, world: World) -> tuple[dict, Path] | None:
+    """`find_resumable` for all ranks: rank 0 chooses, so that no two ranks go on from different steps.
+
+    Raises:
+        CheckpointError: as `find_resumable`; or a rank cannot read the file that rank 0 chose.
+    """
+    found = []
+
+    def choose() -> str | None:
+        found.append(find_resumable(output_dir, kind))
+        return None if found[0] is None else str(found[0][1])
+
+    path = main_decides(world, choose)
+    if found or path is None:
+        return found[0] if found else None
+    try:
+        return load_checkpoint(path, kind), Path(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"rank {world.rank} cannot read what rank 0 resumes from: {error}. Every node needs --output_dir on a disk "
+            "that all of them see"
+        ) from error
 
 
 def load_strictly(module: torch.nn.Module, state_dict: dict, what: str, path: str | Path) -> None:

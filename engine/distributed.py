@@ -6,6 +6,7 @@ losses' own reductions touch `torch.distributed`.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -136,6 +137,22 @@ def gather_objects(value: object) -> list:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def main_decides(world: World, decide: Callable[[], object]) -> object:
+    """What `decide()` returns on rank 0 (a picklable value), on every rank; a ValueError is raised on all of them."""
+    if not has_group():
+        return decide()
+    told: list = [None, None]
+    if world.is_main:
+        try:
+            told[0] = decide()
+        except ValueError as error:
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -7,6 +7,8 @@ until a logging step reads them all at once.
 import json
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,6 +73,8 @@ class Clock:
 class RunLog:
     """Progress line, log.txt and TensorBoard of one run.
 
+    Where a file cannot be written (the disk is full), a warning says so once, and the training goes on.
+
     Args:
         output_dir: log.txt and the TensorBoard files go here.
         num_steps: length of the whole run.
@@ -87,6 +91,7 @@ class RunLog:
         self.is_live = sys.stderr.isatty()
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not self.is_live, dynamic_ncols=True)
         self.writer = None
+        self._warned: set[str] = set()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -102,11 +107,14 @@ class RunLog:
 
     def record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Write values to log.txt and TensorBoard, and show them. `kind`: train, epoch or validation."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+        except OSError as error:
+            self._warn_once(f"{self.path} cannot be written", error)
+        self._to_tensorboard(
+            lambda writer: [writer.add_scalar(f"{kind}/{name}", value, step) for name, value in values.items()]
+        )
         text = "  ".join(f"{name} {format_value(value)}" for name, value in values.items())
         if self.is_live and kind == "train":
             self.bar.set_postfix_str(text)
@@ -115,13 +123,26 @@ class RunLog:
 
     def image(self, name: str, image, step: int) -> None:
         """A picture for TensorBoard. `image`: uint8 array [height, width, 3]."""
-        if self.writer is not None:
-            self.writer.add_image(name, image, step, dataformats="HWC")
+        self._to_tensorboard(lambda writer: writer.add_image(name, image, step, dataformats="HWC"))
 
     def close(self) -> None:
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        self._to_tensorboard(lambda writer: writer.close())
+
+    def _to_tensorboard(self, write: Callable) -> None:
+        """Let `write` use the TensorBoard writer; once that has failed, there is none for the rest of the run."""
+        try:
+            if self.writer is not None:
+                write(self.writer)
+        except OSError as error:
+            self.writer = None
+            self._warn_once("TensorBoard files cannot be written", error)
+
+    def _warn_once(self, what: str, error: OSError) -> None:
+        """Say once what failed and why."""
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"{what} ({error.strerror or error}); the run goes on without", stacklevel=3)
 
 
 class SilentLog:

@@ -1,7 +1,8 @@
 """Asked to stop: SIGTERM and SIGUSR1 (Slurm's warning before the time limit) end a run at the next step's end.
 
 The loop then writes a checkpoint and the program exits with `EXIT_INTERRUPTED`, so that a job script can tell "start me
-again" from success (0) and failure (anything else).
+again" from success (0) and failure (anything else). Before the first step there is nothing to save, and the program
+exits with the same code at once.
 """
 
 import signal
@@ -10,6 +11,17 @@ from types import FrameType
 # EX_TEMPFAIL of sysexits.h: a temporary end, try again.
 EXIT_INTERRUPTED = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def exit_until_trained(number: int, frame: FrameType | None) -> None:
+    """The handler of a program that starts up."""
+    raise SystemExit(EXIT_INTERRUPTED)
+
+
+def stop_early_when_asked() -> None:
+    """From now on a stop signal ends the program with `EXIT_INTERRUPTED`, except inside of a `StopRequest`."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, exit_until_trained)
 
 
 class StopRequest:

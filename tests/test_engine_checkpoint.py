@@ -27,16 +27,31 @@ def test_numbered_copy_stays(tmp_path):
     assert ck.load_checkpoint(tmp_path / "checkpoint0010.pth", "alice")["step"] == 1
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage"])
+def damaged(content: bytes, damage: str) -> bytes:
+    """The bytes of a checkpoint after an accident; "flip" is one bit of a tensor, which torch.load takes as it is."""
+    if damage == "flip":
+        at = content.index(b"\x00\x00\x00\x40") + 3  # a float32 of 2.0
+        return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    return {"truncate": content[: len(content) // 2], "empty": b"", "garbage": b"no checkpoint"}[damage]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage", "flip"])
 def test_damaged_latest_falls_back_with_a_warning(tmp_path, damage):
     ck.save_checkpoint(state(1), tmp_path)
     ck.save_checkpoint(state(2), tmp_path)
     latest = tmp_path / ck.LATEST
     content = latest.read_bytes()
-    latest.write_bytes({"truncate": content[: len(content) // 2], "empty": b"", "garbage": b"no checkpoint"}[damage])
+    latest.write_bytes(damaged(content, damage))
+    if damage == "flip":
+        assert torch.load(latest, weights_only=True)["student"]["weight"][0] != 2.0
     with pytest.warns(UserWarning, match="trying the checkpoint before it"):
         found, path = ck.find_resumable(tmp_path, "alice")
     assert found["step"] == 1 and path.name == ck.PREVIOUS
+    assert (tmp_path / ck.DAMAGED).read_bytes() == damaged(content, damage)
+    # The damaged one must not push the good one out.
+    ck.save_checkpoint(state(3), tmp_path)
+    assert ck.load_checkpoint(tmp_path / ck.PREVIOUS)["step"] == 1
+    assert ck.load_checkpoint(tmp_path / ck.LATEST)["step"] == 3
 
 
 def test_killed_between_the_renames_resumes_from_previous(tmp_path):
@@ -69,6 +84,22 @@ def test_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch, e
         assert not ck.save_checkpoint(state(2), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [ck.LATEST]
     assert ck.load_checkpoint(tmp_path / ck.LATEST)["step"] == 1
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_the_file_keeps_the_old_checkpoint(tmp_path):
+    """No stand-in here: the kernel ends the write after 200 kB, through PyTorch's own zip writer."""
+    resource = pytest.importorskip("resource")
+    ck.save_checkpoint(state(1), tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.warns(UserWarning, match=f"could not write a checkpoint.*{ck.LATEST} from before is kept"):
+            assert not ck.save_checkpoint(state(2) | {"large": torch.ones(500, 500)}, tmp_path, keep_as="kept.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == [ck.LATEST]
+    assert ck.load_checkpoint(tmp_path / ck.LATEST)["step"] == 1
+    assert ck.save_checkpoint(state(3), tmp_path)  # room again
 
 
 class Foreign:

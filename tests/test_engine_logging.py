@@ -3,6 +3,7 @@
 import json
 import time
 
+import pytest
 import torch
 
 from engine.distributed import World
@@ -47,6 +48,21 @@ def test_log_lines_are_json_and_appear_once_after_a_resume(tmp_path):
     log.record("train", 6, 0, {"loss": 0.5})
     log.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 0.5), (4, 0.25), (6, 0.5)]
+
+
+def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path):
+    log = RunLog(tmp_path, num_steps=3, tensorboard=False)
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+
+    class Full:
+        def add_scalar(self, *_):
+            raise OSError(28, "No space left on device")
+
+    log.writer = Full()
+    with pytest.warns(UserWarning, match="No space left on device.*goes on") as told:
+        for step in (1, 2, 3):
+            log.record("train", step, 0, {"loss": 1.0})
+    assert len(told) == 2 and log.writer is None  # log.txt and TensorBoard
 
 
 def test_only_rank_zero_writes(tmp_path):
