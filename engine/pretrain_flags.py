@@ -7,6 +7,7 @@ patient's left), roi_y along H (posterior), roi_z along D (superior).
 from collections.abc import Callable
 from pathlib import Path
 
+from datasets.pairings import PairingOptions
 from engine.flags import add_switch, make_parser
 from engine.schedules import peak_lr
 
@@ -51,8 +52,18 @@ def add_view_flags(group, pairings: list[str]) -> None:
     add("--a_max", type=float, default=225.0, help="HU that becomes 1")
     add("--mask_ratio", type=float, default=0.75, help="share of blocks hidden from the student; 0 = off")
     add("--mask_block", type=int, default=16, help="side of a mask block, voxels")
-    add("--min_score", type=float, default=0.7, help="lowest score of a matched pair, -1 to 1; -1 = any")
-    add("--max_cycle_mm", type=float, default=15.0, help="largest cycle error of a matched pair, mm; 1e6 = any")
+    add(
+        "--min_score",
+        type=float,
+        default=PairingOptions.min_score,
+        help="lowest score of a matched pair, -1 to 1; -1 = any",
+    )
+    add(
+        "--max_cycle_mm",
+        type=float,
+        default=PairingOptions.max_cycle_mm,
+        help="largest cycle error of one, mm; 1e6 = any",
+    )
     add("--iou_range", type=float, nargs=2, default=[0.3, 0.6], help="IoU of two crops of one volume, low high")
     add("--jitter_mm", type=float, default=10.0, help="random shift of both crops of a pair, mm; 0 = off")
     add_switch(group, "--augment", True, "intensity augmentation, another one for every view")
@@ -137,12 +148,8 @@ def add_running_flags(group) -> None:
     )
     add_switch(group, "--use_fp16", False, "short for --precision fp16")
     add_switch(group, "--use_checkpoint", False, "recompute activations instead of keeping them: less memory, slower")
-    add_switch(
-        group, "--channels_last", False, "3-D convolutions in channels-last layout: same numbers, other speed"
-    )
-    add_switch(
-        group, "--cudnn_benchmark", False, "cuDNN tries its algorithms at the first step, and keeps the fastest"
-    )
+    add_switch(group, "--channels_last", False, "3-D convolutions in channels-last layout: same numbers, other speed")
+    add_switch(group, "--cudnn_benchmark", False, "cuDNN tries its algorithms at the first step, and keeps the fastest")
     add_switch(group, "--compile", False, "torch.compile: a slow first step, then faster ones; needs a C++ compiler")
     add(
         "--nan_policy",

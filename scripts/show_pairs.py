@@ -22,7 +22,7 @@ from datasets.augment import AugmentOptions
 from datasets.correspondences import CorrespondenceTable
 from datasets.pair_sheet import draw_pair_sheet
 from datasets.pair_statistics import PairStatistics
-from datasets.pairings import PAIRINGS
+from datasets.pairings import PAIRINGS, PairingOptions
 from datasets.pairs import PairedCropDataset
 from datasets.volume_store import VolumeStore
 from engine.flags import RunInfo, add_switch, make_parser, run_main
@@ -38,8 +38,8 @@ def make_flags() -> jsonargparse.ArgumentParser:
     data.add_argument("--output", type=str, required=True, help="picture to write (.png, .pdf)")
     pairs = parser.add_argument_group("pairs")
     pairs.add_argument("--pairing", type=str, choices=sorted(PAIRINGS), default="sam", help="how two views are paired")
-    pairs.add_argument("--min_score", type=float, default=0.7, help="lowest score of a matched pair; -1 = any")
-    pairs.add_argument("--max_cycle_mm", type=float, default=15.0, help="largest cycle error, mm; 1e6 = any")
+    pairs.add_argument("--min_score", type=float, default=PairingOptions.min_score, help="lowest score; -1 = any")
+    pairs.add_argument("--max_cycle_mm", type=float, default=PairingOptions.max_cycle_mm, help="largest, mm; 1e6 = any")
     pairs.add_argument("--iou_range", type=float, nargs=2, default=[0.3, 0.6], help="IoU of two crops of one volume")
     pairs.add_argument("--jitter_mm", type=float, default=10.0, help="random shift of both crops, mm; 0 = off")
     pairs.add_argument("--seed", type=int, default=0, help="decides every choice")
