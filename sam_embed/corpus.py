@@ -6,7 +6,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.nifti import CTReadError, Volume
+from datasets.store_format import StoreError
 from sam_embed.checkpoint import EmbedderInfo
+from sam_embed.compact import FP16, Storage
 from sam_embed.embed import embed_volume
 from sam_embed.embedding_store import save_embedding, stored_fingerprint
 from sam_embed.network import AnatomicalEmbedder
@@ -22,6 +24,7 @@ def embed_corpus(
     rank: int = 0,
     world_size: int = 1,
     overwrite: bool = False,
+    storage: Storage = FP16,
 ) -> dict:
     """Write `<embed_dir>/<case>.safetensors` for this rank's share of the cases.
 
@@ -31,22 +34,25 @@ def embed_corpus(
         read: case name -> its volume.
         memory_mb: as for `embed_volume`.
         overwrite: embed cases again that have an embedding by the same weights.
+        storage: form of the files written. Finished cases are kept in whatever form they have: forms may be mixed.
 
     Returns:
         `written` and `reused` (lists of names) and `failed` (name -> reason: files that cannot be read are skipped).
     """
-    report = {"written": [], "reused": [], "failed": {}}
-    bar = tqdm(names[rank::world_size], desc="embedding", unit="case", disable=rank > 0)
+    share = names[rank::world_size]
+    is_done = {name: not overwrite and stored_fingerprint(embed_dir, name) == info.fingerprint for name in share}
+    report = {"written": [], "reused": [name for name in share if is_done[name]], "failed": {}}
+    missing = [name for name in share if not is_done[name]]
+    # Finished cases count as done from the start, so that the remaining time is foretold by the others alone.
+    done, total = len(report["reused"]), len(share)
+    bar = tqdm(missing, desc="embedding", unit="case", initial=done, total=total, disable=rank > 0)
     for name in bar:
         bar.set_postfix_str(name)
-        if not overwrite and stored_fingerprint(embed_dir, name) == info.fingerprint:
-            report["reused"].append(name)
-            continue
         try:
             volume = read(name)
-        except CTReadError as error:
+        except (CTReadError, StoreError) as error:
             report["failed"][name] = str(error)
             continue
-        save_embedding(embed_dir, embed_volume(network, volume, info, memory_mb, name))
+        save_embedding(embed_dir, embed_volume(network, volume, info, memory_mb, name), storage)
         report["written"].append(name)
     return report

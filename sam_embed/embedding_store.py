@@ -1,7 +1,8 @@
 """Embeddings of whole volumes: what they hold, where their voxels lie, and their files.
 
-One file per case, `<embed_dir>/<case>.safetensors`: half-precision tensors and a JSON header. Reading it runs no code;
-it is written aside and renamed, so that a file that exists is whole.
+One file per case, `<embed_dir>/<case>.safetensors`: half-precision tensors, or the small codes of `sam_embed.compact`,
+and a JSON header. Files of all forms may lie in one folder: loading decodes them. Reading a file runs no code; it is
+written aside and renamed, so that a file that exists is whole.
 """
 
 import json
@@ -17,9 +18,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from datasets.files import write_bytes
+from sam_embed.compact import FP16, Storage, pack, unpack
+from sam_embed.compact_codes import CompactError
 
 SUFFIX = ".safetensors"
 FORMAT = "sam_embed.embedding.1"
+COMPACT_FORMAT = "sam_embed.embedding.2"
 LENGTH_SLICES = 4  # fine slices for which all coarse channels are interpolated at a time
 
 
@@ -130,33 +134,50 @@ def embedded_cases(embed_dir: str | Path) -> list[str]:
     return sorted(path.name.removesuffix(SUFFIX) for path in Path(embed_dir).glob(f"*{SUFFIX}"))
 
 
-def save_embedding(embed_dir: str | Path, embedding: Embedding) -> Path:
+def save_embedding(embed_dir: str | Path, embedding: Embedding, storage: Storage = FP16) -> Path:
     """Write one case's file aside and rename it."""
     path = embedding_path(embed_dir, embedding.name)
+    parts, described = embedding.tensors(), ""
+    if storage.form != FP16.form:
+        parts, described = pack(parts, storage)
     header = {
-        "format": FORMAT,
+        "format": COMPACT_FORMAT if described else FORMAT,
         "name": embedding.name,
         "fingerprint": embedding.fingerprint,
         "fine_affine": json.dumps(np.asarray(embedding.fine_affine).tolist()),
         "coarse_affine": json.dumps(np.asarray(embedding.coarse_affine).tolist()),
     }
-    contiguous = {name: tensor.contiguous() for name, tensor in embedding.tensors().items()}
+    if described:
+        header["compact"] = described
+    contiguous = {name: tensor.contiguous() for name, tensor in parts.items()}
     write_bytes(path, save(contiguous, metadata=header))
     return path
 
 
 def stored_fingerprint(embed_dir: str | Path, name: str) -> str | None:
     """The fingerprint of the weights behind a stored embedding; None where there is no usable file."""
-    path = embedding_path(embed_dir, name)
+    return _stored_header(embed_dir, name).get("fingerprint")
+
+
+def stored_form(embed_dir: str | Path, name: str) -> str | None:
+    """The form ("fp16", "pca", ...) of a stored embedding; None where there is no usable file."""
+    header = _stored_header(embed_dir, name)
+    if header.get("format") == COMPACT_FORMAT:
+        return json.loads(header["compact"])["storage"]["form"]
+    return FP16.form if header.get("format") == FORMAT else None
+
+
+def _stored_header(embed_dir: str | Path, name: str) -> dict[str, str]:
+    """A file's header without its tensors; empty where there is no usable file."""
     try:
-        with safe_open(path, framework="pt") as stored:
-            return (stored.metadata() or {}).get("fingerprint")
+        with safe_open(embedding_path(embed_dir, name), framework="pt") as stored:
+            return stored.metadata() or {}
     except (FileNotFoundError, SafetensorError):
-        return None
+        return {}
 
 
 def load_embedding(embed_dir: str | Path, name: str) -> Embedding:
-    """Read one case's embedding.
+    """Read one case's embedding, decoded to half precision.
 
     Raises:
         EmbeddingError: no such file, a damaged one, or one of another kind.
@@ -168,10 +189,12 @@ def load_embedding(embed_dir: str | Path, name: str) -> Embedding:
         with safe_open(path, framework="pt") as stored:
             header = stored.metadata() or {}
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
+        if header.get("format") == COMPACT_FORMAT:
+            tensors = unpack(tensors, header["compact"])
+    except (SafetensorError, CompactError) as error:
         raise EmbeddingError(f"{path}: damaged embedding file ({error}); delete it and embed the case again") from error
-    if header.get("format") != FORMAT:
-        raise EmbeddingError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
+    if header.get("format") not in (FORMAT, COMPACT_FORMAT):
+        raise EmbeddingError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r} or {COMPACT_FORMAT!r}")
     return Embedding(
         name=header["name"],
         fine=tensors["fine"],

@@ -6,7 +6,8 @@
         --embed_dir embeddings --precision bf16
 
 The checkpoint is the authors' SAM.pth or one by scripts/train_sam.py; it says how volumes are prepared. May be stopped
-and run again: finished cases are kept as long as the weights are the same.
+and run again: finished cases are kept as long as the weights are the same, in whatever form they are stored (forms mix
+freely, as files are decoded when they are loaded; --overwrite makes them anew in the form of --storage).
 """
 
 import os
@@ -22,8 +23,10 @@ from engine.distributed import pick_device
 from engine.flags import RunInfo, add_switch, make_parser, run_main
 from sam_embed.case_source import SECTIONS, open_cases
 from sam_embed.checkpoint import load_embedder
+from sam_embed.compact import add_storage_flags, storage_of
 from sam_embed.corpus import embed_corpus
 from sam_embed.embed import PRECISIONS, for_inference
+from sam_embed.embedding_store import stored_form
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
@@ -37,6 +40,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     data.add_argument("--sections", type=str, nargs="+", default=list(SECTIONS), help="sections of the list")
     data.add_argument("--embed_dir", type=str, required=True, help="folder of the embeddings; made if missing")
     add_switch(data, "--overwrite", False, "embed cases again that have an embedding by these weights")
+    add_storage_flags(parser.add_argument_group("form on disk"))
     run = parser.add_argument_group("run")
     run.add_argument("--memory_mb", type=float, default=2048.0, help="working memory of a volume's first layers, MB")
     run.add_argument("--precision", type=str, default="fp32", choices=list(PRECISIONS), help="bf16 suits GPUs")
@@ -44,9 +48,16 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
+def _other_forms(flags: jsonargparse.Namespace, report: dict) -> str:
+    """A hint where cases that were there already are stored in another form than --storage."""
+    others = [name for name in report["reused"] if stored_form(flags.embed_dir, name) != flags.storage]
+    return f"; {len(others)} are not stored as {flags.storage}, --overwrite would change that" if others else ""
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    storage = storage_of(flags)
     cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections)
     network, info = load_embedder(flags.checkpoint_file)
     network = for_inference(network, flags.precision).to(
@@ -55,13 +66,22 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         RunInfo.collect(flags).write(flags.embed_dir, "embed_run.json")
     report = embed_corpus(
-        network, info, cases.names, cases.read, flags.embed_dir, flags.memory_mb, rank, world_size, flags.overwrite
+        network,
+        info,
+        cases.names,
+        cases.read,
+        flags.embed_dir,
+        flags.memory_mb,
+        rank,
+        world_size,
+        flags.overwrite,
+        storage,
     )
     for name, reason in report["failed"].items():
         print(f"failed {name}: {reason}", file=sys.stderr)
     print(
         f"{flags.embed_dir}: rank {rank} of {world_size} embedded {len(report['written'])} cases, "
-        f"{len(report['reused'])} were there already, {len(report['failed'])} failed"
+        f"{len(report['reused'])} were there already, {len(report['failed'])} failed{_other_forms(flags, report)}"
     )
     if report["failed"] and not (report["written"] or report["reused"]):
         raise ValueError(f"{flags.embed_dir}: no case could be embedded; the reasons are above")

@@ -5,7 +5,8 @@
 
 A pickle belongs to the case of its file name, else of the name stored in it. The CT gives the geometry: the pickle must
 have been made from the whole volume at 2 mm, axes (z, y, x). Nothing in a pickle is executed; one that holds more than
-tensors, arrays and plain values is refused. May be stopped and run again: finished cases are kept.
+tensors, arrays and plain values is refused. May be stopped and run again: finished cases are kept. Stored in a small
+form (--storage), in which matches differ a little; `--storage fp16` keeps the pickles' own precision.
 """
 
 import sys
@@ -23,6 +24,7 @@ from datasets.store_format import StoreError
 from engine.flags import RunInfo, add_switch, make_parser, run_main
 from sam_embed.case_source import SECTIONS, CaseSource, open_cases
 from sam_embed.checkpoint import load_embedder
+from sam_embed.compact import FP16, Storage, add_storage_flags, storage_of
 from sam_embed.embedding_store import save_embedding, stored_fingerprint
 from sam_embed.published_pickle import PublishedPickleError, read_published, to_embedding
 
@@ -47,6 +49,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     data.add_argument("--sections", type=str, nargs="+", default=list(SECTIONS), help="sections of the list")
     data.add_argument("--store_dir", type=str | None, default=None, help="volume store; else the files are read")
     add_switch(data, "--overwrite", False, "import cases again that have an imported embedding")
+    add_storage_flags(parser.add_argument_group("form on disk"))
     return parser
 
 
@@ -65,7 +68,12 @@ def find_pickles(pickle_dir: str | Path) -> list[Path]:
 
 
 def import_all(
-    pickles: Sequence[Path], cases: CaseSource, embed_dir: str | Path, fingerprint: str, overwrite: bool = False
+    pickles: Sequence[Path],
+    cases: CaseSource,
+    embed_dir: str | Path,
+    fingerprint: str,
+    overwrite: bool = False,
+    storage: Storage = FP16,
 ) -> dict:
     """Import every pickle.
 
@@ -78,7 +86,7 @@ def import_all(
     for path in bar:
         bar.set_postfix_str(path.name)
         try:
-            name, kind = _import_one(path, cases, embed_dir, fingerprint, overwrite, owner)
+            name, kind = _import_one(path, cases, embed_dir, fingerprint, overwrite, storage, owner)
             report[kind].append(name)
         except (PublishedPickleError, CTReadError, StoreError) as error:
             report["failed"][str(path)] = str(error)
@@ -86,7 +94,13 @@ def import_all(
 
 
 def _import_one(
-    path: Path, cases: CaseSource, embed_dir: str | Path, fingerprint: str, overwrite: bool, owner: dict[str, Path]
+    path: Path,
+    cases: CaseSource,
+    embed_dir: str | Path,
+    fingerprint: str,
+    overwrite: bool,
+    storage: Storage,
+    owner: dict[str, Path],
 ) -> tuple[str, str]:
     """The case's name and whether it was "written" or "reused"; `owner` remembers which pickle was whose."""
     name = _case_called(path.name.removesuffix(path.suffix), cases)
@@ -106,7 +120,7 @@ def _import_one(
     published = published or read_published(path)
     if _case_called(published.name or "", cases) not in (None, name):
         raise PublishedPickleError(f"{path}: its file name says {name}, its content says {published.name}")
-    save_embedding(embed_dir, to_embedding(published, cases.read(name), name, fingerprint, path))
+    save_embedding(embed_dir, to_embedding(published, cases.read(name), name, fingerprint, path), storage)
     return name, "written"
 
 
@@ -119,11 +133,12 @@ def _case_called(text: str, cases: CaseSource) -> str | None:
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
+    storage = storage_of(flags)
     pickles = find_pickles(flags.pickle_dir)
     cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections)
     fingerprint = load_embedder(flags.checkpoint_file)[1].fingerprint if flags.checkpoint_file else UNKNOWN_WEIGHTS
     RunInfo.collect(flags).write(flags.embed_dir, "import_run.json")
-    report = import_all(pickles, cases, flags.embed_dir, fingerprint, flags.overwrite)
+    report = import_all(pickles, cases, flags.embed_dir, fingerprint, flags.overwrite, storage)
     for reason in report["failed"].values():
         print(f"failed {reason}", file=sys.stderr)
     print(

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from datasets.geometry import index_to_world
 from datasets.nifti import Volume, write_nifti
 from sam_embed.checkpoint import EmbedderInfo
+from sam_embed.compact import Storage
 from sam_embed.embed import embed_volume
-from sam_embed.embedding_store import embedded_cases, embedding_path, load_embedding
+from sam_embed.embedding_store import embedded_cases, embedding_path, load_embedding, stored_form
 from sam_embed.match import match_points
 from sam_embed.network import AnatomicalEmbedder
 from sam_embed.published_pickle import (
@@ -252,7 +253,7 @@ def command(corpus, *words: str) -> list[str]:
 
 
 def test_a_folder_is_imported_and_resumed(corpus, capsys):
-    import_embeddings.main(command(corpus))
+    import_embeddings.main(command(corpus, "--storage", "fp16"))
     printed = capsys.readouterr()
     assert embedded_cases(corpus / "embeddings") == ["case_1", "case_2", "case_7"]
     assert "imported 3 of 6" in printed.out and "3 failed" in printed.out
@@ -261,12 +262,15 @@ def test_a_folder_is_imported_and_resumed(corpus, capsys):
     assert (corpus / "embeddings" / "import_run.json").is_file()
     assert torch.equal(load_embedding(corpus / "embeddings", "case_7").fine, FINE[0])
     written = embedding_path(corpus / "embeddings", "case_1").stat().st_mtime_ns
+    size = embedding_path(corpus / "embeddings", "case_1").stat().st_size
     embedding_path(corpus / "embeddings", "case_2").unlink()
     import_embeddings.main(command(corpus))
     assert "imported 1 of 6 pickles, 2 were there" in capsys.readouterr().out
     assert embedding_path(corpus / "embeddings", "case_1").stat().st_mtime_ns == written
     import_embeddings.main(command(corpus, "--overwrite"))
     assert "imported 3 of 6" in capsys.readouterr().out
+    assert stored_form(corpus / "embeddings", "case_7") == Storage().form
+    assert embedding_path(corpus / "embeddings", "case_1").stat().st_size * 2 < size
 
 
 def test_a_name_inside_that_contradicts_the_file_name_is_refused(corpus, capsys):
