@@ -52,6 +52,7 @@ def draw(scores: Scores, num_seeds: int, path: Path) -> None:
     axes.set_xlabel("labelled cases")
     axes.set_ylabel("Dice, mean over organs (%)")
     axes.set_title(f"{len(scores.cases)} held-out phantoms, mean ± std over {num_seeds} seeds", fontsize=10)
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     buffer = io.BytesIO()

@@ -27,6 +27,7 @@ from datasets.files import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_LOG_LINES = 15
+INDECISIVE = ("--num_workers", "--device")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -68,9 +69,9 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Changes with everything that decides the result."""
-        words = [[call.module, *call.words] for call in self.calls]
-        told = json.dumps([words, [job.key for job in self.after]])
+        """Changes with everything that decides the result, not with how many processes make it."""
+        decisive = [[call.module, *without_flags(call.words, INDECISIVE)] for call in self.calls]
+        told = json.dumps([decisive, [job.key for job in self.after]])
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
@@ -259,6 +260,12 @@ def read_records(records: Records) -> dict[str, dict]:
         if "seconds" in record:
             found[f"{path.parent.name}/{path.stem}"] = record
     return found
+
+
+def without_flags(given: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Words of a command line without some flags and the one value of each."""
+    dropped = {place + offset for place, word in enumerate(given) if word in names for offset in (0, 1)}
+    return [word for place, word in enumerate(given) if place not in dropped]
 
 
 def words(**flags: object) -> tuple[str, ...]:

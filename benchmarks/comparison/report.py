@@ -11,6 +11,7 @@ from benchmarks.comparison.figure import draw
 from benchmarks.comparison.jobs import Records, read_records
 from benchmarks.comparison.results import (
     Comparison,
+    PretrainingEnd,
     Scores,
     compare_all,
     points,
@@ -40,7 +41,7 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
         "dice": {arm: {str(k): dice_summary(scores, arm, k) for k in scores.shots} for arm in scores.arms},
         "test_cases": scores.cases,
         "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons],
-        "pretraining": ends,
+        "pretraining": {arm: dataclasses.asdict(end) for arm, end in ends.items()},
         "seconds": seconds,
     }
     write_text(folder / SUMMARY, json.dumps(without_nan(summary), indent=1) + "\n")
@@ -55,9 +56,10 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
         "Paired differences in Dice points over the test cases (each averaged over seeds), 95 % bootstrap interval, "
         "two-sided Wilcoxon signed-rank test, not corrected for their number:",
         comparison_table(comparisons, scores.shots),
-        f"How the pretrainings ended (means of the last epoch; log K = {math.log(128):.2f} is uniform for "
-        "entropy and for the cls and token losses):",
+        "How the pretrainings ended (means of the last epoch; `start_`: of the first; a uniform distribution has "
+        "entropy log K and costs log K in the cls and token losses):",
         monitor_table(ends),
+        "\n".join(f"- {arm}: {warning}" for arm, end in ends.items() for warning in end.warnings) or "No collapse.",
         "Time, seconds: from the stage's first job to the end of its last, and all its jobs added up:",
         time_table(seconds),
         "Settings: " + ", ".join(f"{name} {value}" for name, value in summary["settings"].items()),
@@ -102,11 +104,17 @@ def comparison_table(comparisons: list[Comparison], shots: tuple[int, ...]) -> s
     return markdown(["", *(f"{k} labelled" for k in shots)], lines)
 
 
-def monitor_table(ends: dict[str, dict[str, float]]) -> str:
+def monitor_table(ends: dict[str, PretrainingEnd]) -> str:
     """One row a monitor, one column an arm."""
-    names = list(dict.fromkeys(name for end in ends.values() for name in end))
-    lines = [[name, *(f"{end[name]:.4g}" if name in end else "–" for end in ends.values())] for name in names]
+    names = list(dict.fromkeys(name for end in ends.values() for name in end.values))
+    lines = [["log K", *(f"{math.log(end.out_dim):.2f}" for end in ends.values())]]
+    lines += [[name, *(number(end.values.get(name)) for end in ends.values())] for name in names]
     return markdown(["", *ends], lines)
+
+
+def number(value: float | None) -> str:
+    """Four digits, or a dash."""
+    return "–" if value is None else f"{value:.4g}"
 
 
 def stage_seconds(records: Records) -> dict[str, dict[str, float]]:

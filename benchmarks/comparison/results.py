@@ -11,7 +11,8 @@ from scipy.stats import wilcoxon
 
 from benchmarks.comparison.arms import CLAIMS, SCRATCH
 from benchmarks.comparison.stages import Plan
-from engine.segmentation_metrics import case_means
+from engine.collapse import collapse_warnings
+from engine.segmentation_metrics import case_means, nan_mean
 from engine.segmentation_report import CASES, read_scores
 
 NUM_RESAMPLES = 10_000
@@ -36,11 +37,11 @@ class Scores:
 
     def by_seed(self, arm: str, shots: int) -> np.ndarray:
         """Mean over cases [seeds]."""
-        return np.nanmean(self.dice[arm, shots], axis=1)
+        return np.array([nan_mean(list(row)) for row in self.dice[arm, shots]])
 
     def by_case(self, arm: str, shots: int) -> np.ndarray:
         """Mean over seeds [cases]."""
-        return np.nanmean(self.dice[arm, shots], axis=0)
+        return np.array([nan_mean(list(column)) for column in self.dice[arm, shots].T])
 
 
 def read_dice(plan: Plan) -> Scores:
@@ -134,19 +135,35 @@ def points(comparison: Comparison) -> str:
     return f"{100 * c.gain:+.1f} [{100 * c.low:.1f}, {100 * c.high:.1f}], better on {c.num_won} of {c.num_cases}, {p}"
 
 
-def pretraining_ends(plan: Plan) -> dict[str, dict[str, float]]:
-    """Arm -> monitors: means over the last epoch, the held-out pairs' losses as `held_out_*`, steps and speed."""
-    return {arm: read_end(plan.run_folder("pretrain", arm) / "log.txt") for arm in plan.pretrain}
+@dataclass(frozen=True)
+class PretrainingEnd:
+    """How a pretraining went.
+
+    Attributes:
+        values: monitors: means of the last epoch; of the first one as `start_*`; of the held-out pairs as `held_out_*`.
+        out_dim: K; the log of it is what a uniform distribution costs.
+        warnings: what `engine.collapse` says of the last epoch.
+    """
+
+    values: dict[str, float]
+    out_dim: int
+    warnings: list[str]
 
 
-def read_end(log: Path) -> dict[str, float]:
-    """How a pretraining ended, by its log.txt."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    last = {
-        kind: next((x for x in reversed(lines) if x["kind"] == kind), {}) for kind in ("train", "epoch", "validation")
-    }
-    found = {name: last["epoch"][name] for name in MONITORS if name in last["epoch"]}
-    held_out = last.get("validation", {})
+def pretraining_ends(plan: Plan) -> dict[str, PretrainingEnd]:
+    """How the pretraining of every arm ended."""
+    return {arm: read_end(plan.run_folder("pretrain", arm)) for arm in plan.pretrain}
+
+
+def read_end(folder: Path) -> PretrainingEnd:
+    """How a pretraining ended, by its log.txt and run.json."""
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    first = next(line for line in lines if line["kind"] == "epoch")
+    last = {line["kind"]: line for line in lines}
+    end, held_out = last["epoch"], last.get("validation", {})
+    found = {name: end[name] for name in MONITORS if name in end}
+    found |= {f"start_{name}": first[name] for name in MONITORS if name.startswith("loss_") and name in first}
     found |= {f"held_out_{name}": held_out[name] for name in MONITORS if name in held_out}
-    found |= {name: last["train"][name] for name in ("samples_per_s", "data_wait_share") if name in last["train"]}
-    return found | {"step": last["epoch"]["step"]}
+    found |= {name: last["train"][name] for name in ("samples_per_s", "data_wait_share")}
+    out_dim = json.loads((folder / "run.json").read_text())["flags"]["out_dim"]
+    return PretrainingEnd(found | {"steps": end["step"]}, out_dim, collapse_warnings(found, out_dim))

@@ -34,7 +34,7 @@ class Settings:
     num_partners: int = flag(8, "key cases per query case of both tables")
     sam_config: str = flag("configs/sam_phantom.yaml", "recipe of the SAM training, without --sam_checkpoint")
     sam_flags: str = flag("--time_limit_min=2.5", "further flags of that training, in quotes")
-    pretrain_steps: int = flag(800, "optimiser steps of every pretraining")
+    pretrain_steps: int = flag(1000, "optimiser steps of every pretraining; above 20, multiples of 20")
     pretrain_batch: int = flag(8, "pairs per step")
     pretrain_lr: float = flag(1e-3, "peak learning rate of pretraining")
     pretrain_workers: int = flag(2, "loading processes of each pretraining; 0 = none")
@@ -57,7 +57,7 @@ PRESETS: dict[str, dict] = {
         **{"num_unlabelled": 32, "num_held_out": 4, "num_test": 8, "spacing_mm": 4.0, "roi": (32, 32, 32)},
         **{"backbone": "unet", "feature_size": 16, "num_points": 64, "pretrain_steps": 400, "pretrain_workers": 0},
         **{"sam_config": "configs/sam_quickstart.yaml", "sam_flags": "--time_limit_min=10 --steps=300"},
-        **{"finetune_steps": 300, "finetune_workers": 0, "num_parallel": 2},
+        **{"finetune_steps": 500, "finetune_workers": 0, "num_parallel": 2},
     },
     "smoke": {
         **{"num_unlabelled": 4, "num_held_out": 1, "num_labelled": 2, "num_test": 2, "spacing_mm": 8.0},

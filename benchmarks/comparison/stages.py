@@ -1,6 +1,8 @@
 """The stages of the comparison as jobs: every line here is a command of the README."""
 
+import math
 import shlex
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,7 @@ from benchmarks.comparison.settings import Settings
 LEARNING_STAGES = ("pretrain", "finetune")
 STEPS_PER_EPOCH = 20
 MAX_SHARDS = 8
+BATCHES_AHEAD = 2  # that each loading process holds
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,20 @@ class Plan:
         calls = (Call("scripts.train_sam", (*flags, *shlex.split(self.settings.sam_flags))),)
         return [Job("sam/train", calls, folder, (self.make_stores["unlabelled"],))]
 
+    def loaders(self, wanted: int, num_crops: int) -> int:
+        """Loading processes of each run: as wanted, or none where shared memory has no room for their batches.
+
+        Args:
+            num_crops: float32 crops in one batch.
+        """
+        num_bytes = 4 * num_crops * math.prod(self.settings.roi) * (wanted + 1) * BATCHES_AHEAD
+        needed = num_bytes * max(1, self.settings.num_parallel)
+        shared = Path("/dev/shm")
+        if wanted and shared.is_dir() and shutil.disk_usage(shared).free < needed:
+            print(f"warning: {shared} has less than {needed / 2**30:.1f} GiB: loading without processes", flush=True)
+            return 0
+        return wanted
+
     @property
     def num_shards(self) -> int:
         """How many processes share embedding and mining; all of them must run at once."""
@@ -170,7 +187,8 @@ class Plan:
             embed_dir=self.tables("sam"),
             device=self.device,
         )
-        return self._shards("sam/embed", Call("scripts.generate_sam_embeddings", flags), tuple(self.train_sam))
+        after = (self.make_stores["unlabelled"], *self.train_sam)
+        return self._shards("sam/embed", Call("scripts.generate_sam_embeddings", flags), after)
 
     @cached_property
     def mine(self) -> list[Job]:
@@ -182,15 +200,14 @@ class Plan:
             num_points=s.num_points,
             num_partners=s.num_partners,
         )
-        return self._shards("sam/mine", Call("scripts.mine_pairs", flags), tuple(self.embed))
+        return self._shards("sam/mine", Call("scripts.mine_pairs", flags), (self.embed[0],))
 
     def _shards(self, name: str, call: Call, after: tuple[Job, ...]) -> list[Job]:
-        """The same command in several processes, each with its share of the cases."""
-        after = (*after, self.make_stores["unlabelled"])
+        """The same command in several processes, each with its share of the cases; the first one joins them."""
+        count = str(self.num_shards)
         return [
-            Job(f"{name}{rank}", (call,), after=after, environment={"RANK": str(rank), "WORLD_SIZE": str(count)})
-            for count in [self.num_shards]
-            for rank in range(count)
+            Job(f"{name}{rank}", (call,), after=after, environment={"RANK": str(rank), "WORLD_SIZE": count})
+            for rank in range(self.num_shards)
         ]
 
     @cached_property
@@ -215,12 +232,12 @@ class Plan:
             min_lr=s.pretrain_lr / 100,
             val_freq=num_epochs,
             saveckp_freq=max(1, num_epochs // 8),
-            num_workers=s.pretrain_workers,
+            num_workers=self.loaders(s.pretrain_workers, 6 * s.pretrain_batch),
             device=self.device,
         )
         after: list[Job] = [self.make_stores["unlabelled"]]
         if ARMS[arm].table == "sam":
-            after += self.mine
+            after.append(self.mine[0])
         if ARMS[arm].table == "true":
             after.append(self.make_true_pairs)
         if ARMS[arm].table is not None:
@@ -271,7 +288,7 @@ class Plan:
             batch_size=s.finetune_batch,
             lr=s.finetune_lr,
             min_lr=s.finetune_lr / 100,
-            num_workers=s.finetune_workers,
+            num_workers=self.loaders(s.finetune_workers, 2 * s.finetune_batch),
         )
         judge = words(checkpoint_file=evaluation.parent / "best.pth", **shared, output_dir=evaluation)
         judge += ("--no_pictures", *words(nsd_mm=0, overlap=0.25, window_batch=8))

@@ -1,0 +1,231 @@
+"""The comparison of pretrainings: a tiny one from data to figure, its jobs, its table of true pairs, its statistics."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+from scipy.stats import wilcoxon
+
+from benchmarks import compare_pretraining
+from benchmarks.comparison import jobs, results, settings, true_pairs
+from benchmarks.comparison.arms import ARMS, SCRATCH
+from benchmarks.comparison.results import Scores, compare, verdicts
+from benchmarks.comparison.stages import Plan
+from datasets.correspondences import CorrespondenceTable
+from datasets.phantom import list_cases, write_dataset
+from datasets.phantom_truth import load_truth, true_place
+from datasets.volume_store import VolumeStore
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = [
+    *("--preset", "smoke", "--arms", "scratch,sam,true", "--shots", "1", "--seeds", "0", "1", "--num_parallel", "0"),
+    *("--num_cpus", "1", "--device", "cpu", "--pretrain_steps", "2", "--finetune_steps", "2"),
+]
+
+
+def plan_of(output_dir, *more: str) -> Plan:
+    return compare_pretraining.make_plan(
+        compare_pretraining.make_flags().parse_args([*TINY, "--output_dir", str(output_dir), *more])
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The plan of a comparison that has been run, on phantoms of coarse voxels."""
+    out = tmp_path_factory.mktemp("comparison")
+    plan = plan_of(out)
+    s = plan.settings
+    cases = list_cases(s.num_unlabelled, s.num_labelled + s.num_test, s.data_seed)
+    write_dataset(plan.phantoms, [dataclasses.replace(case, coarsen=3.0) for case in cases], 1)
+    compare_pretraining.main([*TINY, "--output_dir", str(out)])
+    return plan
+
+
+def test_report_holds_every_arm(compared):
+    folder = compared.root / "report"
+    found = json.loads((folder / "comparison.json").read_text())
+    assert list(found["dice"]) == ["scratch", "sam", "true"]
+    for by_shots in found["dice"].values():
+        dice = np.array(by_shots["1"]["by_seed_and_case"], dtype=float)
+        assert dice.shape == (2, 2) and ((dice >= 0) & (dice <= 1)).all()
+        assert by_shots["1"]["mean"] == pytest.approx(dice.mean())
+    assert {(c["better"], c["worse"]) for c in found["comparisons"]} == {
+        ("sam", "scratch"), ("true", "scratch"), ("true", "sam")
+    }  # fmt: skip
+    assert set(found["pretraining"]["sam"]["values"]) >= {
+        "loss_tokens",
+        "teacher_entropy",
+        "held_out_loss_cls",
+        "steps",
+    }
+    assert found["pretraining"]["true"]["values"]["pair_score"] == 1.0
+    assert set(found["seconds"]) == {"data", "sam", "pretrain", "finetune"}
+    text = (folder / "comparison.md").read_text()
+    assert all(ARMS[arm].title in text for arm in ("scratch", "sam", "true")) and "by 5 Dice points" in text
+    assert (folder / "dice_over_labels.png").stat().st_size > 10_000
+
+
+def test_only_the_weights_differ_between_finetunings(compared):
+    differing = set()
+    for seed in (0, 1):
+        runs = {}
+        for arm in compared.arms:
+            record = json.loads((compared.evaluation(arm, 1, seed).parent / "run.json").read_text())
+            runs[arm] = record["flags"]
+        for arm in ("sam", "true"):
+            differing |= {name for name, value in runs[arm].items() if value != runs[SCRATCH][name]}
+    assert differing == {"output_dir", "weights", "weights_part"}
+
+
+def test_weights_of_the_whole_network_arrive(compared):
+    for arm in ("sam", "true"):
+        log = (compared.root / "jobs" / "finetune" / f"{arm}_1shot_seed0.log").read_text()
+        assert "73 of 73 keys of the whole network loaded" in log
+
+
+def test_a_second_run_does_nothing_again(compared):
+    before = {path: path.read_text() for path in (compared.root / "jobs").glob("*/*.json")}
+    assert len(before) == 5 + 4 + 2 + 6
+    compare_pretraining.main([*TINY, "--output_dir", str(compared.root)])
+    assert {path: path.read_text() for path in (compared.root / "jobs").glob("*/*.json")} == before
+
+
+def test_changed_flags_change_what_depends_on_them(compared):
+    records = jobs.Records(compared.root / "jobs")
+
+    def undone(*more: str) -> set[str]:
+        plan = plan_of(compared.root, *more)
+        stages = ("data", "sam", "pretrain", "finetune")
+        return {
+            job.stage for stage in stages for batch in plan.batches(stage) for job in batch if not records.is_done(job)
+        }
+
+    assert undone() == set()
+    assert undone("--finetune_workers", "3", "--pretrain_workers", "1") == set()
+    assert undone("--finetune_lr", "1e-4") == {"finetune"}
+    assert undone("--pretrain_flags=--teacher_temp 0.05") == {"pretrain", "finetune"}
+    assert undone("--num_points", "13") == {"sam", "pretrain", "finetune"}
+    assert undone("--data_seed", "8") == {"data", "sam", "pretrain", "finetune"}
+
+
+def test_true_pairs_are_true(compared):
+    table = CorrespondenceTable.load(compared.tables("true"))
+    truths = load_truth(compared.phantoms / "landmarks", table.case_names)
+    store = VolumeStore(compared.store, table.case_names)
+    assert len(table) > 20
+    assert (table.rows["score"] == 1).all() and (table.rows["cycle_mm"] == 0).all()
+    for row in table.rows[::5]:
+        query, key = (table.case_names[row[side]] for side in ("query_case", "key_case"))
+        wanted = true_place(truths[query], truths[key], row["query_mm"][None].astype(float))[0]
+        assert np.linalg.norm(wanted - row["key_mm"]) < 0.01
+        volume = store.read(query)
+        index = np.rint(np.linalg.solve(volume.affine, [*row["query_mm"], 1.0])[:3]).astype(int)
+        assert ((index >= 0) & (index < volume.shape)).all()
+
+
+def test_true_pairs_send_landmarks_to_landmarks(compared):
+    truths = list(load_truth(compared.phantoms / "landmarks", ["Case_00001", "Case_00002"]).values())
+    records = [json.loads((compared.phantoms / "landmarks" / f"{t.name}.json").read_text()) for t in truths]
+    marks = [record["landmarks_mm"] for record in records]
+    shared = [name for name in marks[0] if name in marks[1]]
+    rows = true_pairs.rows_of(0, truths, np.array([marks[0][name] for name in shared]), 1, seed=0)
+    assert len(rows) == len(shared) > 20
+    assert np.abs(rows["key_mm"] - np.array([marks[1][name] for name in shared])).max() < 0.05
+
+
+# Jobs
+
+
+def small_job(folder, told: str, name: str = "stage/job", **more) -> jobs.Job:
+    call = jobs.Call("tests.small_entry_point", (str(folder / "out" / "file.txt"), told))
+    return jobs.Job(name, (call,), folder=folder / "out", **more)
+
+
+@pytest.mark.parametrize("num_parallel", [0, 2])
+def test_jobs_are_done_once_and_anew_when_they_change(tmp_path, num_parallel):
+    records, output = jobs.Records(tmp_path / "jobs"), tmp_path / "out" / "file.txt"
+    with jobs.Workers(num_parallel, records) as workers:
+        workers.run([small_job(tmp_path, "one", environment={"COLOUR": "red"})], 1)
+        first = output.read_text()
+        workers.run([small_job(tmp_path, "one")], 1)
+        assert output.read_text() == first, "done once"
+        told, colour, process = first.split()
+        assert (told, colour) == ("one", "red") and (int(process) == os.getpid()) == (num_parallel == 0)
+        workers.run([small_job(tmp_path, "two")], 1)
+        assert output.read_text().split()[:2] == ["two", "none"], "the folder was emptied, the variable is gone"
+        with pytest.raises(jobs.JobError, match=r"stage/bad failed.*it was told to fail(.|\n)*told fail"):
+            workers.run([small_job(tmp_path / "bad", "fail", "stage/bad")], 1)
+    assert not records.is_done(small_job(tmp_path / "bad", "fail", "stage/bad"))
+    assert "told two" in records.log(small_job(tmp_path, "two")).read_text()
+
+
+def test_a_job_is_done_again_after_what_it_reads(tmp_path):
+    first, second = small_job(tmp_path, "one"), small_job(tmp_path, "two")
+    assert small_job(tmp_path, "x", after=(first,)).key != small_job(tmp_path, "x", after=(second,)).key
+
+
+# Statistics and flags
+
+
+def scores_of(**dice) -> Scores:
+    arrays = {(arm, 1): np.asarray(values, float) for arm, values in dice.items()}
+    return Scores(arrays, [f"case{n}" for n in range(next(iter(arrays.values())).shape[1])], (1,), tuple(dice))
+
+
+def test_comparison_is_paired_over_cases():
+    rng = np.random.default_rng(0)
+    scratch = rng.uniform(0.2, 0.6, (3, 12))
+    gain = rng.normal(0.06, 0.01, 12)
+    found = compare(scores_of(scratch=scratch, sam=scratch + gain), "sam", "scratch", 1)
+    assert found.gain == pytest.approx(gain.mean()) and found.num_won == found.num_cases == 12
+    assert found.low < found.gain < found.high and found.high - found.low < 0.03
+    assert found.p == pytest.approx(wilcoxon(gain).pvalue) and found.p < 0.001
+
+
+def test_a_case_without_organs_counts_for_nothing():
+    found = compare(scores_of(scratch=[[0.1, np.nan, 0.3]], sam=[[0.2, np.nan, 0.5]]), "sam", "scratch", 1)
+    assert found.num_cases == 2 and found.gain == pytest.approx(0.15)
+
+
+def test_equal_arms_have_no_p():
+    found = compare(scores_of(scratch=[[0.1, 0.3]], sam=[[0.1, 0.3]]), "sam", "scratch", 1)
+    assert found.gain == 0 and np.isnan(found.p) and "p –" in results.points(found)
+
+
+@pytest.mark.parametrize(("gain", "word"), [(0.06, "yes"), (0.04, "NO")])
+def test_verdict_on_scratch(gain, word):
+    scores = scores_of(scratch=[[0.1, 0.3]], sam=[[0.1 + gain, 0.3 + gain]])
+    assert f"with 1 labelled: {word}" in verdicts([compare(scores, "sam", "scratch", 1)])[0]
+
+
+@pytest.mark.parametrize(("gains", "word"), [([0.1, 0.2], "yes"), ([-0.1, -0.2], "NO"), ([-0.3, 0.2], "within chance")])
+def test_verdict_on_random(gains, word):
+    scores = scores_of(random=[[0.4, 0.4]], sam=[[0.4 + gains[0], 0.4 + gains[1]]])
+    assert f"with 1 labelled: {word}" in verdicts([compare(scores, "sam", "random", 1)])[0]
+
+
+@pytest.mark.parametrize("preset", settings.PRESETS)
+def test_presets_can_be_settled_and_changed(preset):
+    flags = compare_pretraining.make_flags().parse_args(["--output_dir", "x", "--preset", preset, "--shots", "1", "2"])
+    settled = settings.settle(flags)
+    assert settled.shots == (1, 2) and settled.num_test >= 2
+    assert settled.backbone == ("swin_unetr" if preset == "gpu" else "unet")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--shots", "99"], "has fewer cases"),
+        (["--arms", "sam,nonsense"], "--arms sam,nonsense: expected some of scratch"),
+        (["--stages", ""], "expected some of data"),
+        (["--sam_checkpoint", "nowhere.pth"], "no such file"),
+        (["--weights_from", "both"], "expected student or teacher"),
+        (["--num_held_out", "64"], "must leave at least two"),
+    ],
+)
+def test_wrong_flags_are_refused(tmp_path, words, told):
+    with pytest.raises(ValueError, match=told):
+        compare_pretraining.main(["--output_dir", str(tmp_path / "out"), *words])
+    assert not (tmp_path / "out").exists()
