@@ -3,8 +3,11 @@
     python scripts/show_matches.py --checkpoint_file SAM.pth --query A.nii.gz --key B.nii.gz --output_dir pictures
     python scripts/show_matches.py --checkpoint_file SAM.pth --query A.nii.gz --key B.nii.gz --output_dir pictures \\
         --points 12.5,-80,240 -30,-60,180
+    python scripts/show_matches.py --checkpoint_file SAM.pth --store_dir store --query FLARE22_Tr_0001 \\
+        --key Case_00001 --output_dir pictures
 
-Points are world mm (RAS+, as ITK-SNAP and nibabel give them); without any, a few are spread over the body. One PNG a
+--query and --key are NIfTI files or, with --store_dir, names of its cases. Points are world mm (RAS+: x to the
+right, y to the front, z to the head, as nibabel gives them); without any, a few are spread over the body. One PNG a
 point, and matches.json with all numbers.
 """
 
@@ -20,22 +23,26 @@ import numpy as np
 import torch
 
 from datasets.files import write_text
-from datasets.nifti import read_ct
+from datasets.geometry import index_to_world
+from datasets.nifti import Volume, read_ct
+from datasets.volume_store import VolumeStore
 from engine.distributed import pick_device
 from engine.flags import RunInfo, make_parser, run_main
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embed import embed_volume, for_inference
+from sam_embed.embedding_store import Embedding
 from sam_embed.match import cycle_error_mm, inside, match_points, similarity_map
 from sam_embed.match_figure import draw_match, save_figure
-from sam_embed.mine import MiningOptions, draw_points
+from sam_embed.mine import MiningOptions, draw_points, lies_in_body
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint_file", type=str, required=True, help="weights of the embedding network")
-    parser.add_argument("--query", type=str, required=True, help="CT with the points")
-    parser.add_argument("--key", type=str, required=True, help="CT to find them in")
+    parser.add_argument("--query", type=str, required=True, help="CT with the points: file or case name")
+    parser.add_argument("--key", type=str, required=True, help="CT to find them in: likewise")
+    parser.add_argument("--store_dir", type=str | None, default=None, help="volume store that case names belong to")
     parser.add_argument("--points", type=str, nargs="+", default=[], help="world mm as x,y,z; default: spread points")
     parser.add_argument("--num_points", type=int, default=4, help="how many to spread when --points is not given")
     parser.add_argument("--seed", type=int, default=0, help="of the spread points")
@@ -68,22 +75,50 @@ def keep_negative_points(argv: list[str]) -> list[str]:
     return [f" {text}" if re.fullmatch(r"-[\d.]+,.*", text) else text for text in argv]
 
 
+def open_volume(text: str, store: VolumeStore | None, flag: str) -> Volume:
+    """The CT that a flag means: a case of the store, where there is one of that name, else a file.
+
+    Raises:
+        ValueError: neither.
+    """
+    if store is not None and text in store.names:
+        return store.read(text)
+    if Path(text).is_file():
+        return read_ct(text)
+    first = ", ".join(store.names[:3]) if store is not None else ""
+    cases = f"nor a case of the store (its {len(store.names)}: {first}, ...)" if store is not None else ""
+    hint = cases or "nor, without --store_dir, the name of a case"
+    raise ValueError(f"{flag} {text}: neither a file {hint}")
+
+
+def check_inside(query: Embedding, points_mm: np.ndarray) -> None:
+    """Raise for points [N, 3] beyond the patient's bounding box."""
+    outside = points_mm[~inside(query, points_mm)]
+    if len(outside):
+        corners = index_to_world(query.fine_affine, [[0, 0, 0], np.array(query.fine.shape[1:]) - 1])
+        low, high = np.sort(corners, axis=0).round().astype(int).tolist()
+        raise ValueError(
+            f"--points {','.join(f'{value:g}' for value in outside[0])}: lies outside of the patient in {query.name}, "
+            f"who fills x {low[0]}..{high[0]}, y {low[1]}..{high[1]}, z {low[2]}..{high[2]} mm"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(keep_negative_points(sys.argv[1:] if argv is None else argv))
     wanted_mm = parse_points(flags.points)
+    store = VolumeStore(flags.store_dir) if flags.store_dir else None
+    volumes = [open_volume(flags.query, store, "--query"), open_volume(flags.key, store, "--key")]
     network, info = load_embedder(flags.checkpoint_file)
     fast = for_inference(network).to(pick_device(flags.device, 0))
-    volumes = [read_ct(path) for path in (flags.query, flags.key)]
     query, key = (
         embed_volume(fast, volume, info, flags.memory_mb, name)
         for volume, name in zip(volumes, (flags.query, flags.key))
     )
     points_mm = wanted_mm if len(wanted_mm) else draw_points(query, MiningOptions(flags.num_points, seed=flags.seed))
-    outside = points_mm[~inside(query, points_mm)]
-    if len(outside):
-        raise ValueError(f"{flags.query}: the point {outside[0].tolist()} mm lies outside of the patient (--points)")
+    check_inside(query, points_mm)
     matches = match_points(query, key, points_mm)
     cycle = cycle_error_mm(query, key, points_mm, matches)
+    is_tissue, finds_tissue = lies_in_body(query, points_mm), lies_in_body(key, matches.points_mm)
     folder = Path(flags.output_dir)
     RunInfo.collect(flags).write(folder)
     rows = []
@@ -102,7 +137,9 @@ def main(argv: list[str] | None = None) -> None:
                 "picture": picture.name,
             }
         )
-        print(f"{picture}: score {score:.2f}, cycle error {cycle[number]:.1f} mm")
+        in_air = [name for name, is_in in (("point", is_tissue[number]), ("match", finds_tissue[number])) if not is_in]
+        warning = f" ({' and '.join(in_air)} outside of the body)" if in_air else ""
+        print(f"{picture}: score {score:.2f}, cycle error {cycle[number]:.1f} mm{warning}")
     write_text(folder / "matches.json", json.dumps({"query": flags.query, "key": flags.key, "matches": rows}, indent=1))
 
 
