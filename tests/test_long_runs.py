@@ -1,0 +1,193 @@
+"""Runs that are killed, signalled, poisoned or moved to another world size end where an undisturbed one does."""
+
+import functools
+import os
+import random
+import signal
+
+import pytest
+import torch
+
+import main_ddp
+from engine.checkpoint import LATEST, PREVIOUS, load_checkpoint
+from engine.distributed import World
+from engine.signals import EXIT_INTERRUPTED
+from tests.launched import (
+    assert_same_weights,
+    die_at_save,
+    flat,
+    poison_sample,
+    signal_at_step,
+    smallest,
+    start,
+    two_ranks,
+    wait_until,
+    write_slowly,
+)
+from tests.tiny_run import add_store_and_table, log_of, make_corpus
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NUM_STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return add_store_and_table(make_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """Four epochs of two steps, one process, batch 2."""
+    output_dir = tmp_path_factory.mktemp("undisturbed")
+    main_ddp.main(smallest(corpus, output_dir))
+    return output_dir
+
+
+# Killed
+
+
+def step_on_disk(folder) -> int:
+    """The step that the same command would go on from; 0 without a checkpoint."""
+    found = [load_checkpoint(path)["step"] for name in (LATEST, PREVIOUS) if (path := folder / name).exists()]
+    return max(found, default=0)
+
+
+def test_killed_at_every_moment_of_a_save_goes_on_from_a_complete_checkpoint(corpus, undisturbed, tmp_path):
+    """Saves come every epoch, that is every 2 steps; what is lost is at most that."""
+    argv, told = smallest(corpus, tmp_path / "run"), tmp_path / "told.txt"
+    # (save of that process, moment, step that must be on disk afterwards)
+    kills = [(2, "writing", 2), (1, "written", 2), (1, "between", 2), (1, "renamed", 4)]
+    for number, moment, expected in kills:
+        process = start(argv, told, functools.partial(die_at_save, number, moment))
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, (moment, told.read_text())
+        assert step_on_disk(tmp_path / "run") == expected, moment
+    last = start(argv, told)
+    last.join(120)
+    assert last.exitcode == 0, told.read_text()
+    assert_same_weights(tmp_path / "run", undisturbed)
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, NUM_STEPS + 1))
+
+
+def test_killed_at_random_moments_ends_with_the_same_weights(corpus, undisturbed, tmp_path):
+    """With half of the time spent in writing checkpoints; the moments are drawn anew each time this test runs."""
+    argv, told = smallest(corpus, tmp_path / "run"), tmp_path / "told.txt"
+    draws = random.SystemRandom()
+    for attempt in range(40):
+        process = start(argv, told, functools.partial(write_slowly, 0.3))
+        before = step_on_disk(tmp_path / "run")
+        process.join(draws.uniform(0.8, 2.0) * (1 + attempt / 10))
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        assert step_on_disk(tmp_path / "run") >= before
+    assert process.exitcode == 0, told.read_text()
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_damaged_latest_checkpoint_costs_one_save_and_is_told(corpus, undisturbed, tmp_path):
+    argv, told = smallest(corpus, tmp_path / "run"), tmp_path / "told.txt"
+    process = start(argv, told, functools.partial(die_at_save, 3, "writing"))
+    process.join(120)
+    latest = tmp_path / "run" / LATEST
+    latest.write_bytes(latest.read_bytes()[:100_000])
+    process = start(argv, told)
+    process.join(120)
+    text = told.read_text()
+    assert process.exitcode == 0 and "trying the checkpoint before it" in text and "resumed at step 2" in text
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_disk_that_refuses_checkpoints_on_the_way_does_not_end_the_run(corpus, tmp_path, monkeypatch):
+    """Saves 2 and 3 of 4 fail; the run goes on, says so each time, and its last save is there."""
+    plain, counted = torch.save, []
+
+    def full_for_a_while(state, file):
+        counted.append(file)
+        if len(counted) in (2, 3):
+            file.write(b"a part of it")
+            raise OSError(28, "No space left on device")
+        plain(state, file)
+
+    monkeypatch.setattr(torch, "save", full_for_a_while)
+    with pytest.warns(UserWarning, match=f"No space left on device.*{LATEST} from before is kept") as told:
+        main_ddp.main(smallest(corpus, tmp_path))
+    assert len([warning for warning in told if "No space left" in str(warning.message)]) == 2
+    assert load_checkpoint(tmp_path / LATEST)["step"] == NUM_STEPS
+    assert load_checkpoint(tmp_path / PREVIOUS)["step"] == 2
+
+
+# Signalled
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_before_the_first_step_ends_with_the_code_of_an_interruption(corpus, tmp_path, number):
+    """While it starts up there is nothing to save, but the job script must start it again all the same."""
+    process = start(smallest(corpus, tmp_path / "run", epochs=1000), tmp_path / "told.txt")
+    wait_until(lambda: (tmp_path / "run" / "run.json").exists())
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == EXIT_INTERRUPTED, (tmp_path / "told.txt").read_text()
+
+
+# Poisoned
+
+
+def test_nan_on_one_rank_stops_all_and_names_its_cases(corpus, tmp_path):
+    """Sample 3 is step 1 of rank 1 (batch 1 on two ranks)."""
+    argv = smallest(corpus, tmp_path / "run", batch_size=1)
+    codes = two_ranks(argv, tmp_path / "told.txt", functools.partial(poison_sample, 3))
+    told = (tmp_path / "told.txt").read_text()
+    assert codes == [1, 1], told
+    draw = main_ddp.open_data(main_ddp.make_flags().parse_args(argv), World()).training.draw_pair(3)
+    cases = ", ".join(sorted({draw.query_name, draw.key_name}))
+    errors = [line for line in told.splitlines() if line.startswith("error: step 1: loss or gradient is not finite")]
+    assert len(errors) == 2, told
+    assert all("rank 1: loss [nan]" in line and f"cases {cases}" in line for line in errors)
+    assert all("rank 0" not in line and "--nan_policy skip" in line for line in errors)
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1]
+
+
+def test_skipping_leaves_one_step_out_on_both_ranks(corpus, tmp_path):
+    argv = smallest(corpus, tmp_path / "run", batch_size=1, nan_policy="skip")
+    assert two_ranks(argv, tmp_path / "told.txt", functools.partial(poison_sample, 3)) == [0, 0]
+    told = (tmp_path / "told.txt").read_text()
+    assert told.count("skipped step 1: loss or gradient is not finite (rank 1: loss [nan]") == 1, told
+    state = load_checkpoint(tmp_path / "run" / LATEST)
+    assert state["step"] == NUM_STEPS
+    for name, value in flat({part: state[part] for part in ("student", "teacher", "loss")}).items():
+        assert not torch.is_tensor(value) or value.isfinite().all(), name
+    assert max(slot["step"] for slot in state["optimizer"]["state"].values()) == NUM_STEPS - 1
+
+
+# Workers and world size
+
+
+def test_loading_processes_change_nothing(corpus, undisturbed, tmp_path):
+    main_ddp.main(smallest(corpus, tmp_path, num_workers=2))
+    assert_same_weights(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stopped_on_two_ranks_goes_on_in_one_process_with_the_same_samples(corpus, undisturbed, tmp_path, num_workers):
+    """Batch 1 on two ranks until the middle of the second epoch, then batch 2 in one process."""
+    run = tmp_path / "run"
+    codes = two_ranks(smallest(corpus, run, batch_size=1), tmp_path / "told.txt", functools.partial(signal_at_step, 2))
+    assert codes == [EXIT_INTERRUPTED] * 2, (tmp_path / "told.txt").read_text()
+    assert load_checkpoint(run / LATEST)["step"] == 3
+    main_ddp.main(smallest(corpus, run, batch_size=2, num_workers=num_workers))
+    ours, theirs = log_of(run), log_of(undisturbed)
+    assert [line["step"] for line in ours] == list(range(1, NUM_STEPS + 1))
+    for one, other in zip(ours, theirs):
+        assert one["pair_score"] == pytest.approx(other["pair_score"], abs=1e-6)  # the same pairs
+        assert one["loss"] == pytest.approx(other["loss"], rel=5e-3), one["step"]
+    # AdamW turns rounding noise into full steps where a gradient is almost 0, so that single weights differ by more
+    # than rounding; all of them together must have gone the same way.
+    start_of_both, _ = main_ddp.check_and_build(main_ddp.make_flags().parse_args(smallest(corpus, run)))
+    joined = [
+        torch.cat([state[name].flatten() for name, _ in start_of_both.named_parameters()])
+        for state in (load_checkpoint(run / LATEST)["student"], load_checkpoint(undisturbed / LATEST)["student"])
+    ]
+    way = joined[1] - torch.nn.utils.parameters_to_vector(start_of_both.parameters()).detach()
+    assert (joined[0] - joined[1]).norm() < 0.05 * way.norm(), (joined[0] - joined[1]).norm() / way.norm()
