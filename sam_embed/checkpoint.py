@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,13 +107,27 @@ def _load_plain(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint (--checkpoint_file)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # mmcv's meta may hold numpy numbers (a best score).
+        with torch.serialization.safe_globals(numpy_globals()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError, OSError) as error:
         reason = (str(error) or "it ends too early").splitlines()[0]
         raise CheckpointError(f"{path}: not a checkpoint that loads without running code ({reason})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights")
     return dict(content)
+
+
+def numpy_globals() -> list:
+    """What `torch.load` must know to read numpy arrays and numbers, under the names of numpy 1 and 2."""
+    reconstruct = np.zeros(1).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
+    named = [
+        (function, f"{core}.multiarray.{name}")
+        for core in ("numpy.core", "numpy._core")
+        for name, function in (("_reconstruct", reconstruct), ("scalar", scalar))
+    ]
+    return [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU"}, *named]
 
 
 def _state_dict_of(content: dict, source: str | Path) -> dict[str, Tensor]:

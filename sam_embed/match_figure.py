@@ -144,7 +144,8 @@ def draw_match(
         _cross(grid[1, column], key, plane, match_mm, "#ffd166")
         _cross(grid[2, column], key, plane, match_mm, "white")
         grid[0, column].set_title(plane.name, color=TEXT, fontsize=11)
-    for row, label in enumerate(("query point", "match in the key", "similarity")):
+    names = [Path(volume.path).name for volume in (query, key)]
+    for row, label in enumerate((f"point in {names[0]}", f"match in {names[1]}", f"similarity in {names[1]}")):
         grid[row, 0].set_ylabel(label, color=TEXT, fontsize=11)
     point = ", ".join(f"{value:.0f}" for value in point_mm)
     match = ", ".join(f"{value:.0f}" for value in match_mm)

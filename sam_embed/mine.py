@@ -26,6 +26,7 @@ from tqdm import tqdm
 from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.files import write_bytes
 from datasets.geometry import index_to_world, world_to_index
+from sam_embed.consensus import consensus
 from sam_embed.embedding_store import Embedding, EmbeddingCache, stored_fingerprint
 from sam_embed.match import Matches, cycle_error_mm, match_points, on_device
 
@@ -45,6 +46,10 @@ class MiningOptions:
         min_score: rows below are not stored. A floor to save room: training applies its own threshold.
         border_mm: distance that query points keep from the body's surface and from the ends of the scan.
         seed: of points and partners.
+        consensus_mm: distance of the neighbours that are matched with each point and decide where its match lies
+            (`sam_embed.consensus`); 0 takes the point's own match.
+        max_spread_mm: with consensus, matches about whose place the neighbours disagree by more are dropped; the
+            default keeps all, as does `min_score`.
     """
 
     num_points: int = 200
@@ -52,6 +57,8 @@ class MiningOptions:
     min_score: float = 0.0
     border_mm: float = 12.0
     seed: int = 0
+    consensus_mm: float = 20.0
+    max_spread_mm: float = 1e6
 
     def __post_init__(self) -> None:
         if self.num_points < 1 or self.num_partners < 1:
@@ -59,6 +66,9 @@ class MiningOptions:
             raise ValueError(f"--num_points and --num_partners must be at least 1, received {received}")
         if self.border_mm < 0:
             raise ValueError(f"--border_mm must not be negative, received {self.border_mm}")
+        if self.consensus_mm < 0 or self.max_spread_mm <= 0:
+            received = f"{self.consensus_mm} and {self.max_spread_mm}"
+            raise ValueError(f"--consensus_mm must be 0 or more and --max_spread_mm above 0, received {received}")
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
@@ -121,7 +131,12 @@ def mine_case(
 def _mine_pair(query: Embedding, key: Embedding, points_mm: np.ndarray, options: MiningOptions) -> np.ndarray:
     """Rows of one pair of cases, without the cases' numbers."""
     matching = {} if query.fine.device.type == "cpu" else {"memory_mb": GPU_MEMORY_MB}
-    matches = match_points(query, key, points_mm, **matching)
+    if options.consensus_mm:
+        matches, agreed = consensus(query, key, points_mm, options.consensus_mm, **matching)
+        is_agreed = agreed.spread_mm <= options.max_spread_mm
+        matches = Matches(np.where(is_agreed[:, None], agreed.points_mm, np.nan), matches.score)
+    else:
+        matches = match_points(query, key, points_mm, **matching)
     # Both are False for the NaN of unmatched points.
     kept = (matches.score >= options.min_score) & lies_in_body(key, matches.points_mm)
     points_mm, matches = points_mm[kept], Matches(matches.points_mm[kept], matches.score[kept])

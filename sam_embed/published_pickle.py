@@ -22,6 +22,7 @@ from torch import Tensor
 
 from datasets.geometry import body_mask, index_to_world, resample, spacing_of
 from datasets.nifti import Volume
+from sam_embed.checkpoint import numpy_globals
 from sam_embed.embed import output_affine
 from sam_embed.embedding_store import Embedding
 from sam_embed.network import OutputGrid
@@ -201,25 +202,13 @@ def _load(file: BinaryIO) -> object:
 def _load_torch(file: BinaryIO) -> object:
     """`torch.load` in its restricted mode, which names what it refuses in the midst of a longer message."""
     try:
-        with torch.serialization.safe_globals(_numpy_globals()):
+        with torch.serialization.safe_globals(numpy_globals()):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named:
             raise RefusedClassError(named.group(1)) from error
         raise
-
-
-def _numpy_globals() -> list:
-    """What `torch.load` must know to read numpy arrays, under the names of numpy 1 and 2."""
-    reconstruct = np.zeros(1).__reduce__()[0]
-    scalar = np.float64(0).__reduce__()[0]
-    named = [
-        (function, f"{core}.multiarray.{name}")
-        for core in ("numpy.core", "numpy._core")
-        for name, function in (("_reconstruct", reconstruct), ("scalar", scalar))
-    ]
-    return [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU"}, *named]
 
 
 def _plain(value: object, depth: int = 0) -> object:

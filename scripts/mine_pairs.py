@@ -41,6 +41,18 @@ def make_flags() -> jsonargparse.ArgumentParser:
     mining.add_argument(
         "--border_mm", type=float, default=defaults.border_mm, help="points keep so far from skin and scan ends, mm"
     )
+    mining.add_argument(
+        "--consensus_mm",
+        type=float,
+        default=defaults.consensus_mm,
+        help="distance of the neighbours that are matched too and decide where a match lies, mm; 0: off",
+    )
+    mining.add_argument(
+        "--max_spread_mm",
+        type=float,
+        default=defaults.max_spread_mm,
+        help="with consensus: drop matches about whose place the neighbours disagree by more, mm (10 is strict)",
+    )
     mining.add_argument("--seed", type=int, default=defaults.seed, help="of points and partners")
     mining.add_argument(
         "--cache_mb",
@@ -64,7 +76,7 @@ def choose_cases(flags: jsonargparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    options = MiningOptions(flags.num_points, flags.num_partners, flags.min_score, flags.border_mm, flags.seed)
+    options = MiningOptions(**{name: flags[name] for name in MiningOptions.__dataclass_fields__})
     names = choose_cases(flags)
     output_dir = flags.output_dir or flags.embed_dir
     provenance = {"commit": git_commit()}

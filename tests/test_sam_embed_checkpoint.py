@@ -2,6 +2,7 @@
 
 import collections
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,10 +27,19 @@ def test_own_checkpoint_comes_back_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("semantic", [False, True])
-def test_mmcv_file_of_the_published_network(tmp_path, semantic):
+@pytest.mark.parametrize("prefix, is_zip", [("module.", True), ("", False)])
+def test_mmcv_file_of_the_published_network(tmp_path, semantic, prefix, is_zip):
     network = AnatomicalEmbedder(semantic=semantic)
-    prefixed = collections.OrderedDict((f"module.{name}", tensor) for name, tensor in network.state_dict().items())
-    torch.save({"meta": {"epoch": 3, "time": "then"}, "state_dict": prefixed, "optimizer": {}}, tmp_path / "SAM.pth")
+    weights = network.state_dict()
+    weights = collections.OrderedDict((f"{prefix}{name}", tensor) for name, tensor in weights.items())
+    weights._metadata = {"": {"version": 1}}  # as nn.Module.state_dict leaves it
+    meta = {"epoch": 3, "iter": 20000, "time": "then", "mmcv_version": "1.4.7", "config": "a = 1", "CLASSES": ("x",)}
+    meta["hook_msgs"] = {"best_score": np.float64(0.5), "best_score32": np.float32(0.5), "ids": np.arange(3)}
+    optimizer = torch.optim.SGD(network.parameters(), 0.02, momentum=0.9)
+    next(network.parameters()).grad = torch.ones_like(next(network.parameters()))
+    optimizer.step()
+    content = {"meta": meta, "state_dict": weights, "optimizer": optimizer.state_dict()}
+    torch.save(content, tmp_path / "SAM.pth", _use_new_zipfile_serialization=is_zip)
     loaded, info = load_embedder(tmp_path / "SAM.pth")
     assert info.spacing_mm == (2.0, 2.0, 2.0) and (info.hu_min, info.hu_max, info.offset) == (-1024.0, 3071.0, -50.0)
     assert torch.equal(loaded.neck.fpn_convs[0].conv.weight, network.neck.fpn_convs[0].conv.weight)

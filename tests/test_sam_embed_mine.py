@@ -28,7 +28,7 @@ from sam_embed.mine import (
 from scripts import mine_pairs
 from tests.sam_fakes import AFFINE, patient_embedding, to_atlas
 
-OPTIONS = MiningOptions(num_points=12, num_partners=2, seed=3)
+OPTIONS = MiningOptions(num_points=12, num_partners=2, seed=3, consensus_mm=0)  # consensus: its own tests
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_ranks_and_resumed_runs_give_the_same_table(embed_dir, tmp_path, monkeyp
     assert mined == circle_of(NAMES, OPTIONS.seed)[:2]  # what the other process has done is not done again
     np.testing.assert_array_equal(whole.rows, shared.rows)
     mined.clear()
-    other_seed = MiningOptions(num_points=12, num_partners=2, seed=4)
+    other_seed = dataclasses.replace(OPTIONS, seed=4)
     mine_corpus(embed_dir, NAMES, tmp_path / "other", other_seed, rank=1, world_size=2)
     mine_corpus(embed_dir, NAMES, tmp_path / "other", OPTIONS)
     assert len(mined) == 2 + 4  # rows of another seed are not reused
@@ -150,7 +150,7 @@ def test_ranks_read_their_own_part_of_the_corpus(tmp_path, monkeypatch):
 
 def test_a_run_killed_at_any_time_is_continued_to_the_same_table(embed_dir, tmp_path):
     script = Path(mine_pairs.__file__)
-    command = ["--embed_dir", str(embed_dir), "--num_points", "100", "--device", "cpu"]
+    command = ["--embed_dir", str(embed_dir), "--num_points", "100", "--device", "cpu", "--consensus_mm", "0"]
     killed = ["--output_dir", str(tmp_path / "killed")]
     process = subprocess.Popen(
         [sys.executable, str(script), *command, *killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -173,7 +173,7 @@ def test_score_floor_drops_rows(embed_dir, tmp_path):
     cache = EmbeddingCache(embed_dir)
     rows = mine_case(cache, NAMES, "patient0", OPTIONS)
     floor = float(np.median(rows["score"]))
-    kept = mine_case(cache, NAMES, "patient0", MiningOptions(num_points=12, num_partners=2, seed=3, min_score=floor))
+    kept = mine_case(cache, NAMES, "patient0", dataclasses.replace(OPTIONS, min_score=floor))
     np.testing.assert_array_equal(kept, rows[rows["score"] >= floor])
     assert 0 < len(kept) < len(rows)
 

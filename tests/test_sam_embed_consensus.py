@@ -1,0 +1,123 @@
+"""Neighbourhood consensus: local maps are found among outliers, and matches that nothing confirms are told apart."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.geometry import index_to_world, world_to_index
+from sam_embed.consensus import consensus, fit_local_maps, neighbourhood
+from sam_embed.embedding_store import EmbeddingCache, save_embedding
+from sam_embed.match import match_points
+from sam_embed.mine import MiningOptions, draw_points, mine_case
+from tests.sam_fakes import AFFINE, SHAPE, patient_embedding, to_atlas, to_patient
+
+OFFSETS = np.concatenate([np.zeros((1, 3)), neighbourhood(20.0)])
+RNG = np.random.default_rng(0)
+
+
+def test_neighbours_lie_at_the_radius_and_balance():
+    offsets = neighbourhood(20.0)
+    np.testing.assert_allclose(np.linalg.norm(offsets, axis=1), 20.0)
+    np.testing.assert_allclose(offsets.mean(axis=0), 0.0, atol=1e-12)
+    assert len(np.unique(offsets.round(6), axis=0)) == len(offsets)
+
+
+def affine_places(num: int, stretch: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """True centres [N, 3], and where an affine map near the identity puts each centre's neighbourhood."""
+    centres = RNG.uniform(-200, 200, (num, 3))
+    linear = np.eye(3) + RNG.uniform(-stretch, stretch, (num, 3, 3))
+    return centres, centres[:, None] + np.einsum("nab,pb->npa", linear, OFFSETS)
+
+
+def test_right_matches_stay_where_they_are():
+    centres, places = affine_places(50)
+    found = fit_local_maps(OFFSETS, places)
+    np.testing.assert_allclose(found.points_mm, centres, atol=1e-6)
+    assert found.spread_mm.max() < 3 and found.own_mm.max() < 1e-6
+
+
+@pytest.mark.parametrize("wrong", [[0], [0, 3], [1, 2, 4]])
+def test_outliers_lose_their_say(wrong):
+    centres, places = affine_places(50)
+    places += RNG.normal(0, 1.0, places.shape)
+    places[:, wrong] += RNG.choice([-1, 1], (50, len(wrong), 3)) * RNG.uniform(40, 150, (50, len(wrong), 3))
+    found = fit_local_maps(OFFSETS, places)
+    assert np.linalg.norm(found.points_mm - centres, axis=1).max() < 6
+    assert (found.own_mm > 40).all() == (0 in wrong)
+
+
+def test_scattered_neighbourhoods_have_a_large_spread():
+    scattered = fit_local_maps(OFFSETS, RNG.uniform(-150, 150, (50, len(OFFSETS), 3)))
+    assert np.median(scattered.spread_mm) > 30
+
+
+def test_missing_neighbours_are_left_out():
+    centres, places = affine_places(4)
+    places[0, 2:4], places[1, 0], places[2, 1:], places[3] = np.nan, np.nan, np.nan, np.nan
+    found = fit_local_maps(OFFSETS, places)
+    np.testing.assert_allclose(found.points_mm[0], centres[0], atol=2)  # what is left of its neighbours has a side
+    np.testing.assert_allclose(found.points_mm[1:3], centres[1:3], atol=1e-6)
+    assert np.isnan(found.own_mm[1]) and np.isnan(found.points_mm[3]).all() and np.isnan(found.spread_mm[3])
+
+
+def spoilt(share: float):
+    """Patient 1 with some fine and coarse vectors exchanged with those of other places, so that points are lost."""
+    embedding = patient_embedding(1)
+    generator = torch.Generator().manual_seed(0)
+    fine = embedding.fine.flatten(1).clone()
+    chosen = torch.randperm(fine.shape[1], generator=generator)[: int(share * fine.shape[1])]
+    fine[:, chosen] = fine[:, chosen.roll(1)]
+    return dataclasses.replace(embedding, fine=fine.view(embedding.fine.shape), name="patient1")
+
+
+def test_lost_points_are_brought_back():
+    query, key = patient_embedding(0), spoilt(0.6)
+    points_mm = draw_points(query, MiningOptions(num_points=80, border_mm=24))
+    truth_mm = to_patient(1, to_atlas(0, points_mm))
+    own, agreed = consensus(query, key, points_mm, 16.0)
+    plain = match_points(query, key, points_mm)
+    np.testing.assert_array_equal(own.points_mm, plain.points_mm)
+    np.testing.assert_allclose(own.score, plain.score, atol=1e-6)
+    own_mm, agreed_mm = (np.linalg.norm(place - truth_mm, axis=1) for place in (own.points_mm, agreed.points_mm))
+    assert np.mean(agreed_mm) < 0.7 * np.mean(own_mm)
+    assert np.corrcoef(agreed.own_mm, own_mm)[0, 1] > 0.5
+
+
+def test_mining_with_consensus_moves_and_drops_rows(tmp_path):
+    save_embedding(tmp_path, patient_embedding(0))
+    save_embedding(tmp_path, spoilt(0.6))
+    cache, names = EmbeddingCache(tmp_path), ["patient0", "patient1"]
+    base = MiningOptions(num_points=40, num_partners=1, border_mm=24, consensus_mm=0)
+
+    def mined(**changes) -> np.ndarray:
+        return mine_case(cache, names, "patient0", dataclasses.replace(base, **changes))
+
+    def errors(rows: np.ndarray) -> np.ndarray:
+        truth = to_patient(1, to_atlas(0, rows["query_mm"].astype(float)))
+        return np.linalg.norm(truth - rows["key_mm"], axis=1)
+
+    plain, agreed = mined(), mined(consensus_mm=16.0)
+    spread = consensus(cache["patient0"], cache["patient1"], draw_points(cache["patient0"], base), 16.0)[1].spread_mm
+    strict = mined(consensus_mm=16.0, max_spread_mm=float(np.median(spread)))
+    assert errors(agreed).mean() < errors(plain).mean()
+    assert 0 < len(strict) < len(agreed) <= 40
+    np.testing.assert_array_equal(strict, agreed[np.isin(agreed["query_mm"][:, 0], strict["query_mm"][:, 0])])
+    inside = world_to_index(AFFINE, agreed["key_mm"])
+    assert ((inside > -0.5) & (inside < np.array(SHAPE) - 0.5)).all()
+    assert np.isfinite(agreed["cycle_mm"]).all()
+
+
+@pytest.mark.parametrize("wrong", [{"consensus_mm": -1.0}, {"max_spread_mm": 0.0}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match="--consensus_mm"):
+        MiningOptions(**wrong)
+
+
+def test_points_outside_have_no_consensus():
+    query, key = patient_embedding(0), patient_embedding(1)
+    points_mm = np.array([index_to_world(AFFINE, [17, 13, 17]), [1e4, 0, 0]])
+    own, agreed = consensus(query, key, points_mm, 16.0)
+    assert np.isfinite(agreed.points_mm[0]).all() and np.isnan(agreed.points_mm[1]).all()
+    assert np.isnan(own.score[1]) and np.isnan(agreed.spread_mm[1])
