@@ -22,7 +22,10 @@ def trust_lines(report: Mapping) -> list[str]:
     if report["mined"]:
         lines += ["", "Mined pairs (mm):", *mined_lines(report["mined"])]
     else:
-        lines += ["", "Mined pairs were not judged: that takes phantoms, whose landmark files state their seed."]
+        lines += [
+            "",
+            "No mined pairs were judged: that takes --num_points and phantoms, whose files state a seed.",
+        ]
     return lines
 
 

@@ -35,6 +35,7 @@ from sam_embed.embed import for_inference
 from sam_embed.embedding_store import EmbeddingCache
 from sam_embed.evaluate import PairErrors, errors_by_landmark, evaluate_pairs, load_landmarks, summarise
 from sam_embed.judge import Judged, judge_landmarks, judge_rows
+from sam_embed.match import on_device
 from sam_embed.mine import MiningOptions, mine_case
 from sam_embed.trust import WANTED_SHARE, trust_report
 from sam_embed.trust_figure import save_trust_figure
@@ -64,7 +65,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     run.add_argument("--max_cases", type=int | None, default=None, help="use the first so many cases; default: all")
     run.add_argument("--memory_mb", type=float, default=2048.0, help="working memory of the embedding, MB")
     run.add_argument("--cache_mb", type=float, default=2048.0, help="embeddings kept in memory, MB")
-    run.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
+    run.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to compute")
     return parser
 
 
@@ -75,7 +76,8 @@ def evaluate(
     landmarks = load_landmarks(flags.landmark_dir, cases.names)
     names = sorted(landmarks)[: flags.max_cases]
     network, info = load_embedder(flags.checkpoint_file)
-    fast = for_inference(network).to(pick_device(flags.device, 0))
+    device = pick_device(flags.device, 0)
+    fast = for_inference(network).to(device)
     report = embed_corpus(fast, info, names, cases.read, embed_dir, flags.memory_mb)
     if report["failed"]:
         raise ValueError("; ".join(report["failed"].values()))
@@ -83,16 +85,17 @@ def evaluate(
     if flags.baselines:
         bodies = {name: find_body(cases.read(name)) for name in tqdm(names, desc="body outlines", unit="case")}
     cache = EmbeddingCache(embed_dir, flags.cache_mb)
-    results = evaluate_pairs(cache.__getitem__, {name: landmarks[name] for name in names}, bodies)
+    chosen = {name: landmarks[name] for name in names}
+    results = evaluate_pairs(lambda name: on_device(cache[name], device), chosen, bodies)
     is_judged = flags.num_points > 0 and states_seeds(flags.landmark_dir, names)
-    return results, judge_mined(flags, cache, names) if is_judged else None
+    return results, judge_mined(flags, cache, names, device) if is_judged else None
 
 
-def judge_mined(flags: jsonargparse.Namespace, cache: EmbeddingCache, names: list[str]) -> Judged:
+def judge_mined(flags: jsonargparse.Namespace, cache: EmbeddingCache, names: list[str], device: torch.device) -> Judged:
     """Mine as scripts/mine_pairs.py does, every case against all others, and judge the pairs."""
     truth = load_truth(flags.landmark_dir, names)
     options = MiningOptions(num_points=flags.num_points, num_partners=len(names))
-    rows = [mine_case(cache, names, name, options) for name in tqdm(names, desc="mining", unit="case")]
+    rows = [mine_case(cache, names, name, options, device) for name in tqdm(names, desc="mining", unit="case")]
     return judge_rows(np.concatenate(rows), names, truth)
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.phantom import PhantomCase, render, write_case
@@ -17,7 +18,9 @@ from datasets.phantom_structures import (
     structures_at,
 )
 from datasets.phantom_truth import PhantomTruthError, load_truth, states_seeds, true_place
+from sam_embed.checkpoint import EmbedderInfo, save_embedder
 from sam_embed.judge import Judged, judge_rows
+from sam_embed.network import AnatomicalEmbedder, compact_options
 from sam_embed.trust import (
     CYCLE_GRID_MM,
     MIN_KEPT_SHARE,
@@ -29,7 +32,7 @@ from sam_embed.trust import (
 )
 from sam_embed.trust_figure import save_trust_figure
 from sam_embed.trust_text import mined_lines
-from scripts import evaluate_pairs
+from scripts import evaluate_matching, evaluate_pairs
 
 CASES = [PhantomCase(f"Case_{k:05d}", 3, k, False, range_name="abdomen", coarsen=4.0) for k in (1, 2, 3)]
 NAMES = [case.name for case in CASES]
@@ -224,3 +227,22 @@ def test_command_judges_a_table(phantom, tmp_path, capsys):
     assert json.loads(output.read_text())["all"]["num_matches"] == 50
     with pytest.raises(ValueError, match="--wanted"):
         evaluate_pairs.main([*command, "--wanted", "95"])
+
+
+def test_evaluation_mines_and_judges_phantoms(phantom, tmp_path, capsys):
+    folder, _ = phantom
+    torch.manual_seed(0)
+    network = AnatomicalEmbedder(**compact_options(width=8, embed_dim=16)).eval()
+    save_embedder(tmp_path / "sam.pth", network, EmbedderInfo(spacing_mm=(10.0, 10.0, 10.0)))
+    command = ["--checkpoint_file", str(tmp_path / "sam.pth"), "--data_dir", str(folder / "FLARE22Unlabeled")]
+    command += ["--landmark_dir", str(folder / "landmarks"), "--no_baselines", "--device", "cpu"]
+    command += ["--embed_dir", str(tmp_path / "embeddings")]
+    output = tmp_path / "matching.json"
+    evaluate_matching.main([*command, "--num_points", "12", "--output", str(output)])
+    report = json.loads(output.read_text())
+    assert 0 < report["mined"]["all"]["num_matches"] <= 3 * 12 * 2  # matches in air are not mined
+    assert report["landmarks"]["all"]["num_matches"] == report["num_matches"] - report["num_unmatched"]
+    assert set(report["mined"]["by_region"]) <= set(REGIONS)
+    assert "Mined pairs (mm):" in capsys.readouterr().out
+    evaluate_matching.main([*command, "--num_points", "0", "--output", str(output)])
+    assert json.loads(output.read_text())["mined"] is None
