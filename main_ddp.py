@@ -189,9 +189,9 @@ def precision_request(flags) -> tuple[str, torch.device]:
 def build_networks(flags) -> tuple[nn.Module, nn.Module]:
     """The student and its EMA teacher; flags and arguments share their names."""
     shared = (
-        "backbone feature_size casa_variant casa_heads casa_head_dim casa_hidden_dim query_stride key_stride "
-        "cls_features out_dim head_hidden_dim head_bottleneck_dim shared_head shared_head_teacher norm_last_layer "
-        "lambda1 lambda2 lambda3 use_checkpoint"
+        "backbone feature_size casa_variant casa_heads casa_head_dim casa_hidden_dim casa_cosine_scale "
+        "query_stride key_stride cls_features out_dim head_hidden_dim head_bottleneck_dim shared_head "
+        "shared_head_teacher norm_last_layer lambda1 lambda2 lambda3 use_checkpoint"
     )
     return build_alice(roi=roi_of(flags), **{name: getattr(flags, name) for name in shared.split()})
 
@@ -263,7 +263,10 @@ def make_objective(run: RunState, student: nn.Module, precision: str, device: to
         with autocast(precision, device):
             student_out = student(batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
             teacher_out = run.teacher(batch["query_teacher"], batch["key_teacher"], student_out)
-        return run.loss(student_out, teacher_out, batch, teacher_temp, update_centres=is_last_part)
+        total, terms = run.loss(student_out, teacher_out, batch, teacher_temp, update_centres=is_last_part)
+        if student_out.casa_entropy is not None:
+            terms["casa_entropy"] = student_out.casa_entropy
+        return total, terms
 
     return objective
 

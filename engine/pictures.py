@@ -1,4 +1,6 @@
-"""Pictures of reconstructions: what the student saw, what it made of the hidden blocks, and the truth.
+"""The pictures of a run; drawn here: what the student saw, what it made of the hidden blocks, and the truth.
+
+What the networks look at is drawn in `engine.feature_pictures`, the pairs in `datasets.pair_sheet`.
 
 Arrays are [D, H, W] in the canonical orientation (indices grow to Superior, Posterior, Left). Axial planes are shown as
 radiologists look at them, anterior up and the patient's left on the right; coronal planes with the head up.
@@ -13,10 +15,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from datasets.pair_sheet import pair_figure, samples_of
+from engine.feature_pictures import attention_figure, feature_figure, look
 from engine.logging import RunLog
 from engine.precision import autocast
 from engine.run_state import RunState
 from engine.validation import evaluating
+from models.alice import AliceStudent, AliceTeacher
 
 NUM_PICTURED = 2
 PLANES = ("axial", "coronal")
@@ -24,13 +28,41 @@ COLUMNS = ("crop", "seen by the student", "reconstruction", "hidden blocks fille
 
 
 def draw_pictures(run: RunState, batch: dict, step: int, store, precision: str, output_dir: Path, log: RunLog) -> None:
-    """The batch's first pairs: views, masks and matched points, and reconstructions where the student makes them."""
+    """The sheets of a batch's first pairs, to TensorBoard and (the latest of each) as PNG into the run's folder."""
     batch = {name: value[:NUM_PICTURED] for name, value in batch.items()}
     log.image("pairs", figure_pixels(pair_figure(samples_of(batch), store, "student")), step)
-    figure = reconstruction_sheet(run.student, batch, store, precision)
-    if figure is not None:
-        log.image("reconstructions", figure_pixels(figure), step)
-        save_figure(figure, output_dir / "reconstruction.png")
+    for name, figure in sheets(run.student, run.teacher, batch, store, precision).items():
+        log.image(name, figure_pixels(figure), step)
+        save_figure(figure, output_dir / f"{name}.png")
+
+
+def sheets(student: AliceStudent, teacher: AliceTeacher, batch: dict, store, precision: str = "fp32") -> dict:
+    """What the networks make of the pairs of a batch: {name: figure}, without those that switched-off objectives lack.
+
+    Args:
+        student, teacher: on one device; in evaluation mode while they are used, their modes come back.
+        batch: of `PairedCropDataset`, on the CPU.
+        store: the volume store, for names and voxel sizes.
+        precision: fp32, bf16 or fp16.
+    """
+    order, titles, voxel_mm = describe_views(batch, store)
+    looks = look(student, teacher, batch, precision)
+    crops = torch.cat([batch["query_teacher"], batch["key_teacher"]])[order]
+    found = {"features": feature_figure(crops, looks.features[order], titles, voxel_mm)}
+    if looks.student is not None:
+        attention, strides = (looks.student[order], looks.teacher[order]), (student.query_stride, student.key_stride)
+        found["attention"] = attention_figure(crops, attention, strides, titles, voxel_mm)
+    reconstructions = reconstruction_sheet(student, batch, store, precision)
+    return found if reconstructions is None else found | {"reconstruction": reconstructions}
+
+
+def describe_views(batch: dict, store) -> tuple[list[int], list[str], tuple[float, float, float]]:
+    """The rows of joined queries and keys in the order Q1 K1 Q2 K2 ..., their titles, and the voxel size in mm."""
+    num_pairs = len(batch["query"])
+    order = [row for pair in range(num_pairs) for row in (pair, num_pairs + pair)]
+    cases = [store.names[int(index)] for index in torch.cat([batch["query_case"], batch["key_case"]])[order]]
+    titles = [f"{side} {case}" for side, case in zip(("query", "key") * num_pairs, cases)]
+    return order, titles, store.record(cases[0]).spacing_mm
 
 
 @torch.no_grad()
@@ -49,15 +81,12 @@ def reconstruction_sheet(student: nn.Module, batch: dict, store, precision: str 
     device = next(student.parameters()).device
     views = [batch[name].to(device) for name in ("query_student", "query_mask", "key_student", "key_mask")]
     with evaluating(student), autocast(precision, device):
-        made = student(*views).reconstruction
+        made = student.forward(*views).reconstruction  # never compiled for this one batch size
     if made is None:
         return None
-    num_pairs = len(batch["query"])
-    order = [row for pair in range(num_pairs) for row in (pair, num_pairs + pair)]  # Q1 K1 Q2 K2 ...
-    cases = [store.names[int(index)] for index in torch.cat([batch["query_case"], batch["key_case"]])[order]]
+    order, titles, voxel_mm = describe_views(batch, store)
     crops, seen, masks = (torch.cat([batch["query" + s], batch["key" + s]])[order] for s in ("", "_student", "_mask"))
-    titles = [f"{side} {case}" for side, case in zip(("query", "key") * num_pairs, cases)]
-    return reconstruction_figure(crops, seen, masks, made.cpu()[order], titles, store.record(cases[0]).spacing_mm)
+    return reconstruction_figure(crops, seen, masks, made.cpu()[order], titles, voxel_mm)
 
 
 def reconstruction_figure(

@@ -77,6 +77,12 @@ def add_model_flags(group, backbones: list[str], casa_variants: list[str]) -> No
     add("--casa_heads", type=int, default=8, help="attention heads of CASA")
     add("--casa_head_dim", type=int, default=64, help="width of one head")
     add("--casa_hidden_dim", type=int, default=2048, help="width of CASA's feed-forward block")
+    add(
+        "--casa_cosine_scale",
+        type=float,
+        default=0.0,
+        help="compare CASA's queries and keys by cosine, times a trained scale that starts here; 0 = off",
+    )
     add("--query_stride", type=int, default=16, help="stride of the encoder tokens that CASA asks with, voxels")
     add("--key_stride", type=int, default=8, help="stride of the tokens that CASA asks, voxels")
     add(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.backbones import BACKBONES
 from models.backbones.interface import Backbone, Size3, flatten_tokens
-from models.casa import CASA_VARIANTS, FigureCASA, PublishedCASA
+from models.casa import CASA_VARIANTS, FigureCASA, PublishedCASA, relative_entropy
 from models.heads import ProjectionHead
 
 CLS_FEATURES = ("deepest", "multiscale")
@@ -36,6 +36,7 @@ class StudentOutputs(NamedTuple):
     casa_query: Tensor | None  # [2B, N, inner] (figure) or [2B, N, K] (published)
     casa_online: Tensor | None  # S [2B, N, K]
     reconstruction: Tensor | None  # [2B, 1, D, H, W]
+    casa_entropy: Tensor | None = None  # scalar, without gradient: see `models.casa.relative_entropy`
 
 
 class TeacherOutputs(NamedTuple):
@@ -84,7 +85,7 @@ class AliceStudent(nn.Module):
         cls_logits = (
             self.head.project_cls(pooled) if self.head is not None and self.head.last_layer is not None else None
         )
-        query = online = None
+        query = online = entropy = None
         if self.casa is not None:
             tokens = flatten_tokens(features[self.query_stride])  # [2B, N, C]
             if self.casa.projects_query_through_head:
@@ -92,7 +93,13 @@ class AliceStudent(nn.Module):
             query = self.casa.make_query(tokens)
             source = self.head.project_decoder_tokens(flatten_tokens(decoded[self.key_stride]))  # [2B, M, K]
             online = self.casa.align(query, source)
-        return StudentOutputs(cls_logits, pooled.detach(), query, online, reconstruction)
+            entropy = self._watch_attention(query, source, step=len(view_q))
+        return StudentOutputs(cls_logits, pooled.detach(), query, online, reconstruction, entropy)
+
+    @torch.no_grad()
+    def _watch_attention(self, query: Tensor, source: Tensor, step: int) -> Tensor:
+        """The attention's relative entropy over the first Q and the first K: a sample, as all take much memory."""
+        return relative_entropy(self.casa.attention_weights(query[::step], source[::step]))
 
     def last_layer_parameters(self) -> list[nn.Parameter]:
         """The head's last layers, which training freezes at first (DINO: one epoch)."""
@@ -176,6 +183,7 @@ def build_alice(
     casa_heads: int = 8,
     casa_head_dim: int = 64,
     casa_hidden_dim: int = 2048,
+    casa_cosine_scale: float = 0.0,
     query_stride: int = 16,
     key_stride: int = 8,
     lambda1: float = 1.0,
@@ -191,6 +199,7 @@ def build_alice(
         out_dim: K, the width of the compared distributions and of CASA.
         shared_head, shared_head_teacher: whether tokens share cls's last layer in the student and in the teacher.
         norm_last_layer: keep the last layers' gains at 1.
+        casa_cosine_scale: 0, or where the scale starts with which CASA's queries and keys are compared by cosine.
         query_stride, key_stride: strides in voxels of CASA's V, and of its H and Y.
         lambda1, lambda2, lambda3: weights of cls, CASA and reconstruction; 0 leaves the objective's modules out.
 
@@ -217,6 +226,8 @@ def build_alice(
     ):
         if size < 1:
             raise ValueError(f"{flag} must be at least 1, got {size}")
+    if casa_cosine_scale < 0:
+        raise ValueError(f"--casa_cosine_scale must be 0 (off) or more, got {casa_cosine_scale}")
     decoder_stride = 1 if lambda3 else (key_stride if lambda2 else None)
     network = BACKBONES[backbone](feature_size, tuple(roi), decoder_stride, use_checkpoint)
     casa_class = CASA_VARIANTS[casa_variant]
@@ -224,7 +235,8 @@ def build_alice(
     head = casa = None
     if lambda2:
         check_casa_strides(network, query_stride, key_stride)
-        casa = casa_class(network.channels[query_stride], out_dim, casa_heads, casa_head_dim, casa_hidden_dim)
+        sizes = (network.channels[query_stride], out_dim, casa_heads, casa_head_dim, casa_hidden_dim)
+        casa = casa_class(*sizes, cosine_scale=casa_cosine_scale)
     if lambda1 or lambda2:
         head = ProjectionHead(
             in_dim=sum(network.channels[stride] for stride in pooled_strides),

@@ -13,6 +13,11 @@ of the projection head, psi its moving average in the teacher. The normalisation
 logits, which are cosines: a bare layer norm's outputs of unit variance, divided by temperatures of 0.1 and below, are
 one-hot from the first step on (measured with K = 128: loss_tokens between 6 and 17, where a uniform guess costs 4.9).
 
+At the start of training that attention is uniform to some 1e-5 of its entropy, and short runs leave it so: keys are
+cosines of a few hundredths that share most of their value, and Wq and Wk shrink further what differs. S and T then are
+means over the view. `--casa_cosine_scale` (figure only; 0 = off) compares q and K by cosine after the mean key, which
+no softmax sees, is taken off. benchmarks/RESULTS.md tells what this changes, and at what price.
+
 Variants (`--casa_variant`):
     figure      as above (default).
     published   the released code's form: V passes through the head as well, one cross-attention serves both branches
@@ -21,8 +26,10 @@ Variants (`--casa_variant`):
 """
 
 import copy
+import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,7 +39,10 @@ NORM_EPS = 1e-6
 class MultiHeadCrossAttention(nn.Module):
     """Multi-head attention from given queries, followed by output projection, optional residual and layer norm."""
 
-    def __init__(self, query_dim: int, model_dim: int, num_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, cosine_scale: float = 0.0
+    ) -> None:
+        """`cosine_scale`: 0 for softmax(q k^T / sqrt(d)); else where the scale of the cosine form starts."""
         super().__init__()
         inner_dim = num_heads * head_dim
         self.num_heads = num_heads
@@ -41,21 +51,46 @@ class MultiHeadCrossAttention(nn.Module):
         self.w_vs = nn.Linear(model_dim, inner_dim, bias=False)
         self.fc = nn.Linear(inner_dim, model_dim, bias=False)
         self.layer_norm = nn.LayerNorm(model_dim, eps=NORM_EPS)
+        self.by_cosine = cosine_scale > 0
+        self.softmax_scale = 1.0 if self.by_cosine else head_dim**-0.5
+        self.log_scale: nn.Parameter | None = None  # of the queries, one a head
+        if self.by_cosine:
+            self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(cosine_scale)))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, tokens, head_dim]
 
+    def project_query(self, tokens: Tensor) -> Tensor:
+        """q = Wq V: [B, N, query_dim] -> [B, N, inner]; by cosine: of unit length in each head, times its scale."""
+        query = self.w_qs(tokens)
+        if not self.by_cosine:
+            return query
+        query = F.normalize(self._split_heads(query).float(), dim=-1) * self.log_scale.exp()[:, None, None]
+        return query.transpose(1, 2).flatten(2)
+
+    def project_keys(self, source: Tensor) -> Tensor:
+        """K = Wk of a source [B, M, K] -> [B, heads, M, head_dim].
+
+        By cosine: what differs from the mean over tokens, of unit length. The mean changes no softmax over tokens, and
+        at the start it is most of every key.
+        """
+        keys = self._split_heads(self.w_ks(source))
+        if not self.by_cosine:
+            return keys
+        keys = keys.float()
+        return F.normalize(keys - keys.mean(2, keepdim=True), dim=-1)
+
     def attention_weights(self, query: Tensor, source: Tensor) -> Tensor:
         """The softmax weights [B, heads, N, M] of projected queries [B, N, inner] over a source [B, M, K]."""
-        q, k = self._split_heads(query), self._split_heads(self.w_ks(source))
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        q, k = self._split_heads(query), self.project_keys(source)
+        return (q.to(k.dtype) @ k.transpose(-2, -1) * self.softmax_scale).softmax(-1)
 
     def forward(self, query: Tensor, source: Tensor, residual: Tensor | None = None) -> Tensor:
         """Projected queries [B, N, inner], source [B, M, K] (and residual [B, N, K]) -> [B, N, K]."""
-        keys, values = self.w_ks(source), self.w_vs(source)
-        q, k, v = (self._split_heads(x.to(keys.dtype)) for x in (query, keys, values))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, N, inner]
-        out = self.fc(attended)
+        v = self._split_heads(self.w_vs(source))
+        q, k = self._split_heads(query).to(v.dtype), self.project_keys(source).to(v.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale).transpose(1, 2).flatten(2)
+        out = self.fc(attended)  # [B, N, K]
         return self.layer_norm(out if residual is None else out + residual)
 
 
@@ -76,9 +111,11 @@ class FeedForward(nn.Module):
 class CrossAttentionLayer(nn.Module):
     """Cross-attention and feed-forward under the published names."""
 
-    def __init__(self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int, cosine_scale: float = 0.0
+    ) -> None:
         super().__init__()
-        self.MH_attn = MultiHeadCrossAttention(query_dim, model_dim, num_heads, head_dim)
+        self.MH_attn = MultiHeadCrossAttention(query_dim, model_dim, num_heads, head_dim, cosine_scale)
         self.pos_ffn = FeedForward(model_dim, hidden_dim)
 
     def forward(self, query: Tensor, source: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -92,14 +129,20 @@ class FigureCASA(nn.Module):
     projects_query_through_head = False
     target_copies_online = False  # the target's weights are an exponential moving average
 
-    def __init__(self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int, cosine_scale: float = 0.0
+    ) -> None:
         """Build for raw encoder tokens of `query_dim` channels and a projected space of `model_dim` = K."""
         super().__init__()
-        self.Cross_Att = CrossAttentionLayer(query_dim, model_dim, num_heads, head_dim, hidden_dim)
+        self.Cross_Att = CrossAttentionLayer(query_dim, model_dim, num_heads, head_dim, hidden_dim, cosine_scale)
 
     def make_query(self, tokens: Tensor) -> Tensor:
         """q = Wq V: [B, N, query_dim] -> [B, N, inner]."""
-        return self.Cross_Att.MH_attn.w_qs(tokens)
+        return self.Cross_Att.MH_attn.project_query(tokens)
+
+    def attention_weights(self, query: Tensor, source: Tensor) -> Tensor:
+        """Where `query` [B, N, inner] looks in `source` [B, M, K]: [B, heads, N, M]."""
+        return self.Cross_Att.MH_attn.attention_weights(query, source)
 
     def align(self, query: Tensor, source: Tensor) -> Tensor:
         """S or T: what `query` [B, N, inner] finds in `source` [B, M, K], as [B, N, K] of unit length in float32."""
@@ -108,7 +151,7 @@ class FigureCASA(nn.Module):
     def target_twin(self) -> "FigureCASA":
         """An independent copy for the teacher, without the query projection that only the student has."""
         twin = copy.deepcopy(self)
-        twin.Cross_Att.MH_attn.w_qs = None
+        twin.Cross_Att.MH_attn.w_qs = twin.Cross_Att.MH_attn.log_scale = None
         return twin
 
 
@@ -118,10 +161,16 @@ class PublishedCASA(nn.Module):
     projects_query_through_head = True
     target_copies_online = True
 
-    def __init__(self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int, cosine_scale: float = 0.0
+    ) -> None:
         """Build for a projected space of `model_dim` = K; `query_dim` is not needed, queries are projected tokens."""
         super().__init__()
         del query_dim
+        if cosine_scale:
+            raise ValueError(
+                f"--casa_cosine_scale {cosine_scale:g} needs --casa_variant figure: nothing like it was released"
+            )
         self.Cross_Att = CrossAttentionLayer(model_dim, model_dim, num_heads, head_dim, hidden_dim)
 
     def make_query(self, tokens: Tensor) -> Tensor:
@@ -132,9 +181,20 @@ class PublishedCASA(nn.Module):
         """S or T: `query` [B, N, K] plus what it finds in `source` [B, M, K], as [B, N, K]."""
         return self.Cross_Att(self.Cross_Att.MH_attn.w_qs(query), source, residual=query)
 
+    def attention_weights(self, query: Tensor, source: Tensor) -> Tensor:
+        """Where `query` [B, N, K] looks in `source` [B, M, K]: [B, heads, N, M]."""
+        attention = self.Cross_Att.MH_attn
+        return attention.attention_weights(attention.w_qs(query), source)
+
     def target_twin(self) -> "PublishedCASA":
         """An independent copy for the teacher, which `AliceTeacher.update` keeps equal to the student's."""
         return copy.deepcopy(self)
+
+
+@torch.no_grad()
+def relative_entropy(weights: Tensor) -> Tensor:
+    """Mean entropy of attention weights [..., M] over log M: 1 = looks everywhere alike, 0 = at one token each."""
+    return torch.special.entr(weights.float()).sum(-1).mean() / math.log(weights.shape[-1])
 
 
 CASA_VARIANTS: dict[str, Callable[..., FigureCASA | PublishedCASA]] = {"figure": FigureCASA, "published": PublishedCASA}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.casa import CASA_VARIANTS, FigureCASA, PublishedCASA
+from models.casa import CASA_VARIANTS, FigureCASA, PublishedCASA, relative_entropy
 from tests.golden_fill import fill_by_name
 from tests.shared import shared_file
 
@@ -68,6 +68,50 @@ def test_figure_variant_follows_its_equations() -> None:
     expected = torch.stack([align_slowly(casa, query[i], source[i]) for i in range(2)])
     expected = expected / expected.square().sum(-1, keepdim=True).sqrt()
     torch.testing.assert_close(casa.align(query, source), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_by_cosine_keys_lose_their_mean_and_lengths_and_the_scale_trains() -> None:
+    """Against the equation head by head; a part that all source tokens share changes no weight."""
+    casa = FigureCASA(**SMALL, cosine_scale=7.0)
+    fill_by_name(casa)
+    with torch.no_grad():
+        casa.Cross_Att.MH_attn.log_scale.copy_(torch.tensor([7.0, 3.0]).log())
+    tokens, source = randn(2, 3, 12), randn(2, 4, 16, seed=1)
+    weights = casa.attention_weights(casa.make_query(tokens), source)
+    layer = casa.Cross_Att.MH_attn
+    q, k = layer.w_qs(tokens), layer.w_ks(source)
+    for head, scale in enumerate((7.0, 3.0)):
+        part = slice(5 * head, 5 * head + 5)
+        for sample in range(2):
+            keys = k[sample, :, part] - k[sample, :, part].mean(0)
+            for token in range(3):
+                cosines = torch.stack([torch.cosine_similarity(q[sample, token, part], key, dim=0) for key in keys])
+                torch.testing.assert_close(weights[sample, head, token], (scale * cosines).softmax(0))
+    shifted = casa.attention_weights(casa.make_query(tokens), source + randn(1, 1, 16, seed=2))
+    torch.testing.assert_close(shifted, weights, rtol=1e-4, atol=1e-5)
+    casa.align(casa.make_query(tokens), source)[..., 0].sum().backward()
+    assert layer.log_scale.grad.abs().min() > 0
+    assert casa.target_twin().Cross_Att.MH_attn.log_scale is None, "the scale is the query's, which the student gives"
+
+
+def test_weights_shown_are_the_weights_used() -> None:
+    """`attention_weights` is for monitors and pictures; the output comes from torch's fused attention."""
+    for scale in (0.0, 7.0):
+        layer = FigureCASA(**SMALL, cosine_scale=scale).Cross_Att.MH_attn
+        query, source = layer.project_query(randn(2, 3, 12)), randn(2, 4, 16, seed=1)
+        values = layer._split_heads(layer.w_vs(source))
+        attended = layer.fc((layer.attention_weights(query, source) @ values).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(layer(query, source), layer.layer_norm(attended), rtol=1e-4, atol=1e-5)
+
+
+def test_the_published_variant_refuses_cosines_by_the_flags_name() -> None:
+    with pytest.raises(ValueError, match="--casa_cosine_scale 7 needs --casa_variant figure"):
+        PublishedCASA(**SMALL, cosine_scale=7.0)
+
+
+def test_relative_entropy_is_one_for_uniform_and_zero_for_one_token() -> None:
+    assert float(relative_entropy(torch.full((2, 3, 5), 0.2))) == pytest.approx(1.0)
+    assert float(relative_entropy(torch.eye(5))) == pytest.approx(0.0)
 
 
 def test_only_the_published_variant_lets_the_query_around_the_attention() -> None:
