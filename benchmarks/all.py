@@ -14,12 +14,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
-from benchmarks import matching, pairing, volume_store
+from benchmarks import embedding_storage, matching, pairing, volume_store
 from datasets.files import write_text
 from engine.flags import add_switch, make_parser, run_main
 
 # A benchmark is a module with make_flags() (with --quick), run(flags) -> figures, and rows(figures) -> table lines.
-BENCHMARKS = {"volume_store": volume_store, "matching": matching, "pairing": pairing}
+BENCHMARKS = {
+    "volume_store": volume_store,
+    "matching": matching,
+    "pairing": pairing,
+    "embedding_storage": embedding_storage,
+}
 HEADER = ("what", "ours", "beside", "ratio", "wanted")
 
 

@@ -11,6 +11,7 @@ the published size holds random vectors, alike along all of 128 axes, which no f
 sizes are then the worst there are. Minutes with a checkpoint, half a minute without; with --quick two forms and less.
 """
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -87,7 +88,7 @@ def made_up_embedding(grid: Sequence[int]) -> Embedding:
     depth, height, width = made.fine.shape[1:]
     along_h, along_w = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     ellipse = torch.from_numpy((along_h / BODY_RADII[0]) ** 2 + (along_w / BODY_RADII[1]) ** 2 < 1)
-    return Embedding(**{**made.__dict__, "body": ellipse.expand(depth, height, width).contiguous()})
+    return dataclasses.replace(made, body=ellipse.expand(depth, height, width).contiguous())
 
 
 def embed_held_out(flags: jsonargparse.Namespace, cases: CaseSource, embed_dir: str) -> dict[str, dict]:
@@ -150,7 +151,7 @@ def run(flags: jsonargparse.Namespace) -> dict:
     torch.set_num_threads(flags.num_threads)
     forms = [name for name in FORMS if name in (QUICK_FORMS if flags.quick else ["fp16", *flags.forms])]
     measure = run_on_cases if flags.checkpoint_file else run_on_random
-    return measure(flags, forms) | {"default": vars(Storage()), "commit": git_commit()}
+    return measure(flags, forms) | {"default": dataclasses.asdict(Storage()), "commit": git_commit()}
 
 
 def run_on_random(flags: jsonargparse.Namespace, forms: Sequence[str]) -> dict:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sam_embed.compact_codes import (
@@ -163,7 +162,9 @@ def _decode_map(decoder: Decoder, shape: tuple[int, ...], index: Tensor | None, 
     """float16 [C, d, h, w] of unit vectors, zero where nothing is stored."""
     decoded = torch.zeros(shape[0], int(np.prod(shape[1:])), dtype=torch.float16)
     for first, last in blocks(number):
-        vectors = F.normalize(decoder(first, last), dim=0).half()
+        vectors = decoder(first, last)
+        length = vectors.square().sum(dim=0).sqrt_()  # several times as fast as F.normalize over the first dimension
+        vectors = (vectors / length.clamp_min_(1e-6)).half()
         if index is None:
             decoded[:, first:last] = vectors
         else:

@@ -1,6 +1,7 @@
 """Embeddings in little room: every form comes back as promised, small enough, and matches stay where they were."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from datasets.nifti import CTReadError
+from benchmarks import all as all_benchmarks
+from benchmarks import embedding_storage
+from datasets.nifti import CTReadError, write_nifti
 from datasets.store_format import StoreError
 from sam_embed import compact_codes
-from sam_embed.checkpoint import EmbedderInfo
+from sam_embed.checkpoint import EmbedderInfo, save_embedder
 from sam_embed.compact import FP16, Storage, pack, unpack
 from sam_embed.corpus import embed_corpus
 from sam_embed.embedding_store import (
@@ -261,3 +264,34 @@ def test_a_corpus_is_stored_small_and_finished_cases_keep_their_form(tmp_path):
     assert [stored_form(tmp_path, name) for name in names] == ["fp16", Storage().form, None, None]
     report = embed_corpus(network, info, names[:2], read, tmp_path, overwrite=True, storage=Storage("int8"))
     assert report["written"] == names[:2] and stored_form(tmp_path, "patient0") == "int8"
+
+
+def test_the_worst_of_published_volumes_is_20_times_smaller(tmp_path):
+    """128 channels alike along all axes; the body fills more than half of the scan."""
+    embedding_storage.main(["--quick", "--output", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["num_channels"] == 128 and found["body_share"] > 0.55
+    assert found["published_bytes"] == 2 * 128 * (63 * 52 * 52 + 32 * 7 * 7)
+    assert found["forms"]["default"]["times_smaller"] > 20 and found["forms"]["fp16"]["times_smaller"] < 1.01
+    assert all(len(row) == len(all_benchmarks.HEADER) for row in embedding_storage.rows(found))
+
+
+def test_the_benchmark_measures_errors_on_held_out_cases(tmp_path, capsys):
+    for seed in (0, 1):
+        volume = patient_volume(seed)
+        write_nifti(tmp_path / "images" / f"patient{seed}.nii.gz", volume.array, volume.affine)
+        places = {name: place.tolist() for name, place in patient_landmarks(seed).items()}
+        (tmp_path / f"patient{seed}.json").write_text(json.dumps({"landmarks_mm": places}))
+    torch.manual_seed(0)
+    network = AnatomicalEmbedder(**compact_options(width=8, embed_dim=16)).eval()
+    save_embedder(tmp_path / "sam.pth", network, EmbedderInfo(spacing_mm=(8.0, 8.0, 8.0)))
+    flags = ["--checkpoint_file", str(tmp_path / "sam.pth"), "--data_dir", str(tmp_path / "images"), "--device", "cpu"]
+    with pytest.raises(ValueError, match="--landmark_dir"):
+        embedding_storage.main(flags)
+    flags += ["--landmark_dir", str(tmp_path), "--forms", "[int8]", "--output", str(tmp_path / "found.json")]
+    embedding_storage.main(flags)
+    found = json.loads((tmp_path / "found.json").read_text())
+    voxels = 68 * 52 * 68 + 34 * 7 * 9  # 34 x 26 x 34 voxels of 8 mm are 136 x 104 x 136 of 2 mm
+    assert found["published_bytes"] == 2 * 128 * voxels and list(found["forms"]) == ["fp16", "int8"]
+    assert found["forms"]["fp16"]["median_mm_change"] == 0 and abs(found["forms"]["int8"]["median_mm_change"]) < 3
+    assert "| int8 | 0." in capsys.readouterr().out
