@@ -185,8 +185,9 @@ def pretrain(
                     raise CheckpointError(
                         f"step {run.step} could not be saved, and the run ends here (see the warning)"
                     )
-            if is_asked_to_stop and not is_last:
+            if is_asked_to_stop or is_last:
                 wait_for_main(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
+            if is_asked_to_stop and not is_last:
                 log.say(f"asked to stop: step {run.step} is saved")
                 return False
     return True

@@ -47,8 +47,9 @@ exec "$PYTHON" main_ddp.py "$@"
 '
 
 echo "job $SLURM_JOB_ID: $WORLD_SIZE processes, rank 0 on $MASTER_ADDR:$MASTER_PORT, restarts: ${SLURM_RESTART_COUNT:-0}"
+# The processes leave together, also after an interruption; one that died alone ends the others 20 s later.
 status=0
-srun --kill-on-bad-exit=1 bash -c "$task" task "$@" || status=$?
+srun --wait=20 bash -c "$task" task "$@" || status=$?
 
 if [[ $status -eq $interrupted ]]; then
     echo "job $SLURM_JOB_ID: interrupted after a checkpoint, back to the queue"

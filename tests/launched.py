@@ -72,7 +72,7 @@ def two_ranks(argv: list[str], told: Path, prepare: Callable[[], None] | None = 
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [start(argv, told, prepare, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
     for process in ranks:
-        process.join(120)
+        process.join(300)
     return [process.exitcode for process in ranks]
 
 
@@ -82,7 +82,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 60.0):
+def wait_until(condition: Callable[[], object], timeout_s: float = 300.0):
     """The first true value of `condition()`, which may raise FileNotFoundError until then."""
     ends = time.monotonic() + timeout_s
     while time.monotonic() < ends:
