@@ -8,6 +8,7 @@ read about once. May be stopped, even killed, and run again. To mine the trainin
 --sections training.
 """
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def choose_cases(flags: jsonargparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    options = MiningOptions(**{name: flags[name] for name in MiningOptions.__dataclass_fields__})
+    options = MiningOptions(**{field.name: flags[field.name] for field in dataclasses.fields(MiningOptions)})
     names = choose_cases(flags)
     output_dir = flags.output_dir or flags.embed_dir
     provenance = {"commit": git_commit()}
