@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datasets.pairings import PairingOptions
 from sam_embed.judge import Judged
 
 CORRECT_MM = 15.0
@@ -47,14 +48,17 @@ class Thresholds:
         """bool [N]: which matches pass; one whose cycle error was not measured never does."""
         return (judged.score >= self.min_score) & (judged.cycle_mm <= self.max_cycle_mm)
 
-    def in_words(self) -> str:
-        """One line, with the flags as main_ddp.py takes them."""
+    def what_they_do(self) -> str:
+        """The flags as main_ddp.py takes them, and the shares."""
         max_cycle_mm = "1e6" if self.max_cycle_mm == ANY_CYCLE_MM else f"{self.max_cycle_mm:g}"
         flags = f"--min_score {self.min_score:g} --max_cycle_mm {max_cycle_mm}"
-        result = f"{self.correct:.1%} of matches within {CORRECT_MM:g} mm, keeps {self.kept:.0%}"
+        return f"{flags}: {self.correct:.1%} of matches within {CORRECT_MM:g} mm, keeps {self.kept:.0%}"
+
+    def in_words(self) -> str:
+        """One line that also says when the wanted share is out of reach."""
         if self.is_reached:
-            return f"{flags}: {result}"
-        return f"{self.wanted:.0%} cannot be reached; the most correct is {flags}: {result}"
+            return self.what_they_do()
+        return f"{self.wanted:.0%} cannot be reached; the most correct is {self.what_they_do()}"
 
 
 def choose_thresholds(judged: Judged, wanted: float = WANTED_SHARE) -> Thresholds:
@@ -85,6 +89,17 @@ def choose_thresholds(judged: Judged, wanted: float = WANTED_SHARE) -> Threshold
         correct=float(correct[row, column]),
         found=float(num_correct[row, column] / max(is_correct.sum(), 1)),
         is_reached=bool(reached.any()),
+    )
+
+
+def try_thresholds(judged: Judged, min_score: float, max_cycle_mm: float, wanted: float = WANTED_SHARE) -> Thresholds:
+    """What given thresholds do."""
+    is_correct = judged.error_mm <= CORRECT_MM
+    is_kept = (judged.score >= min_score) & (judged.cycle_mm <= max_cycle_mm)
+    num_right = int((is_correct & is_kept).sum())
+    correct, found = num_right / max(is_kept.sum(), 1), num_right / max(is_correct.sum(), 1)
+    return Thresholds(
+        wanted, min_score, max_cycle_mm, float(is_kept.mean()), float(correct), float(found), bool(correct >= wanted)
     )
 
 
@@ -160,9 +175,9 @@ def trust_report(judged: Judged, wanted: float = WANTED_SHARE) -> dict:
     """Everything about these matches, plain values fit for JSON.
 
     Returns:
-        `all` (figures), `share_possible`, `thresholds` (for the wanted share), `on_other_cases`
-        (`check_on_other_cases`), `goals` (thresholds for other shares), `by_region`, `by_structure`, `by_score` and
-        `by_cycle_mm` (`error_curve`).
+        `all` (figures), `share_possible`, `thresholds` (for the wanted share), `defaults` (what main_ddp.py's do),
+        `on_other_cases` (`check_on_other_cases`), `goals` (thresholds for other shares), `by_region`, `by_structure`,
+        `by_score` and `by_cycle_mm` (`error_curve`).
     """
     best = choose_thresholds(judged, wanted)
     kept = best.keeps(judged)
@@ -171,6 +186,9 @@ def trust_report(judged: Judged, wanted: float = WANTED_SHARE) -> dict:
         "share_possible": float(judged.is_possible.mean()),
         "thresholds": dataclasses.asdict(best),
         "in_words": best.in_words(),
+        "defaults": dataclasses.asdict(
+            try_thresholds(judged, PairingOptions.min_score, PairingOptions.max_cycle_mm, wanted)
+        ),
         "on_other_cases": check_on_other_cases(judged, wanted),
         "goals": [dataclasses.asdict(choose_thresholds(judged, goal)) for goal in GOALS],
         "by_region": by_group(judged, judged.region, kept),

@@ -32,8 +32,8 @@ def draw_trust(report: dict, what: str) -> Figure:
         if limit not in (ANY_SCORE, ANY_CYCLE_MM):
             axes.axvline(limit, color="0.35", lw=1.2, ls="--")
             axes.annotate(
-                f"{limit:g}", (limit, 1), xycoords=("data", "axes fraction"), xytext=(4, -12),
-                textcoords="offset points", color="0.35",
+                f"{limit:g}", (limit, 1), xycoords=("data", "axes fraction"), xytext=(-4, -12),
+                textcoords="offset points", color="0.35", ha="right",
             )  # fmt: skip
         if key == "by_cycle_mm":
             axes.set_xscale("log")

@@ -1,5 +1,6 @@
 """Trust in matches: the truth about phantoms, judged pairs, error curves and thresholds."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -29,6 +30,7 @@ from sam_embed.trust import (
     choose_thresholds,
     error_curve,
     trust_report,
+    try_thresholds,
 )
 from sam_embed.trust_figure import save_trust_figure
 from sam_embed.trust_text import mined_lines
@@ -160,6 +162,8 @@ def test_thresholds_are_the_best_of_the_grid():
     assert chosen.is_reached and chosen.correct >= 0.9
     assert chosen.kept == pytest.approx(kept.mean()) and chosen.correct == pytest.approx((error_mm[kept] <= 15).mean())
     assert chosen.found == pytest.approx(kept[error_mm <= 15].mean())
+    tried = try_thresholds(judged, chosen.min_score, chosen.max_cycle_mm, 0.9)
+    assert dataclasses.astuple(tried) == pytest.approx(dataclasses.astuple(chosen))
     most = 0.0
     for min_score in SCORE_GRID:
         for max_cycle_mm in CYCLE_GRID_MM:
