@@ -57,7 +57,16 @@ def test_run_leaves_what_it_should(finished):
 def test_log_holds_terms_monitors_and_pair_statistics(finished):
     lines = log_of(finished)
     assert [line["step"] for line in lines] == [1, 2, 3]
-    terms = {"loss", "loss_cls", "loss_tokens", "loss_recon", "teacher_entropy", "feature_std", "casa_cos_right"}
+    terms = {
+        "loss",
+        "loss_cls",
+        "loss_tokens",
+        "loss_recon",
+        "teacher_entropy",
+        "feature_std",
+        "casa_cos_right",
+        "casa_entropy",
+    }
     rates = {"lr", "weight_decay", "momentum_teacher", "teacher_temp", "grad_norm", "samples_per_s", "data_wait_share"}
     for line in lines:
         assert (terms | rates | {"fallback_share", "pair_score"}) <= line.keys()
@@ -140,7 +149,8 @@ def test_smoke_config_builds_the_store_validates_and_draws(tmp_path, capfd):
     assert "5 cases to add at 4 x 4 x 4 mm" in told
     assert "cases: 3 to train with, 2 held out" in told
     assert (tmp_path / "smoke" / "store" / "store.json").exists()
-    assert (tmp_path / "smoke" / "reconstruction.png").stat().st_size > 10_000
+    for name in ("reconstruction", "attention", "features"):
+        assert (tmp_path / "smoke" / f"{name}.png").stat().st_size > 10_000
     assert log_of(tmp_path / "smoke", "validation")[0]["loss"] > 0
 
 
