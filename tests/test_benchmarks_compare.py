@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 
 import numpy as np
@@ -151,7 +152,8 @@ def test_jobs_are_done_once_and_anew_when_they_change(tmp_path, num_parallel):
         first = output.read_text()
         workers.run([small_job(tmp_path, "one")], 1)
         assert output.read_text() == first, "done once"
-        told, colour, process = first.split()
+        told, colour, process, start_method = first.split()
+        assert start_method == multiprocessing.get_start_method(), "loading processes start as a user's do"
         assert (told, colour) == ("one", "red") and (int(process) == os.getpid()) == (num_parallel == 0)
         workers.run([small_job(tmp_path, "two")], 1)
         assert output.read_text().split()[:2] == ["two", "none"], "the folder was emptied, the variable is gone"

@@ -116,7 +116,8 @@ class Workers:
         self.records, self.pool = records, None
         if num_parallel:
             spawn = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(num_parallel, spawn, initializer=end_with, initargs=(os.getpid(),))
+            given = (os.getpid(), multiprocessing.get_start_method())
+            self.pool = ProcessPoolExecutor(num_parallel, spawn, initializer=set_up_worker, initargs=given)
 
     def __enter__(self) -> "Workers":
         return self
@@ -153,8 +154,12 @@ def tell(job: Job, records: Records, left: list[Job]) -> None:
     print(f"{job.name}: {records.read(job)['seconds']:.0f} s, {len(left)} to go", flush=True)
 
 
-def end_with(parent: int) -> None:
-    """Let this worker process end when the process that started it is gone, in whatever way."""
+def set_up_worker(parent: int, start_method: str) -> None:
+    """Let this process end when the one that started it is gone, and start processes of its own as a user's would.
+
+    A spawned process spawns too: every loading process would import everything again, where a user's are forked.
+    """
+    multiprocessing.set_start_method(start_method, force=True)
 
     def watch() -> None:
         while os.getppid() == parent:
