@@ -314,6 +314,8 @@ def describe_start(flags, data: Data, options: LoopOptions, run: RunState, world
     num_held_out = len(data.validation) if data.validation is not None else 0
     spacing = spacing_text(data.store.spacing_mm)
     facts = ", ".join(f"{name} {value}" for name, value in data.training.statistics().items() if value != [])
+    peak = peak_lr(flags.lr, batch, flags.lr_reference_batch)
+    scaling = f" = {flags.lr:g} x {batch} / {flags.lr_reference_batch}" if flags.lr_reference_batch else ""
     return "\n".join(
         [
             state,
@@ -322,7 +324,7 @@ def describe_start(flags, data: Data, options: LoopOptions, run: RunState, world
             f"effective batch: {batch} = {flags.batch_size} a process x {world.size} processes x "
             f"{flags.accumulate_steps} accumulated",
             f"length: {options.steps_per_epoch} steps an epoch, {options.num_steps} in all",
-            f"learning rate: peak {peak_lr(flags.lr, batch, flags.lr_reference_batch):g}, floor {flags.min_lr:g}",
+            f"learning rate: peak {peak:g}{scaling}, floor {flags.min_lr:g}",
             f"networks: {num_trained / 1e6:.1f} M trained parameters, {precision} on {world.device}",
         ]
     )

@@ -69,11 +69,16 @@ def run_here(argv: list[str], told: str, prepare: Callable[[], None] | None, env
 
 def two_ranks(argv: list[str], told: Path, prepare: Callable[[], None] | None = None) -> list[int]:
     """The run on two ranks, to its end; returns their exit codes."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [start(argv, told, prepare, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
+    ranks = start_two_ranks(argv, told, prepare)
     for process in ranks:
         process.join(300)
     return [process.exitcode for process in ranks]
+
+
+def start_two_ranks(argv: list[str], told: Path, prepare: Callable[[], None] | None = None) -> list:
+    """The two processes of a run on two ranks."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [start(argv, told, prepare, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
 
 
 def free_port() -> int:
@@ -158,6 +163,12 @@ def write_slowly(seconds: float) -> None:
                 time.sleep(seconds / 20)
 
     ck.write_synced = write_in_pieces
+
+
+def signal_at_step_and_write_slowly(step: int, seconds: float) -> None:
+    """An interruption whose checkpoint takes a while."""
+    signal_at_step(step)
+    write_slowly(seconds)
 
 
 def signal_at_step(step: int, number: int = signal.SIGTERM) -> None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import random
+import shutil
 import signal
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import main_ddp
 from engine.checkpoint import LATEST, PREVIOUS, load_checkpoint
 from engine.distributed import World
+from engine.flags import flags_as_dict
 from engine.signals import EXIT_INTERRUPTED
 from tests.launched import (
     assert_same_weights,
@@ -18,8 +20,10 @@ from tests.launched import (
     flat,
     poison_sample,
     signal_at_step,
+    signal_at_step_and_write_slowly,
     smallest,
     start,
+    start_two_ranks,
     two_ranks,
     wait_until,
     write_slowly,
@@ -131,6 +135,17 @@ def test_signal_before_the_first_step_ends_with_the_code_of_an_interruption(corp
     assert process.exitcode == EXIT_INTERRUPTED, (tmp_path / "told.txt").read_text()
 
 
+def test_no_rank_leaves_while_rank_0_writes_the_checkpoint(corpus, tmp_path):
+    """Launchers end all processes soon after the first has ended."""
+    argv = smallest(corpus, tmp_path / "run", batch_size=1)
+    prepare = functools.partial(signal_at_step_and_write_slowly, 0, 2.0)
+    ranks = start_two_ranks(argv, tmp_path / "told.txt", prepare)
+    ranks[1].join(300)
+    assert load_checkpoint(tmp_path / "run" / LATEST)["step"] == 1
+    ranks[0].join(300)
+    assert [process.exitcode for process in ranks] == [EXIT_INTERRUPTED] * 2
+
+
 # Poisoned
 
 
@@ -159,6 +174,56 @@ def test_skipping_leaves_one_step_out_on_both_ranks(corpus, tmp_path):
     for name, value in flat({part: state[part] for part in ("student", "teacher", "loss")}).items():
         assert not torch.is_tensor(value) or value.isfinite().all(), name
     assert max(slot["step"] for slot in state["optimizer"]["state"].values()) == NUM_STEPS - 1
+
+
+# Broken volumes
+
+
+def test_a_broken_volume_is_told_once_and_workers_do_not_change_what_stands_in(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    file = tmp_path / "corpus" / "store" / "cases" / "case1.b2nd"
+    file.write_bytes(file.read_bytes()[:1000])
+    for num_workers in (0, 1):
+        told = tmp_path / f"{num_workers}.txt"
+        process = start(smallest(tmp_path / "corpus", tmp_path / str(num_workers), num_workers=num_workers), told)
+        process.join(300)
+        assert process.exitcode == 0 and told.read_text().count("case case1 cannot be read") == 1, told.read_text()
+    assert_same_weights(tmp_path / "0", tmp_path / "1")
+    assert log_of(tmp_path / "0")[-1]["step"] == NUM_STEPS
+
+
+# What is said before the first step
+
+
+def test_batch_rate_and_length_are_printed_before_the_first_step(corpus, tmp_path, capfd):
+    argv = smallest(corpus, tmp_path, epochs=1, accumulate_steps=3, lr=0.01, lr_reference_batch=12, warmup_epochs=0)
+    main_ddp.main(argv)
+    told = capfd.readouterr().out.split("[train] step 1")[0]
+    assert "effective batch: 6 = 2 a process x 1 processes x 3 accumulated" in told
+    assert "learning rate: peak 0.005 = 0.01 x 6 / 12, floor 1e-06" in told
+    assert "length: 2 steps an epoch, 2 in all" in told
+
+
+def test_a_floor_above_the_scaled_peak_is_refused_before_anything_is_written(corpus, tmp_path, monkeypatch):
+    """At batch 2 on 4 processes the peak of 1e-3 x 8 / 256 lies below the floor; on 64 it does not."""
+    flags = {"lr": 1e-3, "lr_reference_batch": 256, "min_lr": 1e-4, "min_score": 2}
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"peak learning rate 3\.125e-05 .*effective batch 8"):
+        main_ddp.main(smallest(corpus, tmp_path / "run", **flags))
+    assert not (tmp_path / "run").exists()
+    flags = main_ddp.make_flags().parse_args(smallest(corpus, tmp_path / "run", **flags))
+    main_ddp.check_flags(flags, 64, [])
+
+
+def test_printed_config_is_the_run(corpus, tmp_path, capsys):
+    argv = smallest(corpus, tmp_path / "run", lr=0.0123)
+    with pytest.raises(SystemExit) as ended:
+        main_ddp.main([*argv, "--print_config"])
+    assert ended.value.code == 0 and not (tmp_path / "run").exists()
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    parse = main_ddp.make_flags().parse_args
+    again, plain = (flags_as_dict(parse(words)) for words in (["--config", str(tmp_path / "run.yaml")], argv))
+    assert again == plain and again["lr"] == 0.0123
 
 
 # Workers and world size

@@ -64,14 +64,14 @@ def test_torchrun_restarts_a_dead_rank_once_and_ends_the_others_the_second_time(
             cwd=REPOSITORY, env=plain_environment(), stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
-        wait_until(lambda: last_step(run) >= 3, 300)
+        wait_until(lambda: torchrun.poll() is not None or last_step(run) >= 3)
         first = ranks_of(run)
         assert first.keys() == {0, 1}
         os.kill(first[1], signal.SIGKILL)
-        wait_until(lambda: "resumed at step" in told.read_text(), 300)
+        wait_until(lambda: torchrun.poll() is not None or "resumed at step" in told.read_text())
         step = int(told.read_text().split("resumed at step ")[1].split()[0])
         assert step >= 2 and step % 2 == 0  # a save every two steps
-        wait_until(lambda: last_step(run) > step + 2)
+        wait_until(lambda: torchrun.poll() is not None or last_step(run) > step + 2)
         second = ranks_of(run)
         assert second.keys() == {0, 1} and not set(second.values()) & set(first.values())
         os.kill(second[1], signal.SIGKILL)
@@ -86,8 +86,8 @@ def test_torchrun_restarts_a_dead_rank_once_and_ends_the_others_the_second_time(
 
 
 # Slurm's part of the bargain: srun starts the tasks and passes SIGUSR1 on, ends the others 20 s after the first has
-# ended, and returns the largest exit code; sbatch sets the variables and runs the script; scontrol names hosts and notes
-# what is requeued.
+# ended, and returns the largest exit code; sbatch sets the variables and runs the script; scontrol names hosts and
+# notes what is requeued.
 SRUN = """#!{python} -S
 import os, signal, subprocess, sys, time
 assert sys.argv[1] == "--wait=20", sys.argv
@@ -114,7 +114,7 @@ case "$1 $2" in
 esac
 """
 SBATCH = """#!/bin/sh
-export SLURM_JOB_ID=4711 SLURM_JOB_NODELIST='node[1-2]' SLURM_NTASKS=${{NUM_TASKS:-2}} SLURM_SUBMIT_DIR={repository}
+export SLURM_JOB_ID=4711 SLURM_JOB_NODELIST='node[1-2]' SLURM_NTASKS=2 SLURM_SUBMIT_DIR={repository}
 cp "$1" {folder}/spooled_script
 shift
 exec bash {folder}/spooled_script "$@"
@@ -134,7 +134,7 @@ def slurm(tmp_path):
 
 
 def submit(slurm: Path, argv: list[str], told: Path, **variables: str) -> subprocess.Popen:
-    environment = plain_environment(**variables, PATH=f"{slurm}:{os.environ['PATH']}", PYTHON=sys.executable)
+    environment = plain_environment(PATH=f"{slurm}:{os.environ['PATH']}", **({"PYTHON": sys.executable} | variables))
     command = ["sbatch", str(REPOSITORY / "scripts" / "slurm_pretrain.sh"), *argv]
     with told.open("a") as output:
         return subprocess.Popen(
@@ -146,7 +146,7 @@ def test_slurm_job_saves_before_its_time_limit_requeues_itself_and_goes_on(corpu
     run, told, num_steps = tmp_path / "run", tmp_path / "told.txt", 30
     argv = smallest(corpus, run, batch_size=1, epochs=1, steps_per_epoch=num_steps)
     job = submit(slurm, argv, told)
-    wait_until(lambda: last_step(run) >= 1, 300)
+    wait_until(lambda: job.poll() is not None or last_step(run) >= 1)
     assert not (run / LATEST).exists()  # the only save will be the one that the signal asks for
     os.kill(int((slurm / "srun.pid").read_text()), signal.SIGUSR1)
     assert job.wait(300) == EXIT_INTERRUPTED, told.read_text()
@@ -161,7 +161,23 @@ def test_slurm_job_saves_before_its_time_limit_requeues_itself_and_goes_on(corpu
     assert (slurm / "requeued").read_text().split() == ["4711"]
 
 
-def test_slurm_job_that_fails_is_not_requeued(corpus, tmp_path, slurm):
-    job = submit(slurm, smallest(corpus, tmp_path / "run", lr=-1), tmp_path / "told.txt", NUM_TASKS="1")
-    assert job.wait(300) == 1
-    assert "--lr -1" in (tmp_path / "told.txt").read_text() and not (slurm / "requeued").exists()
+@pytest.mark.parametrize(
+    ("devices", "local_ranks", "code"), [("", "01", 75), ("0,1", "01", 1), ("3", "00", 0), ("GPU-5ac", "00", 75)]
+)
+def test_slurm_tasks_know_who_they_are_and_only_an_interruption_is_requeued(
+    tmp_path, slurm, devices, local_ranks, code
+):
+    """With a program that tells its variables in place of Python. One visible GPU: Slurm has dealt them out."""
+    program = slurm / "program"
+    line = "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $OMP_NUM_THREADS"
+    program.write_text(f'#!/bin/sh\n[ "$RANK" = 1 ] && sleep 0.2\necho "told {line} <$1> <$2> <$3>"\nexit {code}\n')
+    program.chmod(0o755)
+    variables = {"PYTHON": str(program), "CUDA_VISIBLE_DEVICES": devices}
+    job = submit(slurm, ["--config", "a file.yaml"], tmp_path / "told.txt", **variables)
+    assert job.wait(60) == code
+    told = [line for line in (tmp_path / "told.txt").read_text().splitlines() if line.startswith("told")]
+    assert told == [
+        f"told {rank} {local_rank} 2 127.0.0.1:24711 1 <main_ddp.py> <--config> <a file.yaml>"
+        for rank, local_rank in enumerate(local_ranks)
+    ]
+    assert (slurm / "requeued").exists() == (code == EXIT_INTERRUPTED)
