@@ -125,7 +125,13 @@ def add_optimiser_flags(group) -> None:
     add("--epochs", type=int, default=1000, help="length of the run")
     add("--steps_per_epoch", type=int, default=0, help="optimiser steps; 0 = training cases / effective batch")
     add("--batch_size", type=int, default=8, help="pairs per process and forward pass")
-    add("--accumulate_steps", type=int, default=1, help="forward passes per optimiser step; 1 = off")
+    add(
+        "--accumulate_steps",
+        type=int,
+        default=1,
+        help="forward passes per optimiser step; losses, gradients and centres are the big batch's, monitors that "
+        "compare its rows (feature_std, casa_cos_*) see one pass each; 1 = off",
+    )
     add("--lr", type=float, default=1e-4, help="peak learning rate, used as given (see --lr_reference_batch)")
     add(
         "--lr_reference_batch",
