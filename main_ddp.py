@@ -33,7 +33,8 @@ from datasets.pairings import PAIRINGS, PairingOptions
 from datasets.pairs import PairedCropDataset
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
-from engine.checkpoint import find_resumable_together, load_checkpoint, save_checkpoint
+from engine.background_save import BackgroundSaver
+from engine.checkpoint import find_resumable_together, load_checkpoint
 from engine.collapse import CollapseWatch
 from engine.distributed import World
 from engine.flags import RunInfo, run_main
@@ -354,14 +355,14 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
     def case_names(batch: dict) -> list[str]:
         return [data.store.names[int(index)] for side in ("query_case", "key_case") for index in batch[side]]
 
+    saver = BackgroundSaver(flags.output_dir)
     hooks = Hooks(
         validate=lambda: validate(unwrapped, [run.student, run.teacher, run.loss], held_out, flags.teacher_temp, world),
         draw=lambda batch, step: draw_pictures(run, batch, step, data.store, precision, Path(flags.output_dir), log),
-        save=lambda epoch: save_checkpoint(
-            run.as_checkpoint(options.steps_per_epoch),
-            flags.output_dir,
-            keep_as=None if epoch is None else f"checkpoint{epoch:04d}.pth",
+        save=lambda epoch: saver.save(
+            run.as_checkpoint(options.steps_per_epoch), None if epoch is None else f"checkpoint{epoch:04d}.pth"
         ),
+        saved=saver.wait,
         case_names=case_names,
         watch=CollapseWatch(flags.out_dim),
     )

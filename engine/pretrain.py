@@ -66,13 +66,15 @@ class Hooks:
     """What the loop calls at its rarer moments.
 
     validate() -> means over held-out pairs (all ranks take part); draw(batch, step) adds pictures (rank 0 only);
-    save(epoch or None) -> whether a checkpoint was written, None = no numbered copy (rank 0 only);
+    save(epoch or None) begins to write a checkpoint, None = no numbered copy (rank 0 only); saved() waits until nothing
+    is being written -> whether the last checkpoint was;
     case_names(batch) -> the names of its cases, for error messages; watch(means of an epoch) -> warnings for the user.
     """
 
     validate: Callable[[], dict[str, float]]
     draw: Callable[[dict, int], None]
-    save: Callable[[int | None], bool]
+    save: Callable[[int | None], None]
+    saved: Callable[[], bool]
     case_names: Callable[[dict], list[str]]
     watch: Callable[[dict[str, float]], list[str]] = lambda means: []
 
@@ -174,14 +176,15 @@ def pretrain(
                 for warning in hooks.watch(means):
                     log.say(f"warning: {warning}")
             if options.val_freq and (is_last or (is_epoch_end and epoch % options.val_freq == 0)):
+                hooks.saved()  # validation may start processes, which must not happen while a thread writes
                 log.record("validation", run.step, epoch, hooks.validate())
 
             # Save
             is_due = is_epoch_end and epoch % options.save_freq == 0
             if world.is_main and (is_due or is_last or is_asked_to_stop):
                 is_kept = is_epoch_end and options.keep_freq and epoch % options.keep_freq == 0
-                is_saved = hooks.save(epoch if is_kept else None)
-                if not is_saved and (is_last or is_asked_to_stop):
+                hooks.save(epoch if is_kept else None)
+                if (is_last or is_asked_to_stop) and not hooks.saved():
                     raise CheckpointError(
                         f"step {run.step} could not be saved, and the run ends here (see the warning)"
                     )

@@ -1,11 +1,13 @@
 """Checkpoints: atomic, falling back to the one before, loadable without running code."""
 
+import threading
 import warnings
 
 import pytest
 import torch
 
 from engine import checkpoint as ck
+from engine.background_save import BackgroundSaver
 
 
 def state(step: int) -> dict:
@@ -129,3 +131,39 @@ def test_strict_loading_lists_what_does_not_fit(tmp_path):
         ck.load_strictly(module, {"weight": torch.zeros(2, 3), "gain": torch.zeros(1)}, "student", "run.pth")
     ck.load_strictly(module, {"weight": torch.ones(2, 4), "bias": torch.ones(2)}, "student", "run.pth")
     assert module.weight.sum() == 8
+
+
+# Writing while training goes on
+
+
+def test_what_is_written_is_the_state_at_the_call(tmp_path, monkeypatch):
+    may_write, module = threading.Event(), torch.nn.BatchNorm1d(3)
+    plain = ck.write_synced
+    monkeypatch.setattr(ck, "write_synced", lambda *given: may_write.wait(60) and plain(*given))
+    saver = BackgroundSaver(tmp_path)
+    saver.save({"kind": "alice", "student": module.state_dict(), "list": [torch.ones(2), 3], "step": 1})
+    with torch.no_grad():
+        module.weight.fill_(7.0)  # training goes on before a byte is written
+    assert not (tmp_path / ck.LATEST).exists()
+    may_write.set()
+    assert saver.wait()
+    state = ck.load_checkpoint(tmp_path / ck.LATEST, "alice")
+    assert state["student"]["weight"].tolist() == [1.0] * 3 and state["list"][1] == 3
+    assert state["student"]._metadata == module.state_dict()._metadata
+
+
+def test_one_checkpoint_after_the_other_and_failures_are_known(tmp_path, monkeypatch):
+    saver = BackgroundSaver(tmp_path)
+    for step in (1, 2, 3):
+        saver.save(state(step), keep_as=f"checkpoint{step:04d}.pth")
+    assert saver.wait() and saver.wait()
+    assert [ck.load_checkpoint(tmp_path / name)["step"] for name in (ck.PREVIOUS, ck.LATEST)] == [2, 3]
+    assert ck.load_checkpoint(tmp_path / "checkpoint0001.pth")["step"] == 1
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ck, "write_synced", refuse)
+    with pytest.warns(UserWarning, match="No space left"):
+        saver.save(state(4))
+        assert not saver.wait()

@@ -87,7 +87,8 @@ class Setup:
         self.hooks = Hooks(
             validate=lambda: self.validated.append(self.run.step) or {"loss": 1.0},
             draw=lambda batch, step: self.drawn.append(step),
-            save=lambda epoch: self.saved.append((self.run.step, epoch)) or True,
+            save=lambda epoch: self.saved.append((self.run.step, epoch)),
+            saved=lambda: True,
             case_names=lambda batch: [f"case{int(value * 100)}" for value in batch["query"][:, 0]],
         )
         self.log = RunLog(folder, self.options.num_steps, tensorboard=False)
@@ -181,7 +182,7 @@ def test_epochs_decide_when_to_save_validate_and_draw(tmp_path):
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_but_one_on_the_way_is_not(tmp_path):
     setup = Setup(tmp_path, num_steps=4, steps_per_epoch=2)
-    setup.hooks = dataclasses.replace(setup.hooks, save=lambda epoch: False)
+    setup.hooks = dataclasses.replace(setup.hooks, saved=lambda: False)
     with pytest.raises(CheckpointError, match="step 4 could not be saved"):
         setup()
 
