@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -24,7 +23,6 @@ from sam_embed.compact_codes import CompactError
 SUFFIX = ".safetensors"
 FORMAT = "sam_embed.embedding.1"
 COMPACT_FORMAT = "sam_embed.embedding.2"
-LENGTH_SLICES = 4  # fine slices for which all coarse channels are interpolated at a time
 
 
 class EmbeddingError(ValueError):
@@ -76,53 +74,6 @@ class Embedding:
             fine_to_coarse[axis, axis] * np.arange(size) + fine_to_coarse[axis, 3]
             for axis, size in enumerate(self.fine.shape[1:])
         ]
-
-    @cached_property
-    def _coarse_weights(self) -> list[Tensor]:
-        """Per axis, float32 [fine size, coarse size]: linear interpolation as a matrix."""
-        return [
-            _linear_weights(positions, size) for positions, size in zip(self.coarse_positions, self.coarse.shape[1:])
-        ]
-
-    def coarse_on_fine(self, coarse_values: Tensor, first: int, last: int) -> Tensor:
-        """Interpolate values on the coarse grid at the fine grid's slices first..last (exclusive), trilinearly.
-
-        Three matrix products: many times faster than gathering neighbours, as the coarse grid is short.
-
-        Args:
-            coarse_values: float32 [N, d', h', w'].
-
-        Returns:
-            [N, last - first, h, w]; beyond the outermost coarse voxels their value continues.
-        """
-        along_d, along_h, along_w = self._coarse_weights
-        along_d = along_d[first:last]
-        used = along_d.any(dim=0).nonzero()  # the few coarse slices between which these fine ones lie
-        low, high = int(used[0]), int(used[-1]) + 1
-        in_slice = along_h @ (coarse_values[:, low:high] @ along_w.T)  # [N, high - low, h, w]
-        out = along_d[:, low:high] @ in_slice.flatten(2)  # [N, last - first, h * w]
-        return out.unflatten(2, in_slice.shape[2:])
-
-    @cached_property
-    def coarse_length(self) -> Tensor:
-        """float32 [d, h, w]: length of the interpolated coarse vector, by which its similarities are divided."""
-        coarse, depth = self.coarse.float(), self.fine.shape[1]
-        lengths = [
-            torch.linalg.vector_norm(self.coarse_on_fine(coarse, first, min(first + LENGTH_SLICES, depth)), dim=0)
-            for first in range(0, depth, LENGTH_SLICES)
-        ]
-        return torch.cat(lengths).clamp_min(1e-6)
-
-
-def _linear_weights(positions: np.ndarray, size: int) -> Tensor:
-    """float32 [len(positions), size]: each row holds the weights of the two neighbours; positions clamp to the ends."""
-    clamped = np.clip(positions, 0, size - 1)
-    low = np.minimum(np.floor(clamped).astype(np.int64), max(size - 2, 0))
-    rows = np.arange(len(positions))
-    weights = np.zeros((len(positions), size), dtype=np.float32)
-    np.add.at(weights, (rows, low), 1 - (clamped - low))
-    np.add.at(weights, (rows, np.minimum(low + 1, size - 1)), clamped - low)
-    return torch.from_numpy(weights)
 
 
 def embedding_path(embed_dir: str | Path, name: str) -> Path:

@@ -235,21 +235,3 @@ class AnatomicalEmbedder(nn.Module):
             strides.append(float(stride))
             offsets.append(before_pool * (pool - 1) / 2)
         return OutputGrid(tuple(strides), tuple(offsets))
-
-
-def compact_options(width: int = 24, embed_dim: int = 64, norm: str = "batch") -> dict:
-    """Options of a small network for coarse isotropic grids (4 to 6 mm) and few training minutes.
-
-    Fine output at stride 1, coarse at stride 8, isotropic 3x3x3 kernels: on such a grid a patch of 48 voxels sees most
-    of the trunk, which removes far outliers first, and stride 1 keeps the fine output precise.
-    """
-    return {
-        "width": width,
-        "embed_dim": embed_dim,
-        "stem_kernel": (5, 5, 5),
-        "stem_stride": (1, 1, 1),
-        "pool_stride": (1, 1, 1),
-        "stage_strides": ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
-        "stage_kernel_depths": (3, 3, 3, 3),
-        "norm": norm,
-    }

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sam_embed.checkpoint import CheckpointError, EmbedderInfo, load_embedder, save_embedder
-from sam_embed.network import AnatomicalEmbedder, compact_options
+from sam_embed.network import AnatomicalEmbedder
+from tests.sam_fakes import compact_options
 
 
 def small_network() -> AnatomicalEmbedder:

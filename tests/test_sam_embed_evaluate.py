@@ -13,10 +13,11 @@ from sam_embed.baselines import find_body, fit_affine, match_by_affine, match_by
 from sam_embed.checkpoint import EmbedderInfo, save_embedder
 from sam_embed.evaluate import errors_by_landmark, evaluate_pairs, load_landmarks, summarise
 from sam_embed.match_figure import AXIAL, CORONAL, draw_landmark_matches, for_display, place_on, show_plane
-from sam_embed.network import AnatomicalEmbedder, compact_options
+from sam_embed.network import AnatomicalEmbedder
 from scripts import evaluate_matching, generate_sam_embeddings, show_matches
 from tests.sam_fakes import (
     ATLAS_LANDMARKS_MM,
+    compact_options,
     patient_embedding,
     patient_landmarks,
     patient_map,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sam_embed.network import AnatomicalEmbedder, compact_options
+from sam_embed.network import AnatomicalEmbedder
 from tests.golden_fill import fill_by_name
+from tests.sam_fakes import compact_options
 from tests.shared import shared_file
 
 

@@ -10,9 +10,9 @@ from datasets.data_list import Case
 from datasets.nifti import write_nifti
 from datasets.volume_store import build_store
 from sam_embed.checkpoint import EmbedderInfo, save_embedder
-from sam_embed.network import AnatomicalEmbedder, compact_options
+from sam_embed.network import AnatomicalEmbedder
 from scripts import show_matches
-from tests.sam_fakes import patient_volume
+from tests.sam_fakes import compact_options, patient_volume
 
 
 @pytest.fixture(scope="module")
