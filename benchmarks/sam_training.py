@@ -124,19 +124,24 @@ def train_and_judge(name: str, flags: jsonargparse.Namespace, folder: Path) -> d
     recipe, output_dir = RECIPES[name], folder / name
     judged = output_dir / "matching.json"
     if not judged.exists():
-        limits = ("--steps", 3) if flags.quick else ("--steps", 1_000_000, "--time_limit_min", flags.time_limit_min)
-        command(
-            "train_sam.py", "--config", f"configs/{recipe.config}", *data_flags(folder), "--output_dir", output_dir,
-            *recipe.flags, "--batch_size", recipe.batch_size * flags.batch_factor, "--num_workers", flags.num_workers,
-            "--val_cases", 0, "--save_freq", 500, "--log_freq", 50, "--seed", flags.seed, *limits,
-        )  # fmt: skip
+        command("train_sam.py", *training_words(recipe, flags, folder), "--output_dir", output_dir)
         command(
             "evaluate_matching.py", "--checkpoint_file", output_dir / "checkpoint.pth", *data_flags(folder),
             "--sections", "validation", "--landmark_dir", folder / "data" / "landmarks", "--output", judged,
             "--embed_dir", output_dir / "embeddings", "--baselines", str(name == flags.recipes[0]),
-            "--max_cases", recipe.num_judged(flags.num_judged or flags.num_held_out),
+            "--max_cases", recipe.num_judged(flags.num_judged or flags.num_held_out), "--num_points", 0,
         )  # fmt: skip
     return {"told": recipe.told, **last_step(output_dir), **json.loads(judged.read_text())}
+
+
+def training_words(recipe: Recipe, flags: jsonargparse.Namespace, folder: Path) -> list[object]:
+    """What `scripts/train_sam.py` is told, besides where its results go."""
+    limits = ("--steps", 3) if flags.quick else ("--steps", 1_000_000, "--time_limit_min", flags.time_limit_min)
+    return [
+        *("--config", ROOT / "configs" / recipe.config, *data_flags(folder), *recipe.flags),
+        *("--batch_size", recipe.batch_size * flags.batch_factor, "--num_workers", flags.num_workers),
+        *("--val_cases", 0, "--save_freq", 500, "--log_freq", 50, "--seed", flags.seed, *limits),
+    ]
 
 
 def last_step(output_dir: Path) -> dict:
