@@ -85,4 +85,9 @@ def test_readme_commands_parse(words):
 def test_readme_names_existing_files():
     text = (REPOSITORY / "README.md").read_text()
     for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
-        assert (REPOSITORY / target).exists(), f"the README links to {target}, which does not exist"
+        path, _, anchor = target.partition("#")
+        assert (REPOSITORY / path).exists(), f"the README links to {path}, which does not exist"
+        headings = re.findall(r"^#+ (.+)$", (REPOSITORY / path).read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], (
+            f"{target}: no such part"
+        )

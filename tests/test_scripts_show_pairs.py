@@ -37,7 +37,19 @@ def folder(tmp_path_factory):
 
 def test_sam_sheet_and_statistics(folder, capsys):
     output = folder / "pictures" / "pairs.png"
-    main(["--store_dir", f"{folder}/store", "--embed_dir", f"{folder}/embed", "--output", str(output), *SMALL])
+    main(
+        [
+            "--store_dir",
+            f"{folder}/store",
+            "--embed_dir",
+            f"{folder}/embed",
+            "--output",
+            str(output),
+            *SMALL,
+            "--min_score",
+            "0.7",
+        ]
+    )
     facts = json.loads(capsys.readouterr().out)
     assert output.stat().st_size > 10_000
     assert facts["num_rows"] == 10 and facts["num_usable_rows"] == 7 and facts["num_cases_without_rows"] == 1
