@@ -18,9 +18,10 @@ from sam_embed.embedding_store import (
     save_embedding,
     stored_fingerprint,
 )
-from sam_embed.network import AnatomicalEmbedder, compact_options
+from sam_embed.network import AnatomicalEmbedder
 from sam_embed.preprocess import prepare, scale_hu
 from tests.golden_fill import fill_by_name
+from tests.sam_fakes import compact_options
 
 LAYOUTS = {
     "published": {"width": 8, "embed_dim": 16},

@@ -28,8 +28,15 @@ from sam_embed.embedding_store import (
     stored_form,
 )
 from sam_embed.match import match_points
-from sam_embed.network import AnatomicalEmbedder, compact_options
-from tests.sam_fakes import AFFINE, ATLAS_LANDMARKS_MM, patient_embedding, patient_landmarks, patient_volume
+from sam_embed.network import AnatomicalEmbedder
+from tests.sam_fakes import (
+    AFFINE,
+    ATLAS_LANDMARKS_MM,
+    compact_options,
+    patient_embedding,
+    patient_landmarks,
+    patient_volume,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMPACT = {

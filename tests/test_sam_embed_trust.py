@@ -21,7 +21,7 @@ from datasets.phantom_structures import (
 from datasets.phantom_truth import PhantomTruthError, load_truth, states_seeds, true_place
 from sam_embed.checkpoint import EmbedderInfo, save_embedder
 from sam_embed.judge import Judged, judge_rows
-from sam_embed.network import AnatomicalEmbedder, compact_options
+from sam_embed.network import AnatomicalEmbedder
 from sam_embed.trust import (
     CYCLE_GRID_MM,
     MIN_KEPT_SHARE,
@@ -35,6 +35,7 @@ from sam_embed.trust import (
 from sam_embed.trust_figure import save_trust_figure
 from sam_embed.trust_text import mined_lines
 from scripts import evaluate_matching, evaluate_pairs
+from tests.sam_fakes import compact_options
 
 CASES = [PhantomCase(f"Case_{k:05d}", 3, k, False, range_name="abdomen", coarsen=4.0) for k in (1, 2, 3)]
 NAMES = [case.name for case in CASES]
