@@ -41,6 +41,7 @@ class LoopOptions:
     nan_policy: str = "stop"
     log_freq: int = 10
     val_freq: int = 0
+    probe_freq: int = 0
     picture_freq: int = 0
     save_freq: int = 1
     keep_freq: int = 0
@@ -68,7 +69,8 @@ class Hooks:
     validate() -> means over held-out pairs (all ranks take part); draw(batch, step) adds pictures (rank 0 only);
     save(epoch or None) begins to write a checkpoint, None = no numbered copy (rank 0 only); saved() waits until nothing
     is being written -> whether the last checkpoint was;
-    case_names(batch) -> the names of its cases, for error messages; watch(means of an epoch) -> warnings for the user.
+    case_names(batch) -> the names of its cases, for error messages; watch(means of an epoch) -> warnings for the user;
+    probe() -> what frozen features tell of organs (rank 0 works, the others wait and get nothing).
     """
 
     validate: Callable[[], dict[str, float]]
@@ -77,6 +79,7 @@ class Hooks:
     saved: Callable[[], bool]
     case_names: Callable[[dict], list[str]]
     watch: Callable[[dict[str, float]], list[str]] = lambda means: []
+    probe: Callable[[], dict[str, float]] = dict
 
 
 def pretrain(
@@ -178,6 +181,8 @@ def pretrain(
             if options.val_freq and (is_last or (is_epoch_end and epoch % options.val_freq == 0)):
                 hooks.saved()  # validation may start processes, which must not happen while a thread writes
                 log.record("validation", run.step, epoch, hooks.validate())
+            if options.probe_freq and (is_last or (is_epoch_end and epoch % options.probe_freq == 0)):
+                log.record("probe", run.step, epoch, hooks.probe())
 
             # Save
             is_due = is_epoch_end and epoch % options.save_freq == 0
