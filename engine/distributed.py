@@ -6,12 +6,15 @@ losses' own reductions touch `torch.distributed`.
 """
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 LONG_WAIT = timedelta(days=2)
 
@@ -74,16 +77,48 @@ def start(wanted_device: str = "auto", timeout_min: float = 30.0) -> World:
     else:
         make_cpu_repeatable()
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_min)
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
+            store=store_of_this_start(rank, size, timeout),
             rank=rank,
             world_size=size,
-            timeout=timedelta(minutes=timeout_min),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     elif size > 1 and not dist.is_initialized():
         raise ValueError("WORLD_SIZE is set without RANK and MASTER_ADDR; start several processes with torchrun")
     return World(rank, local_rank, size, device)
+
+
+def store_of_this_start(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store through which ranks find each other, without what a start before this one left in it.
+
+    After a restart (`--max-restarts`) torchrun's store still holds the addresses of the processes that are gone, and a
+    quick rank would call those. The ranks of one start therefore agree on a name that none had before: each asks under
+    a name of its own, rank 0 answers all it finds, old ones too, until every rank of this start has heard it.
+    (torchrun's count of restarts will not do: it differs between nodes.)
+    """
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store  # made by rank 0 of this start
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", own)
+        store.wait([f"answer/{own}"], timeout)
+        start_name = store.get(f"answer/{own}").decode()
+        store.set(f"heard/{start_name}/{rank}", "")
+        return dist.PrefixStore(start_name, store)
+    missing, ends = set(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        missing = {other for other in missing if not store.check([f"heard/{own}/{other}"])}
+        if time.monotonic() > ends:
+            raise TimeoutError(f"ranks {sorted(missing)} did not start within {timeout} (--dist_timeout_min)")
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def make_cpu_repeatable() -> None:

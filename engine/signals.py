@@ -19,7 +19,7 @@ def exit_until_trained(number: int, frame: FrameType | None) -> None:
 
 
 def stop_early_when_asked() -> None:
-    """From now on a stop signal ends the program with `EXIT_INTERRUPTED`, except inside of a `StopRequest`."""
+    """From now until a `StopRequest` a stop signal ends the program with `EXIT_INTERRUPTED`."""
     for number in STOP_SIGNALS:
         signal.signal(number, exit_until_trained)
 
@@ -38,6 +38,8 @@ class StopRequest:
         self.handlers_before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
+            # The training is over: a second signal must not change the exit code of a run that ends as it should.
+            done = signal.SIG_DFL if error is not None else signal.SIG_IGN
+            signal.signal(number, done if handler is exit_until_trained else handler)

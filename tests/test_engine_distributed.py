@@ -1,6 +1,11 @@
 """Process groups and what they set up: a CPU run repeats itself."""
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
 import torch
+import torch.distributed as dist
 
 from engine import distributed
 
@@ -25,3 +30,34 @@ def test_gathering_repeats_exactly_on_the_cpu():
     finally:
         distributed.stop()
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def agent_store(monkeypatch):
+    """The store that torchrun keeps over restarts of its workers."""
+    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return store
+
+
+def start_three(order: list[int]) -> dict[int, dist.Store]:
+    with ThreadPoolExecutor(3) as pool:
+        waiting = {r: pool.submit(distributed.store_of_this_start, r, 3, timedelta(seconds=60)) for r in order}
+        return {rank: future.result() for rank, future in waiting.items()}
+
+
+def test_a_restarted_rank_never_meets_what_the_start_before_left_behind(agent_store):
+    seen = []
+    for attempt, order in enumerate(([0, 1, 2], [2, 1, 0], [0, 2, 1])):
+        stores = start_three(order)
+        assert not any(stores[rank].check(["address"]) for rank in order)
+        stores[1].set("address", f"of start {attempt}")
+        seen.append([stores[rank].get("address").decode() for rank in order])
+    assert seen == [[f"of start {attempt}"] * 3 for attempt in range(3)]
+
+
+def test_a_rank_that_never_starts_is_named(agent_store):
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not start within .*--dist_timeout_min"):
+        distributed.store_of_this_start(0, 3, timedelta(seconds=0.1))

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -54,10 +53,10 @@ def last_step(output_dir: Path) -> int:
     return max((line["step"] for line in log_of(output_dir)), default=0)
 
 
-def test_torchrun_restarts_a_dead_rank_once_and_ends_the_others_the_second_time(corpus, tmp_path):
+def test_a_dead_rank_ends_the_others_within_a_minute_and_torchrun_resumes(corpus, tmp_path):
     run, told = tmp_path / "run", tmp_path / "told.txt"
     argv = smallest(corpus, run, batch_size=1, epochs=100_000, warmup_epochs=1)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
     with told.open("w") as output:
         torchrun = subprocess.Popen(
             [*launcher, f"--master-port={free_port()}", "main_ddp.py", *argv],
@@ -68,19 +67,17 @@ def test_torchrun_restarts_a_dead_rank_once_and_ends_the_others_the_second_time(
         first = ranks_of(run)
         assert first.keys() == {0, 1}
         os.kill(first[1], signal.SIGKILL)
+        wait_until(lambda: first[0] not in ranks_of(run).values(), timeout_s=60)
         wait_until(lambda: torchrun.poll() is not None or "resumed at step" in told.read_text())
         step = int(told.read_text().split("resumed at step ")[1].split()[0])
         assert step >= 2 and step % 2 == 0  # a save every two steps
         wait_until(lambda: torchrun.poll() is not None or last_step(run) > step + 2)
         second = ranks_of(run)
         assert second.keys() == {0, 1} and not set(second.values()) & set(first.values())
-        os.kill(second[1], signal.SIGKILL)
-        started = time.monotonic()
-        assert torchrun.wait(60) != 0
-        assert time.monotonic() - started < 60 and ranks_of(run) == {}
     finally:
         torchrun.terminate()
-        torchrun.wait(60)
+        torchrun.wait(120)
+    assert ranks_of(run) == {}
     steps = [line["step"] for line in log_of(run)]
     assert steps == list(range(1, len(steps) + 1))  # each once, across the restart
 
@@ -143,7 +140,7 @@ def submit(slurm: Path, argv: list[str], told: Path, **variables: str) -> subpro
 
 
 def test_slurm_job_saves_before_its_time_limit_requeues_itself_and_goes_on(corpus, tmp_path, slurm):
-    run, told, num_steps = tmp_path / "run", tmp_path / "told.txt", 30
+    run, told, num_steps = tmp_path / "run", tmp_path / "told.txt", 12
     argv = smallest(corpus, run, batch_size=1, epochs=1, steps_per_epoch=num_steps)
     job = submit(slurm, argv, told)
     wait_until(lambda: job.poll() is not None or last_step(run) >= 1)
