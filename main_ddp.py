@@ -29,6 +29,7 @@ from datasets.correspondences import CorrespondenceTable
 from datasets.data_list import Case, load_data_list
 from datasets.loader import make_pair_loader
 from datasets.masks import mask_grid, num_masked_blocks
+from datasets.pair_sheet import pair_figure, samples_of
 from datasets.pairings import PAIRINGS, PairingOptions
 from datasets.pairs import PairedCropDataset
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
@@ -60,7 +61,8 @@ VALIDATION_SEED = 1_000_003
 
 def make_flags():
     """The command line."""
-    return make_pretrain_flags(__doc__, sorted(PAIRINGS), sorted(BACKBONES), sorted(CASA_VARIANTS))
+    trusted = (PairingOptions.min_score, PairingOptions.max_cycle_mm)
+    return make_pretrain_flags(__doc__, sorted(PAIRINGS), sorted(BACKBONES), sorted(CASA_VARIANTS), trusted)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -355,10 +357,15 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
     def case_names(batch: dict) -> list[str]:
         return [data.store.names[int(index)] for side in ("query_case", "key_case") for index in batch[side]]
 
+    def draw_pairs(batch: dict):
+        return pair_figure(samples_of(batch), data.store, "student")
+
     saver = BackgroundSaver(flags.output_dir)
     hooks = Hooks(
         validate=lambda: validate(unwrapped, [run.student, run.teacher, run.loss], held_out, flags.teacher_temp, world),
-        draw=lambda batch, step: draw_pictures(run, batch, step, data.store, precision, Path(flags.output_dir), log),
+        draw=lambda batch, step: draw_pictures(
+            run, batch, step, data.store, precision, Path(flags.output_dir), log, draw_pairs
+        ),
         save=lambda epoch: saver.save(
             run.as_checkpoint(options.steps_per_epoch), None if epoch is None else f"checkpoint{epoch:04d}.pth"
         ),

@@ -1,11 +1,12 @@
 """The pictures of a run; drawn here: what the student saw, what it made of the hidden blocks, and the truth.
 
-What the networks look at is drawn in `engine.feature_pictures`, the pairs in `datasets.pair_sheet`.
+What the networks look at is drawn in `engine.feature_pictures`, the pairs by whom the caller names.
 
 Arrays are [D, H, W] in the canonical orientation (indices grow to Superior, Posterior, Left). Axial planes are shown as
 radiologists look at them, anterior up and the patient's left on the right; coronal planes with the head up.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
-from datasets.pair_sheet import pair_figure, samples_of
 from engine.feature_pictures import attention_figure, feature_figure, look
 from engine.logging import RunLog
 from engine.precision import autocast
@@ -27,10 +27,19 @@ PLANES = ("axial", "coronal")
 COLUMNS = ("crop", "seen by the student", "reconstruction", "hidden blocks filled")
 
 
-def draw_pictures(run: RunState, batch: dict, step: int, store, precision: str, output_dir: Path, log: RunLog) -> None:
+def draw_pictures(
+    run: RunState,
+    batch: dict,
+    step: int,
+    store,
+    precision: str,
+    output_dir: Path,
+    log: RunLog,
+    draw_pairs: Callable[[dict], Figure],
+) -> None:
     """The sheets of a batch's first pairs, to TensorBoard and (the latest of each) as PNG into the run's folder."""
     batch = {name: value[:NUM_PICTURED] for name, value in batch.items()}
-    log.image("pairs", figure_pixels(pair_figure(samples_of(batch), store, "student")), step)
+    log.image("pairs", figure_pixels(draw_pairs(batch)), step)
     for name, figure in sheets(run.student, run.teacher, batch, store, precision).items():
         log.image(name, figure_pixels(figure), step)
         save_figure(figure, output_dir / f"{name}.png")

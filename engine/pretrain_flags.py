@@ -7,16 +7,21 @@ patient's left), roi_y along H (posterior), roi_z along D (superior).
 from collections.abc import Callable
 from pathlib import Path
 
-from datasets.pairings import PairingOptions
 from engine.flags import add_switch, make_parser
 from engine.schedules import peak_lr
 
 
-def make_pretrain_flags(description: str, pairings: list[str], backbones: list[str], casa_variants: list[str]):
-    """The parser of main_ddp.py; the registries' names become choices."""
+def make_pretrain_flags(
+    description: str,
+    pairings: list[str],
+    backbones: list[str],
+    casa_variants: list[str],
+    trusted: tuple[float, float],
+):
+    """The parser of main_ddp.py; the registries' names become choices, `trusted` min_score and max_cycle_mm."""
     parser = make_parser(description)
     add_data_flags(parser.add_argument_group("Data"))
-    add_view_flags(parser.add_argument_group("Views"), pairings)
+    add_view_flags(parser.add_argument_group("Views"), pairings, *trusted)
     add_model_flags(parser.add_argument_group("Networks"), backbones, casa_variants)
     add_loss_flags(parser.add_argument_group("Losses"))
     add_optimiser_flags(parser.add_argument_group("Optimisation"))
@@ -42,7 +47,7 @@ def add_data_flags(group) -> None:
     add("--num_workers", type=int, default=4, help="loading processes per rank; 0 = load in the training process")
 
 
-def add_view_flags(group, pairings: list[str]) -> None:
+def add_view_flags(group, pairings: list[str], min_score: float, max_cycle_mm: float) -> None:
     add = group.add_argument
     add("--pairing", type=str, choices=pairings, default="sam", help="how two views are paired")
     add("--roi_x", type=int, default=96, help="crop size along W, voxels (multiple of 32 for swin_unetr, else 16)")
@@ -55,13 +60,13 @@ def add_view_flags(group, pairings: list[str]) -> None:
     add(
         "--min_score",
         type=float,
-        default=PairingOptions.min_score,
+        default=min_score,
         help="lowest score of a matched pair, -1 to 1; -1 = any",
     )
     add(
         "--max_cycle_mm",
         type=float,
-        default=PairingOptions.max_cycle_mm,
+        default=max_cycle_mm,
         help="largest cycle error of one, mm; 1e6 = any",
     )
     add("--iou_range", type=float, nargs=2, default=[0.3, 0.6], help="IoU of two crops of one volume, low high")
