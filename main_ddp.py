@@ -27,11 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.augment import AugmentOptions
 from datasets.correspondences import CorrespondenceTable
 from datasets.data_list import Case, load_data_list
+from datasets.label_classes import read_classes
 from datasets.loader import make_pair_loader
 from datasets.masks import mask_grid, num_masked_blocks
 from datasets.pair_sheet import pair_figure, samples_of
 from datasets.pairings import PAIRINGS, PairingOptions
 from datasets.pairs import PairedCropDataset
+from datasets.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
 from engine.background_save import BackgroundSaver
@@ -45,6 +47,7 @@ from engine.pictures import draw_pictures
 from engine.precision import autocast, compile_networks, make_scaler, pick_precision, use_channels_last
 from engine.pretrain import Hooks, LoopOptions, Objective, Schedules, pretrain
 from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of
+from engine.probe import ProbeOptions, watch_probe
 from engine.run_state import KIND, RunState
 from engine.schedules import CosineSchedule, LinearSchedule, peak_lr
 from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
@@ -91,11 +94,13 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """The volumes of a run: the store, and the pairs to train and to validate with (None without held-out cases)."""
+    """The volumes of a run: the store, the pairs to train and to validate with (None without held-out cases), and the
+    voxels to probe."""
 
     store: VolumeStore
     training: PairedCropDataset
     validation: PairedCropDataset | None
+    probe: ProbeVoxels | None = None  # on rank 0, with --probe_freq
 
 
 def open_data(flags, world: World) -> Data:
@@ -105,8 +110,9 @@ def open_data(flags, world: World) -> Data:
         for section in ("training", "validation")
     }
     store_dir = Path(flags.store_dir or Path(flags.output_dir) / "store")
+    probed = probe_cases(flags)
     if world.is_main:
-        fill_store(cases["training"] + cases["validation"], store_dir, flags)
+        fill_store(cases["training"] + cases["validation"] + probed[0] + probed[1], store_dir, flags)
     distributed.wait_for_main(world)
     spacing = None if flags.spacing_mm is None else parse_spacing(flags.spacing_mm) or "native"
     store = VolumeStore(store_dir, expected_spacing_mm=spacing)
@@ -118,7 +124,18 @@ def open_data(flags, world: World) -> Data:
     validation = None
     if names["validation"] and flags.val_freq:
         validation = make_dataset(flags, store, table, names["validation"], flags.seed + VALIDATION_SEED)
-    return Data(store, training, validation)
+    probe = None
+    if flags.probe_freq and world.is_main:
+        classes = read_classes(flags.probe_json_list or flags.json_list)
+        probe = choose_probe_voxels(store, classes, *probed, flags.probe_voxels)
+    return Data(store, training, validation, probe)
+
+
+def probe_cases(flags) -> tuple[list[Case], list[Case]]:
+    """Labelled cases to teach and to judge the frozen probes of --probe_freq; none without it."""
+    if not flags.probe_freq:
+        return [], []
+    return split_probe_cases(flags.probe_json_list or flags.json_list, flags.data_dir, max_cases=flags.probe_cases)
 
 
 def fill_store(cases: list[Case], store_dir: Path, flags) -> None:
@@ -178,6 +195,7 @@ def check_and_build(flags) -> tuple[nn.Module, nn.Module]:
         lambda: flags.spacing_mm is None or parse_spacing(flags.spacing_mm),
         lambda: pick_precision(*precision_request(flags)),
         lambda: make_loss(flags),
+        lambda: Path(flags.probe_json_list or flags.json_list).is_file() and probe_cases(flags),
         build,
     ]
     check_flags(flags, distributed.planned_size(), further)
@@ -286,6 +304,7 @@ def make_options(flags, data: Data, world: World) -> LoopOptions:
         nan_policy=flags.nan_policy,
         log_freq=flags.log_freq,
         val_freq=flags.val_freq if data.validation is not None else 0,
+        probe_freq=flags.probe_freq,
         picture_freq=flags.picture_freq,
         save_freq=flags.saveckp_freq,
         keep_freq=flags.keep_freq,
@@ -361,6 +380,7 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
         return pair_figure(samples_of(batch), data.store, "student")
 
     saver = BackgroundSaver(flags.output_dir)
+    probing = ProbeOptions(roi_of(flags), flags.a_min, flags.a_max, precision=precision)
     hooks = Hooks(
         validate=lambda: validate(unwrapped, [run.student, run.teacher, run.loss], held_out, flags.teacher_temp, world),
         draw=lambda batch, step: draw_pictures(
@@ -372,7 +392,10 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
         saved=saver.wait,
         case_names=case_names,
         watch=CollapseWatch(flags.out_dim),
+        probe=lambda: watch_probe(run.student, run.teacher, data.probe, probing, world),
     )
+    if flags.probe_freq and run.step == 0:
+        log.record("probe", 0, 0, hooks.probe())  # what random weights can do: the numbers to beat
     objective = make_objective(run, student, precision, world.device)
     return pretrain(run, student, objective, iter(loader), schedules, options, hooks, world, log)
 

@@ -27,6 +27,7 @@ def make_pretrain_flags(
     add_optimiser_flags(parser.add_argument_group("Optimisation"))
     add_running_flags(parser.add_argument_group("Running"))
     add_output_flags(parser.add_argument_group("Output"))
+    add_probe_flags(parser.add_argument_group("Frozen probes"))
     return parser
 
 
@@ -190,6 +191,19 @@ def add_output_flags(group) -> None:
     add("--num_val_pairs", type=int, default=32, help="held-out pairs of a validation, rounded up to whole batches")
 
 
+def add_probe_flags(group) -> None:
+    add = group.add_argument
+    add("--probe_freq", type=int, default=0, help="epochs between frozen probes of organs (engine/probe.py); 0 = none")
+    add(
+        "--probe_json_list",
+        type=str,
+        default="",
+        help="list of labelled cases to probe with, paths from --data_dir; empty = those of --json_list",
+    )
+    add("--probe_voxels", type=int, default=50, help="voxels per organ and case that a probe reads")
+    add("--probe_cases", type=int, default=10, help="most cases that teach a probe, and that judge it; 0 = all")
+
+
 def roi_of(flags) -> tuple[int, int, int]:
     """The crop as (D, H, W) in voxels."""
     return flags.roi_z, flags.roi_y, flags.roi_x
@@ -231,7 +245,7 @@ def path_problems(flags) -> list[str]:
             problems.append(f"--{name} is not given")
     if flags.data_dir and not Path(flags.data_dir).is_dir():
         problems.append(f"--data_dir {flags.data_dir} is not a folder")
-    for name in ("json_list", "table_file", "checkpoint_file"):
+    for name in ("json_list", "table_file", "checkpoint_file", "probe_json_list"):
         if getattr(flags, name) and not Path(getattr(flags, name)).is_file():
             problems.append(f"--{name} {getattr(flags, name)}: no such file")
     if flags.resume not in ("auto", "none") and not Path(flags.resume).is_file():
@@ -265,10 +279,12 @@ def number_problems(flags, world_size: int) -> list[str]:
             received = ", ".join(f"--{name} {getattr(flags, name)}" for name in names.split())
             problems.append(f"{received}: expected {expected}")
 
-    for name in ("epochs", "batch_size", "accumulate_steps", "out_dim", "log_freq", "saveckp_freq", "num_val_pairs"):
+    one_or_more = "epochs batch_size accumulate_steps out_dim log_freq saveckp_freq num_val_pairs probe_voxels"
+    for name in one_or_more.split():
         expect(getattr(flags, name) >= 1, name, "1 or more")
     zero_or_more = "num_workers steps_per_epoch lr_reference_batch min_lr warmup_epochs weight_decay weight_decay_end"
     zero_or_more += " clip_grad freeze_last_layer warmup_teacher_temp_epochs keep_freq picture_freq val_freq seed"
+    zero_or_more += " probe_freq probe_cases"
     for name in zero_or_more.split():
         expect(getattr(flags, name) >= 0, name, "0 (off) or more")
     for name in ("lr", "student_temp", "teacher_temp", "warmup_teacher_temp", "dist_timeout_min"):

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from engine.distributed import World, wait_for_main
 from engine.precision import autocast
 from engine.sliding_window import pad_to, window_starts
+from engine.validation import evaluating
 
 Encode = Callable[[Tensor], dict[int, Tensor]]
 CHUNK = 1024  # judged voxels compared with all teaching voxels at a time
@@ -49,7 +51,7 @@ class ProbeOptions:
     precision: str = "fp32"
     num_neighbours: int = 20
     temperature: float = 0.07
-    weight_decay: float = 0.01
+    weight_decay: float = 0.001
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
@@ -270,14 +272,24 @@ def probe_encoder(encode: Encode, voxels, options: ProbeOptions, device: torch.d
     return {"knn": score(knn, truth, names), "linear": score(linear, truth, names)}
 
 
-def watch_probe(encoders: dict[str, Encode], voxels, options: ProbeOptions, device: torch.device) -> dict[str, float]:
-    """The two numbers that pretraining is watched with, of each encoder.
+def watch_probe(
+    student: nn.Module, teacher: nn.Module, voxels, options: ProbeOptions, world: World
+) -> dict[str, float]:
+    """The numbers that pretraining is watched with; leaves no trace in modules or random states.
 
     Args:
-        encoders: suffix of the names -> encoder; "" for the one whose numbers bear no suffix.
+        student, teacher: with a `backbone` that encodes (`models.alice`), not wrapped by DDP.
+        voxels: see `probe_encoder`; rank 0 alone needs them.
+
+    Returns:
+        On rank 0 `probe_knn_balanced` and `probe_linear_balanced` of the student, and both with `_teacher` at the end;
+        nothing on the others, which wait as long as it takes.
     """
     told = {}
-    for suffix, encode in encoders.items():
-        for probe, scores in probe_encoder(encode, voxels, options, device).items():
-            told[f"probe_{probe}_balanced{suffix}"] = scores.balanced_accuracy
+    if world.is_main:
+        with evaluating(student, teacher):
+            for network, ending in ((student, ""), (teacher, "_teacher")):
+                found = probe_encoder(network.backbone.encode, voxels, options, world.device)
+                told |= {f"probe_{name}_balanced{ending}": scores.balanced_accuracy for name, scores in found.items()}
+    wait_for_main(world)
     return told

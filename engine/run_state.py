@@ -21,6 +21,7 @@ KIND = "alice"
 FREE_FLAGS = {
     *("data_dir", "json_list", "embed_dir", "table_file", "store_dir", "output_dir", "checkpoint_file", "resume"),
     *("saveckp_freq", "keep_freq", "val_freq", "num_val_pairs", "picture_freq", "log_freq", "nan_policy"),
+    *("probe_freq", "probe_json_list", "probe_voxels", "probe_cases"),
     *("num_workers", "device", "dist_timeout_min", "use_checkpoint", "compile", "channels_last", "cudnn_benchmark"),
 }
 
