@@ -31,7 +31,8 @@ def corpus(tmp_path_factory):
 
 def arguments(corpus, output_dir, **changed) -> list[str]:
     paths = {"data_dir": corpus, "json_list": corpus / "list.json", "store_dir": corpus / "store"}
-    flags = TINY | paths | {"output_dir": output_dir, "pairing": "random", "lambda2": 0} | changed
+    small = {"backbone": "unet", "roi_z": 32, "pairing": "random", "lambda2": 0, "output_dir": output_dir}
+    flags = TINY | paths | small | changed
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
