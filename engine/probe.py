@@ -11,12 +11,13 @@ Letters: n voxels, C joined channels, K classes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from engine.distributed import World, wait_for_main
 from engine.precision import autocast
@@ -164,18 +165,27 @@ def interpolate(feature_map: Tensor, places: Tensor, roi: tuple[int, int, int]) 
 
 
 def collect(
-    encode: Encode, cases: Iterable, read_hu: Callable[[str], np.ndarray], options: ProbeOptions, device: torch.device
+    encode: Encode,
+    cases: Sequence,
+    read_hu: Callable[[str], np.ndarray],
+    options: ProbeOptions,
+    device: torch.device,
+    progress: str = "",
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Features and classes of the chosen voxels of several cases, joined.
 
     Args:
         cases: with `name`, `voxels` [n, 3] and `channels` [n] (`datasets.probe_voxels.CaseVoxels`).
         read_hu: name -> int16 [D, H, W].
+        progress: name of the progress bar; empty = none.
 
     Returns:
         {stride: [n, C_stride]}, int64 [n].
     """
-    read = [(voxel_features(encode, read_hu(case.name), case.voxels, options, device), case.channels) for case in cases]
+    read = [
+        (voxel_features(encode, read_hu(case.name), case.voxels, options, device), case.channels)
+        for case in tqdm(cases, desc=progress, unit="case", disable=not progress)
+    ]
     features = {stride: torch.cat([one[stride] for one, _ in read]) for stride in read[0][0]}
     return features, torch.cat([torch.from_numpy(np.asarray(channels)) for _, channels in read])
 
@@ -253,19 +263,22 @@ def score(predicted: Tensor, classes: Tensor, names: Sequence[str]) -> ProbeScor
     return ProbeScores(float(is_right.float().mean()), sum(recall.values()) / len(recall), recall)
 
 
-def probe_encoder(encode: Encode, voxels, options: ProbeOptions, device: torch.device) -> dict[str, ProbeScores]:
+def probe_encoder(
+    encode: Encode, voxels, options: ProbeOptions, device: torch.device, progress: str = ""
+) -> dict[str, ProbeScores]:
     """Both probes on one frozen encoder.
 
     Args:
         encode: see `voxel_features`.
         voxels: with `taught`, `judged`, `read_hu` and `classes` (`datasets.probe_voxels.ProbeVoxels`).
+        progress: see `collect`.
 
     Returns:
         {"knn": scores, "linear": scores}.
     """
     names = voxels.classes.names
-    taught, classes = collect(encode, voxels.taught, voxels.read_hu, options, device)
-    judged, truth = collect(encode, voxels.judged, voxels.read_hu, options, device)
+    taught, classes = collect(encode, voxels.taught, voxels.read_hu, options, device, progress)
+    judged, truth = collect(encode, voxels.judged, voxels.read_hu, options, device, progress)
     taught, judged = standardise(taught, judged)
     knn = knn_predict(taught, classes, judged, len(names), options.num_neighbours, options.temperature)
     linear = linear_predict(taught, classes, judged, len(names), options.weight_decay)

@@ -1,0 +1,190 @@
+"""Probe frozen features: can a k-NN and a linear probe tell organs apart, voxel by voxel, in patients they never saw?
+
+    python scripts/probe_features.py --weights alice_teacher.pth --data_dir phantom --json_list phantom.json \\
+        --store_dir store --output probe.json
+    python scripts/probe_features.py --weights alice/checkpoint.pth --checkpoint_key student --num_labelled 1 \\
+        --fold 2 --data_dir FLARE22 --json_list flare_labelled.json --store_dir store --output probe_1shot.json
+
+Randomly initialised networks of the same kind are probed beside the weights: only what lies above them was learnt.
+Spacing, HU window, window size and backbone come from the weights' description. Writes JSON, and the same as a table.
+Minutes on two CPU cores for the quickstart's network. Several --weights are compared in one table.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from datasets.files import write_text
+from datasets.label_classes import BUILT_IN, read_classes
+from datasets.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
+from datasets.volume_store import VolumeStore, build_store, parse_spacing
+from engine.checkpoint import load_checkpoint
+from engine.distributed import pick_device
+from engine.finetune_setup import Preprocessing, settle_network, settle_preprocessing
+from engine.flags import RunInfo, make_parser, run_main
+from engine.precision import pick_precision
+from engine.probe import ProbeOptions, probe_encoder
+from engine.probe_report import RANDOM_PREFIX, probe_table, with_random_mean
+from engine.run_state import KIND
+from engine.weights import extract
+from models.backbones import BACKBONES
+from models.pretrained import load_pretrained
+from models.weights_file import WeightsFile, read_weights_file
+
+
+def make_flags():
+    """The flags of this command."""
+    parser = make_parser(__doc__)
+    network = parser.add_argument_group("Networks").add_argument
+    network("--weights", type=str, nargs="*", default=[], help="extracted weights or pretraining checkpoints to probe")
+    network("--checkpoint_key", type=str, choices=["teacher", "student"], default="teacher", help="of a checkpoint")
+    network("--num_random", type=int, default=2, help="randomly initialised networks to probe beside them; 0 = none")
+    network("--backbone", type=str, default=None, help="network; unset = the weights', swin_unetr without")
+    network("--feature_size", type=int, default=None, help="its channels at stride 2; unset = the weights'")
+    network("--min_share", type=float, default=0.9, help="share of the encoder's keys, 0 to 1, that weights must fill")
+    data = parser.add_argument_group("Data").add_argument
+    data("--data_dir", type=str, required=True, help="folder that the data list's paths start from")
+    data("--json_list", type=str, required=True, help="data list; its labelled training cases teach, others judge")
+    data("--store_dir", type=str, required=True, help="volume store; cases that it lacks are added")
+    data("--classes", type=str, choices=["list", *sorted(BUILT_IN)], default="list", help="what the labels mean")
+    data("--num_labelled", type=int, default=0, help="cases that teach the probes; 0 = all")
+    data("--fold", type=int, default=0, help="which of them, as in finetuning")
+    data("--held_out_share", type=float, default=0.3, help="of labelled cases that judge, where the list does not say")
+    data("--num_voxels", type=int, default=50, help="voxels per case and class")
+    data("--seed", type=int, default=0, help="draws the voxels and the random networks")
+    probe = parser.add_argument_group("Probes").add_argument
+    probe("--strides", type=int, nargs="*", default=[], help="encoder maps to join, by stride in voxels; empty = all")
+    probe("--overlap", type=float, default=ProbeOptions.overlap, help="overlap of windows, 0 to below 1")
+    probe("--num_neighbours", type=int, default=ProbeOptions.num_neighbours, help="of the k-NN probe")
+    probe("--temperature", type=float, default=ProbeOptions.temperature, help="of the k-NN probe's votes")
+    probe("--weight_decay", type=float, default=ProbeOptions.weight_decay, help="of the linear probe; 0 = off")
+    probe("--window_batch", type=int, default=2, help="windows per forward pass")
+    running = parser.add_argument_group("Running").add_argument
+    running("--output", type=str, required=True, help="JSON file to write; the table goes beside it as .txt")
+    running(
+        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one"
+    )
+    running("--precision", type=str, choices=["auto", "fp32", "bf16"], default="auto", help="auto = bf16 on CUDA")
+    running("--num_workers", type=int, default=2, help="processes that add cases to the store")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    check_flags(flags)
+    files = {path: read_encoder(path, flags.checkpoint_key) for path in flags.weights}
+    backbone, feature_size, known = settle(flags, files)
+    voxels = open_voxels(flags, known)
+    results = probe_networks(flags, files, backbone, feature_size, known, voxels)
+    report = {
+        "commit": RunInfo.collect(flags).commit,
+        "backbone": {"name": backbone, "feature_size": feature_size},
+        "preprocessing": known.as_dict(),
+        "classes": list(voxels.classes.names),
+        "cases": {"taught": [case.name for case in voxels.taught], "judged": [case.name for case in voxels.judged]},
+        "num_voxels": {side: sum(len(c.voxels) for c in getattr(voxels, side)) for side in ("taught", "judged")},
+        "results": with_random_mean(results),
+    }
+    output, table = Path(flags.output), probe_table(report)
+    write_text(output, json.dumps(report, indent=1) + "\n")
+    write_text(output.with_suffix(".txt"), table)
+    RunInfo.collect(flags).write(output.parent, f"{output.stem}_run.json")
+    print(table)
+
+
+def probe_networks(
+    flags, files: dict[str, WeightsFile], backbone: str, feature_size: int, known: Preprocessing, voxels: ProbeVoxels
+) -> dict[str, dict]:
+    """Scores of the weights by their path, and of randomly initialised networks, in plain values."""
+    device = pick_device(flags.device, 0)
+    shared = ("overlap", "window_batch", "num_neighbours", "temperature", "weight_decay")
+    options = ProbeOptions(
+        roi=known.roi,
+        hu_min=known.hu_min,
+        hu_max=known.hu_max,
+        strides=tuple(flags.strides),
+        precision=pick_precision(flags.precision, device),
+        **{name: getattr(flags, name) for name in shared},
+    )
+    random = {f"{RANDOM_PREFIX}{index}": flags.seed + index for index in range(flags.num_random)}
+    results = {}
+    for name in [*files, *random]:
+        torch.manual_seed(random.get(name, flags.seed))
+        network = BACKBONES[backbone](feature_size, known.roi, None, False).to(device).eval()
+        if name in files:
+            print(load_pretrained(network.network, files[name], flags.min_share).tell(), flush=True)
+        started = time.perf_counter()
+        scores = probe_encoder(network.encode, voxels, options, device, progress=name)
+        results[name] = {probe: dataclasses.asdict(found) for probe, found in scores.items()}
+        results[name]["seconds"] = round(time.perf_counter() - started, 1)
+    return results
+
+
+def check_flags(flags) -> None:
+    """Report mistakes in numbers before anything is read.
+
+    Raises:
+        ValueError: nothing to probe, or a number out of range.
+    """
+    if not flags.weights and not flags.num_random:
+        raise ValueError("nothing to probe: give --weights, or --num_random of 1 or more")
+    if flags.num_voxels < 1 or min(flags.num_random, flags.seed) < 0:
+        raise ValueError("--num_voxels must be 1 or more, --num_random and --seed 0 or more")
+    if not flags.output.endswith(".json"):
+        raise ValueError(f"--output {flags.output}: expected a name that ends in .json")
+
+
+def read_encoder(path: str, key: str) -> WeightsFile:
+    """Weights from a file of any kind that we know; of a pretraining checkpoint those of the student or teacher."""
+    file = read_weights_file(path)
+    if file.description.get("kind") != KIND:
+        return file
+    return WeightsFile(path, extract(load_checkpoint(path, KIND), key, False, path), file.description)
+
+
+def settle(flags, files: dict[str, WeightsFile]) -> tuple[str, int, Preprocessing]:
+    """Network and preprocessing: what the weights say, which must be the same for all of them.
+
+    Raises:
+        ValueError: weights that were trained differently, or an unknown backbone.
+    """
+    settled = []
+    for path, file in files.items() or [("", WeightsFile("", {}))]:
+        has_store = (Path(flags.store_dir) / "store.json").exists()
+        spacing = VolumeStore(flags.store_dir, names=()).spacing_mm or "native" if has_store else None
+        known, notes = settle_preprocessing({}, file.description.get("preprocessing", {}), spacing)
+        name, size, more = settle_network(flags.backbone, flags.feature_size, file.description.get("backbone", {}))
+        for note in notes + more:
+            print(f"warning: {path}: {note}", flush=True)
+        settled.append((name, size, known))
+    if any(one != settled[0] for one in settled[1:]):
+        raise ValueError(
+            f"--weights {' '.join(files)}: other backbones, voxel sizes, HU windows or crops; probe them apart"
+        )
+    if settled[0][0] not in BACKBONES:
+        raise ValueError(f"--backbone {settled[0][0]}: known are {', '.join(BACKBONES)}")
+    return settled[0]
+
+
+def open_voxels(flags, known: Preprocessing) -> ProbeVoxels:
+    """Split the labelled cases, store those that are not stored yet, and draw the voxels."""
+    taught, judged = split_probe_cases(
+        flags.json_list, flags.data_dir, flags.num_labelled, flags.fold, flags.held_out_share
+    )
+    classes = read_classes(flags.json_list, flags.classes)
+    report = build_store([*taught, *judged], flags.store_dir, known.spacing_mm, num_workers=max(1, flags.num_workers))
+    for name, reason in report.failed.items():
+        print(f"left out: {name}: {reason}", flush=True)
+    spacing = parse_spacing(known.as_dict()["spacing_mm"]) or "native"
+    store = VolumeStore(flags.store_dir, expected_spacing_mm=spacing)
+    return choose_probe_voxels(store, classes, taught, judged, flags.num_voxels, flags.seed)
+
+
+if __name__ == "__main__":
+    run_main(main)
