@@ -2,6 +2,7 @@
 
     python extract_backbone_weights.py results/run/checkpoint.pth alice.pth --checkpoint_key teacher
     python extract_backbone_weights.py results/run/checkpoint.pth alice.safetensors --checkpoint_key student --with_head
+    python extract_backbone_weights.py results/run/checkpoint.pth alice --format safetensors
 
 The teacher holds the encoder, the student the encoder and the decoder that learnt to reconstruct. Both come in one
 layout, with the network's own names (of other backbones: those of `models.backbones.segmentation_network`). They
@@ -12,18 +13,17 @@ load like this:
     model = SwinUNETR(in_channels=1, out_channels=14, feature_size=48)
     model.load_state_dict(torch.load("alice.pth", weights_only=True), strict=False)
 
-A .pth holds a plain dict of tensors, with a description beside it (`alice.pth.json`); a .safetensors holds both. The
-description tells the preprocessing that the weights expect: spacing, HU window, crop, axis codes.
+A .pth (`--format monai`) holds a plain dict of tensors, with a description beside it (`alice.pth.json`); a .safetensors
+(`--format safetensors`) holds both, under the same names. Without --format the suffix decides. The description tells
+the preprocessing that the weights expect: spacing, HU window, crop, axis codes.
 """
-
-from pathlib import Path
 
 import torch
 
 from engine.checkpoint import CheckpointError, load_checkpoint
 from engine.flags import add_switch, make_parser, run_main
 from engine.run_state import KIND
-from engine.weights import HEAD_PREFIX, SUFFIXES, compare, extract, save_weights
+from engine.weights import FORMATS, HEAD_PREFIX, compare, extract, save_weights, weights_file_name
 from models.backbones import BACKBONES, segmentation_network
 
 NUM_CLASSES = 14  # of the network that weights are compared with; its output layer is not exported
@@ -34,7 +34,9 @@ def make_flags():
     parser = make_parser(__doc__)
     parser.add_argument("checkpoint", type=str, help="checkpoint.pth of a pretraining run")
     parser.add_argument(
-        "output", type=str, help=f"file to write; its suffix decides the format: {' or '.join(SUFFIXES)}"
+        "output",
+        type=str,
+        help=f"file to write; ends in {' or '.join(FORMATS.values())}, or in nothing of the kind with --format",
     )
     parser.add_argument(
         "--checkpoint_key",
@@ -42,6 +44,13 @@ def make_flags():
         choices=["student", "teacher"],
         default="teacher",
         help="student: encoder and decoder; teacher: its moving average, encoder only",
+    )
+    parser.add_argument(
+        "--format",
+        type=str,
+        choices=["auto", *FORMATS],
+        default="auto",
+        help="monai: MONAI's names in a .pth; safetensors: the same names in a .safetensors; auto: as the suffix says",
     )
     add_switch(parser, "--with_head", False, "keep the projection head too, under `head.`")
     return parser
@@ -89,13 +98,12 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> 
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
-    if Path(flags.output).suffix not in SUFFIXES:
-        raise ValueError(f"{flags.output}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    output = weights_file_name(flags.output, flags.format)
     state = load_checkpoint(flags.checkpoint, KIND)
     weights = extract(state, flags.checkpoint_key, flags.with_head, flags.checkpoint)
     print(check_match(weights, state["backbone"], flags.checkpoint))
-    save_weights(weights, describe(state, flags.checkpoint_key), flags.output)
-    print(f"wrote {len(weights)} tensors of the {flags.checkpoint_key} (step {state['step']}) to {flags.output}")
+    save_weights(weights, describe(state, flags.checkpoint_key), output)
+    print(f"wrote {len(weights)} tensors of the {flags.checkpoint_key} (step {state['step']}) to {output}")
 
 
 if __name__ == "__main__":

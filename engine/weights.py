@@ -19,7 +19,7 @@ from engine.checkpoint import CheckpointError, load_checkpoint
 BACKBONE_PREFIX = "backbone.network."
 HEAD_PREFIX = "head."
 TASK_LAYER_PREFIX = "out."
-SUFFIXES = (".pth", ".safetensors")
+FORMATS = {"monai": ".pth", "safetensors": ".safetensors"}  # containers of the same names
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,34 @@ def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[st
     return weights
 
 
+def weights_file_name(path: str | Path, wanted: str = "auto") -> Path:
+    """The file to write: `path`, with the suffix of the format where it has none of ours.
+
+    Args:
+        wanted: a name of `FORMATS`, or "auto" for what the suffix says.
+
+    Raises:
+        ValueError: format and suffix contradict each other, or neither says what to write.
+    """
+    path, known = Path(path), " or ".join(FORMATS.values())
+    if wanted == "auto":
+        if path.suffix not in FORMATS.values():
+            raise ValueError(f"{path}: expected a name that ends in {known} (or --format {' or '.join(FORMATS)})")
+        return path
+    if path.suffix in FORMATS.values() and path.suffix != FORMATS[wanted]:
+        raise ValueError(
+            f"--format {wanted} writes {FORMATS[wanted]}, but the file is called {path}: change the name or the format"
+        )
+    return path if path.suffix == FORMATS[wanted] else path.with_name(path.name + FORMATS[wanted])
+
+
 def save_weights(weights: dict[str, torch.Tensor], metadata: dict, path: str | Path) -> None:
     """Write weights as a plain dict of tensors (.pth, metadata beside it in `<path>.json`) or as .safetensors.
 
     Raises:
         ValueError: another suffix.
     """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    path = weights_file_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     if path.suffix == ".safetensors":

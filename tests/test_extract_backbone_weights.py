@@ -122,7 +122,7 @@ def test_snippet_of_the_readme_runs(checkpoint, tmp_path, monkeypatch):
 
 
 def snippet_of(docstring: str) -> str:
-    lines = docstring.split("load like this:")[1].split("A .pth holds")[0].splitlines()
+    lines = docstring.split("load like this:")[1].split("A .pth (")[0].splitlines()
     return "\n".join(line.strip() for line in lines)
 
 
@@ -185,3 +185,19 @@ def test_damaged_or_code_bearing_starting_weights_are_refused(tmp_path):
     torch.save({"kind": "sam_embed", "state_dict": {"w": torch.zeros(1)}}, tmp_path / "sam.pth")
     with pytest.raises(CheckpointError, match="kind 'sam_embed'"):
         read_weights(tmp_path / "sam.pth")
+
+
+def test_format_decides_where_the_name_does_not_and_must_not_contradict_it(checkpoint, tmp_path, capsys):
+    for wanted, suffix in (("monai", ".pth"), ("safetensors", ".safetensors")):
+        extract(checkpoint, tmp_path / "alice.v1", "--format", wanted)
+        assert f"alice.v1{suffix}" in capsys.readouterr().out
+        extract(checkpoint, tmp_path / f"same{suffix}", "--format", wanted)
+    one, other = (read_weights(tmp_path / f"alice.v1{suffix}") for suffix in (".pth", ".safetensors"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match="--format monai writes .pth, but the file is called .*x.safetensors"):
+        extract(checkpoint, tmp_path / "x.safetensors", "--format", "monai")
+    with pytest.raises(ValueError, match="--format safetensors writes .safetensors"):
+        extract(checkpoint, tmp_path / "x.pth", "--format", "safetensors")
+    with pytest.raises(ValueError, match="ends in .pth or .safetensors .or --format monai or safetensors"):
+        extract(checkpoint, tmp_path / "x.bin")
+    assert not list(tmp_path.glob("x*"))

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from monai.networks.nets import SwinUNETR
+from safetensors.torch import load_file
 from torch import nn
 
 from engine.weights import save_weights
@@ -192,11 +193,15 @@ def load_swin_vit_alone(model: nn.Module, content: dict) -> int:
         (load_by_size, "encoder.pth", 137),
         (load_swin_vit_alone, "whole.pth", 126),
         (load_swin_vit_alone, "encoder.pth", 126),
+        (load_not_strict, "whole.safetensors", 157),
+        (load_by_size, "whole.safetensors", 157),
     ],
 )
 def test_snippets_of_other_projects_load_our_files(snippet, name, num_matched, files, source):
     model = swin(14)
-    assert snippet(model, torch.load(files[name], weights_only=True)) == num_matched
+    is_safe = name.endswith(".safetensors")
+    content = load_file(files[name]) if is_safe else torch.load(files[name], weights_only=True)
+    assert snippet(model, content) == num_matched
     key = "swinViT.layers3.0.blocks.1.attn.qkv.weight"
     assert torch.equal(model.state_dict()[key], source[key])
 
