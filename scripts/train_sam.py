@@ -27,7 +27,7 @@ from datasets.data_list import DataListError, load_data_list
 from datasets.sampler import StepSampler
 from datasets.volume_store import VolumeStore, build_store, parse_spacing
 from engine import distributed
-from engine.checkpoint import CheckpointError, find_resumable, load_checkpoint, save_checkpoint
+from engine.checkpoint import CheckpointError, find_resumable_together, load_checkpoint, save_checkpoint
 from engine.distributed import World, all_max
 from engine.flags import RunInfo, add_switch, make_parser, run_main
 from engine.logging import Clock, Meters, make_log
@@ -199,14 +199,14 @@ def build_run(flags: jsonargparse.Namespace, world: World, info: EmbedderInfo, d
     return SamRun(network, WeightAverage(network, flags.ema_momentum), optimizer, scaler, info, description)
 
 
-def resume(run: SamRun, flags: jsonargparse.Namespace) -> str:
+def resume(run: SamRun, flags: jsonargparse.Namespace, world: World) -> str:
     """Restore the run that `--resume` names, if any; returns a line for the user."""
     if flags.resume == "none":
         return "starting anew"
     if flags.resume != "auto":
         run.restore(load_checkpoint(flags.resume, KIND), flags.resume)
         return f"resumed {flags.resume} at step {run.step}"
-    found = find_resumable(flags.output_dir, KIND)
+    found = find_resumable_together(flags.output_dir, KIND, world)
     if found is None:
         return "starting anew"
     run.restore(found[0], str(found[1]))
@@ -346,7 +346,7 @@ def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
     description = {"flags": run_info.flags, "commit": run_info.commit, "versions": run_info.versions}
     run = build_run(flags, world, info, description)
     loss = build_loss(flags, run.network)
-    resumed = resume(run, flags)
+    resumed = resume(run, flags, world)
     store = open_store(flags, world, "training", None)
     if store is None:
         raise CheckpointError(f"{flags.json_list}: none of its training cases could be read")
