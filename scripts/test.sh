@@ -9,4 +9,5 @@ source scripts/environment.sh
 ruff check .
 ruff format --check .
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # deterministic matrix products where a GPU runs the tests
-python -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a process a core, not a thread of every process on every core
+python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
