@@ -33,8 +33,8 @@ stage "extract student" python extract_backbone_weights.py "$out/alice/checkpoin
     --checkpoint_key student
 
 # One labelled patient, the same budget twice: what does the pretraining bring? (A killed stage starts anew.)
-budget=(--config configs/finetune_quickstart.yaml --num_labelled 1 --steps 40 --batch_size 1 --lr 4e-3 --no_augment
-    --val_freq 0 --save_freq 40 --overlap 0 --backbone swin_unetr --feature_size 12 --roi_x 64 --roi_y 64 --roi_z 32 --resume none
+budget=(--config configs/finetune_quickstart.yaml --num_labelled 1 --steps 40 --batch_size 1 --val_freq 0 --save_freq 40
+    --overlap 0 --backbone swin_unetr --feature_size 12 --roi_x 64 --roi_y 64 --roi_z 32 --resume none
     --data_dir "$out/data" --json_list "$out/data.json" --store_dir "$out/store")
 stage "finetune scratch" python scripts/finetune_segmentation.py "${budget[@]}" --weights none --output_dir "$out/finetune_scratch"
 stage "finetune Alice" python scripts/finetune_segmentation.py "${budget[@]}" --weights "$out/alice_student.safetensors" \
