@@ -81,12 +81,16 @@ def test_loader_order_does_not_depend_on_workers(num_workers):
         assert all((batch["num_threads"] == 1).all() for batch in batches)
 
 
-# Loads 4 batches while its workers receive what Slurm and a terminal send to a whole process group, then ends.
+# Loads batches while its workers receive what Slurm and a terminal send to a whole process group, then ends. The second
+# worker is slow to learn what to do with signals, and receives them before.
 UNDER_SIGNALS = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 from tests.test_datasets_sampler import Echo
+from datasets import loader
 from datasets.loader import make_pair_loader
+set_up_worker = loader._set_up_worker
+loader._set_up_worker = lambda number: (time.sleep(number), set_up_worker(number))
 signal.signal(signal.SIGTERM, lambda *a: None); signal.signal(signal.SIGUSR1, lambda *a: None)
 signal.signal(signal.SIGINT, lambda *a: None)
 batches = iter(make_pair_loader(Echo(), 2, num_workers=2))
