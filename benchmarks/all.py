@@ -6,7 +6,6 @@
 With --quick every benchmark takes its small settings; figures for RESULTS.md come from the full ones.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 
 from benchmarks import embedding_storage, matching, pairing, volume_store
-from datasets.files import write_text
+from benchmarks.results import save
 from engine.flags import add_switch, make_parser, run_main
 
 # A benchmark is a module with make_flags() (with --quick), run(flags) -> figures, and rows(figures) -> table lines.
@@ -56,8 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         found[name] = benchmark.run(benchmark.make_flags().parse_args(["--quick"] if flags.quick else []))
         lines += benchmark.rows(found[name])
     print(table(lines))
-    if flags.output:
-        write_text(flags.output, json.dumps(found, indent=1) + "\n")
+    save(found, flags.output)
 
 
 if __name__ == "__main__":

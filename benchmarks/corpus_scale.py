@@ -11,7 +11,6 @@ that only --num_phantoms are rendered, and each case is one of them with noise o
 --num_cases renders all. --work_dir keeps the corpus for the next run.
 """
 
-import json
 import logging
 import multiprocessing
 import resource
@@ -31,9 +30,9 @@ import torch
 from tqdm import tqdm
 
 import main_ddp
+from benchmarks.results import show_and_save
 from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.data_list import Case, load_data_list, write_data_list
-from datasets.files import write_text
 from datasets.geometry import index_to_world
 from datasets.loader import make_pair_loader
 from datasets.nifti import read_ct, write_nifti
@@ -312,10 +311,7 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     found = run(flags)
-    for row in rows(found):
-        print(" | ".join(row))
-    if flags.output:
-        write_text(flags.output, json.dumps(found, indent=1) + "\n")
+    show_and_save(found, rows(found), flags.output)
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     print(markdown(found))
     if flags.output:
         write_text(flags.output, json.dumps(found, indent=1) + "\n")
-        RunInfo.collect(flags).write(Path(flags.output).parent, f"{Path(flags.output).stem}_run.json")
+        RunInfo.collect(flags).write_beside(flags.output)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ in this process; medians of wall and of CPU time. About a minute of CPU time; wi
 """
 
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -29,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.files import write_text
+from benchmarks.results import show_and_save
 from datasets.geometry import index_to_world, world_to_index
 from engine.flags import add_switch, git_commit, make_parser, run_main
 from sam_embed.embedding_store import Embedding
@@ -305,10 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     found = run(flags)
     print(f"fine {found['fine_shape']}, coarse {found['coarse_shape']}, {flags.num_threads} thread(s)")
-    for row in rows(found):
-        print(" | ".join(row))
-    if flags.output:
-        write_text(flags.output, json.dumps(found, indent=1) + "\n")
+    show_and_save(found, rows(found), flags.output)
 
 
 if __name__ == "__main__":

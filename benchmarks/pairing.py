@@ -11,7 +11,6 @@ draws up to 101 and reads the files again for each. Patients are phantoms; their
 volume, so that matches are sensible. Both ways give the same crops. One process; medians of wall and of CPU time.
 """
 
-import json
 import pickle
 import sys
 import tempfile
@@ -37,11 +36,11 @@ from benchmarks.matching import (
     place_by_map,
     timed,
 )
+from benchmarks.results import show_and_save
 from datasets.augment import window
 from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.crops import cut
 from datasets.data_list import Case
-from datasets.files import write_text
 from datasets.geometry import CANONICAL_AXCODES, index_to_world, world_to_index
 from datasets.pairs import PairedCropDataset
 from datasets.phantom import PhantomCase, case_files, write_case
@@ -276,10 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     found = run(flags)
     sizes = ", ".join(" x ".join(map(str, shape)) for shape in found["shapes"])
     print(f"volumes of {sizes}; pickles of {max(found['pickle_bytes']) / 2**20:.0f} MiB")
-    for row in rows(found):
-        print(" | ".join(row))
-    if flags.output:
-        write_text(flags.output, json.dumps(found, indent=1) + "\n")
+    show_and_save(found, rows(found), flags.output)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.results import save
 from datasets.files import write_text
 from engine.distributed import pick_device
 from engine.flags import add_switch, git_commit, make_parser, run_main
@@ -370,8 +371,7 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     found = run(flags)
-    if flags.output:
-        write_text(flags.output, json.dumps(found, indent=1) + "\n")
+    save(found, flags.output)
     text = markdown(found)
     if flags.markdown:
         write_text(flags.markdown, text)

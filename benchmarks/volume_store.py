@@ -9,7 +9,6 @@ the shared reference data, or else a noisy synthetic torso, is tiled to 512x512x
 thread, file cache warm for everybody; medians. Takes about a minute.
 """
 
-import json
 import os
 import statistics
 import sys
@@ -26,8 +25,8 @@ import torch
 from monai.transforms import LoadImage
 from scipy import ndimage
 
+from benchmarks.results import save
 from datasets.data_list import Case
-from datasets.files import write_text
 from datasets.nifti import read_ct, write_nifti
 from datasets.volume_store import VolumeStore, build_store
 from engine.flags import add_switch, git_commit, make_parser, run_main
@@ -190,8 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{found['slowdown_to_npy']:.1f} x the time of the memory map (wanted <= 5), "
         f"{found['size_ratio_to_nifti']:.2f} of the .nii.gz (wanted <= 0.8); made in {found['build_s']:.1f} s"
     )
-    if flags.output:
-        write_text(flags.output, json.dumps(found, indent=1) + "\n")
+    save(found, flags.output)
 
 
 if __name__ == "__main__":

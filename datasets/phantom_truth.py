@@ -24,7 +24,7 @@ class PhantomTruthError(ValueError):
 
 @dataclass(frozen=True)
 class PhantomTruth:
-    """One phantom case drawn again: the patient and the scan (None where the scan cannot be known)."""
+    """One phantom case drawn again: the patient and the scan."""
 
     name: str
     patient: Patient

@@ -102,6 +102,10 @@ class RunInfo:
         aside.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
         aside.replace(path)
 
+    def write_beside(self, output: str | Path) -> None:
+        """Write this record beside a result: `results.json` gets `results_run.json`."""
+        self.write(Path(output).parent, f"{Path(output).stem}_run.json")
+
 
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a user's mistake (`ValueError`, a missing file) ends it with one line instead of a traceback.

@@ -122,7 +122,7 @@ def write_results(flags: jsonargparse.Namespace, report: dict) -> None:
     """The JSON file with its run record, and the picture, as far as they are wanted."""
     if flags.output:
         write_text(flags.output, json.dumps(report, indent=1) + "\n")
-        RunInfo.collect(flags).write(Path(flags.output).parent, f"{Path(flags.output).stem}_run.json")
+        RunInfo.collect(flags).write_beside(flags.output)
     if flags.figure:
         drawn, what = (report["mined"], "mined pairs") if report["mined"] else (report["landmarks"], "landmarks")
         save_trust_figure(drawn, f"{drawn['all']['num_matches']:,} {what} of {report['num_cases']} cases", flags.figure)

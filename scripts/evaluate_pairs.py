@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     report = {"table": flags.embed_dir, "num_rows": len(table), "num_cases": len(used), **report}
     if flags.output:
         write_text(flags.output, json.dumps(report, indent=1) + "\n")
-        RunInfo.collect(flags).write(Path(flags.output).parent, f"{Path(flags.output).stem}_run.json")
+        RunInfo.collect(flags).write_beside(flags.output)
     if flags.figure:
         save_trust_figure(report, f"{len(rows):,} mined pairs of {len(used)} cases", flags.figure)
     print("\n".join(mined_lines(report)))

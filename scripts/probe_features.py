@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     output, table = Path(flags.output), probe_table(report)
     write_text(output, json.dumps(report, indent=1) + "\n")
     write_text(output.with_suffix(".txt"), table)
-    RunInfo.collect(flags).write(output.parent, f"{output.stem}_run.json")
+    RunInfo.collect(flags).write_beside(output)
     print(table)
 
 

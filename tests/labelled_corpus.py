@@ -6,6 +6,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from datasets.data_list import load_data_list
+from datasets.volume_store import build_store
+
 NAMES = {"0": "background", "1": "liver", "2": "spleen", "5": "aorta"}
 HU = {0: 20, 1: 110, 2: 180, 5: 220}
 # W, H, D as NIfTI files have them.
@@ -55,3 +58,11 @@ def finetune_arguments(corpus: Path, output_dir: Path, **changed) -> list[str]:
     paths = {"data_dir": corpus, "json_list": corpus / "list.json", "store_dir": corpus / "store"}
     flags = TINY | paths | {"output_dir": output_dir} | changed
     return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+
+
+def make_stored_corpus(folder: Path) -> Path:
+    """`make_labelled_corpus`, and all of its cases in a 4 mm store below it."""
+    make_labelled_corpus(folder)
+    cases = [case for name in ("training", "validation") for case in load_data_list(folder / "list.json", folder, name)]
+    build_store(cases, folder / "store", (4.0, 4.0, 4.0), progress=False)
+    return folder

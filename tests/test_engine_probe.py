@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.data_list import DataListError, load_data_list
+from datasets.data_list import DataListError
 from datasets.label_classes import LabelClasses
 from datasets.probe_voxels import choose_probe_voxels, draw_voxels, split_probe_cases
-from datasets.volume_store import VolumeStore, build_store
+from datasets.volume_store import VolumeStore
 from engine.probe import (
     ProbeOptions,
     central_corners,
@@ -24,7 +24,7 @@ from engine.probe import (
 from engine.weights import save_weights
 from models.backbones import BACKBONES
 from scripts import probe_features
-from tests.labelled_corpus import make_labelled_corpus
+from tests.labelled_corpus import make_stored_corpus
 
 CPU = torch.device("cpu")
 CLASSES = LabelClasses((0, 1, 2, 5), ("background", "liver", "spleen", "aorta"))
@@ -32,10 +32,7 @@ CLASSES = LabelClasses((0, 1, 2, 5), ("background", "liver", "spleen", "aorta"))
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = make_labelled_corpus(tmp_path_factory.mktemp("corpus"))
-    cases = [case for name in ("training", "validation") for case in load_data_list(folder / "list.json", folder, name)]
-    build_store(cases, folder / "store", (4.0, 4.0, 4.0), progress=False)
-    return folder
+    return make_stored_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 # Features

@@ -10,10 +10,8 @@ import torch.multiprocessing as mp
 
 import engine.pretrain
 import main_ddp
-from datasets.data_list import load_data_list
-from datasets.volume_store import build_store
 from engine.checkpoint import LATEST, load_checkpoint
-from tests.labelled_corpus import make_labelled_corpus
+from tests.labelled_corpus import make_stored_corpus
 from tests.tiny_run import TINY, add_store_and_table, log_of, make_corpus
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,10 +21,7 @@ PROBED = {"probe_freq": 1, "probe_voxels": 5}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = make_labelled_corpus(tmp_path_factory.mktemp("corpus"))
-    cases = [case for name in ("training", "validation") for case in load_data_list(folder / "list.json", folder, name)]
-    build_store(cases, folder / "store", (4.0, 4.0, 4.0), progress=False)
-    return folder
+    return make_stored_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def arguments(corpus, output_dir, **changed) -> list[str]:

@@ -1,0 +1,18 @@
+"""What benchmarks do with their figures at the end."""
+
+import json
+
+from datasets.files import write_text
+
+
+def save(found: dict, output: str | None) -> None:
+    """Write the figures to `--output`, where it is given."""
+    if output:
+        write_text(output, json.dumps(found, indent=1) + "\n")
+
+
+def show_and_save(found: dict, rows: list[tuple[str, ...]], output: str | None) -> None:
+    """Print the lines of the table, and save the figures."""
+    for row in rows:
+        print(" | ".join(row))
+    save(found, output)
