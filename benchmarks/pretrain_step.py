@@ -8,8 +8,9 @@ AdamW, moving average (figure 2 of Alice, ICCV 2023), on random crops that alrea
 starts from MONAI's SwinUNETR as it comes, in fp32 (convolutions in TF32, PyTorch's default), and adds one change a
 line. The second says what fits on which GPU: peak memory against crop and batch size, with and without
 --use_checkpoint. Memory is what PyTorch reserved at its peak, and what it had given to tensors; the CUDA context
-(about 0.5 GB) and other programs come on top. A setting that runs out of memory or fails is told as such, and the next
-one runs; torch.compile runs in a process of its own with a time limit.
+(about 0.5 GB) and other programs come on top. On a CPU, where fewer and smaller settings are taken, it is the resident
+memory of the whole process at its peak (Linux). A setting that runs out of memory or fails is told as such, and the
+next one runs; torch.compile runs in a process of its own with a time limit.
 """
 
 import copy
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.results import save
 from datasets.files import write_text
+from engine.allocator import keep_freed_memory
 from engine.distributed import pick_device
 from engine.flags import add_switch, git_commit, make_parser, run_main
 from engine.optim import clip_gradients, make_optimizer
@@ -43,6 +45,7 @@ from models.layers.window_attention import use_fast_window_attention
 GB = 2**30
 TEACHER_TEMP, MOMENTUM, CLIP = 0.07, 0.996, 3.0
 LONGEST_TIMING_S = 5.0  # of one line
+PROCESS_STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MASK_BLOCK, MASKED_SHARE = 16, 0.75
 QUICK = {
     "feature_size": 12,
@@ -70,16 +73,19 @@ class Setting:
     cudnn_benchmark: bool = False
     use_checkpoint: bool = False
     is_compiled: bool = False
+    keep_memory: bool = False  # `engine.allocator`; once on it stays on in this process
 
 
-def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str) -> list[Setting]:
-    """From the plain network up: each line adds one change to the line before, the last three to the fourth."""
+def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bool = False) -> list[Setting]:
+    """From the plain network up: each line adds one change to the line before, the last five to the default."""
     plain = Setting("MONAI's SwinUNETR, fp32", roi, num_pairs)
-    half = dataclasses.replace(plain, name=f"+ {precision}", precision=precision)
-    fused = dataclasses.replace(half, name="+ fused window attention", attention="fused")
+    kept = dataclasses.replace(plain, name="+ freed memory kept", keep_memory=True) if on_cpu else plain
+    half = dataclasses.replace(kept, name=f"+ {precision}", precision=precision)
+    fused = dataclasses.replace(half, name="+ fast window attention", attention="auto")
     default = dataclasses.replace(fused, name="+ fused AdamW (the default)", fused_optimizer=True)
     return [
         plain,
+        *([kept] if on_cpu else []),
         half,
         fused,
         default,
@@ -94,7 +100,7 @@ def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str) -> list[Se
 def memory_grid(sizes: dict[tuple[int, int, int], list[int]], precision: str) -> list[Setting]:
     """The default at growing batch sizes, without and with --use_checkpoint."""
     return [
-        Setting("--use_checkpoint" if again else "default", roi, n, precision, "fused", True, use_checkpoint=again)
+        Setting("--use_checkpoint" if again else "default", roi, n, precision, "auto", True, use_checkpoint=again)
         for again in (False, True)
         for roi, batch_sizes in sizes.items()
         for n in batch_sizes
@@ -156,6 +162,8 @@ class Bench:
             num_steps = min(num_steps, max(2, int(LONGEST_TIMING_S / (self.clock() - started))))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            reset_peak_resident()
         started = self.clock()
         for _ in range(num_steps):
             loss = step()
@@ -166,6 +174,8 @@ class Bench:
         if self.device.type == "cuda":
             found["reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / GB
             found["tensors_gb"] = torch.cuda.max_memory_allocated(self.device) / GB
+        elif PROCESS_STATUS.exists():
+            found["reserved_gb"] = peak_resident_bytes() / GB
         return found
 
     def clock(self) -> float:
@@ -178,6 +188,8 @@ class Bench:
         """A function that trains one step and returns the loss."""
         device = self.device
         torch.backends.cudnn.benchmark = setting.cudnn_benchmark
+        if setting.keep_memory:
+            keep_freed_memory()
         student, teacher = (network.to(device) for network in copy.deepcopy(self.networks[setting.use_checkpoint]))
         for network in (student, teacher):
             use_fast_window_attention(network, setting.attention)
@@ -205,6 +217,18 @@ class Bench:
             return total.detach()
 
         return step
+
+
+def reset_peak_resident() -> None:
+    """Let the peak of the resident memory begin anew (Linux; elsewhere nothing happens)."""
+    if PEAK_RESET.exists():
+        PEAK_RESET.write_text("5")
+
+
+def peak_resident_bytes() -> int:
+    """The resident memory of this process at its peak, bytes (Linux)."""
+    line = next(line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def synthetic_batch(num_pairs: int, roi: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
@@ -239,11 +263,14 @@ def measure_apart(setting: Setting, flags, limit_s: float) -> dict:
 # All settings
 
 
-def plan(flags, precision: str) -> tuple[list[Setting], list[Setting]]:
+def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], list[Setting]]:
     """The lines of both tables, most telling first."""
     if flags.quick:
         small = (64, 32, 32)
         return ladder(small, 1, precision), memory_grid({small: [1, 2]}, precision)
+    if device.type == "cpu":  # a step of one pair at 96³ takes a minute on 2 cores
+        speed = [*ladder((64,) * 3, 1, precision, True), *ladder((96,) * 3, 1, precision, True)[:5]]
+        return speed, memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision)
     sizes = {(96,) * 3: [1, 2, 4, 8, 16], (64,) * 3: [2, 8, 32], (128,) * 3: [1, 2, 4]}
     return [*ladder((96,) * 3, 4, precision), *ladder((64,) * 3, 8, precision)[:-1]], memory_grid(sizes, precision)
 
@@ -255,17 +282,18 @@ def run(flags) -> dict:
     precision = "bf16" if device.type == "cpu" else pick_precision("auto", device)
     options = QUICK if flags.quick else {"feature_size": flags.feature_size}
     num_steps = 1 if flags.quick else flags.num_steps
-    bench, results = Bench(options, device), []
+    bench = Bench(options, device)
     if flags.only:
         setting = setting_of(json.loads(flags.only))
-        results.append(
-            {"table": "only", "setting": dataclasses.asdict(setting), "found": bench.measure(setting, num_steps)}
-        )
-        return about(device, flags, started) | {"settings": results}
-    tables = dict(zip(("speed", "memory"), plan(flags, precision)))
+        only = {"table": "only", "setting": dataclasses.asdict(setting), "found": bench.measure(setting, num_steps)}
+        return about(device, flags, started) | {"settings": [only]}
+    tables = dict(zip(("speed", "memory"), plan(flags, precision, device)))
     jobs = [(table, setting) for table, settings in tables.items() for setting in settings]
-    jobs.sort(key=lambda job: job[1].is_compiled)  # last, since it takes longest
-    for table, setting in tqdm(jobs, unit="setting", disable=not sys.stderr.isatty()):
+    # What cannot be undone comes late, and compiling last, since it takes longest.
+    order = sorted(range(len(jobs)), key=lambda number: (jobs[number][1].is_compiled, jobs[number][1].keep_memory))
+    found_by_job = {}
+    for number in tqdm(order, unit="setting", disable=not sys.stderr.isatty()):
+        table, setting = jobs[number]
         if time.perf_counter() - started > flags.time_limit_s:
             found = {"error": f"left out after --time_limit_s {flags.time_limit_s:.0f}"}
         elif setting.is_compiled:
@@ -273,8 +301,9 @@ def run(flags) -> dict:
             found = measure_apart(setting, flags, min(left_s, flags.compile_limit_s))
         else:
             found = bench.measure(setting, num_steps if table == "speed" else min(3, num_steps))
-        results.append({"table": table, "setting": dataclasses.asdict(setting), "found": found})
-        print(f"{time.perf_counter() - started:5.0f} s  {' '.join(line(results[-1], None))}", flush=True)
+        found_by_job[number] = {"table": table, "setting": dataclasses.asdict(setting), "found": found}
+        print(f"{time.perf_counter() - started:5.0f} s  {' '.join(line(found_by_job[number], None))}", flush=True)
+    results = [found_by_job[number] for number in range(len(jobs))]
     return about(device, flags, started) | {"settings": results}
 
 

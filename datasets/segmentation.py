@@ -111,6 +111,11 @@ class SegmentationCropDataset(Dataset):
             "case": torch.tensor(case),
         }
 
+    def count_voxels(self) -> np.ndarray:
+        """Voxels of every channel, background included, over all cases [C]."""
+        labels = (self.classes.to_classes(self.store.read_label(name).array) for name in self.case_names)
+        return sum(np.bincount(label.ravel(), minlength=len(self.classes)) for label in labels)
+
     def class_voxels(self, name: str) -> dict[int, np.ndarray]:
         """Channel -> int32 [n, 3], up to `VOXELS_PER_CLASS` of its voxels (d, h, w), for the organs of a case."""
         if name not in self._voxels:

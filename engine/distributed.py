@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from engine.allocator import keep_freed_memory
+
 LONG_WAIT = timedelta(days=2)
 
 
@@ -76,6 +78,7 @@ def start(wanted_device: str = "auto", timeout_min: float = 30.0) -> World:
         torch.cuda.set_device(device)
     else:
         make_cpu_repeatable()
+        keep_freed_memory()
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
         timeout = timedelta(minutes=timeout_min)
         dist.init_process_group(

@@ -80,6 +80,13 @@ def add_training_flags(group) -> None:
         help="steps during which loaded encoder weights stand still; 0 = off, -1 = the whole run",
     )
     add("--clip_grad", type=float, default=1.0, help="largest joint gradient norm; 0 = off")
+    add(
+        "--class_weights",
+        type=str,
+        choices=["none", "rare"],
+        default="none",
+        help="of the cross-entropy; rare = classes with fewer voxels weigh more: small organs appear earlier",
+    )
     add("--foreground_share", type=float, default=0.8, help="share of crops centred near an organ, 0 to 1")
     add_switch(group, "--augment", True, "rotation, scaling and intensity augmentation")
     add("--seed", type=int, default=0, help="decides the new layers' weights, crops and augmentation (not the split)")

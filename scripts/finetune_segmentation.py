@@ -44,7 +44,7 @@ from engine.segmentation_eval import evaluate
 from engine.segmentation_report import TABLE
 from engine.signals import EXIT_INTERRUPTED
 from engine.sliding_window import WindowOptions
-from losses.segmentation import make_dice_ce
+from losses.segmentation import make_dice_ce, rare_class_weights
 from models.pretrained import LoadReport, load_pretrained
 from models.segmenters import SEGMENTERS, count_parameters, freeze, layer_groups
 from models.weights_file import WeightsFile, read_weights_file
@@ -295,8 +295,18 @@ def train(flags, plan: Plan, store: VolumeStore, run: FinetuneRun, options: Fine
         return {"dice": judged.dice}
 
     lr = CosineSchedule(flags.lr, flags.min_lr, flags.steps, flags.warmup_steps)
+    weights = rare_class_weights(dataset.count_voxels()).to(world.device) if flags.class_weights == "rare" else None
     return finetune(
-        run, wrap(run.network, world), make_dice_ce(), iter(loader), lr, options, validate, flags.output_dir, world, log
+        run,
+        wrap(run.network, world),
+        make_dice_ce(weights),
+        iter(loader),
+        lr,
+        options,
+        validate,
+        flags.output_dir,
+        world,
+        log,
     )
 
 

@@ -11,8 +11,6 @@ source scripts/stage.sh
 out="${QUICKSTART_DIR:-results/quickstart}"
 mkdir -p "$out"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
-# Freed activations stay with the process instead of going back to the kernel page by page: fewer page faults a step.
-export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}"
 
 stage "phantom CT" python scripts/make_phantom_dataset.py --out_dir "$out/data" --num_unlabelled 28 --num_labelled 4 --seed 0
 stage "data list" python scripts/create_json.py --data_dir "$out/data" --output "$out/data.json" --num_validation 6

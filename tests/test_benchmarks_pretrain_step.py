@@ -24,7 +24,7 @@ def test_a_setting_out_of_memory_is_told_and_the_next_one_runs(tmp_path, monkeyp
 
     settings = [Setting("large", SMALL, 2), Setting("fits", SMALL, 1, "bf16", "auto", True, True)]
     monkeypatch.setattr(pretrain_step, "synthetic_batch", too_large_for_two)
-    monkeypatch.setattr(pretrain_step, "plan", lambda flags, precision: (settings, settings[:1]))
+    monkeypatch.setattr(pretrain_step, "plan", lambda flags, precision, device: (settings, settings[:1]))
     output, tables = tmp_path / "found.json", tmp_path / "found.md"
     pretrain_step.main(["--quick", "--device", "cpu", "--output", str(output), "--markdown", str(tables)])
     found = json.loads(output.read_text())

@@ -129,6 +129,14 @@ def test_crops_are_balanced_over_organs_and_not_over_voxels(corpus):
     assert counts[0] == 0 and (counts[1:] > 70).all(), counts
 
 
+def test_voxels_of_every_class_are_counted_over_all_cases(corpus):
+    dataset = crops(corpus)
+    labels = [dataset.store.read_label(name).array for name in dataset.case_names]
+    expected = [sum(int((label == value).sum()) for label in labels) for value in (1, 2, 5)]
+    assert dataset.count_voxels()[1:].tolist() == expected and min(expected) > 0
+    assert dataset.count_voxels().sum() == sum(label.size for label in labels)
+
+
 def test_without_augmentation_a_crop_is_the_window_of_the_volume(corpus):
     dataset = crops(corpus, augment=SegmentationAugment.off(), hu_min=-100, hu_max=300)
     sample = dataset[7]

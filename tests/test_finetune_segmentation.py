@@ -149,6 +149,19 @@ def test_encoder_waits_for_its_steps_and_then_moves(weights, corpus, tmp_path):
         assert torch.equal(now, given) == is_still
 
 
+def test_rare_classes_weigh_more_where_asked(corpus, tmp_path, monkeypatch):
+    given, flags = [], {"steps": 1, "val_freq": 0, "evaluate": "false"}
+    plain = command.make_dice_ce
+    monkeypatch.setattr(command, "make_dice_ce", lambda weights: given.append(weights) or plain(weights))
+    command.main(finetune_arguments(corpus, tmp_path / "none", **flags))
+    command.main(finetune_arguments(corpus, tmp_path / "rare", class_weights="rare", **flags))
+    none, rare = given
+    assert none is None
+    assert rare[0] < rare[1] < rare[3], "background is most of a volume, the aorta its least"
+    losses = [log_of(tmp_path / name)[0]["loss"] for name in ("none", "rare")]
+    assert losses[0] != losses[1]
+
+
 def test_early_stop_after_patience(corpus, tmp_path, monkeypatch, capfd):
     dice = iter([0.5, 0.4, float("nan"), 0.6])
 
