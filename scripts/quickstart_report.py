@@ -1,9 +1,9 @@
-"""Tell what the quickstart did: a table, results/quickstart/summary.json, and three pictures.
+"""Tell what the quickstart did: a table, results/quickstart/summary.json, and four pictures.
 
     python scripts/quickstart_report.py --quickstart_dir results/quickstart
 
 Reads what the stages left behind; computes nothing anew but the pictures: matched landmarks of two held-out patients,
-a sheet of paired crops, and what the student makes of masked crops.
+a sheet of paired crops, what the student makes of masked crops, and organs that the finetuned network found.
 """
 
 import json
@@ -22,13 +22,18 @@ from datasets.pair_sheet import draw_pair_sheet
 from datasets.pairs import PairedCropDataset
 from datasets.volume_store import VolumeStore
 from engine.flags import RunInfo, git_commit, make_parser, run_main
+from engine.segmentation_report import SUMMARY
 from sam_embed.embedding_store import load_embedding
 from sam_embed.evaluate import evaluate_pairs, load_landmarks
 from sam_embed.match_figure import draw_landmark_matches
+from scripts.evaluate_segmentation import OVERLAY
+from scripts.finetune_segmentation import EVALUATION
 
 METHODS = {"sam": "SAM", "body_box": "body box", "body_affine": "affine fit"}
 LOSSES = ("loss", "loss_cls", "loss_tokens", "loss_recon")
 NUM_SHEET_PAIRS = 5
+FINETUNED = {"scratch": "from scratch", "alice": "pretrained"}
+PICTURES = ("matched_landmarks", "paired_crops", "reconstruction", "segmentation")
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
@@ -89,6 +94,20 @@ def summarise(folder: Path, pairs: PairedCropDataset) -> dict:
         "matching": json.loads((folder / "matching.json").read_text()),
         "pairs": pairs.statistics(),
         "losses": read_losses(folder / "alice" / "log.txt"),
+        "finetuning": {name: read_finetuning(folder / f"finetune_{name}") for name in FINETUNED},
+    }
+
+
+def read_finetuning(folder: Path) -> dict:
+    """Budget and outcome of one finetuning run: mean Dice and NSD (0 to 1) over held-out patients and organs."""
+    flags = json.loads((folder / "run.json").read_text())["flags"]
+    results = json.loads((folder / EVALUATION / SUMMARY).read_text())
+    return {
+        "num_labelled": flags["num_labelled"],
+        "steps": flags["steps"],
+        "num_cases": results["num_cases"],
+        "dice": results["dice"]["mean"],
+        "nsd": results["nsd"]["mean"],
     }
 
 
@@ -112,12 +131,26 @@ def describe(summary: dict) -> str:
             for when in ("start", "end", "validation")
         ]
         lines.append(f"{name:<12} " + " ".join(f"{cell:>12}" for cell in cells))
+    lines += ["", *describe_finetuning(summary["finetuning"])]
     lines += ["", "pairs"]
     lines += [
         f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}"
         for name, value in summary["pairs"].items()
     ]
     return "\n".join(lines) + "\n"
+
+
+def describe_finetuning(runs: dict[str, dict]) -> list[str]:
+    """Dice of pretrained beside scratch; one seed and a few patients: a taste, no proof."""
+    run = runs["alice"]
+    lines = [
+        f"{run['num_labelled']}-shot segmentation, {run['steps']} steps, {run['num_cases']} held-out patients, "
+        "one seed (benchmarks/compare_pretraining.py compares properly)"
+    ]
+    lines += [f"{'':<12} {'Dice (%)':>8} {'NSD (%)':>8}"]
+    for name, title in FINETUNED.items():
+        lines.append(f"{title:<12} {100 * runs[name]['dice']:>8.1f} {100 * runs[name]['nsd']:>8.1f}")
+    return lines
 
 
 def draw_matches(folder: Path, path: Path) -> None:
@@ -142,10 +175,9 @@ def main(argv: list[str] | None = None) -> None:
     draw_matches(folder, folder / "matched_landmarks.png")
     draw_pair_sheet([pairs[index] for index in range(NUM_SHEET_PAIRS)], folder / "paired_crops.png", pairs.store)
     shutil.copyfile(folder / "alice" / "reconstruction.png", folder / "reconstruction.png")
+    shutil.copyfile(folder / "finetune_alice" / EVALUATION / OVERLAY, folder / "segmentation.png")
     RunInfo.collect(flags).write(folder, "report_run.json")
-    pictures = ", ".join(
-        str(folder / f"{name}.png") for name in ("matched_landmarks", "paired_crops", "reconstruction")
-    )
+    pictures = ", ".join(str(folder / f"{name}.png") for name in PICTURES)
     text = describe(summary) + f"\npictures: {pictures}\n"
     write_text(folder / "report.txt", text)
     print(text)

@@ -88,7 +88,7 @@ def test_weights_of_the_whole_network_arrive(compared):
 
 def test_a_second_run_does_nothing_again(compared):
     before = {path: path.read_text() for path in (compared.root / "jobs").glob("*/*.json")}
-    assert len(before) == 5 + 4 + 2 + 6
+    assert len(before) == 6 + 4 + 2 + 6
     compare_pretraining.main([*TINY, "--output_dir", str(compared.root)])
     assert {path: path.read_text() for path in (compared.root / "jobs").glob("*/*.json")} == before
 

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from monai.networks.blocks.dynunet_block import UnetResBlock
 
 from models.backbones import BACKBONES, segmentation_network
 from models.backbones.interface import upsample_mask
 from models.backbones.nnformer import NNFormerBackbone
+from models.backbones.unet import NORM
 from models.layers.windows import SwinBlock
 
 SIZE = (32, 16, 32)
@@ -163,13 +165,31 @@ def test_activation_checkpointing_keeps_the_numbers(name: str) -> None:
         ("nnformer", {"feature_size": 20}, "--feature_size"),
         ("unet", {"feature_size": 13}, "--feature_size"),
         ("nnformer", {"roi": (40, 32, 32)}, "--roi_x"),
-        ("unet", {"roi": (16, 16, 16)}, "--roi_x"),
+        ("unet", {"roi": (24, 32, 32)}, "--roi_x"),
         ("nnformer", {"decoder_stride": 16}, "strides"),
     ],
 )
 def test_impossible_sizes_name_the_flag(name: str, options: dict, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         make_backbone(name, **options)
+
+
+def test_pooled_features_of_the_unet_tell_samples_apart() -> None:
+    """Instance-normed channels have the same mean over space in every sample; cls would know nothing."""
+    torch.manual_seed(0)
+    network = segmentation_network("unet", 1, 2, 12)
+    crops = torch.rand(8, 1, 32, 32, 32) * torch.linspace(0.2, 1.0, 8)[:, None, None, None, None]
+    crops += torch.linspace(0, 1, 32) * torch.linspace(-1, 1, 8)[:, None, None, None, None]
+    with torch.no_grad():
+        pooled = network.encode(network.embed(crops))[16].mean(dim=(2, 3, 4))
+        network.encoder["16"] = UnetResBlock(3, 48, 96, 3, 2, NORM)
+        instance_normed = network.encode(network.embed(crops))[16].mean(dim=(2, 3, 4))
+    spread, spread_instance = (x.std(dim=0).mean() / x.abs().mean() for x in (pooled, instance_normed))
+    assert spread > 1.3 * spread_instance, (spread, spread_instance)
+
+
+def test_a_crop_of_one_deepest_token_is_fine_for_the_unet() -> None:
+    assert segmentation_network("unet", 1, 2, 12)(torch.rand(1, 1, 16, 16, 16)).isfinite().all()
 
 
 def test_volumes_of_other_sizes_and_unknown_names_are_refused() -> None:

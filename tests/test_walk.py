@@ -1,4 +1,4 @@
-"""The whole walk, small: phantom CT, list, store, SAM, embeddings, table, Alice, weights for MONAI, report."""
+"""The whole walk, small: phantom CT, list, store, SAM, embeddings, table, Alice, weights, finetuning, report."""
 
 import importlib
 import json
@@ -10,9 +10,15 @@ import torch
 from monai.networks.nets import SwinUNETR
 
 from engine.flags import REPOSITORY
+from scripts.quickstart_report import PICTURES
 
 SMALL_SAM = "--steps 2 --view_shape 32 32 32 --spacing_mm 8 8 8 --width 16 --embed_dim 16 --num_points 32 --val_cases 0"
 SMALL_ALICE = "--config configs/smoke.yaml --pairing sam --min_score -1 --max_cycle_mm 1e6 --batch_size 1 --device cpu"
+SMALL_UNET = "--config configs/quickstart_unet.yaml --feature_size 8 --epochs 1 --steps_per_epoch 2 --batch_size 2"
+SMALL_FINETUNING = (
+    "--config configs/finetune_quickstart.yaml --backbone unet --feature_size 8 --roi_x 32 --roi_y 32 --roi_z 32 "
+    "--spacing_mm 6 --steps 2 --warmup_steps 0 --overlap 0 --num_labelled 1 --device cpu"
+)
 
 
 def run(module_name: str, words: str) -> None:
@@ -24,9 +30,11 @@ def walked(tmp_path_factory):
     """The folder of a small quickstart, every stage run once through its entry point."""
     out = tmp_path_factory.mktemp("walk")
     lists = f"--data_dir {out}/data --json_list {out}/data.json"
-    made = "--num_unlabelled 4 --num_labelled 1 --seed 3 --num_workers 1"
+    made = "--num_unlabelled 5 --num_labelled 2 --seed 3 --num_workers 1"
     run("scripts.make_phantom_dataset", f"--out_dir {out}/data {made}")
-    run("scripts.create_json", f"--data_dir {out}/data --output {out}/data.json --num_validation 2")
+    for name, cases, number in (("data", "unlabelled", 2), ("labelled", "labelled", 1)):
+        made = f"--output {out}/{name}.json --cases {cases} --num_validation {number}"
+        run("scripts.create_json", f"--data_dir {out}/data {made}")
     run("scripts.prepare_volumes", f"{lists} --store_dir {out}/store --spacing_mm 6 6 6 --num_workers 1")
     run("scripts.train_sam", f"{lists} --store_dir {out}/store --output_dir {out}/sam {SMALL_SAM}")
     sam = f"--checkpoint_file {out}/sam/checkpoint_best.pth --store_dir {out}/store"
@@ -38,6 +46,13 @@ def walked(tmp_path_factory):
     run("main_ddp", f"{SMALL_ALICE} {lists} {trained}")
     for key in ("teacher", "student"):
         run("extract_backbone_weights", f"{out}/alice/checkpoint.pth {out}/alice_{key}.pth --checkpoint_key {key}")
+    trained = f"--store_dir {out}/store --spacing_mm 6 --embed_dir {out}/embeddings --output_dir {out}/alice_unet"
+    run("main_ddp", f"{SMALL_UNET} --device cpu --min_score -1 --max_cycle_mm 1e6 {lists} {trained}")
+    extracted = f"{out}/alice_unet/checkpoint.pth {out}/alice_unet.safetensors"
+    run("extract_backbone_weights", f"{extracted} --checkpoint_key student")
+    finetuned = f"--data_dir {out}/data --json_list {out}/labelled.json --store_dir {out}/store {SMALL_FINETUNING}"
+    for name, weights in (("scratch", "none"), ("alice", f"{out}/alice_unet.safetensors")):
+        run("scripts.finetune_segmentation", f"{finetuned} --weights {weights} --output_dir {out}/finetune_{name}")
     (out / "stages").mkdir()
     (out / "stages" / "all.json").write_text(json.dumps({"name": "all", "key": "0", "started": 0.0, "seconds": 1.0}))
     run("scripts.quickstart_report", f"--quickstart_dir {out}")
@@ -51,9 +66,24 @@ def test_summary_holds_every_part(walked):
     assert all(np.isfinite(summary["losses"][when]["loss"]) for when in ("start", "end"))
     assert summary["pairs"]["num_cases"] == 3 and summary["pairs"]["num_usable_rows"] > 0
     assert summary["seconds"] == {"all": 1.0}
+    for run_of in summary["finetuning"].values():
+        assert (run_of["steps"], run_of["num_labelled"], run_of["num_cases"]) == (2, 1, 1)
+        assert 0 <= run_of["dice"] <= 1 and 0 <= run_of["nsd"] <= 1
 
 
-@pytest.mark.parametrize("name", ["matched_landmarks", "paired_crops", "reconstruction"])
+def test_quickstart_finetunes_twice_alike():
+    """Scratch and pretrained differ in the weights and the folder alone."""
+    script = (REPOSITORY / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
+    lines = [line for line in script.splitlines() if "finetune_segmentation.py" in line]
+    assert len(lines) == 2
+    words = [line.split("finetune_segmentation.py")[1].split() for line in lines]
+    assert all(one[0] == '"${budget[@]}"' and one[1::2] == ["--weights", "--output_dir"] for one in words)
+    budget = re.search(r"budget=\((.*?)\)", script, flags=re.DOTALL).group(1).replace('"$out', '"OUT').replace('"', "")
+    flags = importlib.import_module("scripts.finetune_segmentation").make_flags().parse_args(budget.split())
+    assert flags.num_labelled == 1 and flags.val_freq == 0 and flags.class_weights == "rare"
+
+
+@pytest.mark.parametrize("name", PICTURES)
 def test_pictures_show_something(walked, name):
     from matplotlib.image import imread
 
@@ -63,7 +93,10 @@ def test_pictures_show_something(walked, name):
 
 def test_report_names_methods_and_stages(walked, capsys):
     text = (walked / "report.txt").read_text()
-    assert all(word in text for word in ("SAM", "body box", "affine fit", "loss_recon", "num_usable_rows"))
+    assert all(
+        word in text
+        for word in ("from scratch", "pretrained", "SAM", "body box", "affine fit", "loss_recon", "num_usable_rows")
+    )
 
 
 @pytest.mark.parametrize("key", ["teacher", "student"])

@@ -27,6 +27,7 @@ class Settings:
     num_test: int = flag(12, "labelled phantoms that every finetuned network is judged on")
     data_seed: int = flag(7, "of the phantoms")
     spacing_mm: float = flag(3.0, "voxel size, mm")
+    sam_spacing_mm: float = flag(3.0, "voxel size of the volumes that SAM reads, mm")
     roi: tuple = flag((64, 64, 64), "crop D H W in voxels, of pretraining and finetuning")
     backbone: str = flag("swin_unetr", "network")
     feature_size: int = flag(12, "its channels at stride 2")
@@ -54,10 +55,12 @@ class Settings:
 PRESETS: dict[str, dict] = {
     "gpu": {},
     "cpu": {
-        **{"num_unlabelled": 32, "num_held_out": 4, "num_test": 8, "spacing_mm": 4.0, "roi": (32, 32, 32)},
-        **{"backbone": "unet", "feature_size": 16, "num_points": 64, "pretrain_steps": 400, "pretrain_workers": 0},
+        **{"num_unlabelled": 32, "num_held_out": 4, "num_test": 8, "spacing_mm": 6.0, "roi": (32, 32, 32)},
+        **{"backbone": "unet", "feature_size": 16, "num_points": 64, "pretrain_steps": 600, "pretrain_workers": 0},
+        "pretrain_flags": "--mask_block=8 --mask_ratio=0.6 --channels_last=true",
         **{"sam_config": "configs/sam_quickstart.yaml", "sam_flags": "--time_limit_min=10 --steps=300"},
-        **{"finetune_steps": 500, "finetune_workers": 0, "num_parallel": 2},
+        **{"finetune_steps": 400, "finetune_lr": 5e-3, "finetune_workers": 0, "num_parallel": 2},
+        "sam_spacing_mm": 4.0,
     },
     "smoke": {
         **{"num_unlabelled": 4, "num_held_out": 1, "num_labelled": 2, "num_test": 2, "spacing_mm": 8.0},

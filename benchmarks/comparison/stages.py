@@ -48,7 +48,13 @@ class Plan:
 
     @property
     def store(self) -> Path:
+        """The volumes that are pretrained with and finetuned."""
         return self.data / f"store_{self.settings.spacing_mm:g}mm"
+
+    @property
+    def sam_store(self) -> Path:
+        """The volumes that SAM reads; the same folder where the voxel sizes agree."""
+        return self.data / f"store_{self.settings.sam_spacing_mm:g}mm"
 
     def list_of(self, which: str) -> Path:
         """The data list of `unlabelled` or `labelled` cases."""
@@ -112,18 +118,27 @@ class Plan:
 
     @cached_property
     def make_stores(self) -> dict[str, Job]:
-        return {which: self._make_store(which) for which in self.make_lists}
+        """By what they hold: `unlabelled`, `labelled`, and `sam` for what SAM reads, if those are other volumes."""
+        stores = {which: self._make_store(which, which, self.store) for which in self.make_lists}
+        if self.sam_store != self.store:
+            stores["sam"] = self._make_store("sam", "unlabelled", self.sam_store)
+        return stores
 
-    def _make_store(self, which: str) -> Job:
+    @property
+    def make_sam_store(self) -> Job:
+        return self.make_stores.get("sam", self.make_stores["unlabelled"])
+
+    def _make_store(self, name: str, which: str, folder: Path) -> Job:
+        spacing_mm = self.settings.spacing_mm if folder == self.store else self.settings.sam_spacing_mm
         flags = words(
             data_dir=self.phantoms,
             json_list=self.list_of(which),
-            store_dir=self.store,
-            spacing_mm=self.settings.spacing_mm,
+            store_dir=folder,
+            spacing_mm=spacing_mm,
             num_workers=max(1, self.num_cpus // 2),
         )
         calls = (Call("scripts.prepare_volumes", flags),)
-        return Job(f"data/{which}_store", calls, after=(self.make_lists[which],))
+        return Job(f"data/{name}_store", calls, after=(self.make_lists[which],))
 
     @cached_property
     def make_true_pairs(self) -> Job:
@@ -150,13 +165,13 @@ class Plan:
             config=REPOSITORY / self.settings.sam_config,
             data_dir=self.phantoms,
             json_list=self.list_of("unlabelled"),
-            store_dir=self.store,
+            store_dir=self.sam_store,
             output_dir=folder,
             val_cases=0,
             device=self.device,
         )
         calls = (Call("scripts.train_sam", (*flags, *shlex.split(self.settings.sam_flags))),)
-        return [Job("sam/train", calls, folder, (self.make_stores["unlabelled"],))]
+        return [Job("sam/train", calls, folder, (self.make_sam_store,))]
 
     def loaders(self, wanted: int, num_crops: int) -> int:
         """Loading processes of each run: as wanted, or none where shared memory has no room for their batches.
@@ -181,13 +196,13 @@ class Plan:
     def embed(self) -> list[Job]:
         flags = words(
             checkpoint_file=self.sam_checkpoint or self.run_folder("sam") / "checkpoint_best.pth",
-            store_dir=self.store,
+            store_dir=self.sam_store,
             json_list=self.list_of("unlabelled"),
             data_dir=self.phantoms,
             embed_dir=self.tables("sam"),
             device=self.device,
         )
-        after = (self.make_stores["unlabelled"], *self.train_sam)
+        after = (self.make_sam_store, *self.train_sam)
         return self._shards("sam/embed", Call("scripts.generate_sam_embeddings", flags), after)
 
     @cached_property

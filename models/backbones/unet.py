@@ -9,18 +9,21 @@ Maps for a crop of side n and feature size F (48: 12.8 M parameters):
     8        "                                          4F         yes (CASA's H)
     16       " (cls: pooled; CASA's V)                  8F         -
 
-Blocks normalise each sample's channels over space (instance norm), which needs more than one token at stride 16.
+Blocks normalise each sample's channels over space (instance norm). The deepest encoder block normalises groups of
+channels together instead: the mean over tokens of an instance-normed channel is all but the same for every sample, so
+that the pooled cls would know nothing. Measured on random weights, 96 pairs of phantom crops of one place: the right
+partner is the nearest by cls for 7 % with instance norm, 16 % with groups; after 150 steps of Alice 33 % and 49 %.
 """
 
 from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock, UnetUpBlock
 
-from models.backbones.interface import Size3
 from models.backbones.staged import StagedBackbone, StagedNetwork
 from models.layers.instance_norm import use_steady_instance_norm
 
 WIDTHS = {1: 0.5, 2: 1, 4: 2, 8: 4, 16: 8}
 DECODER_STRIDES = (8, 4, 2, 1)
 NORM = ("instance", {"affine": True})
+GROUP_CHANNELS = 16
 
 
 class UNet(StagedNetwork):
@@ -33,10 +36,12 @@ class UNet(StagedNetwork):
     ) -> None:
         """`feature_size`: channels at stride 2, an even number."""
         width = {stride: int(feature_size * share) for stride, share in WIDTHS.items()}
+        deepest = max(WIDTHS)
+        norms = dict.fromkeys(WIDTHS, NORM) | {deepest: ("group", {"num_groups": width[deepest] // GROUP_CHANNELS})}
         super().__init__(
             embed=UnetResBlock(3, in_channels, width[1], 3, 1, NORM),
             embed_stride=1,
-            encoder={s: UnetResBlock(3, width[s // 2], width[s], 3, 2, NORM) for s in WIDTHS if s > 1},
+            encoder={s: UnetResBlock(3, width[s // 2], width[s], 3, 2, norms[s]) for s in WIDTHS if s > 1},
             decoder={s: UnetUpBlock(3, width[2 * s], width[s], 3, 1, 2, NORM) for s in DECODER_STRIDES},
             out=UnetOutBlock(3, width[1], out_channels),
             use_checkpoint=use_checkpoint,
@@ -53,11 +58,3 @@ class UNetBackbone(StagedBackbone):
     feature_multiple = 2
     stage_widths = WIDTHS
     decoder_strides = DECODER_STRIDES
-
-    def _check_sizes(self, feature_size: int, roi: Size3, decoder_stride: int | None) -> None:
-        super()._check_sizes(feature_size, roi, decoder_stride)
-        if max(roi) == self.roi_multiple:
-            raise ValueError(
-                f"a crop of {tuple(roi)} voxels leaves one token at stride {self.roi_multiple}, and the instance norm "
-                "needs two: make one of --roi_x, --roi_y, --roi_z larger"
-            )
