@@ -1,0 +1,251 @@
+"""What a step of Alice must cost, and a corpus: FLOPs and bytes, the floor on a GPU, disk, GPU hours and network.
+
+    python -m benchmarks.cost_model
+    python -m benchmarks.cost_model --pairs_per_s 20 --output results/cost.json
+
+The step is walked through without computing it (fake tensors), so that no GPU is needed and nothing is timed. FLOPs are
+those of convolutions and matrix products, two per multiply-add. Bytes are the activations kept for the backward pass in
+bf16, written once and read once, and weights, gradients, moments and moving average, each touched as AdamW needs: less
+than any real step moves, since normalisations and activations in between are left out. The floor is the larger of the
+two times at the GPU's peak rates; nobody reaches it. A minute on one core.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.pretrain_step import TEACHER_TEMP, synthetic_batch
+from benchmarks.results import save
+from engine.flags import git_commit, make_parser, run_main
+from engine.precision import autocast
+from losses.alice import AliceLoss
+from models.alice import AliceStudent, build_alice
+
+CPU = torch.device("cpu")
+TFLOP, GB = 1e12, 1e9
+BLOCK = 32  # side of the blocks that the store decompresses, voxels
+PARTS = {  # of SwinUNETR, by the names of its modules
+    "full-resolution decoder (decoder1)": ("backbone.network.decoder1",),
+    "full-resolution encoder block (encoder1)": ("backbone.network.encoder1",),
+    "other convolutions": tuple(
+        f"backbone.network.{name}" for name in ("encoder2", "encoder3", "encoder4", "encoder10")
+    )
+    + tuple(f"backbone.network.decoder{number}" for number in (2, 3, 4, 5)),
+    "Swin transformer": ("backbone.network.swinViT",),
+    "head and CASA": ("head", "casa"),
+}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One pair's share of a step.
+
+    Attributes:
+        parts: name -> FLOPs of the student's forward pass.
+        student, teacher, backward: FLOPs of the three passes.
+        kept_bytes: activations kept for the backward pass.
+        num_trained, num_averaged: parameters of student and teacher.
+    """
+
+    parts: dict[str, float]
+    student: float
+    teacher: float
+    backward: float
+    kept_bytes: float
+    num_trained: int
+    num_averaged: int
+
+    @property
+    def flops(self) -> float:
+        return self.student + self.teacher + self.backward
+
+    def step_bytes(self, num_pairs: int) -> float:
+        """What a step of so many pairs must move at least.
+
+        AdamW reads gradient, weight and two moments and writes three of them in float32; the average reads and writes.
+        """
+        return 2 * self.kept_bytes * num_pairs + 4 * (7 * self.num_trained + 3 * self.num_averaged)
+
+
+def without_watching(student: AliceStudent) -> None:
+    """Leave out the monitor of CASA's attention, which looks at one row of the batch and trains nothing."""
+    student._watch_attention = lambda query, source, step: None
+
+
+@contextmanager
+def fake(*modules: nn.Module) -> Iterator[None]:
+    """Within: the modules' tensors, and all made from them, have shapes and types but no values."""
+    mode, before = (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.__future__.get_overwrite_module_params_on_conversion(),
+    )
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        for module in modules:
+            module._apply(mode.from_tensor)
+        with mode:
+            yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+def step_cost(roi: tuple[int, int, int], num_pairs: int = 2, **options) -> StepCost:
+    """Walk through a step in bf16 of `models.alice.build_alice(**options)`; all figures per pair."""
+    student, teacher = build_alice(roi=roi, **options)
+    loss = AliceLoss(out_dim=options.get("out_dim", 512))
+    without_watching(student)
+    num_trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    num_averaged = sum(p.numel() for p in teacher.parameters())
+    kept: dict[int, float] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            kept[id(storage)] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    alive: list = []  # so that no two storages share an id
+    with fake(student, teacher, loss):
+        batch = synthetic_batch(num_pairs, roi, CPU)
+        views = (batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
+        counting, keeping = FlopCounterMode(display=False), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        with counting as forward, keeping, autocast("bf16", CPU):
+            online = student(*views)
+        with FlopCounterMode(display=False) as target_pass, autocast("bf16", CPU):
+            target = teacher(batch["query_teacher"], batch["key_teacher"], online)
+        total, _ = loss(online, target, batch, TEACHER_TEMP)
+        with FlopCounterMode(display=False) as backward:
+            total.backward()
+    counts = {name: sum(by_op.values()) for name, by_op in forward.get_flop_counts().items()}
+    parts = {part: sum(flops_of(name, counts) for name in names) / num_pairs for part, names in PARTS.items()}
+    passes = [counter.get_total_flops() / num_pairs for counter in (forward, target_pass, backward)]
+    return StepCost(parts, *passes, sum(kept.values()) / num_pairs, num_trained, num_averaged)
+
+
+def flops_of(name: str, counts: dict[str, float]) -> float:
+    """What was counted below a module of the student, also where the module itself was never called."""
+    path = f"{AliceStudent.__name__}.{name}"
+    called = [key for key in counts if key == path or key.startswith(f"{path}.")]
+    return sum(counts[key] for key in called if not any(key.startswith(f"{other}.") for other in called))
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this command."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--roi", type=int, nargs=3, default=[96, 96, 96], help="crop D H W, voxels")
+    add("--feature_size", type=int, default=48, help="channels of SwinUNETR at stride 2")
+    add("--batch_size", type=int, default=8, help="pairs per GPU and step")
+    add("--peak_tflops", type=float, default=790.0, help="the GPU's bf16 rate, TFLOP/s (H200: 790 reached)")
+    add("--memory_tb_per_s", type=float, default=4.8, help="the GPU's memory rate, TB/s (H200: 4.8)")
+    add("--pairs_per_s", type=float, default=0.0, help="measured pairs per second and GPU; 0 = --utilisation instead")
+    add("--utilisation", type=float, default=0.25, help="share of the floor's speed that is assumed, 0 to 1")
+    add("--num_volumes", type=int, nargs="+", default=[2000, 160000], help="corpora")
+    add("--num_gpus", type=int, nargs="+", default=[8, 64], help="GPUs that train")
+    add("--epochs", type=int, default=1000, help="pairs per volume, as query")
+    add("--volume_mm", type=float, nargs=3, default=[400.0, 350.0, 350.0], help="extent of a scan D H W, mm")
+    add("--spacing_mm", type=float, nargs=3, default=[2.0, 1.5, 1.5], help="voxel size of the store D H W, mm")
+    add("--bytes_per_voxel", type=float, default=0.72, help="of the compressed store (four real CT: 0.72)")
+    add("--output", type=str, default=None, help="JSON file for the figures")
+    return parser
+
+
+def run(flags) -> dict:
+    """All figures as plain values."""
+    cost = step_cost(tuple(flags.roi), feature_size=flags.feature_size)
+    compute_s = cost.flops * flags.batch_size / (flags.peak_tflops * TFLOP)
+    memory_s = cost.step_bytes(flags.batch_size) / (flags.memory_tb_per_s * 1e12)
+    floor_s = max(compute_s, memory_s)
+    speed = flags.pairs_per_s or flags.utilisation * flags.batch_size / floor_s
+    return {
+        "step": dataclasses.asdict(cost) | {"flops": cost.flops},
+        "floor": {
+            "compute_ms": 1000 * compute_s,
+            "memory_ms": 1000 * memory_s,
+            "pairs_per_s": flags.batch_size / floor_s,
+        },
+        "pairs_per_s": speed,
+        "share_of_floor": speed * floor_s / flags.batch_size,
+        "corpora": [
+            corpus(cost, flags, speed, volumes, gpus) for volumes in flags.num_volumes for gpus in flags.num_gpus
+        ],
+        "commit": git_commit(),
+    }
+
+
+def corpus(cost: StepCost, flags, pairs_per_s: float, num_volumes: int, num_gpus: int) -> dict:
+    """What a corpus costs on so many GPUs at a given speed of each."""
+    voxels = math.prod(extent / spacing for extent, spacing in zip(flags.volume_mm, flags.spacing_mm))
+    blocks = math.prod(side / BLOCK + 1 for side in flags.roi)  # that a crop at a random place touches on average
+    pair_bytes = 2 * blocks * BLOCK**3 * flags.bytes_per_voxel
+    gpu_hours = num_volumes * flags.epochs / pairs_per_s / 3600
+    steps_per_s = pairs_per_s / flags.batch_size
+    gradient_bytes = 4 * cost.num_trained * 2 * (num_gpus - 1) / num_gpus  # ring all-reduce, sent by each GPU
+    return {
+        "num_volumes": num_volumes,
+        "num_gpus": num_gpus,
+        "store_tb": num_volumes * voxels * flags.bytes_per_voxel / 1e12,
+        "gpu_hours": gpu_hours,
+        "days": gpu_hours / num_gpus / 24,
+        "read_gb_per_s": num_gpus * pairs_per_s * pair_bytes / GB,
+        "gradients_gb_per_s_per_gpu": gradient_bytes * steps_per_s / GB,
+    }
+
+
+def markdown(found: dict, flags) -> str:
+    """The figures as two tables and a few lines."""
+    step, floor = found["step"], found["floor"]
+    rows = [("part of the student's forward pass", "TFLOP a pair", "share"), ("---",) * 3]
+    rows += [(name, f"{v / TFLOP:.3f}", f"{v / step['student']:.0%}") for name, v in step["parts"].items()]
+    passes = [(name, f"{step[name] / TFLOP:.2f}", f"{step[name] / step['flops']:.0%}") for name in PASSES]
+    rows += [("**pass**", "", "of the step"), *passes, ("step", f"{step['flops'] / TFLOP:.2f}", "")]
+    costs = [("volumes", "GPUs", "store TB", "GPU hours", "days", "reading GB/s", "gradients GB/s a GPU"), ("---",) * 7]
+    for c in found["corpora"]:
+        costs.append(
+            (
+                f"{c['num_volumes']:,}",
+                str(c["num_gpus"]),
+                f"{c['store_tb']:.2f}",
+                f"{c['gpu_hours']:,.0f}",
+                f"{c['days']:,.1f}",
+                f"{c['read_gb_per_s']:.2f}",
+                f"{c['gradients_gb_per_s_per_gpu']:.2f}",
+            )
+        )
+    tables = ["\n".join("| " + " | ".join(row) + " |" for row in table) for table in (rows, costs)]
+    told = (
+        f"{step['num_trained'] / 1e6:.1f} M trained parameters, {step['num_averaged'] / 1e6:.1f} M averaged; "
+        f"{step['kept_bytes'] / GB:.2f} GB of activations a pair. {flags.batch_size} pairs: at least "
+        f"{floor['compute_ms']:.0f} ms of arithmetic and {floor['memory_ms']:.0f} ms of memory traffic, "
+        f"{floor['pairs_per_s']:.0f} pairs/s at most. Below: {found['pairs_per_s']:.1f} pairs/s a GPU, "
+        f"{found['share_of_floor']:.0%} of that ({'measured' if flags.pairs_per_s else 'assumed'}); "
+        f"{flags.epochs} pairs a volume."
+    )
+    return "\n\n".join([tables[0], told, tables[1]]) + "\n"
+
+
+PASSES = ("student", "teacher", "backward")
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    found = run(flags)
+    save(found, flags.output)
+    print(markdown(found, flags))
+
+
+if __name__ == "__main__":
+    run_main(main)
