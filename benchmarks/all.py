@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
-from benchmarks import embedding_storage, matching, pairing, volume_store
+from benchmarks import embedding_speed, embedding_storage, matching, pairing, pretrain_step, volume_store
 from benchmarks.results import save
 from engine.flags import add_switch, make_parser, run_main
 
@@ -23,6 +23,8 @@ BENCHMARKS = {
     "matching": matching,
     "pairing": pairing,
     "embedding_storage": embedding_storage,
+    "embedding_speed": embedding_speed,
+    "pretrain_step": pretrain_step,
 }
 HEADER = ("what", "ours", "beside", "ratio", "wanted")
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.memory import peak_resident_bytes, reset_peak_resident
 from benchmarks.results import save
 from datasets.files import write_text
 from engine.allocator import keep_freed_memory
@@ -45,7 +46,6 @@ from models.layers.window_attention import use_fast_window_attention
 GB = 2**30
 TEACHER_TEMP, MOMENTUM, CLIP = 0.07, 0.996, 3.0
 LONGEST_TIMING_S = 5.0  # of one line
-PROCESS_STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MASK_BLOCK, MASKED_SHARE = 16, 0.75
 QUICK = {
     "feature_size": 12,
@@ -174,7 +174,7 @@ class Bench:
         if self.device.type == "cuda":
             found["reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / GB
             found["tensors_gb"] = torch.cuda.max_memory_allocated(self.device) / GB
-        elif PROCESS_STATUS.exists():
+        elif peak_resident_bytes() is not None:
             found["reserved_gb"] = peak_resident_bytes() / GB
         return found
 
@@ -219,18 +219,6 @@ class Bench:
         return step
 
 
-def reset_peak_resident() -> None:
-    """Let the peak of the resident memory begin anew (Linux; elsewhere nothing happens)."""
-    if PEAK_RESET.exists():
-        PEAK_RESET.write_text("5")
-
-
-def peak_resident_bytes() -> int:
-    """The resident memory of this process at its peak, bytes (Linux)."""
-    line = next(line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
 def synthetic_batch(num_pairs: int, roi: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
     """Random crops and block masks with the names, shapes and types of a training batch, on the device."""
     names = ("query", "key", "query_student", "query_teacher", "key_student", "key_teacher")
@@ -267,7 +255,10 @@ def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], li
     """The lines of both tables, most telling first."""
     if flags.quick:
         small = (64, 32, 32)
-        return ladder(small, 1, precision), memory_grid({small: [1, 2]}, precision)
+        lines = ladder(small, 1, precision, device.type == "cpu")
+        if device.type == "cpu":  # where compiling takes minutes
+            lines = [setting for setting in lines if not setting.is_compiled]
+        return lines, memory_grid({small: [1, 2]}, precision)
     if device.type == "cpu":  # a step of one pair at 96³ takes a minute on 2 cores
         speed = [*ladder((64,) * 3, 1, precision, True), *ladder((96,) * 3, 1, precision, True)[:5]]
         return speed, memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision)

@@ -1,0 +1,208 @@
+"""Embedding a torso at 2 mm with SAM: seconds and memory of our way beside the plain network on the whole volume.
+
+    python -m benchmarks.embedding_speed --output results/benchmarks/embedding_speed.json
+    python -m benchmarks.embedding_speed --quick
+
+The published layout (128 channels, stem at full resolution) with random weights on a phantom's voxels, or the network
+and grid of --checkpoint_file. Each way runs in a process of its own. Memory is what the process holds at its peak above
+what it held before embedding. Are matches unchanged? Points of the volume are found again in a noisy box cut out of it,
+with the embeddings of each way; told are the share that arrives in the plain way's voxel, and the cosines to its
+vectors. Two to five minutes on 2 cores.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.memory import peak_resident_bytes, reset_peak_resident, resident_bytes
+from benchmarks.results import show_and_save
+from datasets.geometry import index_to_world
+from datasets.phantom import PhantomCase, render
+from engine.allocator import keep_freed_memory
+from engine.flags import add_switch, git_commit, make_parser, run_main
+from sam_embed.checkpoint import load_embedder
+from sam_embed.embed import embed_tensor, for_inference, output_affine
+from sam_embed.embedding_store import Embedding
+from sam_embed.match import match_points
+from sam_embed.network import AnatomicalEmbedder
+
+TORSO, QUICK_TORSO = (250, 205, 205), (64, 64, 64)
+WAYS = {  # name -> (precision, or None for the plain network; whether freed memory is kept)
+    "the plain network, fp32": (None, False),
+    "folded norms, channels last, slabs": ("fp32", False),
+    "the same, freed memory kept": ("fp32", True),
+    "the same in bf16": ("bf16", True),
+}
+PLAIN = next(iter(WAYS))
+QUICK_NETWORK = {"width": 16, "embed_dim": 16}
+NUM_POINTS, NOISE = 200, 2.0  # noise on the network's input scale (0 to 255)
+GB = 2**30
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this benchmark."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint_file", type=str, default=None, help="trained SAM; none = the published layout, random weights")
+    add("--memory_mb", type=float, default=512.0, help="working memory of our way")
+    add("--num_threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch, for every way")
+    add("--only", type=str, default=None, help="one way (for the processes that this command starts)")
+    add("--kept", type=str, default=None, help="file for the embeddings of --only")
+    add_switch(parser, "--quick", False, "a small network and volume: does every way run?")
+    add("--output", type=str, default=None, help="JSON file for the results")
+    return parser
+
+
+def make_network(flags) -> AnatomicalEmbedder:
+    """The network; without a checkpoint random weights, with statistics in its norms as training leaves them."""
+    if flags.checkpoint_file:
+        return load_embedder(flags.checkpoint_file)[0]
+    torch.manual_seed(0)
+    network = AnatomicalEmbedder(**(QUICK_NETWORK if flags.quick else {})).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return network
+
+
+def make_volume(shape: tuple[int, int, int]) -> Tensor:
+    """A phantom's middle on the network's input scale, repeated where it is too small: float32 [1, 1, D, H, W]."""
+    hu = np.ascontiguousarray(render(PhantomCase("torso", 0, 0, False)).hu.transpose(2, 1, 0))
+    repeated = np.pad(hu, [(0, max(0, side - size)) for side, size in zip(shape, hu.shape)], mode="reflect")
+    cut = tuple(slice((size - side) // 2, (size - side) // 2 + side) for size, side in zip(repeated.shape, shape))
+    values = (np.clip(repeated[cut], -1024, 3071) + 1024) * (255 / 4095) - 50
+    return torch.from_numpy(values.astype(np.float32))[None, None]
+
+
+def run_one(flags) -> dict:
+    """Embed the volume, timed, then the noisy box; both embeddings go to --kept."""
+    precision, is_kept = WAYS[flags.only]
+    torch.set_num_threads(flags.num_threads)
+    if is_kept:
+        keep_freed_memory()
+    network, volume = make_network(flags), make_volume(QUICK_TORSO if flags.quick else TORSO)
+    fast = network if precision is None else for_inference(network, precision)
+    volume = volume.to(next(fast.parameters()).dtype)
+
+    @torch.no_grad()
+    def embed(values: Tensor) -> list[Tensor]:
+        if precision is None:
+            return [output[0].half() for output in fast(values)]
+        return list(embed_tensor(fast, values, flags.memory_mb))
+
+    corner, size = box_of(volume.shape[2:])
+    box = volume[(..., *(slice(first, first + side) for first, side in zip(corner, size)))].clone()
+    box += NOISE * torch.randn(box.shape, generator=torch.Generator().manual_seed(1)).to(box.dtype)
+    embed(box[:, :, :32])  # warm up
+    before = resident_bytes()
+    reset_peak_resident()
+    started = time.perf_counter()
+    outputs = embed(volume)
+    seconds, peak = time.perf_counter() - started, peak_resident_bytes()
+    torch.save({"volume": outputs[:2], "box": embed(box)[:2]}, flags.kept)
+    return {"seconds": seconds, "peak_gb": None if peak is None else (peak - before) / GB}
+
+
+def box_of(shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+    """Corner and size of the box: half of each side, at multiples of 16 voxels so that all strides divide them."""
+    corner = [16 * (side // 64) for side in shape]
+    return corner, [max(32, 16 * (side // 32)) for side in shape]
+
+
+def embedding_of(outputs: list[Tensor], network: AnatomicalEmbedder, corner: list[int], name: str) -> Embedding:
+    """Outputs on a grid of 1 mm whose voxel `corner` they begin with (the voxel size does not matter here)."""
+    affine = np.eye(4)
+    affine[:3, 3] = corner
+    grids = network.fine_grid(), network.coarse_grid()
+    affines = [output_affine(affine, grid) for grid in grids]
+    return Embedding(name, outputs[0], outputs[1], *affines, fingerprint="benchmark")
+
+
+def compare(kept: dict[str, dict], network: AnatomicalEmbedder, shape: tuple[int, int, int]) -> dict[str, dict]:
+    """Each way's vectors and matches beside the plain way's."""
+    corner, size = box_of(shape)
+    rng = np.random.default_rng(0)
+    inside = index_to_world(np.eye(4), corner + rng.uniform(0.15, 0.85, (NUM_POINTS, 3)) * size)
+    found, plain_mm = {}, None
+    for way, outputs in kept.items():
+        query = embedding_of(outputs["volume"], network, [0, 0, 0], "volume")
+        key = embedding_of(outputs["box"], network, corner, "box")
+        matched_mm = match_points(query, key, inside).points_mm
+        plain_mm = matched_mm if plain_mm is None else plain_mm
+        cosines = [
+            F.cosine_similarity(mine.float(), plain.float(), dim=0)
+            for mine, plain in zip(outputs["volume"], kept[PLAIN]["volume"])
+        ]
+        apart = np.linalg.norm(matched_mm - plain_mm, axis=1)
+        found[way] = {
+            "least_cosine": min(float(cosine.min()) for cosine in cosines),
+            "median_cosine": min(float(cosine.median()) for cosine in cosines),
+            "same_voxel": float((apart < 1.0).mean()),
+        }
+    return found
+
+
+def run(flags) -> dict:
+    """Every way in a process of its own; returns {way: figures}."""
+    found, kept = {}, {}
+    shape = QUICK_TORSO if flags.quick else TORSO
+    with tempfile.TemporaryDirectory() as folder:
+        for number, way in enumerate(WAYS):
+            file, figures = Path(folder) / f"{number}.pt", Path(folder) / f"{number}.json"
+            words = [sys.executable, "-m", "benchmarks.embedding_speed", "--only", way, "--kept", str(file)]
+            words += ["--output", str(figures), "--memory_mb", str(flags.memory_mb)]
+            words += ["--num_threads", str(flags.num_threads), *(["--quick"] if flags.quick else [])]
+            words += ["--checkpoint_file", flags.checkpoint_file] if flags.checkpoint_file else []
+            done = subprocess.run(words, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{way}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+            found[way], kept[way] = json.loads(figures.read_text()), torch.load(file)
+            print(f"{way}: {found[way]['seconds']:.1f} s", flush=True)
+    for way, figures in compare(kept, make_network(flags), shape).items():
+        found[way] |= figures
+    return {"shape": list(shape), "num_threads": flags.num_threads, "commit": git_commit(), "ways": found}
+
+
+def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+    """What, ours, beside, ratio, target: for `benchmarks.all`."""
+    told, plain = [], found["ways"][PLAIN]
+    for way, figures in found["ways"].items():
+        if way == PLAIN:
+            continue
+        ratio = plain["seconds"] / figures["seconds"]
+        told.append(
+            (f"embedding: {way}", f"{figures['seconds']:.1f} s", f"{plain['seconds']:.1f} s", f"{ratio:.1f}x", ">= 4x")
+        )
+        if figures["peak_gb"] is not None:
+            share = figures["peak_gb"] / plain["peak_gb"] if plain["peak_gb"] else math.nan
+            memory = (f"{figures['peak_gb']:.2f} GB", f"{plain['peak_gb']:.2f} GB", f"{share:.2f}", "<= 0.33")
+            told.append((f"memory: {way}", *memory))
+        same = f"{figures['same_voxel']:.1%} in the same voxel"
+        told.append((f"matches: {way}", same, f"cosine >= {figures['least_cosine']:.4f}", "", "unchanged"))
+    return told
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    if flags.only:
+        show_and_save(run_one(flags), [], flags.output)
+        return
+    found = run(flags)
+    show_and_save(found, rows(found), flags.output)
+
+
+if __name__ == "__main__":
+    run_main(main)

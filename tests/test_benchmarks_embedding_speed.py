@@ -1,0 +1,37 @@
+"""The benchmark of embedding: every way gives the plain network's vectors and matches; speed is not tested."""
+
+import pytest
+import torch
+
+from benchmarks import all as all_benchmarks
+from benchmarks import embedding_speed
+from benchmarks.embedding_speed import PLAIN, WAYS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def flags_of(*words: str):
+    return embedding_speed.make_flags().parse_args(["--quick", "--num_threads", "1", *words])
+
+
+def test_ways_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding_speed, "keep_freed_memory", lambda: False)  # would last for all other tests
+    found, kept = {}, {}
+    for way in WAYS:
+        flags = flags_of("--only", way, "--kept", str(tmp_path / "kept.pt"))
+        found[way] = embedding_speed.run_one(flags)
+        kept[way] = torch.load(tmp_path / "kept.pt")
+    compared = embedding_speed.compare(kept, embedding_speed.make_network(flags), embedding_speed.QUICK_TORSO)
+    for way in WAYS:
+        found[way] |= compared[way]
+        assert found[way]["seconds"] > 0
+        assert found[way]["same_voxel"] > (0.95 if "bf16" in way else 0.99)
+        assert found[way]["least_cosine"] > (0.999 if "bf16" in way else 0.99999)
+    assert found[PLAIN]["same_voxel"] == 1.0
+    lines = embedding_speed.rows({"ways": found})
+    assert len(lines) >= 2 * (len(WAYS) - 1) and all(len(row) == len(all_benchmarks.HEADER) for row in lines)
+
+
+def test_a_way_that_fails_is_named(monkeypatch):
+    with pytest.raises(RuntimeError, match="plain network.*nowhere.pth"):
+        embedding_speed.run(flags_of("--checkpoint_file", "nowhere.pth"))
