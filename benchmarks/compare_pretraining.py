@@ -6,13 +6,13 @@
 
 Arms: from scratch; masked image modelling alone; Alice with random, IoU and SAM pairs; Alice without CASA; and Alice
 with the phantoms' true correspondences, the upper bound of SAM pairs. All pretrain on the same unlabelled phantoms, for
-as many steps of as many pairs. Then each is finetuned with 1, 4 and 15 labelled phantoms, three times, with the same
-cases, crops, seeds and schedule for every arm, and judged on further phantoms that nothing was chosen by.
+as many steps of as many pairs. Then each is finetuned with 1, 4 and 15 (cpu: 1 and 4) labelled phantoms, three times,
+with the same cases, crops, seeds and schedule for every arm, and judged on further phantoms.
 
 Everything is done by the project's own commands; `OUTPUT_DIR/jobs` holds their words, seconds and logs. The same
 command again goes on where it was stopped, and does anew what its flags have changed. `report/` receives comparison.md,
-comparison.json and the figure dice_over_labels.png. gpu: under 25 minutes on one GPU with 16 cores. cpu: under 3 hours
-on 2 cores. smoke: two minutes, to see that it runs.
+comparison.json and the figure dice_over_labels.png. gpu: estimated at under 25 minutes on one
+GPU with 16 cores, not yet measured. cpu: an hour on 2 cores. smoke: two minutes, to see that it runs.
 """
 
 import sys

@@ -14,7 +14,7 @@ entropy and KL as shares of log K:
     one pair a step (its views share anatomy)    0.971 - 0.999  0.000 - 0.03    0.11 - 0.14   -
     no moving average, 5e-3                      0.19  - 0.99   0.03 - 0.54     0.0001-0.0006 -
 
-`feature_std` depends on the backbone: of random weights and 16 views it is 0.73 for nnFormer, 0.20 for the U-Net, 0.09
+`feature_std` depends on the backbone: of random weights and 16 views it is 0.73 for nnFormer, 0.29 for the U-Net, 0.09
 for SwinUNETR, and 0.02 for SwinUNETR with a single pair; hence its low threshold.
 """
 
