@@ -224,6 +224,8 @@ def test_presets_can_be_settled_and_changed(preset):
         (["--stages", ""], "expected some of data"),
         (["--sam_checkpoint", "nowhere.pth"], "no such file"),
         (["--weights_from", "both"], "expected student or teacher"),
+        (["--weights_part", "decoder"], "expected encoder or whole"),
+        (["--weights_from", "teacher", "--weights_part", "whole"], "the teacher has no decoder"),
         (["--num_held_out", "64"], "must leave at least two"),
     ],
 )

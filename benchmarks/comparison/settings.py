@@ -41,6 +41,7 @@ class Settings:
     pretrain_workers: int = flag(2, "loading processes of each pretraining; 0 = none")
     pretrain_flags: str = flag("", "further flags of every pretraining, in quotes")
     weights_from: str = flag("student", "what is finetuned: student (encoder and decoder) or teacher (encoder)")
+    weights_part: str = flag("encoder", "what of them: encoder, or whole (the decoder that learnt to reconstruct too)")
     shots: tuple = flag((1, 4, 15), "numbers of labelled cases")
     seeds: tuple = flag((0, 1, 2), "of finetuning; each also takes its own labelled cases (--fold)")
     finetune_steps: int = flag(400, "optimiser steps of every finetuning")
@@ -66,7 +67,7 @@ PRESETS: dict[str, dict] = {
     "smoke": {
         **{"num_unlabelled": 4, "num_held_out": 1, "num_labelled": 2, "num_test": 2, "spacing_mm": 8.0},
         **{"roi": (32, 32, 32), "backbone": "unet", "feature_size": 4, "num_points": 12, "num_partners": 2},
-        "sam_config": "configs/sam_quickstart.yaml",
+        **{"sam_config": "configs/sam_quickstart.yaml", "weights_part": "whole"},
         "sam_flags": "--steps=2 --width=8 --embed_dim=8 --view_shape 32 32 32 --num_points=32",
         **{"pretrain_steps": 4, "pretrain_batch": 2, "pretrain_workers": 0, "shots": (1, 2), "seeds": (0, 1)},
         **{"finetune_steps": 4, "finetune_workers": 0, "num_parallel": 2},
@@ -116,6 +117,10 @@ def settle(flags) -> Settings:
         raise ValueError(f"--shots {settings.shots}: --num_labelled {settings.num_labelled} has fewer cases")
     if settings.weights_from not in ("student", "teacher"):
         raise ValueError(f"--weights_from {settings.weights_from}: expected student or teacher")
+    if settings.weights_part not in ("encoder", "whole"):
+        raise ValueError(f"--weights_part {settings.weights_part}: expected encoder or whole")
+    if (settings.weights_from, settings.weights_part) == ("teacher", "whole"):
+        raise ValueError("--weights_part whole: the teacher has no decoder; choose --weights_from student")
     if not 0 < settings.num_held_out < settings.num_unlabelled - 1:
         raise ValueError("--num_held_out must leave at least two of --num_unlabelled to pretrain with")
     if len(settings.roi) != 3:

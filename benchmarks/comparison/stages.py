@@ -287,8 +287,9 @@ class Plan:
             "store_dir": self.store,
             "device": self.device,
         }
-        whole = "whole" if s.weights_from == "student" else "encoder"
-        start = words(weights="none") if arm == SCRATCH else words(weights=self.weights(arm), weights_part=whole)
+        start = words(weights="none")
+        if arm != SCRATCH:
+            start = words(weights=self.weights(arm), weights_part=s.weights_part)
         train = words(
             config=REPOSITORY / "configs" / "finetune_comparison.yaml",
             **shared,
