@@ -35,6 +35,7 @@ from models.alice import AliceStudent, build_alice
 
 CPU = torch.device("cpu")
 TFLOP, GB = 1e12, 1e9
+PASSES = ("student", "teacher", "backward")
 BLOCK = 32  # side of the blocks that the store decompresses, voxels
 PARTS = {  # of SwinUNETR, by the names of its modules
     "full-resolution decoder (decoder1)": ("backbone.network.decoder1",),
@@ -87,10 +88,8 @@ def without_watching(student: AliceStudent) -> None:
 @contextmanager
 def fake(*modules: nn.Module) -> Iterator[None]:
     """Within: the modules' tensors, and all made from them, have shapes and types but no values."""
-    mode, before = (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.__future__.get_overwrite_module_params_on_conversion(),
-    )
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         for module in modules:
@@ -108,16 +107,14 @@ def step_cost(roi: tuple[int, int, int], num_pairs: int = 2, **options) -> StepC
     without_watching(student)
     num_trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     num_averaged = sum(p.numel() for p in teacher.parameters())
-    kept: dict[int, float] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # by address, and held, so that no two share one
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
         if not isinstance(tensor, nn.Parameter):
-            kept[id(storage)] = storage.nbytes()
-            alive.append(storage)
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage
         return tensor
 
-    alive: list = []  # so that no two storages share an id
     with fake(student, teacher, loss):
         batch = synthetic_batch(num_pairs, roi, CPU)
         views = (batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
@@ -132,7 +129,8 @@ def step_cost(roi: tuple[int, int, int], num_pairs: int = 2, **options) -> StepC
     counts = {name: sum(by_op.values()) for name, by_op in forward.get_flop_counts().items()}
     parts = {part: sum(flops_of(name, counts) for name in names) / num_pairs for part, names in PARTS.items()}
     passes = [counter.get_total_flops() / num_pairs for counter in (forward, target_pass, backward)]
-    return StepCost(parts, *passes, sum(kept.values()) / num_pairs, num_trained, num_averaged)
+    kept_bytes = sum(storage.nbytes() for storage in kept.values()) / num_pairs
+    return StepCost(parts, *passes, kept_bytes, num_trained, num_averaged)
 
 
 def flops_of(name: str, counts: dict[str, float]) -> float:
@@ -235,9 +233,6 @@ def markdown(found: dict, flags) -> str:
         f"{flags.epochs} pairs a volume."
     )
     return "\n\n".join([tables[0], told, tables[1]]) + "\n"
-
-
-PASSES = ("student", "teacher", "backward")
 
 
 def main(argv: list[str] | None = None) -> None:
