@@ -40,7 +40,7 @@ stage "pretrain U-Net" python main_ddp.py --config configs/quickstart_unet.yaml 
 stage "extract student" python extract_backbone_weights.py "$out/alice_unet/checkpoint.pth" "$out/alice_unet.safetensors" \
     --checkpoint_key student
 budget=(--config configs/finetune_quickstart.yaml --backbone unet --feature_size 16 --roi_x 32 --roi_y 32 --roi_z 32 --spacing_mm 6
-    --num_labelled 1 --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm")
+    --num_labelled 1 --resume none --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm")
 stage "finetune scratch" python scripts/finetune_segmentation.py "${budget[@]}" --weights none --output_dir "$out/finetune_scratch"
 stage "finetune Alice" python scripts/finetune_segmentation.py "${budget[@]}" --weights "$out/alice_unet.safetensors" \
     --output_dir "$out/finetune_alice"
