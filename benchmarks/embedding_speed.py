@@ -4,10 +4,10 @@
     python -m benchmarks.embedding_speed --quick
 
 The published layout (128 channels, stem at full resolution) with random weights on a phantom's voxels, or the network
-and grid of --checkpoint_file. Each way runs in a process of its own. Memory is what the process holds at its peak above
-what it held before embedding. Are matches unchanged? Points of the volume are found again in a noisy box cut out of it,
-with the embeddings of each way; told are the share that arrives in the plain way's voxel, and the cosines to its
-vectors. Two to five minutes on 2 cores.
+of --checkpoint_file on the same voxels. Each way runs in a process of its own. Memory is what the process holds at its
+peak above what it held before embedding. Are matches unchanged? Points of the volume are found again in a noisy box cut
+out of it, with the embeddings of each way; told are the share that arrives in the plain way's voxel, and the cosines to
+its vectors. Two to five minutes on 2 cores.
 """
 
 import json
@@ -28,7 +28,6 @@ from torch import Tensor
 
 from benchmarks.memory import peak_resident_bytes, reset_peak_resident, resident_bytes
 from benchmarks.results import show_and_save
-from datasets.geometry import index_to_world
 from datasets.phantom import PhantomCase, render
 from engine.allocator import keep_freed_memory
 from engine.flags import add_switch, git_commit, make_parser, run_main
@@ -135,7 +134,7 @@ def compare(kept: dict[str, dict], network: AnatomicalEmbedder, shape: tuple[int
     """Each way's vectors and matches beside the plain way's."""
     corner, size = box_of(shape)
     rng = np.random.default_rng(0)
-    inside = index_to_world(np.eye(4), corner + rng.uniform(0.15, 0.85, (NUM_POINTS, 3)) * size)
+    inside = corner + rng.uniform(0.15, 0.85, (NUM_POINTS, 3)) * size
     found, plain_mm = {}, None
     for way, outputs in kept.items():
         query = embedding_of(outputs["volume"], network, [0, 0, 0], "volume")

@@ -174,8 +174,8 @@ class Bench:
         if self.device.type == "cuda":
             found["reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / GB
             found["tensors_gb"] = torch.cuda.max_memory_allocated(self.device) / GB
-        elif peak_resident_bytes() is not None:
-            found["reserved_gb"] = peak_resident_bytes() / GB
+        elif (peak := peak_resident_bytes()) is not None:
+            found["reserved_gb"] = peak / GB
         return found
 
     def clock(self) -> float:
