@@ -35,6 +35,10 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHe
         ]
         super().add_usage(usage, shown, [], prefix)
 
+    def _get_type_str(self, action):
+        """No type where the choices say it: jsonargparse would print the address of its check for them."""
+        return None if action.choices else super()._get_type_str(action)
+
 
 def make_parser(description: str) -> jsonargparse.ArgumentParser:
     """A parser with `--config` and `--print_config`; add flags with `add_argument` and `add_argument_group`.

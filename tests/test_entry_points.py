@@ -28,6 +28,7 @@ def test_help_names_every_flag_with_a_sentence(module_name):
         if not action.help and action.dest not in ("help", "print_config") and not action.dest.startswith("config")
     ]
     assert not silent, f"flags without help: {silent}"
+    assert "<function" not in parser.format_help(), "a check's address is shown as a type"
 
 
 @pytest.mark.parametrize("module_name", MODULES)
