@@ -219,7 +219,7 @@ def build_networks(flags) -> tuple[nn.Module, nn.Module]:
 
 def make_loss(flags) -> AliceLoss:
     """The objective and its centres."""
-    shared = "lambda1 lambda2 lambda3 out_dim student_temp centre_momentum recon_on"
+    shared = "lambda1 lambda2 lambda3 out_dim student_temp centre_momentum recon_on centring"
     return AliceLoss(**{name: getattr(flags, name) for name in shared.split()})
 
 

@@ -44,12 +44,13 @@ def collapse_warnings(values: dict[str, float], out_dim: int) -> list[str]:
     if entropy is not None and entropy > ENTROPY_SHARE * largest:
         warnings.append(
             f"collapse to uniform: teacher_entropy {entropy:.4f} is all but log {out_dim} = {largest:.4f}, every view "
-            "looks alike; lower --teacher_temp, or raise --batch_size"
+            "looks alike; lower --teacher_temp, raise --batch_size, or take --centring sinkhorn"
         )
     if divergence is not None and divergence > KL_SHARE * largest:
         warnings.append(
             f"collapse to one output: teacher_kl_uniform {divergence:.3f} of at most {largest:.3f}, the teacher gives "
-            "all views the same few outputs; raise --teacher_temp, or lower --centre_momentum or --lr"
+            "all views the same few outputs; raise --teacher_temp, lower --centre_momentum or --lr, or take --centring "
+            "sinkhorn"
         )
     spread = values.get("feature_std")
     if spread is not None and spread < FEATURE_STD:

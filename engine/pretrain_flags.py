@@ -122,7 +122,15 @@ def add_loss_flags(group) -> None:
     add("--teacher_temp", type=float, default=0.07, help="temperature of the teacher's softmax after its warm-up")
     add("--warmup_teacher_temp", type=float, default=0.04, help="temperature of the teacher's softmax at the start")
     add("--warmup_teacher_temp_epochs", type=int, default=30, help="epochs from the one to the other; 0 = none")
-    add("--centre_momentum", type=float, default=0.9, help="momentum of the centres, per step")
+    add(
+        "--centring",
+        type=str,
+        choices=["mean", "sinkhorn"],
+        default="mean",
+        help="against collapse: take a running mean off the teacher's logits (DINO), or balance the rows of every forward "
+        "pass (SwAV): for few views a step",
+    )
+    add("--centre_momentum", type=float, default=0.9, help="momentum of the centres, per step; with --centring mean")
     add("--momentum_teacher", type=float, default=0.996, help="EMA momentum at the start; rises to 1 along a cosine")
 
 

@@ -8,8 +8,8 @@
     loss_recon  = mean squared error against the un-augmented crop, mean over masked voxels, then over samples
 
 Every term is a mean over samples, so the mean over ranks of equal batches equals the loss of the joined batch, and
-DDP's averaged gradients equal its gradients. Only the centres talk to other ranks; they are constants of the loss, and
-their update follows it.
+DDP's averaged gradients equal its gradients. Only the centres (or Sinkhorn's sums) talk to other ranks; they are constants
+of the loss, and the centres' update follows it.
 """
 
 import math
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.centre import RunningMeans
+from losses.sinkhorn import balanced_probabilities
 
 RECON_CHOICES = ("masked", "all")
+CENTRING_CHOICES = ("mean", "sinkhorn")
 
 
 class OnlineOutputs(Protocol):
@@ -53,12 +55,15 @@ class AliceLoss(nn.Module):
         student_temp: float = 0.1,
         centre_momentum: float = 0.9,
         recon_on: str = "masked",
+        centring: str = "mean",
     ) -> None:
         """Set the weights of cls, tokens and reconstruction (0 = off) and the temperatures.
 
         Args:
             out_dim: K, the width of the logits.
             recon_on: "masked", or "all" for the released code's choice: half the error over all voxels.
+            centring: "mean" as in P(t) above, or "sinkhorn": P(t) balanced over the rows of one forward pass and all
+                ranks instead (`losses.sinkhorn`); the centres are then only watched.
 
         Raises:
             ValueError: a value out of range, naming the flag.
@@ -66,10 +71,12 @@ class AliceLoss(nn.Module):
         super().__init__()
         if recon_on not in RECON_CHOICES:
             raise ValueError(f"--recon_on must be one of {RECON_CHOICES}, got {recon_on!r}")
+        if centring not in CENTRING_CHOICES:
+            raise ValueError(f"--centring must be one of {CENTRING_CHOICES}, got {centring!r}")
         if student_temp <= 0:
             raise ValueError(f"--student_temp must be above 0, got {student_temp}")
         self.lambda1, self.lambda2, self.lambda3 = lambda1, lambda2, lambda3
-        self.student_temp, self.recon_on = student_temp, recon_on
+        self.student_temp, self.recon_on, self.centring = student_temp, recon_on, centring
         # The mean teacher distribution starts uniform; it is watched, not part of the loss.
         dims = {"cls": out_dim, "tokens": out_dim, "cls_distribution": out_dim}
         self.centres = RunningMeans(dims, centre_momentum, start={"cls_distribution": 1.0 / out_dim})
@@ -122,6 +129,8 @@ class AliceLoss(nn.Module):
         logits = logits.detach().float()
         if self.training:
             self.centres.collect(name, logits)
+        if self.centring == "sinkhorn":  # ranks may validate different numbers of batches: each for itself then
+            return balanced_probabilities(logits, teacher_temp, across_ranks=self.training)
         return F.softmax((logits - getattr(self.centres, name)) / teacher_temp, dim=-1)
 
     def _cross_entropy(self, targets: Tensor, logits: Tensor) -> Tensor:

@@ -3,22 +3,23 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from losses.alice import AliceLoss
+from losses.alice import CENTRING_CHOICES, AliceLoss
 from tests.small_alice import OUT_DIM, run_alice, small_alice, small_batch
 
 NUM_RANKS = 2
 NUM_STEPS = 3
 
 
-def train(batches: list[dict], wrap: Callable[[nn.Module], nn.Module]) -> dict:
+def train(batches: list[dict], wrap: Callable[[nn.Module], nn.Module], centring: str) -> dict:
     """Three steps of plain gradient descent with the moving average: loss terms, and all that it leaves behind."""
     student, teacher = small_alice()
-    network, loss = wrap(student), AliceLoss(out_dim=OUT_DIM)
+    network, loss = wrap(student), AliceLoss(out_dim=OUT_DIM, centring=centring)
     history, gradients = [], []
     for batch in batches:
         student.zero_grad()
@@ -39,13 +40,13 @@ def train(batches: list[dict], wrap: Callable[[nn.Module], nn.Module]) -> dict:
     }
 
 
-def run_rank(rank: int, folder: str) -> None:
+def run_rank(rank: int, folder: str, centring: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", NUM_RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
     joined = [small_batch(2 * NUM_RANKS, seed) for seed in range(NUM_STEPS)]
     shards = [{name: rows.chunk(NUM_RANKS)[rank] for name, rows in batch.items()} for batch in joined]
-    torch.save(train(shards, nn.parallel.DistributedDataParallel), f"{folder}/{rank}.pt")
+    torch.save(train(shards, nn.parallel.DistributedDataParallel, centring), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -59,10 +60,11 @@ def assert_close(ours: dict, expected: dict, tolerance: float) -> None:
         assert error <= tolerance * max(largest[name], floor), f"{name}: {error} against {largest[name]}"
 
 
-def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=NUM_RANKS)
+@pytest.mark.parametrize("centring", CENTRING_CHOICES)
+def test_two_ranks_equal_one_process(centring: str, tmp_path: Path) -> None:
+    mp.spawn(run_rank, args=(str(tmp_path), centring), nprocs=NUM_RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(NUM_RANKS)]
-    whole = train([small_batch(2 * NUM_RANKS, seed) for seed in range(NUM_STEPS)], lambda student: student)
+    whole = train([small_batch(2 * NUM_RANKS, seed) for seed in range(NUM_STEPS)], lambda student: student, centring)
     torch.testing.assert_close(sum(r["terms"] for r in ranks) / NUM_RANKS, whole["terms"], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(ranks[0]["terms"], whole["terms"], rtol=1e-3)  # each rank did see another half
     for rank in ranks:
