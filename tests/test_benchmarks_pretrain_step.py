@@ -1,5 +1,6 @@
 """The benchmark of Alice's step runs, goes on after a setting that fails, and tells what did; speed is not tested."""
 
+import copy
 import json
 import math
 
@@ -8,7 +9,10 @@ import torch
 
 from benchmarks import all as all_benchmarks
 from benchmarks import pretrain_step
+from benchmarks.naive_step import take_views_apart
 from benchmarks.pretrain_step import Setting, ladder, memory_grid, setting_of
+from losses.alice import AliceLoss
+from models.alice import build_alice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = (64, 32, 32)
@@ -51,4 +55,24 @@ def test_each_line_of_the_ladder_changes_something():
     settings = ladder((96, 96, 96), 4, "bf16")
     choices = [tuple(vars(setting).values())[1:] for setting in settings]
     assert len(set(choices)) == len(choices)
-    assert [setting.precision for setting in settings] == ["fp32"] + ["bf16"] * (len(settings) - 1)
+    assert [setting.precision for setting in settings] == ["fp32"] * 3 + ["bf16"] * (len(settings) - 3)
+
+
+def test_views_apart_give_the_same_loss_and_gradients():
+    torch.manual_seed(0)
+    student, teacher = build_alice(roi=SMALL, **pretrain_step.QUICK)
+    batch = pretrain_step.synthetic_batch(2, SMALL, torch.device("cpu"))
+    found = []
+    for apart in (False, True):
+        networks = copy.deepcopy((student, teacher))
+        if apart:
+            take_views_apart(*networks)
+        loss = AliceLoss(out_dim=pretrain_step.QUICK["out_dim"])
+        online = networks[0](batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
+        total, _ = loss(online, networks[1](batch["query_teacher"], batch["key_teacher"], online), batch, 0.07)
+        total.backward()
+        gradients = [p.grad.flatten() for p in networks[0].parameters() if p.requires_grad]
+        networks[1].update(networks[0], 0.5)  # the wider teacher finds every name in the student
+        found.append((total.detach(), torch.cat(gradients)))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
+    assert (found[1][1] - found[0][1]).norm() < 1e-3 * found[0][1].norm()
