@@ -48,6 +48,7 @@ from engine.precision import autocast, compile_networks, make_scaler, pick_preci
 from engine.pretrain import Hooks, LoopOptions, Objective, Schedules, pretrain
 from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of
 from engine.probe import ProbeOptions, watch_probe
+from engine.profiler import profiled
 from engine.run_state import KIND, RunState
 from engine.schedules import CosineSchedule, LinearSchedule, peak_lr
 from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
@@ -397,7 +398,11 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
     if flags.probe_freq and run.step == 0:
         log.record("probe", 0, 0, hooks.probe())  # what random weights can do: the numbers to beat
     objective = make_objective(run, student, precision, world.device)
-    return pretrain(run, student, objective, iter(loader), schedules, options, hooks, world, log)
+    batches = iter(loader)
+    if flags.profile_steps and world.is_main:
+        trace = Path(flags.output_dir) / "trace.json.gz"
+        batches = profiled(batches, flags.profile_steps, flags.accumulate_steps, trace, log.say)
+    return pretrain(run, student, objective, batches, schedules, options, hooks, world, log)
 
 
 def wrap(student: nn.Module, world: World) -> nn.Module:

@@ -184,6 +184,12 @@ def add_running_flags(group) -> None:
         default="stop",
         help="on a non-finite loss: stop all ranks, or skip the step",
     )
+    add(
+        "--profile_steps",
+        type=int,
+        default=0,
+        help="after the first steps, record so many: OUTPUT_DIR/trace.json.gz for ui.perfetto.dev, and a table; 0 = off",
+    )
     add("--dist_timeout_min", type=float, default=30.0, help="minutes that a rank waits for the others")
 
 
@@ -292,7 +298,7 @@ def number_problems(flags, world_size: int) -> list[str]:
         expect(getattr(flags, name) >= 1, name, "1 or more")
     zero_or_more = "num_workers steps_per_epoch lr_reference_batch min_lr warmup_epochs weight_decay weight_decay_end"
     zero_or_more += " clip_grad freeze_last_layer warmup_teacher_temp_epochs keep_freq picture_freq val_freq seed"
-    zero_or_more += " probe_freq probe_cases"
+    zero_or_more += " probe_freq probe_cases profile_steps"
     for name in zero_or_more.split():
         expect(getattr(flags, name) >= 0, name, "0 (off) or more")
     for name in ("lr", "student_temp", "teacher_temp", "warmup_teacher_temp", "dist_timeout_min"):

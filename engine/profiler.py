@@ -1,0 +1,49 @@
+"""Where a step's time goes: a torch.profiler trace of a few steps, taken in the middle of a real run."""
+
+import gzip
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile, schedule, supported_activities
+
+FIRST_STEPS = 3  # compile kernels, fill caches, start loading processes: not part of a trace
+WARM_UP_STEPS = 1  # the profiler's own
+TABLE_ROWS = 20
+
+
+def profiled(
+    batches: Iterator[dict], num_steps: int, num_parts: int, output: str | Path, say: Callable[[str], None]
+) -> Iterator[dict]:
+    """The same batches; on the way `num_steps` steps are recorded, from the asking for a batch to the asking for the next.
+
+    Steps 5 to 4 + `num_steps` of this process are recorded; a run that ends earlier leaves what there is.
+
+    Args:
+        num_parts: batches that make one step.
+        output: file ending in .json.gz, written once; opens in chrome://tracing and ui.perfetto.dev.
+        say: told the table of the costliest operators and where the trace lies.
+    """
+    has_cuda = ProfilerActivity.CUDA in supported_activities()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_cuda else [])]
+
+    def write(recorded: profile) -> None:
+        output_file = Path(output)
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output_file.parent) as folder:
+            plain, packed = Path(folder) / "trace.json", Path(folder) / "trace.json.gz"
+            recorded.export_chrome_trace(str(plain))
+            with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=5) as target:
+                shutil.copyfileobj(source, target)
+            packed.replace(output_file)
+        order = "self_device_time_total" if has_cuda else "self_cpu_time_total"
+        say(recorded.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=40))
+        say(f"trace of {num_steps} steps: {output_file} (ui.perfetto.dev or chrome://tracing)")
+
+    plan = schedule(wait=FIRST_STEPS, warmup=WARM_UP_STEPS, active=num_steps, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write) as recorder:
+        for number, batch in enumerate(batches):
+            if number and number % num_parts == 0:
+                recorder.step()
+            yield batch
