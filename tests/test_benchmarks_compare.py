@@ -186,6 +186,13 @@ def test_comparison_is_paired_over_cases():
     assert found.p == pytest.approx(wilcoxon(gain).pvalue) and found.p < 0.001
 
 
+def test_the_interval_knows_of_seeds_too():
+    """Every case gains alike within a seed, but seeds differ: cases alone would give an interval of width 0."""
+    gains = np.array([[0.1], [0.0], [-0.1]]) * np.ones((3, 8))
+    found = compare(scores_of(scratch=np.full((3, 8), 0.3), sam=0.3 + gains), "sam", "scratch", 1)
+    assert found.gain == pytest.approx(0) and found.low < -0.06 and found.high > 0.06
+
+
 def test_a_case_without_organs_counts_for_nothing():
     found = compare(scores_of(scratch=[[0.1, np.nan, 0.3]], sam=[[0.2, np.nan, 0.5]]), "sam", "scratch", 1)
     assert found.num_cases == 2 and found.gain == pytest.approx(0.15)

@@ -70,7 +70,7 @@ class Comparison:
 
     Attributes:
         gain: mean difference over test cases, each case's Dice averaged over seeds.
-        low, high: 95 % bootstrap interval of it over test cases.
+        low, high: 95 % bootstrap interval of it; seeds (which are other labelled cases) and test cases are both drawn anew.
         num_won, num_cases: test cases on which the first is better, and all.
         p: of the two-sided Wilcoxon signed-rank test over test cases; NaN with fewer than 2 cases that differ.
     """
@@ -88,11 +88,13 @@ class Comparison:
 
 def compare(scores: Scores, better: str, worse: str, shots: int) -> Comparison:
     """Paired comparison of two arms."""
-    difference = scores.by_case(better, shots) - scores.by_case(worse, shots)
-    difference = difference[np.isfinite(difference)]
-    rng = np.random.default_rng(0)
-    means = rng.choice(difference, (NUM_RESAMPLES, len(difference))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    by_seed = scores.dice[better, shots] - scores.dice[worse, shots]  # [seeds, cases]
+    by_seed = by_seed[:, np.isfinite(by_seed).all(axis=0)]
+    rng, (num_seeds, num_cases) = np.random.default_rng(0), by_seed.shape
+    seeds = rng.integers(num_seeds, size=(NUM_RESAMPLES, num_seeds, 1))
+    cases = rng.integers(num_cases, size=(NUM_RESAMPLES, 1, num_cases))
+    low, high = np.quantile(by_seed[seeds, cases].mean(axis=(1, 2)), [0.025, 0.975])
+    difference = by_seed.mean(axis=0)
     differing = difference[difference != 0]
     p = float(wilcoxon(differing).pvalue) if len(differing) > 1 else math.nan
     num_won = int((difference > 0).sum())
