@@ -13,18 +13,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
-from benchmarks import embedding_speed, embedding_storage, matching, pairing, pretrain_step, volume_store
+from benchmarks import embedding_speed, embedding_storage, matching, pairing, pretrain_step, step_overheads, store_building, volume_store
 from benchmarks.results import save
 from engine.flags import add_switch, make_parser, run_main
 
 # A benchmark is a module with make_flags() (with --quick), run(flags) -> figures, and rows(figures) -> table lines.
 BENCHMARKS = {
     "volume_store": volume_store,
+    "store_building": store_building,
     "matching": matching,
     "pairing": pairing,
     "embedding_storage": embedding_storage,
     "embedding_speed": embedding_speed,
     "pretrain_step": pretrain_step,
+    "step_overheads": step_overheads,
 }
 HEADER = ("what", "ours", "beside", "ratio", "wanted")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import all as all_benchmarks
-from benchmarks import matching, pairing
+from benchmarks import matching, pairing, store_building
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_MATCHING = ["--quick", "--grid", "[32,48,48]", "--num_channels", "8", "--num_points", "12"]
@@ -16,13 +16,13 @@ TINY_PAIRING = (
 )  # fmt: skip
 
 
-def figures(benchmark, argv: list[str], tmp_path) -> dict:
-    """What a benchmark writes with --output, its times and ratios checked to be positive."""
+def figures(benchmark, argv: list[str], tmp_path, least: int = 5) -> dict:
+    """What a benchmark writes with --output, its times and ratios checked to be positive, `least` or more of them."""
     output = tmp_path / "found.json"
     benchmark.main([*argv, "--output", str(output)])
     found = json.loads(output.read_text())
     checked = [value for name, value in found.items() if name.endswith("wall_s") or name.startswith("speedup")]
-    assert len(checked) >= 5
+    assert len(checked) >= least
     assert all(np.isfinite(value) and value > 0 for value in checked)
     assert all(len(row) == len(all_benchmarks.HEADER) for row in benchmark.rows(found))
     return found
@@ -55,6 +55,14 @@ def test_pairing_stops_when_the_crops_differ(monkeypatch):
     monkeypatch.setattr(pairing, "place_by_map", lambda *given: right(*given)._replace(index=np.array([2, 2, 2])))
     with pytest.raises(RuntimeError, match="differ"):
         pairing.main(TINY_PAIRING)
+
+
+def test_both_ways_of_building_a_store_write_the_same_volumes(tmp_path, monkeypatch):
+    found = figures(store_building, ["--quick", "--num_cases=2", "--num_slices=20"], tmp_path, least=3)
+    assert found["mean_difference_hu"] < store_building.MAX_MEAN_DIFFERENCE_HU
+    monkeypatch.setattr(store_building, "MAX_MEAN_DIFFERENCE_HU", -1.0)
+    with pytest.raises(RuntimeError, match="differ by"):
+        store_building.main(["--quick", "--num_cases=2", "--num_slices=20"])
 
 
 def test_unknown_names_are_refused():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import all as all_benchmarks
-from benchmarks import pretrain_step
+from benchmarks import pretrain_step, step_overheads
 from benchmarks.naive_step import take_views_apart
 from benchmarks.pretrain_step import Setting, ladder, memory_grid, setting_of
 from losses.alice import AliceLoss
@@ -76,3 +76,10 @@ def test_views_apart_give_the_same_loss_and_gradients():
         found.append((total.detach(), torch.cat(gradients)))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
     assert (found[1][1] - found[0][1]).norm() < 1e-3 * found[0][1].norm()
+
+
+def test_every_part_of_the_overhead_is_timed():
+    found = step_overheads.run(step_overheads.make_flags().parse_args(["--quick", "--device", "cpu"]))
+    assert len(found["parts_wall_s"]) == 4 and all(seconds > 0 for seconds in found["parts_wall_s"].values())
+    assert found["step_wall_s"] > max(found["parts_wall_s"].values())
+    assert [len(row) for row in step_overheads.rows(found)] == [len(all_benchmarks.HEADER)]

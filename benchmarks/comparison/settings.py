@@ -57,7 +57,7 @@ PRESETS: dict[str, dict] = {
     "gpu": {},
     "cpu": {
         **{"num_unlabelled": 32, "num_held_out": 4, "num_test": 8, "spacing_mm": 6.0, "roi": (32, 32, 32)},
-        **{"backbone": "unet", "feature_size": 16, "num_points": 64, "pretrain_steps": 600, "pretrain_workers": 0},
+        **{"backbone": "unet", "feature_size": 16, "num_points": 64, "pretrain_steps": 1000, "pretrain_workers": 0},
         "pretrain_flags": "--mask_block=8 --mask_ratio=0.6 --channels_last=true",
         "shots": (1, 4),
         **{"sam_config": "configs/sam_quickstart.yaml", "sam_flags": "--time_limit_min=10 --steps=600"},

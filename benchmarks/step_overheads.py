@@ -1,0 +1,127 @@
+"""What Alice adds to a step beside its networks: moving average, masks and losses, as shares of the step.
+
+    python -m benchmarks.step_overheads --output results/benchmarks/step_overheads.json
+    python -m benchmarks.step_overheads --quick --device cpu
+
+The step is that of `benchmarks.pretrain_step` at the default flags. Timed by themselves, medians: the teacher's moving
+average; drawing the block masks of a batch (in training the loading processes do it, beside the step); hiding masked
+patches and voxels; the three losses, forward and backward to the networks' outputs.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.pretrain_step import MASK_BLOCK, MASKED_SHARE, MOMENTUM, QUICK, TEACHER_TEMP, Bench, Setting, synthetic_batch
+from benchmarks.results import show_and_save
+from datasets.masks import draw_mask, mask_grid, num_masked_blocks
+from engine.distributed import pick_device
+from engine.flags import add_switch, git_commit, make_parser, run_main
+from engine.precision import autocast, pick_precision
+from losses.alice import AliceLoss
+from models.backbones.interface import upsample_mask
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this benchmark."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA if any"
+    )
+    parser.add_argument("--feature_size", type=int, default=48, help="channels of SwinUNETR at stride 2")
+    parser.add_argument("--roi", type=int, default=96, help="side of a crop, voxels; --quick: 64")
+    parser.add_argument("--num_pairs", type=int, default=1, help="pairs a step")
+    parser.add_argument("--num_repeats", type=int, default=10, help="of each part; the step is timed over two")
+    add_switch(parser, "--quick", False, "a tiny network and fewer repeats")
+    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
+    return parser
+
+
+def run(flags: jsonargparse.Namespace) -> dict:
+    """Times of the step and of its parts, seconds."""
+    device = pick_device(flags.device, 0)
+    precision = "bf16" if device.type == "cpu" else pick_precision("auto", device)
+    options = QUICK if flags.quick else {"feature_size": flags.feature_size}
+    side = min(64, flags.roi) if flags.quick else flags.roi
+    roi = (side, side, side)
+    bench = Bench(options, device)
+    setting = Setting("default", roi, flags.num_pairs, precision, "auto", fused_optimizer=True, keep_memory=True)
+    measured = bench.measure(setting, num_steps=2)
+    if "error" in measured:
+        raise RuntimeError(f"the step did not run: {measured['error']}")
+
+    def median_s(part: Callable[[], object]) -> float:
+        part()
+        seconds = []
+        for _ in range(3 if flags.quick else flags.num_repeats):
+            began = bench.clock()
+            part()
+            seconds.append(bench.clock() - began)
+        return statistics.median(seconds)
+
+    parts = make_parts(bench, setting, precision)
+    return {
+        "step_wall_s": measured["step_ms"] / 1000,
+        "parts_wall_s": {name: median_s(part) for name, part in parts.items()},
+        "roi": list(roi),
+        "num_pairs": flags.num_pairs,
+        "feature_size": options["feature_size"],
+        "device": str(device),
+        "commit": git_commit(),
+    }
+
+
+def make_parts(bench: Bench, setting: Setting, precision: str) -> dict[str, Callable[[], object]]:
+    """What is timed, each as a function without arguments."""
+    device, roi, num_pairs = bench.device, setting.roi, setting.num_pairs
+    student, teacher = (network.to(device) for network in bench.networks[False])
+    batch = synthetic_batch(num_pairs, roi, device)
+    with torch.no_grad(), autocast(precision, device):
+        online = student(batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
+        target = teacher(batch["query_teacher"], batch["key_teacher"], online)
+    names = ("cls_logits", "casa_online", "reconstruction")
+    online = online._replace(**{name: getattr(online, name).detach().requires_grad_() for name in names})
+    loss = AliceLoss(**bench.loss_options).to(device)
+    rng, grid = np.random.default_rng(0), mask_grid(roi, MASK_BLOCK)
+    num_masked = num_masked_blocks(grid, MASKED_SHARE)
+    masked = torch.cat([batch["query_mask"], batch["key_mask"]])
+    volumes = torch.cat([batch["query_student"], batch["key_student"]])
+    backbone = student.backbone
+    tokens = torch.rand(2 * num_pairs, backbone.channels[2], *(side // 2 for side in roi), device=device)
+
+    def hide() -> tuple[Tensor, Tensor]:
+        patches = torch.where(upsample_mask(masked, tuple(tokens.shape[2:])), backbone.mask_token, tokens)
+        return patches, torch.where(upsample_mask(masked, roi), backbone.mask_voxel, volumes)
+
+    return {
+        "moving average": lambda: teacher.update(student, MOMENTUM),
+        "drawing masks": lambda: [draw_mask(rng, grid, num_masked) for _ in range(2 * num_pairs)],
+        "hiding what is masked": hide,
+        "losses": lambda: loss(online, target, batch, TEACHER_TEMP)[0].backward(),
+    }
+
+
+def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+    """What, ours, beside, ratio, wanted: one line for all parts together."""
+    step_s, parts = found["step_wall_s"], found["parts_wall_s"]
+    told = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in parts.items())
+    share = sum(parts.values()) / step_s
+    return [("moving average, masks, losses", told, f"{step_s:.2f} s, the step", f"{100 * share:.2f} %", "< 2 %")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    found = run(flags)
+    show_and_save(found, rows(found), flags.output)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,128 @@
+"""Building the volume store beside nibabel and MONAI's Spacing, one case after the other.
+
+    python -m benchmarks.store_building --output results/benchmarks/store_building.json
+    python -m benchmarks.store_building --quick
+
+Both read the same .nii.gz files, bring them to one orientation and one voxel size and write int16: ours to the compressed
+store with checksums and several processes, the other to plain .npy, which costs it nothing to compress. Files are in the
+cache for both. A real CT of the shared reference data, or else a noisy synthetic torso, cut at other places for each case.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Orientation, Spacing
+
+from benchmarks.results import show_and_save
+from benchmarks.volume_store import source_volume
+from datasets.data_list import Case
+from datasets.nifti import write_nifti
+from datasets.volume_store import VolumeStore, build_store
+from engine.flags import add_switch, git_commit, make_parser, run_main
+
+SPACING_MM = (2.0, 1.5, 1.5)  # D, H, W: main_ddp.py's default
+MAX_MEAN_DIFFERENCE_HU = 2.0
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this benchmark."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--num_cases", type=int, default=8, help="files to store")
+    parser.add_argument("--num_slices", type=int, default=120, help="of 512x512 voxels in each")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes of ours; PyTorch threads of the other way")
+    add_switch(parser, "--quick", False, "fewer and smaller files, one process (starting several takes longer than these)")
+    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
+    return parser
+
+
+def write_cases(folder: Path, flags: jsonargparse.Namespace) -> tuple[list[Case], str]:
+    """The files, and where their voxels come from."""
+    array, affine, source = source_volume(None)
+    side = 256 if flags.quick else None
+    cases = []
+    for number in range(flags.num_cases):
+        first = number * (len(array) - flags.num_slices) // max(1, flags.num_cases - 1)
+        part = array[first : first + flags.num_slices, :side, :side]
+        cases.append(Case(f"case{number}", folder / f"case{number}.nii.gz"))
+        write_nifti(cases[-1].image, np.ascontiguousarray(part), affine)
+    return cases, source
+
+
+def one_by_one(cases: Sequence[Case], folder: Path) -> None:
+    """The obvious way: nibabel, MONAI's Orientation and Spacing, numpy."""
+    orient, resample = Orientation(axcodes="RAS"), Spacing(pixdim=SPACING_MM[::-1], mode="bilinear")
+    for case in cases:
+        image = nib.load(case.image)
+        voxels = torch.from_numpy(image.get_fdata(dtype=np.float32))[None]
+        resampled = resample(orient(MetaTensor(voxels, affine=torch.from_numpy(image.affine))))
+        np.save(folder / f"{case.name}.npy", resampled[0].round().to(torch.int16).numpy())
+
+
+def run(flags: jsonargparse.Namespace) -> dict:
+    """Measure in a temporary folder; the ways agree on what they write."""
+    if flags.quick:
+        flags.num_cases, flags.num_slices, flags.num_workers = min(flags.num_cases, 4), min(flags.num_slices, 40), 1
+    torch.set_num_threads(flags.num_workers)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cases, source = write_cases(folder, flags)
+        one_by_one(cases[:1], folder)  # imports and caches
+        began = time.perf_counter()
+        one_by_one(cases, folder)
+        plain_s = time.perf_counter() - began
+        began = time.perf_counter()
+        report = build_store(cases, folder / "store", SPACING_MM, num_workers=flags.num_workers, progress=False)
+        store_s = time.perf_counter() - began
+        if report.failed:
+            raise RuntimeError(f"not stored: {report.failed}")
+        difference = mean_difference(VolumeStore(folder / "store"), cases, folder)
+    if difference > MAX_MEAN_DIFFERENCE_HU:
+        raise RuntimeError(f"the two ways differ by {difference:.1f} HU in the mean")
+    return {
+        "store_wall_s": store_s / flags.num_cases,
+        "plain_wall_s": plain_s / flags.num_cases,
+        "speedup": plain_s / store_s,
+        "mean_difference_hu": difference,
+        "num_cases": flags.num_cases,
+        "num_workers": flags.num_workers,
+        "source": source,
+        "commit": git_commit(),
+    }
+
+
+def mean_difference(store: VolumeStore, cases: Sequence[Case], folder: Path) -> float:
+    """Largest difference of the mean HU of a case between the two ways, whose grids may differ by a voxel."""
+    differences = []
+    for case in cases:
+        shape = store.record(case.name).shape
+        ours = store.crop(case.name, (0, 0, 0), shape)
+        differences.append(abs(float(ours.mean()) - float(np.load(folder / f"{case.name}.npy").mean())))
+    return max(differences)
+
+
+def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+    """What, ours, beside, ratio, wanted."""
+    workers = f"{found['num_workers']} process{'es' * (found['num_workers'] > 1)}"
+    ours = f"{found['store_wall_s']:.2f} s a case, {workers}"
+    plain = f"{found['plain_wall_s']:.2f} s a case, nibabel and MONAI Spacing"
+    return [("building the store", ours, plain, f"{found['speedup']:.1f}x faster", ">= 2x on 2 cores")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    found = run(flags)
+    show_and_save(found, rows(found), flags.output)
+
+
+if __name__ == "__main__":
+    run_main(main)
