@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbones.interface import Size3, truncated_normal, upsample_mask
+from models.layers.convolution import use_steady_convolutions
 
 
 class StagedNetwork(nn.Module):
@@ -48,6 +49,7 @@ class StagedNetwork(nn.Module):
         self.decoder = nn.ModuleDict({str(stride): stage for stride, stage in decoder.items()})
         self.out: nn.Module | None = out
         self.use_checkpoint = use_checkpoint
+        use_steady_convolutions(self)
 
     def encode(self, embedded: Tensor) -> dict[int, Tensor]:
         """The embedded map [B, C, ...] -> {stride: map}, each passed through `tidy`."""

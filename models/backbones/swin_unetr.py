@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbones.interface import Size3, truncated_normal, upsample_mask
+from models.layers.convolution import use_steady_convolutions
 from models.layers.instance_norm import use_steady_instance_norm
 from models.layers.window_attention import use_fast_window_attention
 
@@ -77,7 +78,7 @@ class SwinUNETRBackbone(nn.Module):
 
     @staticmethod
     def make_network(in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool) -> SwinUNETR:
-        """MONAI's network, with window attention that is fast and instance norms that are exact on CPU."""
+        """MONAI's network, with window attention that is fast, and norms and convolutions that are right on CPU."""
         network = SwinUNETR(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -86,6 +87,7 @@ class SwinUNETRBackbone(nn.Module):
         )
         use_fast_window_attention(network)
         use_steady_instance_norm(network)
+        use_steady_convolutions(network)
         return network
 
     @property
