@@ -49,6 +49,7 @@ from engine.pretrain import Hooks, LoopOptions, Objective, Schedules, pretrain
 from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of
 from engine.probe import ProbeOptions, watch_probe
 from engine.profiler import profiled
+from engine.run_folder import claimed
 from engine.run_state import KIND, RunState
 from engine.schedules import CosineSchedule, LinearSchedule, peak_lr
 from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
@@ -74,6 +75,15 @@ def main(argv: list[str] | None = None) -> None:
     student, teacher = check_and_build(flags)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     world = distributed.start(flags.device, flags.dist_timeout_min)
+    with claimed(flags.output_dir, world):
+        is_complete = start_and_train(flags, student, teacher, world)
+    distributed.stop()
+    if not is_complete:
+        raise SystemExit(EXIT_INTERRUPTED)
+
+
+def start_and_train(flags, student: nn.Module, teacher: nn.Module, world: World) -> bool:
+    """Open the data, find where to start, and train; True when the run is complete."""
     info = RunInfo.collect(flags)
     if world.is_main:
         info.write(flags.output_dir)
@@ -85,9 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     log.say(describe_start(flags, data, options, run, world, state))
     is_complete = train(flags, run, data, options, world, log)
     log.close()
-    distributed.stop()
-    if not is_complete:
-        raise SystemExit(EXIT_INTERRUPTED)
+    return is_complete
 
 
 # Data

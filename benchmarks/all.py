@@ -13,7 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
-from benchmarks import embedding_speed, embedding_storage, matching, pairing, pretrain_step, step_overheads, store_building, volume_store
+from benchmarks import (
+    embedding_speed,
+    embedding_storage,
+    matching,
+    pairing,
+    pretrain_step,
+    step_overheads,
+    store_building,
+    volume_store,
+)
 from benchmarks.results import save
 from engine.flags import add_switch, make_parser, run_main
 

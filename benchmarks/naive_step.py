@@ -1,7 +1,7 @@
 """Alice's networks as they are put together without a thought for speed: the alternative of `benchmarks.pretrain_step`.
 
-Every view passes through a whole MONAI SwinUNETR by itself: four forward passes a step, the teacher's with a decoder that
-nobody reads. The numbers are those of the shared passes, since no layer looks across samples.
+Every view passes through a whole MONAI SwinUNETR by itself: four forward passes a step, the teacher's with a decoder
+that nobody reads. The numbers are those of the shared passes, since no layer looks across samples.
 """
 
 import copy

@@ -5,12 +5,13 @@
 
 One step is what training does: student on both masked views, teacher, CASA, all three losses, backward, clipping,
 AdamW, moving average (figure 2 of Alice, ICCV 2023), on random crops that already lie on the device. The first table
-starts from the naive composition (`benchmarks.naive_step`): MONAI's SwinUNETR as it comes, in fp32 (convolutions in TF32,
-PyTorch's default), once for every view of student and teacher; and adds one change a line. The second says what fits on which GPU: peak memory against crop and batch size, with and without
---use_checkpoint. Memory is what PyTorch reserved at its peak, and what it had given to tensors; the CUDA context
-(about 0.5 GB) and other programs come on top. On a CPU, where fewer and smaller settings are taken, it is the resident
-memory of the whole process at its peak (Linux). A setting that runs out of memory or fails is told as such, and the
-next one runs; torch.compile runs in a process of its own with a time limit.
+starts from the naive composition (`benchmarks.naive_step`): MONAI's SwinUNETR as it comes, in fp32 (convolutions in
+TF32, PyTorch's default), once for every view of student and teacher; and adds one change a line. The second says what
+fits on which GPU: peak memory against crop and batch size, with and without --use_checkpoint. Memory is what PyTorch
+reserved at its peak, and what it had given to tensors; the CUDA context (about 0.5 GB) and other programs come on top.
+On a CPU, where fewer and smaller settings are taken, it is the resident memory of the whole process at its peak
+(Linux). A setting that runs out of memory or fails is told as such, and the next one runs; torch.compile runs in a
+process of its own with a time limit.
 """
 
 import copy

@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.pretrain_step import MASK_BLOCK, MASKED_SHARE, MOMENTUM, QUICK, TEACHER_TEMP, Bench, Setting, synthetic_batch
+from benchmarks.pretrain_step import (
+    MASK_BLOCK,
+    MASKED_SHARE,
+    MOMENTUM,
+    QUICK,
+    TEACHER_TEMP,
+    Bench,
+    Setting,
+    synthetic_batch,
+)
 from benchmarks.results import show_and_save
 from datasets.masks import draw_mask, mask_grid, num_masked_blocks
 from engine.distributed import pick_device

@@ -3,9 +3,10 @@
     python -m benchmarks.store_building --output results/benchmarks/store_building.json
     python -m benchmarks.store_building --quick
 
-Both read the same .nii.gz files, bring them to one orientation and one voxel size and write int16: ours to the compressed
-store with checksums and several processes, the other to plain .npy, which costs it nothing to compress. Files are in the
-cache for both. A real CT of the shared reference data, or else a noisy synthetic torso, cut at other places for each case.
+Both read the same .nii.gz files, bring them to one orientation and one voxel size and write int16: ours to the
+compressed store with checksums and several processes, the other to plain .npy, which costs it nothing to compress.
+Files are in the cache for both. A real CT of the shared reference data, or else a noisy synthetic torso, cut at other
+places for each case.
 """
 
 import sys
@@ -39,8 +40,12 @@ def make_flags() -> jsonargparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--num_cases", type=int, default=8, help="files to store")
     parser.add_argument("--num_slices", type=int, default=120, help="of 512x512 voxels in each")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes of ours; PyTorch threads of the other way")
-    add_switch(parser, "--quick", False, "fewer and smaller files, one process (starting several takes longer than these)")
+    parser.add_argument(
+        "--num_workers", type=int, default=2, help="processes of ours; PyTorch threads of the other way"
+    )
+    add_switch(
+        parser, "--quick", False, "fewer and smaller files, one process (starting several takes longer than these)"
+    )
     parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
     return parser
 

@@ -127,8 +127,8 @@ def add_loss_flags(group) -> None:
         type=str,
         choices=["mean", "sinkhorn"],
         default="mean",
-        help="against collapse: take a running mean off the teacher's logits (DINO), or balance the rows of every forward "
-        "pass (SwAV): for few views a step",
+        help="against collapse: take a running mean off the teacher's logits (DINO), or balance the rows of every "
+        "forward pass (SwAV): for few views a step",
     )
     add("--centre_momentum", type=float, default=0.9, help="momentum of the centres, per step; with --centring mean")
     add("--momentum_teacher", type=float, default=0.996, help="EMA momentum at the start; rises to 1 along a cosine")
@@ -188,7 +188,7 @@ def add_running_flags(group) -> None:
         "--profile_steps",
         type=int,
         default=0,
-        help="after the first steps, record so many: OUTPUT_DIR/trace.json.gz for ui.perfetto.dev, and a table; 0 = off",
+        help="record so many steps after the first: OUTPUT_DIR/trace.json.gz for ui.perfetto.dev, a table; 0 = off",
     )
     add("--dist_timeout_min", type=float, default=30.0, help="minutes that a rank waits for the others")
 

@@ -16,7 +16,7 @@ TABLE_ROWS = 20
 def profiled(
     batches: Iterator[dict], num_steps: int, num_parts: int, output: str | Path, say: Callable[[str], None]
 ) -> Iterator[dict]:
-    """The same batches; on the way `num_steps` steps are recorded, from the asking for a batch to the asking for the next.
+    """The same batches; on the way `num_steps` steps are recorded, each from asking for its batch to the next asking.
 
     Steps 5 to 4 + `num_steps` of this process are recorded; a run that ends earlier leaves what there is.
 

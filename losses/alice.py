@@ -8,8 +8,8 @@
     loss_recon  = mean squared error against the un-augmented crop, mean over masked voxels, then over samples
 
 Every term is a mean over samples, so the mean over ranks of equal batches equals the loss of the joined batch, and
-DDP's averaged gradients equal its gradients. Only the centres (or Sinkhorn's sums) talk to other ranks; they are constants
-of the loss, and the centres' update follows it.
+DDP's averaged gradients equal its gradients. Only the centres (or Sinkhorn's sums) talk to other ranks; they are
+constants of the loss, and the centres' update follows it.
 """
 
 import math

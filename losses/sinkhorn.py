@@ -1,8 +1,8 @@
 """Teacher distributions that use all outputs alike within every batch (SwAV, Caron et al., NeurIPS 2020, section 3.1).
 
-A running mean that is taken off the logits (DINO) balances the outputs over many steps; with few views a step it comes too
-late, and the teacher ends on a few outputs or on none. The Sinkhorn-Knopp iteration balances the rows at hand: in turn
-every output is given the same total over all rows, and every row is made to sum to 1 again.
+A running mean that is taken off the logits (DINO) balances the outputs over many steps; with few views a step it comes
+too late, and the teacher ends on a few outputs or on none. The Sinkhorn-Knopp iteration balances the rows at hand: in
+turn every output is given the same total over all rows, and every row is made to sum to 1 again.
 """
 
 import torch

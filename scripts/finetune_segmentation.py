@@ -39,6 +39,7 @@ from engine.flags import RunInfo, run_main
 from engine.logging import make_log
 from engine.optim import decays
 from engine.precision import make_scaler, pick_precision
+from engine.run_folder import claimed
 from engine.schedules import CosineSchedule
 from engine.segmentation_eval import evaluate
 from engine.segmentation_report import TABLE
@@ -65,17 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     plan = make_plan(flags)
     world = distributed.start(flags.device, flags.dist_timeout_min)
-    if world.is_main:
-        RunInfo.collect(flags).write(flags.output_dir)
-    store = open_store(plan, flags, world)
-    run, started = start_run(flags, plan, world)
-    options = make_options(flags, world)
-    log = make_log(world, flags.output_dir, options.num_steps, run.step)
-    log.say(describe_start(flags, plan, run, store, started, world))
-    is_complete = train(flags, plan, store, run, options, world, log)
-    log.close()
-    if is_complete and flags.evaluate:
-        evaluate_best(flags, plan, store, options.precision, world)
+    with claimed(flags.output_dir, world):
+        is_complete = start_and_train(flags, plan, world)
     distributed.stop()
     if not is_complete:
         raise SystemExit(EXIT_INTERRUPTED)
@@ -259,6 +251,22 @@ def make_options(flags, world: World) -> FinetuneOptions:
         precision=pick_precision(flags.precision, world.device),
         **{name: getattr(flags, name) for name in shared},
     )
+
+
+def start_and_train(flags, plan: Plan, world: World) -> bool:
+    """Open the volumes, find where to start, train, and judge; True when the run is complete."""
+    if world.is_main:
+        RunInfo.collect(flags).write(flags.output_dir)
+    store = open_store(plan, flags, world)
+    run, started = start_run(flags, plan, world)
+    options = make_options(flags, world)
+    log = make_log(world, flags.output_dir, options.num_steps, run.step)
+    log.say(describe_start(flags, plan, run, store, started, world))
+    is_complete = train(flags, plan, store, run, options, world, log)
+    log.close()
+    if is_complete and flags.evaluate:
+        evaluate_best(flags, plan, store, options.precision, world)
+    return is_complete
 
 
 def train(flags, plan: Plan, store: VolumeStore, run: FinetuneRun, options: FinetuneOptions, world: World, log) -> bool:

@@ -33,6 +33,7 @@ from engine.flags import RunInfo, add_switch, make_parser, run_main
 from engine.logging import Clock, Meters, make_log
 from engine.optim import clip_gradients, make_optimizer
 from engine.precision import autocast, make_scaler, pick_precision
+from engine.run_folder import claimed
 from engine.schedules import CosineSchedule
 from engine.signals import EXIT_INTERRUPTED, StopRequest
 from sam_embed.checkpoint import EmbedderInfo
@@ -331,7 +332,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     world = distributed.start(flags.device, flags.dist_timeout_min)
     try:
-        is_complete = run_training(flags, world)
+        with claimed(flags.output_dir, world):
+            is_complete = run_training(flags, world)
     finally:
         distributed.stop()
     if not is_complete:

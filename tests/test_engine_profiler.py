@@ -20,7 +20,7 @@ def names_in(trace) -> list[str]:
 
 @pytest.mark.parametrize(("num_given", "num_recorded"), [(20, 2), (2 * SKIPPED + 2, 1)])
 def test_records_whole_steps_after_the_first_ones(tmp_path, num_given, num_recorded):
-    """Two batches a step, two steps wanted; every batch is one matrix product. A run may end before all are recorded."""
+    """Two batches a step, two steps wanted; a batch is one matrix product. A run may end before all are recorded."""
     told, batches = [], [{"number": number} for number in range(num_given)]
     seen = []
     for batch in profiled(iter(batches), 2, 2, tmp_path / "new" / "trace.json.gz", told.append):
@@ -36,7 +36,9 @@ def test_a_pretraining_leaves_its_trace_and_is_not_changed(tmp_path):
     corpus = add_store_and_table(make_corpus(tmp_path))
     for name, profile_steps in (("plain", 0), ("traced", 1)):
         main_ddp.main(
-            arguments(corpus, tmp_path / name, backbone="unet", roi_z=32, epochs=2, lambda2=0, profile_steps=profile_steps)
+            arguments(
+                corpus, tmp_path / name, backbone="unet", roi_z=32, epochs=2, lambda2=0, profile_steps=profile_steps
+            )
         )
     losses = [[entry["loss"] for entry in log_of(tmp_path / name, "train")] for name in ("plain", "traced")]
     assert len(losses[0]) == 6 and losses[0] == losses[1]

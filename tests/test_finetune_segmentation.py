@@ -13,6 +13,7 @@ import engine.finetune
 import scripts.evaluate_segmentation
 import scripts.finetune_segmentation as command
 from engine.checkpoint import LATEST, CheckpointError, load_checkpoint
+from engine.run_folder import LOCK
 from engine.signals import EXIT_INTERRUPTED
 from engine.weights import save_weights
 from models.segmenters import SEGMENTERS
@@ -20,7 +21,7 @@ from models.weights_file import read_weights_file
 from tests.labelled_corpus import finetune_arguments, make_labelled_corpus
 from tests.tiny_run import log_of
 
-EXPECTED_FILES = {"checkpoint.pth", "checkpoint_previous.pth", "best.pth", "log.txt", "run.json", "tensorboard"}
+EXPECTED_FILES = {"checkpoint.pth", "checkpoint_previous.pth", "best.pth", "log.txt", "run.json", "tensorboard", LOCK}
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ def gradients(convolution: nn.Conv3d, x: torch.Tensor, along: torch.Tensor, cast
 
 
 @pytest.mark.parametrize(
-    ("kernel", "stride", "depth", "side"), [(3, 1, 2, 2), (3, 1, 2, 8), (3, 1, 1, 2), (3, 1, 4, 2), (3, 2, 2, 4), (5, 1, 3, 3)]
+    ("kernel", "stride", "depth", "side"),
+    [(3, 1, 2, 2), (3, 1, 2, 8), (3, 1, 1, 2), (3, 1, 4, 2), (3, 2, 2, 4), (5, 1, 3, 3)],
 )
 def test_gradients_are_right_in_bfloat16(kernel, stride, depth, side):
     torch.manual_seed(0)

@@ -53,8 +53,8 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
         f"mean ± std over {len(plan.settings.seeds)} seeds, each with labelled cases of its own:",
         dice_table(scores),
         f"![Dice against the number of labels]({FIGURE})",
-        "Paired differences in Dice points; 95 % bootstrap interval over seeds (other labelled cases) and test cases; two-sided "
-        "Wilcoxon signed-rank test over test cases, each averaged over seeds, not corrected for the number of tests:",
+        "Paired differences in Dice points; 95 % bootstrap interval over seeds (other labelled cases) and test cases; "
+        "two-sided Wilcoxon signed-rank test over test cases, averaged over seeds, not corrected for their number:",
         comparison_table(comparisons, scores.shots),
         "How the pretrainings ended (means of the last epoch; `start_`: of the first; a uniform distribution has "
         "entropy log K and costs log K in the cls and token losses):",

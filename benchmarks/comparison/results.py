@@ -70,7 +70,7 @@ class Comparison:
 
     Attributes:
         gain: mean difference over test cases, each case's Dice averaged over seeds.
-        low, high: 95 % bootstrap interval of it; seeds (which are other labelled cases) and test cases are both drawn anew.
+        low, high: 95 % bootstrap interval of it; seeds (other labelled cases) and test cases are both drawn anew.
         num_won, num_cases: test cases on which the first is better, and all.
         p: of the two-sided Wilcoxon signed-rank test over test cases; NaN with fewer than 2 cases that differ.
     """

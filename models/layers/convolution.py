@@ -1,10 +1,10 @@
 """3-D convolution whose weight gradients are right in half precision on CPU.
 
-In bfloat16 the CPU kernel of the weight gradient reads memory that nobody wrote wherever the input has fewer slices than
-the kernel is deep (but more than one slice comes out): a 3x3x3 convolution of a map of depth 2, the deepest stage of a
-64-voxel crop. Measured with PyTorch 2.15 on a CPU with bfloat16 units: gradients off by 1 to 100 % where the memory held
-zeros or small numbers, NaN where it held large ones, and once a damaged heap; output and input gradient are right. Such
-maps are tiny, so that computing them in float32 costs nothing.
+In bfloat16 the CPU kernel of the weight gradient reads memory that nobody wrote wherever the input has fewer slices
+than the kernel is deep (but more than one slice comes out): a 3x3x3 convolution of a map of depth 2, the deepest stage
+of a 64-voxel crop. Measured with PyTorch 2.15 on a CPU with bfloat16 units: gradients off by 1 to 100 % where the
+memory held zeros or small numbers, NaN where it held large ones, and once a damaged heap; output and input gradient are
+right. Such maps are tiny, so that computing them in float32 costs nothing.
 """
 
 import torch
@@ -14,7 +14,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class SteadyConv3d(nn.Conv3d):
-    """`nn.Conv3d`, in float32 where half precision on CPU would give a wrong weight gradient; the output's type stays."""
+    """`nn.Conv3d`, in float32 where half precision on CPU gives a wrong weight gradient; the output's type stays."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, D, H, W] -> as `nn.Conv3d`."""
