@@ -14,6 +14,7 @@ cycle error. Training volumes stay in memory at SAM's grid: 1.5 MB each at 4 mm,
 import dataclasses
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from datasets.data_list import DataListError, load_data_list
-from datasets.sampler import StepSampler
+from datasets.loader import make_pair_loader
 from datasets.volume_store import VolumeStore, build_store, parse_spacing
 from engine import distributed
 from engine.checkpoint import CheckpointError, find_resumable_together, load_checkpoint, save_checkpoint
@@ -251,7 +251,7 @@ def train(
     run: SamRun,
     wrapped: nn.Module,
     loss: SamLoss,
-    batches: DataLoader,
+    batches: Iterable[dict],
     flags: jsonargparse.Namespace,
     validator: Validator | None,
     world: World,
@@ -354,12 +354,14 @@ def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
         raise CheckpointError(f"{flags.json_list}: none of its training cases could be read")
     validator = build_validator(flags, world)
     dataset = ViewPairDataset(load_training_volumes(store, info, flags.load_threads), options, info, flags.seed)
-    sampler = StepSampler(flags.batch_size, world.rank, world.size, flags.steps, run.step)
-    batches = DataLoader(
+    batches = make_pair_loader(
         dataset,
-        batch_sampler=sampler,
-        num_workers=flags.num_workers,
-        persistent_workers=flags.num_workers > 0,
+        flags.batch_size,
+        world.rank,
+        world.size,
+        flags.num_workers,
+        start_step=run.step,
+        num_steps=flags.steps,
         pin_memory=world.device.type == "cuda",
     )
     wrapped = run.network

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from datasets.volume_store import VolumeStore
 from engine.checkpoint import load_checkpoint
+from engine.signals import EXIT_INTERRUPTED
 from sam_embed import training
 from sam_embed.checkpoint import EmbedderInfo, load_embedder
 from sam_embed.evaluate import load_landmarks
@@ -159,6 +161,25 @@ def test_a_time_limit_ends_the_run_with_a_low_learning_rate(corpus, tmp_path):
     assert 1 <= len(lines) < 1000
     assert lines[-1]["lr"] < 1e-4 < max(line["lr"] for line in lines)
     assert weights(tmp_path)["step"] == lines[-1]["step"]
+
+
+def test_a_signal_to_the_whole_group_saves_although_loading_processes_hear_it_too(corpus, tmp_path):
+    """What a terminal's Ctrl-C, a job manager and `torchrun` do."""
+    words = arguments(corpus, tmp_path, steps=100_000, num_workers=2, save_freq=0)
+    with subprocess.Popen(
+        [sys.executable, REPOSITORY / "scripts" / "train_sam.py", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        seen = [next(line for line in process.stdout if "step 3/" in line)]
+        os.killpg(process.pid, signal.SIGTERM)
+        seen += process.stdout.readlines()
+    assert process.returncode == EXIT_INTERRUPTED, "".join(seen)
+    assert weights(tmp_path)["step"] >= 3
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no loading process is left
 
 
 def test_training_volumes_are_the_body_on_the_grid(corpus, tmp_path):
