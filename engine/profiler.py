@@ -29,7 +29,15 @@ def profiled(
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_cuda else [])]
 
     def write(recorded: profile) -> None:
-        output_file = Path(output)
+        order = "self_device_time_total" if has_cuda else "self_cpu_time_total"
+        say(recorded.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=40))
+        try:
+            save(recorded, Path(output))
+            say(f"trace of {num_steps} steps: {output} (ui.perfetto.dev or chrome://tracing)")
+        except OSError as error:  # a full disk does not end the training
+            say(f"warning: no trace, {output} cannot be written: {error}")
+
+    def save(recorded: profile, output_file: Path) -> None:
         output_file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output_file.parent) as folder:
             plain, packed = Path(folder) / "trace.json", Path(folder) / "trace.json.gz"
@@ -37,9 +45,6 @@ def profiled(
             with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=5) as target:
                 shutil.copyfileobj(source, target)
             packed.replace(output_file)
-        order = "self_device_time_total" if has_cuda else "self_cpu_time_total"
-        say(recorded.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=40))
-        say(f"trace of {num_steps} steps: {output_file} (ui.perfetto.dev or chrome://tracing)")
 
     plan = schedule(wait=FIRST_STEPS, warmup=WARM_UP_STEPS, active=num_steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as recorder:

@@ -32,6 +32,13 @@ def test_records_whole_steps_after_the_first_ones(tmp_path, num_given, num_recor
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["trace.json.gz"]
 
 
+def test_a_place_that_cannot_be_written_to_ends_no_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    told, batches = [], [{}] * (SKIPPED + 3)
+    passed = list(profiled(iter(batches), 1, 1, tmp_path / "file" / "trace.json.gz", told.append))
+    assert len(passed) == len(batches) and "warning: no trace" in told[1]
+
+
 def test_a_pretraining_leaves_its_trace_and_is_not_changed(tmp_path):
     corpus = add_store_and_table(make_corpus(tmp_path))
     for name, profile_steps in (("plain", 0), ("traced", 1)):
