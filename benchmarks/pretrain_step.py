@@ -164,18 +164,13 @@ class Bench:
         started = time.perf_counter()
         step()
         first_s = self.clock() - started
-        if num_steps > 1:  # how many fit the time that a line may take
-            started = self.clock()
-            step()
-            num_steps = min(num_steps, max(2, int(LONGEST_TIMING_S / (self.clock() - started))))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             reset_peak_resident()
-        started = self.clock()
-        for _ in range(num_steps):
-            loss = step()
-        step_s = (self.clock() - started) / num_steps
+        step_s, loss = self.time_steps(step, 1)
+        if num_steps > 1 and step_s < LONGEST_TIMING_S:  # as many as fit the time that a line may take
+            step_s, loss = self.time_steps(step, min(num_steps, max(2, int(LONGEST_TIMING_S / step_s))))
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss became {float(loss)}")
         found = {"step_ms": 1000 * step_s, "pairs_per_s": setting.num_pairs / step_s, "first_step_s": first_s}
@@ -185,6 +180,13 @@ class Bench:
         elif (peak := peak_resident_bytes()) is not None:
             found["reserved_gb"] = peak / GB
         return found
+
+    def time_steps(self, step, num_steps: int) -> tuple[float, Tensor]:
+        """Seconds of a step, over `num_steps` together, and the last one's loss."""
+        started = self.clock()
+        for _ in range(num_steps):
+            loss = step()
+        return (self.clock() - started) / num_steps, loss
 
     def clock(self) -> float:
         """Now, after the device has done all that was asked of it."""
@@ -270,8 +272,9 @@ def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], li
             lines = [setting for setting in lines if not setting.is_compiled]
         return lines, memory_grid({small: [1, 2]}, precision)
     if device.type == "cpu":  # a step of one pair at 96³ takes a minute on 2 cores
-        speed = [*ladder((64,) * 3, 1, precision, True), *ladder((96,) * 3, 1, precision, True)[:6]]
-        return speed, memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision)
+        speed = [*ladder((96,) * 3, 1, precision, True)[:6], *ladder((64,) * 3, 1, precision, True)]
+        grid = memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision)
+        return speed, [dataclasses.replace(setting, keep_memory=True) for setting in grid]
     sizes = {(96,) * 3: [1, 2, 4, 8, 16], (64,) * 3: [2, 8, 32], (128,) * 3: [1, 2, 4]}
     return [*ladder((96,) * 3, 4, precision), *ladder((64,) * 3, 8, precision)[:-1]], memory_grid(sizes, precision)
 
@@ -290,8 +293,14 @@ def run(flags) -> dict:
         return about(device, flags, started) | {"settings": [only]}
     tables = dict(zip(("speed", "memory"), plan(flags, precision, device)))
     jobs = [(table, setting) for table, settings in tables.items() for setting in settings]
-    # What cannot be undone comes late, and compiling last, since it takes longest.
-    order = sorted(range(len(jobs)), key=lambda number: (jobs[number][1].is_compiled, jobs[number][1].keep_memory))
+    on_cpu = device.type == "cpu"
+
+    def lateness(number: int) -> tuple[bool, bool, bool]:
+        """What cannot be undone comes late, and compiling last, since it takes longest."""
+        table, setting = jobs[number]
+        return setting.is_compiled, on_cpu and table == "memory", setting.keep_memory
+
+    order = sorted(range(len(jobs)), key=lateness)
     found_by_job = {}
     for number in tqdm(order, unit="setting", disable=not sys.stderr.isatty()):
         table, setting = jobs[number]
