@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import main_ddp
-from benchmarks.results import show_and_save
+from benchmarks.results import measure_and_show
 from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.data_list import Case, load_data_list, write_data_list
 from datasets.geometry import index_to_world
@@ -309,9 +309,7 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    found = run(flags)
-    show_and_save(found, rows(found), flags.output)
+    measure_and_show(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What benchmarks do with their figures at the end."""
 
 import json
+from types import ModuleType
 
 from datasets.files import write_text
 
@@ -16,3 +17,10 @@ def show_and_save(found: dict, rows: list[tuple[str, ...]], output: str | None) 
     for row in rows:
         print(" | ".join(row))
     save(found, output)
+
+
+def measure_and_show(benchmark: ModuleType, argv: list[str] | None) -> None:
+    """All of a benchmark's command, by its `make_flags`, `run` and `rows`."""
+    flags = benchmark.make_flags().parse_args(argv)
+    found = benchmark.run(flags)
+    show_and_save(found, benchmark.rows(found), flags.output)

@@ -30,7 +30,7 @@ from benchmarks.pretrain_step import (
     Setting,
     synthetic_batch,
 )
-from benchmarks.results import show_and_save
+from benchmarks.results import measure_and_show
 from datasets.masks import draw_mask, mask_grid, num_masked_blocks
 from engine.distributed import pick_device
 from engine.flags import add_switch, git_commit, make_parser, run_main
@@ -127,9 +127,7 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    found = run(flags)
-    show_and_save(found, rows(found), flags.output)
+    measure_and_show(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing
 
-from benchmarks.results import show_and_save
+from benchmarks.results import measure_and_show
 from benchmarks.volume_store import source_volume
 from datasets.data_list import Case
 from datasets.nifti import write_nifti
@@ -141,9 +141,7 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    found = run(flags)
-    show_and_save(found, rows(found), flags.output)
+    measure_and_show(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,14 @@ def test_both_ways_of_building_a_store_write_the_same_volumes(tmp_path, monkeypa
         store_building.main(["--quick", "--num_cases=2", "--num_slices=20"])
 
 
+def test_all_prints_one_table_and_saves_every_figure(tmp_path, capsys):
+    all_benchmarks.main(["--quick", "--only", "[store_building]", "--output", str(tmp_path / "all.json")])
+    shown = capsys.readouterr().out.splitlines()
+    assert any(line.split() == list(all_benchmarks.HEADER) for line in shown)
+    assert any(line.startswith("building the store") and ">= 2x" in line for line in shown)
+    assert set(json.loads((tmp_path / "all.json").read_text())) == {"store_building"}
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="--only names nonsense"):
         all_benchmarks.main(["--only", "[nonsense]"])

@@ -1,5 +1,6 @@
 """One run, one folder: a second process is refused while the first lives, and never afterwards."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import main_ddp
 from engine.distributed import World
-from engine.run_folder import FolderInUseError, claimed
+from engine.run_folder import LOCK, FolderInUseError, claimed
 from tests.tiny_run import add_store_and_table, arguments, make_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -50,7 +51,7 @@ def test_a_killed_process_holds_nothing(holder, tmp_path):
     holder.wait()
     for _ in range(2):  # and neither does one that ended
         with claimed(tmp_path / "run", ALONE):
-            pass
+            assert f"process {os.getpid()} on" in (tmp_path / "run" / LOCK).read_text()
 
 
 def test_pretraining_into_a_folder_in_use_changes_nothing_there(holder, tmp_path):
