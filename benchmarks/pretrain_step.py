@@ -231,6 +231,13 @@ class Bench:
         return step
 
 
+def make_bench(flags) -> tuple[Bench, str]:
+    """The networks that the flags ask for, on their device, and the half precision to time there."""
+    device = pick_device(flags.device, 0)
+    precision = "bf16" if device.type == "cpu" else pick_precision("auto", device)
+    return Bench(QUICK if flags.quick else {"feature_size": flags.feature_size}, device), precision
+
+
 def synthetic_batch(num_pairs: int, roi: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
     """Random crops and block masks with the names, shapes and types of a training batch, on the device."""
     names = ("query", "key", "query_student", "query_teacher", "key_student", "key_teacher")
@@ -282,11 +289,8 @@ def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], li
 def run(flags) -> dict:
     """Measure all settings; returns machine, versions, and a list of {table, setting, found}."""
     started = time.perf_counter()
-    device = pick_device(flags.device, 0)
-    precision = "bf16" if device.type == "cpu" else pick_precision("auto", device)
-    options = QUICK if flags.quick else {"feature_size": flags.feature_size}
-    num_steps = 1 if flags.quick else flags.num_steps
-    bench = Bench(options, device)
+    bench, precision = make_bench(flags)
+    device, num_steps = bench.device, 1 if flags.quick else flags.num_steps
     if flags.only:
         setting = setting_of(json.loads(flags.only))
         only = {"table": "only", "setting": dataclasses.asdict(setting), "found": bench.measure(setting, num_steps)}

@@ -28,13 +28,13 @@ from benchmarks.pretrain_step import (
     TEACHER_TEMP,
     Bench,
     Setting,
+    make_bench,
     synthetic_batch,
 )
 from benchmarks.results import measure_and_show
 from datasets.masks import draw_mask, mask_grid, num_masked_blocks
-from engine.distributed import pick_device
 from engine.flags import add_switch, git_commit, make_parser, run_main
-from engine.precision import autocast, pick_precision
+from engine.precision import autocast
 from losses.alice import AliceLoss
 from models.backbones.interface import upsample_mask
 
@@ -56,12 +56,9 @@ def make_flags() -> jsonargparse.ArgumentParser:
 
 def run(flags: jsonargparse.Namespace) -> dict:
     """Times of the step and of its parts, seconds."""
-    device = pick_device(flags.device, 0)
-    precision = "bf16" if device.type == "cpu" else pick_precision("auto", device)
-    options = QUICK if flags.quick else {"feature_size": flags.feature_size}
+    bench, precision = make_bench(flags)
     side = min(64, flags.roi) if flags.quick else flags.roi
     roi = (side, side, side)
-    bench = Bench(options, device)
     setting = Setting("default", roi, flags.num_pairs, precision, "auto", fused_optimizer=True, keep_memory=True)
     measured = bench.measure(setting, num_steps=2)
     if "error" in measured:
@@ -82,8 +79,8 @@ def run(flags: jsonargparse.Namespace) -> dict:
         "parts_wall_s": {name: median_s(part) for name, part in parts.items()},
         "roi": list(roi),
         "num_pairs": flags.num_pairs,
-        "feature_size": options["feature_size"],
-        "device": str(device),
+        "feature_size": QUICK["feature_size"] if flags.quick else flags.feature_size,
+        "device": str(bench.device),
         "commit": git_commit(),
     }
 

@@ -9,7 +9,6 @@ Files are in the cache for both, and our time is that of the whole command, star
 shared reference data, or else a noisy synthetic torso, cut at other places for each case.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from monai.transforms import Orientation, Spacing
 
 from benchmarks.results import measure_and_show
 from benchmarks.volume_store import source_volume
-from datasets.data_list import Case
+from datasets.data_list import Case, write_data_list
 from datasets.nifti import write_nifti
 from datasets.volume_store import VolumeStore
 from engine.flags import add_switch, git_commit, make_parser, run_main
@@ -77,8 +76,7 @@ def one_by_one(cases: Sequence[Case], folder: Path) -> None:
 
 def by_command(cases: Sequence[Case], folder: Path, num_workers: int) -> float:
     """Seconds of the project's command, from its start to its end."""
-    training = [{"image": str(case.image), "name": case.name} for case in cases]
-    (folder / "list.json").write_text(json.dumps({"training": training, "validation": []}))
+    write_data_list(folder / "list.json", folder, cases)
     words = [sys.executable, "scripts/prepare_volumes.py", "--data_dir", folder, "--json_list", folder / "list.json"]
     words += ["--store_dir", folder / "store", "--num_workers", num_workers, "--spacing_mm", *SPACING_MM]
     began = time.perf_counter()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.flags import add_switch, make_parser
 from engine.schedules import peak_lr
+from losses.alice import CENTRING_CHOICES, RECON_CHOICES
 
 
 def make_pretrain_flags(
@@ -117,7 +118,7 @@ def add_loss_flags(group) -> None:
     add("--lambda1", type=float, default=1.0, help="weight of loss_cls, between patients; 0 = off")
     add("--lambda2", type=float, default=1.0, help="weight of loss_tokens, through CASA; 0 = off")
     add("--lambda3", type=float, default=10.0, help="weight of loss_recon; 0 = off")
-    add("--recon_on", type=str, choices=["masked", "all"], default="masked", help="voxels that are reconstructed")
+    add("--recon_on", type=str, choices=list(RECON_CHOICES), default="masked", help="voxels that are reconstructed")
     add("--student_temp", type=float, default=0.1, help="temperature of the student's softmax")
     add("--teacher_temp", type=float, default=0.07, help="temperature of the teacher's softmax after its warm-up")
     add("--warmup_teacher_temp", type=float, default=0.04, help="temperature of the teacher's softmax at the start")
@@ -125,7 +126,7 @@ def add_loss_flags(group) -> None:
     add(
         "--centring",
         type=str,
-        choices=["mean", "sinkhorn"],
+        choices=list(CENTRING_CHOICES),
         default="mean",
         help="against collapse: take a running mean off the teacher's logits (DINO), or balance the rows of every "
         "forward pass (SwAV): for few views a step",

@@ -26,7 +26,6 @@ def profiled(
         say: told the table of the costliest operators and where the trace lies.
     """
     has_cuda = ProfilerActivity.CUDA in supported_activities()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_cuda else [])]
 
     def write(recorded: profile) -> None:
         order = "self_device_time_total" if has_cuda else "self_cpu_time_total"
@@ -47,7 +46,7 @@ def profiled(
             packed.replace(output_file)
 
     plan = schedule(wait=FIRST_STEPS, warmup=WARM_UP_STEPS, active=num_steps, repeat=1)
-    with profile(activities=activities, schedule=plan, on_trace_ready=write) as recorder:
+    with profile(schedule=plan, on_trace_ready=write) as recorder:
         for number, batch in enumerate(batches):
             if number and number % num_parts == 0:
                 recorder.step()

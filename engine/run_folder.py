@@ -32,18 +32,15 @@ def claimed(output_dir: str | Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    with _opened(Path(output_dir)) as file:
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
         if _hold(file, output_dir):
             file.seek(0)
             file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
             file.flush()
         yield
-
-
-def _opened(folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    return (folder / LOCK).open("a+")
 
 
 def _hold(file, output_dir: str | Path) -> bool:

@@ -39,10 +39,6 @@ class Scores:
         """Mean over cases [seeds]."""
         return np.array([nan_mean(list(row)) for row in self.dice[arm, shots]])
 
-    def by_case(self, arm: str, shots: int) -> np.ndarray:
-        """Mean over seeds [cases]."""
-        return np.array([nan_mean(list(column)) for column in self.dice[arm, shots].T])
-
 
 def read_dice(plan: Plan) -> Scores:
     """The Dice of all finetunings of a plan, in the test files' own spacing.

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.backbones.interface import Size3, truncated_normal, upsample_mask
 from models.layers.convolution import use_steady_convolutions
+from models.layers.instance_norm import use_steady_instance_norm
 
 
 class StagedNetwork(nn.Module):
@@ -50,6 +51,7 @@ class StagedNetwork(nn.Module):
         self.out: nn.Module | None = out
         self.use_checkpoint = use_checkpoint
         use_steady_convolutions(self)
+        use_steady_instance_norm(self)
 
     def encode(self, embedded: Tensor) -> dict[int, Tensor]:
         """The embedded map [B, C, ...] -> {stride: map}, each passed through `tidy`."""

@@ -18,7 +18,6 @@ partner is the nearest by cls for 7 % with instance norm, 16 % with groups; afte
 from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock, UnetUpBlock
 
 from models.backbones.staged import StagedBackbone, StagedNetwork
-from models.layers.instance_norm import use_steady_instance_norm
 
 WIDTHS = {1: 0.5, 2: 1, 4: 2, 8: 4, 16: 8}
 DECODER_STRIDES = (8, 4, 2, 1)
@@ -46,7 +45,6 @@ class UNet(StagedNetwork):
             out=UnetOutBlock(3, width[1], out_channels),
             use_checkpoint=use_checkpoint,
         )
-        use_steady_instance_norm(self)
 
 
 class UNetBackbone(StagedBackbone):
