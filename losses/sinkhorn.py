@@ -35,10 +35,9 @@ def balanced_probabilities(logits: Tensor, temperature: float, across_ranks: boo
 
 def _log_sum_over_rows(rows: Tensor, together: bool) -> Tensor:
     """log of the sum over rows (of all ranks) of exp(rows): [rows, K] -> [K]."""
-    largest = rows.amax(dim=0)
-    if together:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    total = (rows - largest).exp().sum(dim=0)
-    if together:
-        dist.all_reduce(total)
-    return largest + total.log()
+    own = rows.logsumexp(dim=0)
+    if not together:
+        return own
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.stack(parts).logsumexp(dim=0)
