@@ -12,7 +12,7 @@ with the same cases, crops, seeds and schedule for every arm, and judged on furt
 Everything is done by the project's own commands; `OUTPUT_DIR/jobs` holds their words, seconds and logs. The same
 command again goes on where it was stopped, and does anew what its flags have changed. `report/` receives comparison.md,
 comparison.json and the figure dice_over_labels.png. gpu: estimated at under 25 minutes on one
-GPU with 16 cores, not yet measured. cpu: 80 minutes on 2 cores. smoke: two minutes, to see that it runs.
+GPU with 16 cores, not yet measured. cpu: two hours on 2 cores. smoke: two minutes, to see that it runs.
 """
 
 import sys

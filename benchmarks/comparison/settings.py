@@ -31,7 +31,7 @@ class Settings:
     roi: tuple = flag((64, 64, 64), "crop D H W in voxels, of pretraining and finetuning")
     backbone: str = flag("swin_unetr", "network")
     feature_size: int = flag(12, "its channels at stride 2")
-    num_points: int = flag(96, "query points per case of the tables of pairs, mined and true")
+    num_points: int = flag(512, "query points per case of the tables of pairs, mined and true")
     num_partners: int = flag(8, "key cases per query case of both tables")
     sam_config: str = flag("configs/sam_phantom.yaml", "recipe of the SAM training, without --sam_checkpoint")
     sam_flags: str = flag("--time_limit_min=2.5", "further flags of that training, in quotes")
@@ -57,12 +57,13 @@ PRESETS: dict[str, dict] = {
     "gpu": {},
     "cpu": {
         **{"num_unlabelled": 32, "num_held_out": 4, "num_test": 8, "spacing_mm": 6.0, "roi": (32, 32, 32)},
-        **{"backbone": "unet", "feature_size": 16, "num_points": 64, "pretrain_steps": 1000, "pretrain_workers": 0},
+        **{"backbone": "unet", "feature_size": 16, "pretrain_steps": 1000, "pretrain_workers": 0},
         "pretrain_flags": "--mask_block=8 --mask_ratio=0.6 --channels_last=true",
         "shots": (1, 4),
         **{"sam_config": "configs/sam_quickstart.yaml", "sam_flags": "--time_limit_min=10 --steps=600"},
-        **{"finetune_steps": 400, "finetune_lr": 5e-3, "finetune_workers": 0, "num_parallel": 2},
-        **{"sam_spacing_mm": 4.0, "data_seed": 8},  # 7 is the seed that was tuned with
+        **{"finetune_steps": 1200, "finetune_lr": 3e-3, "finetune_workers": 0, "num_parallel": 2},
+        "finetune_flags": "--layer_decay=0.5",
+        **{"sam_spacing_mm": 4.0, "data_seed": 9},  # tuned with 7; an earlier protocol saw 8
     },
     "smoke": {
         **{"num_unlabelled": 4, "num_held_out": 1, "num_labelled": 2, "num_test": 2, "spacing_mm": 8.0},
