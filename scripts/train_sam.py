@@ -36,6 +36,7 @@ from engine.precision import autocast, make_scaler, pick_precision
 from engine.run_folder import claimed
 from engine.schedules import CosineSchedule
 from engine.signals import EXIT_INTERRUPTED, StopRequest
+from models.layers.convolution import use_steady_convolutions
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.contrastive import LEVELS, LevelOptions, SamLoss
 from sam_embed.evaluate import load_landmarks
@@ -191,6 +192,7 @@ def build_run(flags: jsonargparse.Namespace, world: World, info: EmbedderInfo, d
     torch.manual_seed(flags.seed)
     names = ("width", "embed_dim", "stem_kernel", "stem_stride", "pool_stride", "stage_strides", "stage_kernel_depths")
     network = AnatomicalEmbedder(**{name: getattr(flags, name) for name in (*names, "norm")})
+    use_steady_convolutions(network)  # half precision on CPU: flat views end in maps of two slices
     network = network.to(world.device, memory_format=torch.channels_last_3d)
     if flags.optimizer == "sgd":
         optimizer = torch.optim.SGD(network.parameters(), flags.lr, momentum=0.9, weight_decay=flags.weight_decay)

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from datasets.volume_store import VolumeStore
 from engine.checkpoint import load_checkpoint
+from engine.distributed import World
 from engine.signals import EXIT_INTERRUPTED
+from models.layers.convolution import SteadyConv3d
 from sam_embed import training
 from sam_embed.checkpoint import EmbedderInfo, load_embedder
 from sam_embed.evaluate import load_landmarks
@@ -132,6 +135,14 @@ def test_two_processes_equal_one_with_the_joined_batch(corpus, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
         assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-3)
+
+
+def test_training_has_no_convolution_that_is_wrong_in_half_precision_on_a_cpu():
+    flags = train_sam.make_flags().parse_args(arguments(Path(), Path()))
+    info = EmbedderInfo(tuple(flags.spacing_mm), flags.hu_min, flags.hu_max, flags.scale_to, flags.offset)
+    run = train_sam.build_run(flags, World(), info, {})
+    for network in (run.network, run.average.network):
+        assert {type(part) for part in network.modules() if isinstance(part, nn.Conv3d)} == {SteadyConv3d}
 
 
 def test_the_average_starts_as_a_mean_and_then_forgets():
