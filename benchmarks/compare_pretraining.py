@@ -4,10 +4,11 @@
     python -m benchmarks.compare_pretraining --preset cpu --output_dir results/comparison_cpu
     python -m benchmarks.compare_pretraining --preset gpu --output_dir results/comparison --stages data,sam,pretrain
 
-Arms: from scratch; masked image modelling alone; Alice with random, IoU and SAM pairs; Alice without CASA; and Alice
-with the phantoms' true correspondences, the upper bound of SAM pairs. All pretrain on the same unlabelled phantoms, for
-as many steps of as many pairs. Then each is finetuned with 1, 4 and 15 (cpu: 1 and 4) labelled phantoms, three times,
-with the same cases, crops, seeds and schedule for every arm, and judged on further phantoms.
+Arms: from scratch, with the finetuning of all others and (cpu) with the settings that suit it best; masked image
+modelling alone; Alice with random, IoU and SAM pairs; Alice without CASA; and Alice with the phantoms' true
+correspondences, the upper bound of SAM pairs. All pretrain on the same unlabelled phantoms, for as many steps of as
+many pairs. Then each is finetuned with 1, 4 and 15 (cpu: 1 and 4) labelled phantoms, three times, with the same cases,
+crops, seeds and schedule for every arm, and judged on further phantoms.
 
 Everything is done by the project's own commands; `OUTPUT_DIR/jobs` holds their words, seconds and logs. The same
 command again goes on where it was stopped, and does anew what its flags have changed. `report/` receives comparison.md,
@@ -21,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.comparison.arms import ARMS
+from benchmarks.comparison.arms import ARMS, SCRATCH_OWN
 from benchmarks.comparison.jobs import Records, Workers
 from benchmarks.comparison.settings import make_flags as make_setting_flags
 from benchmarks.comparison.settings import settle
@@ -52,35 +53,39 @@ def chosen(given: str, known: list[str], flag: str) -> list[str]:
 def make_plan(flags) -> Plan:
     """Check the flags; nothing is written."""
     arms = chosen(flags.arms, list(ARMS), "--arms")
+    settings = settle(flags)
     checkpoint = Path(flags.sam_checkpoint).resolve() if flags.sam_checkpoint else None
     if checkpoint is not None and not checkpoint.is_file():
         raise ValueError(f"--sam_checkpoint {flags.sam_checkpoint}: no such file (empty = train one)")
     root = Path(flags.output_dir).resolve()
-    return Plan(root, settle(flags), tuple(arms), checkpoint, flags.device, flags.num_cpus)
+    if not settings.scratch_flags:
+        arms = [arm for arm in arms if arm != SCRATCH_OWN]
+    return Plan(root, settings, tuple(arms), checkpoint, flags.device, flags.num_cpus)
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     stages = chosen(flags.stages, list(STAGES), "--stages")
     plan = make_plan(flags)
-    RunInfo.collect(flags).write(plan.root)
+    info = RunInfo.collect(flags)
+    info.write(plan.root)
     records = Records(plan.root / "jobs")
     with Workers(plan.settings.num_parallel, records) as workers:
         for stage in stages:
             started = time.time()
             if stage == "report":
-                report(plan, records, flags.preset)
+                report(plan, records, info.command)
                 continue
             for batch in plan.batches(stage):
                 workers.run(batch, plan.num_threads(stage, len(batch)))
             print(f"{stage}: {time.time() - started:.0f} s", flush=True)
 
 
-def report(plan: Plan, records: Records, preset: str) -> None:
+def report(plan: Plan, records: Records, command: str) -> None:
     """Write the report and print its tables."""
     from benchmarks.comparison.report import TABLES, write_report
 
-    write_report(plan, records, f"python -m benchmarks.compare_pretraining --preset {preset}")
+    write_report(plan, records, command)
     print((plan.root / "report" / TABLES).read_text(), flush=True)
 
 

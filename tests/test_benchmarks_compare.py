@@ -7,11 +7,11 @@ import os
 
 import numpy as np
 import pytest
-from scipy.stats import wilcoxon
+from scipy.stats import ttest_1samp
 
 from benchmarks import compare_pretraining
 from benchmarks.comparison import jobs, results, settings, true_pairs
-from benchmarks.comparison.arms import ARMS, SCRATCH
+from benchmarks.comparison.arms import ARMS, SCRATCH, SCRATCH_OWN
 from benchmarks.comparison.results import Scores, compare, verdicts
 from benchmarks.comparison.stages import Plan
 from datasets.correspondences import CorrespondenceTable
@@ -176,21 +176,56 @@ def scores_of(**dice) -> Scores:
     return Scores(arrays, [f"case{n}" for n in range(next(iter(arrays.values())).shape[1])], (1,), tuple(dice))
 
 
-def test_comparison_is_paired_over_cases():
+def test_comparison_is_paired_over_seeds():
     rng = np.random.default_rng(0)
     scratch = rng.uniform(0.2, 0.6, (3, 12))
-    gain = rng.normal(0.06, 0.01, 12)
+    gain = 0.06 + rng.normal(0, 0.003, (3, 1)) + rng.normal(0, 0.01, (3, 12))
     found = compare(scores_of(scratch=scratch, sam=scratch + gain), "sam", "scratch", 1)
     assert found.gain == pytest.approx(gain.mean()) and found.num_won == found.num_cases == 12
-    assert found.low < found.gain < found.high and found.high - found.low < 0.03
-    assert found.p == pytest.approx(wilcoxon(gain).pvalue) and found.p < 0.001
+    assert found.by_seed == pytest.approx(gain.mean(axis=1))
+    expected = ttest_1samp(gain.mean(axis=1), 0)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert found.p == pytest.approx(expected.pvalue) and found.p < 0.01
 
 
-def test_the_interval_knows_of_seeds_too():
-    """Every case gains alike within a seed, but seeds differ: cases alone would give an interval of width 0."""
-    gains = np.array([[0.1], [0.0], [-0.1]]) * np.ones((3, 8))
-    found = compare(scores_of(scratch=np.full((3, 8), 0.3), sam=0.3 + gains), "sam", "scratch", 1)
-    assert found.gain == pytest.approx(0) and found.low < -0.06 and found.high > 0.06
+def test_a_luck_that_all_cases_share_is_no_gain():
+    """Every case moves alike within a seed, and seeds differ: over 24 test cases a test would be sure of a gain."""
+    gains = np.array([[0.2], [0.02], [-0.04]]) * np.ones((3, 24))
+    found = compare(scores_of(scratch=np.full((3, 24), 0.3), sam=0.3 + gains), "sam", "scratch", 1)
+    assert found.num_won == 24 and found.low < 0 < found.high and found.p > 0.3
+
+
+def test_a_single_seed_is_judged_over_cases():
+    gains = np.array([[0.1, 0.12, 0.08]])
+    found = compare(scores_of(scratch=[[0.3] * 3], sam=0.3 + gains), "sam", "scratch", 1)
+    assert 0 < found.low < 0.1 < found.high and found.p == pytest.approx(ttest_1samp(gains[0], 0).pvalue)
+
+
+def test_a_job_leaves_alone_what_no_job_has_made(tmp_path):
+    """An --output_dir that already holds, say, a trained SAM under the same name."""
+    foreign = tmp_path / "out" / "checkpoint_best.pth"
+    foreign.parent.mkdir()
+    foreign.write_text("weeks of work")
+    records = jobs.Records(tmp_path / "jobs")
+    with pytest.raises(jobs.JobError, match="choose another --output_dir"):
+        jobs.do_job(small_job(tmp_path, "one"), records, 1)
+    assert foreign.read_text() == "weeks of work"
+
+
+def test_numbers_of_other_flags_are_not_reported(compared):
+    records = jobs.Records(compared.root / "jobs")
+    with pytest.raises(ValueError, match="6 of 6 finetunings are not done with these flags"):
+        results.read_dice(plan_of(compared.root, "--finetune_steps", "3"), records)
+
+
+def test_scratch_has_a_second_finetuning_with_settings_of_its_own(tmp_path):
+    words = ("--arms", "scratch,scratch_own,sam", "--finetune_flags=--layer_decay=0.5")
+    assert plan_of(tmp_path, *words).arms == ("scratch", "sam")
+    plan = plan_of(tmp_path, *words, "--scratch_flags=--layer_decay=1 --lr=0.5")
+    assert plan.arms == ("scratch", SCRATCH_OWN, "sam")
+    ends = {job.name.split("/")[1]: job.calls[0].words[-3:] for job in plan.finetune}
+    assert ends["scratch_own_1shot_seed0"] == ("--layer_decay=0.5", "--layer_decay=1", "--lr=0.5")
+    assert ends["sam_1shot_seed0"][-1] == ends["scratch_1shot_seed0"][-1] == "--layer_decay=0.5"
 
 
 def test_a_case_without_organs_counts_for_nothing():
@@ -209,7 +244,15 @@ def test_verdict_on_scratch(gain, word):
     assert f"with 1 labelled: {word}" in verdicts([compare(scores, "sam", "scratch", 1)])[0]
 
 
-@pytest.mark.parametrize(("gains", "word"), [([0.1, 0.2], "yes"), ([-0.1, -0.2], "NO"), ([-0.3, 0.2], "within chance")])
+def test_verdict_is_on_the_better_scratch():
+    scores = scores_of(scratch=[[0.1, 0.3]], scratch_own=[[0.2, 0.4]], sam=[[0.22, 0.42]])
+    told = verdicts([compare(scores, "sam", scratch, 1) for scratch in ("scratch", "scratch_own")])[0]
+    assert "from scratch, own settings" in told and "NO (+2.0" in told
+
+
+@pytest.mark.parametrize(
+    ("gains", "word"), [([0.1, 0.2], "yes"), ([-0.19, -0.2], "NO"), ([-0.3, 0.2], "within chance")]
+)
 def test_verdict_on_random(gains, word):
     scores = scores_of(random=[[0.4, 0.4]], sam=[[0.4 + gains[0], 0.4 + gains[1]]])
     assert f"with 1 labelled: {word}" in verdicts([compare(scores, "sam", "random", 1)])[0]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 SCRATCH = "scratch"
+SCRATCH_OWN = "scratch_own"  # without what suits pretrained weights alone, as layer-wise decay: --scratch_flags
+UNTRAINED = (SCRATCH, SCRATCH_OWN)
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Arm:
 
 ARMS: dict[str, Arm] = {
     SCRATCH: Arm("from scratch"),
+    SCRATCH_OWN: Arm("from scratch, own settings"),
     "mim": Arm("masked image modelling", ("--pairing", "random", "--lambda1", "0", "--lambda2", "0")),
     "random": Arm("Alice, random pairs", ("--pairing", "random")),
     "iou": Arm("Alice, IoU pairs", ("--pairing", "iou")),
@@ -32,7 +35,7 @@ ARMS: dict[str, Arm] = {
 
 # (better, worse): what the method claims, each tested at every number of labelled cases.
 CLAIMS = (
-    *((name, SCRATCH) for name in ARMS if name != SCRATCH),
+    *((name, scratch) for scratch in UNTRAINED for name in ARMS if name not in UNTRAINED),
     *(("sam", other) for other in ("random", "iou", "mim", "sam_no_casa")),
     ("true", "sam"),
     ("true", "random"),

@@ -6,12 +6,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmarks.comparison.arms import ARMS, SCRATCH
+from benchmarks.comparison.arms import ARMS, SCRATCH, SCRATCH_OWN
 from benchmarks.comparison.results import Scores
 from datasets.files import write_bytes
 
 STYLES = {
     SCRATCH: ("#777777", "o", "--"),
+    SCRATCH_OWN: ("#222222", "o", ":"),
     "mim": ("#b07aa1", "s", "-"),
     "random": ("#f28e2b", "^", "-"),
     "iou": ("#edc948", "v", "-"),

@@ -173,10 +173,15 @@ def do_job(job: Job, records: Records, num_threads: int) -> None:
     """Run a job's calls one after the other in this process; what they print goes to the job's log.
 
     Raises:
-        JobError: one of them failed.
+        JobError: one of them failed, or the job's folder holds something that no job has made.
     """
     before = records.read(job)
     if before.get("key") != job.key and job.folder is not None and job.folder.exists():
+        if not before and any(job.folder.iterdir()):
+            raise JobError(
+                f"{job.name}: {job.folder} is not empty, and {records.path(job)} does not say that this comparison "
+                "made it; choose another --output_dir, or move that folder away"
+            )
         shutil.rmtree(job.folder)
     started = time.time()
     records.write(job, started=started)

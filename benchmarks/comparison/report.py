@@ -29,7 +29,7 @@ FIGURE, TABLES, SUMMARY = "dice_over_labels.png", "comparison.md", "comparison.j
 
 def write_report(plan: Plan, records: Records, command: str) -> dict:
     """Write the three files to `plan.root/report`; returns the summary."""
-    scores, folder = read_dice(plan), plan.root / "report"
+    scores, folder = read_dice(plan, records), plan.root / "report"
     comparisons, ends = compare_all(scores), pretraining_ends(plan)
     seconds = stage_seconds(records)
     told = verdicts(comparisons)
@@ -50,11 +50,13 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
         f"`{command}`, commit {summary['commit']}",
         "\n".join(f"- {line}" for line in told),
         f"Dice in percent, mean over organs and {len(scores.cases)} held-out phantoms in their files' own spacing; "
-        f"mean ± std over {len(plan.settings.seeds)} seeds, each with labelled cases of its own:",
+        f"mean ± std over {len(plan.settings.seeds)} seeds, each with the labelled cases of another fold (folds share "
+        f"cases where five of them need more than {plan.settings.num_labelled}):",
         dice_table(scores),
         f"![Dice against the number of labels]({FIGURE})",
-        "Paired differences in Dice points; 95 % bootstrap interval over seeds (other labelled cases) and test cases; "
-        "two-sided Wilcoxon signed-rank test over test cases, averaged over seeds, not corrected for their number:",
+        "Paired differences in Dice points; in brackets the 95 % t interval over seeds (other labelled cases, crops "
+        "and new layers; the test cases are the same), in parentheses every seed; p of the two-sided paired t test "
+        "over seeds, not corrected for the number of tests:",
         comparison_table(comparisons, scores.shots),
         "How the pretrainings ended (means of the last epoch; `start_`: of the first; a uniform distribution has "
         "entropy log K and costs log K in the cls and token losses):",

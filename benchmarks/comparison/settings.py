@@ -49,6 +49,7 @@ class Settings:
     finetune_lr: float = flag(1e-3, "peak learning rate of finetuning")
     finetune_workers: int = flag(1, "loading processes of each finetuning; 0 = none")
     finetune_flags: str = flag("", "further flags of every finetuning, in quotes")
+    scratch_flags: str = flag("", "of a second finetuning from scratch, on top of all others, in quotes; empty = none")
     num_parallel: int = flag(8, "pretrainings or finetunings side by side; 0 = one by one within this process")
     num_threads: int = flag(1, "CPU threads of each")
 
@@ -63,6 +64,7 @@ PRESETS: dict[str, dict] = {
         **{"sam_config": "configs/sam_quickstart.yaml", "sam_flags": "--time_limit_min=10 --steps=600"},
         **{"finetune_steps": 1200, "finetune_lr": 3e-3, "finetune_workers": 0, "num_parallel": 2},
         "finetune_flags": "--layer_decay=0.5",
+        "scratch_flags": "--layer_decay=1 --lr=5e-3 --min_lr=5e-5",  # scratch's best of 1e-3, 3e-3 (with decay), 5e-3
         **{"sam_spacing_mm": 4.0, "data_seed": 9},  # tuned with 7; an earlier protocol saw 8
     },
     "smoke": {

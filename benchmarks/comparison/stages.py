@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from benchmarks.comparison.arms import ARMS, SCRATCH
+from benchmarks.comparison.arms import ARMS, SCRATCH_OWN, UNTRAINED
 from benchmarks.comparison.jobs import REPOSITORY, Call, Job, words
 from benchmarks.comparison.settings import Settings
 
@@ -227,7 +227,7 @@ class Plan:
 
     @cached_property
     def pretrain(self) -> dict[str, Job]:
-        return {arm: self._pretrain(arm) for arm in self.arms if arm != SCRATCH}
+        return {arm: self._pretrain(arm) for arm in self.arms if arm not in UNTRAINED}
 
     def _pretrain(self, arm: str) -> Job:
         s, folder = self.settings, self.run_folder("pretrain", arm)
@@ -288,8 +288,9 @@ class Plan:
             "device": self.device,
         }
         start = words(weights="none")
-        if arm != SCRATCH:
+        if arm not in UNTRAINED:
             start = words(weights=self.weights(arm), weights_part=s.weights_part)
+        further = shlex.split(f"{s.finetune_flags} {s.scratch_flags if arm == SCRATCH_OWN else ''}")
         train = words(
             config=REPOSITORY / "configs" / "finetune_comparison.yaml",
             **shared,
@@ -308,9 +309,9 @@ class Plan:
         )
         judge = words(checkpoint_file=evaluation.parent / "best.pth", **shared, output_dir=evaluation)
         judge += ("--no_pictures", *words(nsd_mm=0, overlap=0.25, window_batch=8))
-        after = (self.make_stores["labelled"], *([] if arm == SCRATCH else [self.pretrain[arm]]))
+        after = (self.make_stores["labelled"], *([] if arm in UNTRAINED else [self.pretrain[arm]]))
         calls = (
-            Call("scripts.finetune_segmentation", (*train, *start, *shlex.split(s.finetune_flags))),
+            Call("scripts.finetune_segmentation", (*train, *start, *further)),
             Call("scripts.evaluate_segmentation", judge),
         )
         return Job(f"finetune/{arm}_{shots}shot_seed{seed}", calls, evaluation.parent, after, scraps=("*.pth",))
