@@ -97,6 +97,40 @@ def test_labels_beside_images_and_folders_that_only_sound_like_labels(tmp_path):
     }
 
 
+def test_lits_ct_org_and_btcv_number_images_and_labels_alike(tmp_path):
+    touch(tmp_path, "LiTS/volume-0.nii", "LiTS/segmentation-0.nii", "LiTS/volume-10.nii", "LiTS/segmentation-10.nii")
+    touch(tmp_path, "CT-ORG/volume-1.nii.gz", "CT-ORG/labels-1.nii.gz", "CT-ORG/volume-2.nii.gz")
+    touch(tmp_path, "BTCV/Training/img/img0001.nii.gz", "BTCV/Training/label/label0001.nii.gz")
+    touch(tmp_path, "BTCV/Testing/img/img0061.nii.gz", "own/p7.nii.gz", "own/seg_p7.nii.gz")
+    assert found(tmp_path) == {
+        "volume-0": ("LiTS/volume-0.nii", "LiTS/segmentation-0.nii"),
+        "volume-10": ("LiTS/volume-10.nii", "LiTS/segmentation-10.nii"),
+        "volume-1": ("CT-ORG/volume-1.nii.gz", "CT-ORG/labels-1.nii.gz"),
+        "volume-2": ("CT-ORG/volume-2.nii.gz", None),
+        "img0001": ("BTCV/Training/img/img0001.nii.gz", "BTCV/Training/label/label0001.nii.gz"),
+        "img0061": ("BTCV/Testing/img/img0061.nii.gz", None),
+        "p7": ("own/p7.nii.gz", "own/seg_p7.nii.gz"),
+    }
+
+
+def test_folders_with_a_label_word_in_their_name(tmp_path):
+    touch(tmp_path, "Pancreas-CT/PANCREAS_0001.nii.gz", "TCIA_pancreas_labels-02-05-2017/PANCREAS_0001.nii.gz")
+    touch(tmp_path, "TCIA_pancreas_labels-02-05-2017/0002.nii.gz", "TCIA_pancreas_labels-02-05-2017/img_3_seg.nii.gz")
+    # Data sets that only speak of labels in their names keep their images.
+    touch(tmp_path, "liver_segmentation/imagesTr/liver_1.nii.gz", "liver_segmentation/labelsTr/liver_1.nii.gz")
+    touch(tmp_path, "ct_with_labels/volume-5.nii", "lung-seg-2020/p1_0000.nii.gz", "unlabeled_cases/u.nii")
+    assert found(tmp_path) == {
+        "PANCREAS_0001": (
+            "Pancreas-CT/PANCREAS_0001.nii.gz",
+            "TCIA_pancreas_labels-02-05-2017/PANCREAS_0001.nii.gz",
+        ),
+        "liver_1": ("liver_segmentation/imagesTr/liver_1.nii.gz", "liver_segmentation/labelsTr/liver_1.nii.gz"),
+        "volume-5": ("ct_with_labels/volume-5.nii", None),
+        "p1": ("lung-seg-2020/p1_0000.nii.gz", None),
+        "u": ("unlabeled_cases/u.nii", None),
+    }
+
+
 def test_equal_names_get_their_folders_and_their_own_labels(tmp_path):
     touch(tmp_path, "siteA/images/1_0000.nii.gz", "siteA/labels/1.nii.gz", "siteB/images/1_0000.nii.gz")
     touch(tmp_path, "siteB/x/ct.nii.gz", "siteA/x/ct.nii.gz")
