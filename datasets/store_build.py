@@ -1,8 +1,9 @@
 """Building a volume store from NIfTI files: in parallel, resumable, safe to kill and to run several times at once.
 
-Every case is made under its own lock; its files are written aside and renamed, its manifest comes last. So whatever
-ends the run, the next one keeps the finished cases and makes the others. Cases are taken in another order by every
-process that builds, so that several of them share the work instead of waiting for each other.
+Every case is made under its own lock (on file systems without locks two builders may both make it, with one result);
+its files are written aside and renamed, its manifest comes last. So whatever ends the run, the next one keeps the
+finished cases and makes the others. Cases are taken in another order by every process that builds, so that several of
+them share the work instead of waiting for each other.
 """
 
 import json
@@ -145,12 +146,12 @@ def _start_worker() -> None:
 
 def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: bool) -> str:
     """Store one case unless it is there; returns "built", "reused" or the reason of the failure."""
-    with exclusive(store_dir / "locks" / "cases" / case.name):
+    with exclusive(store_dir / "locks" / "cases" / case.name) as locked:
         try:
             record = read_manifest(manifest_file(store_dir, case.name))
             if _is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
                 return "reused"
-            _make_case(case, store_dir, spacing_mm)
+            _make_case(case, store_dir, spacing_mm, locked)
             return "built"
         except CTReadError as error:
             return str(error)
@@ -189,12 +190,13 @@ def _stamp(case: Case) -> str:
     return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
 
-def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None) -> None:
+def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, locked: bool) -> None:
     """Read, resample, compress and write one case; its manifest disappears first and comes back last."""
     paths = [find(store_dir, case.name) for find in (array_file, label_file, manifest_file)]
     paths[2].unlink(missing_ok=True)
-    for path in paths:
-        remove_asides(path)
+    if locked:  # else they may be another builder's, in work
+        for path in paths:
+            remove_asides(path)
     stamp = _stamp(case)
     image = read_ct(case.image)
     label = None if case.label is None else _read_matching_label(case.label, image)

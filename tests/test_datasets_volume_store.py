@@ -1,5 +1,6 @@
 """The volume store: what goes in comes out, crops touch little, builds survive everything, damage is noticed."""
 
+import errno
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from datasets.data_list import Case, find_cases, write_data_list
-from datasets.files import DiskFullError, FileWriteError
+from datasets.files import DiskFullError, FileWriteError, exclusive
 from datasets.geometry import resample
 from datasets.nifti import read_ct, read_label
 from datasets.store_format import read_region, write_index
@@ -391,6 +392,24 @@ def test_several_processes_share_one_build(tmp_path):
     assert all(process.returncode == 0 for process in processes)
     assert sorted(name for names in built for name in names) == [f"case{number:02d}" for number in range(12)]
     assert_whole(store_dir, 12)
+
+
+def test_a_file_system_without_locks(tmp_path, cases, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    with exclusive(tmp_path / "lock") as locked:
+        assert locked
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    in_work = tmp_path / "store" / "cases" / ".case0.b2nd.elsewhere-1.aside"
+    in_work.parent.mkdir(parents=True)
+    in_work.write_bytes(b"half, by another builder")
+    assert build_store(cases, tmp_path / "store", progress=False).built == ["case0", "case1", "case2"]
+    assert in_work.exists()
+    with exclusive(tmp_path / "lock") as locked:
+        assert not locked
 
 
 def test_a_full_disk_is_reported_and_what_is_there_stays(store, cases, tmp_path):
