@@ -128,6 +128,8 @@ def _read_voxels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     if dtype.kind not in "iuf":
         raise CTReadError(f"{path}: voxel type {dtype} is not a real number; expected integers or floats")
     offset, num_bytes = int(header.get_data_offset()), math.prod(shape) * dtype.itemsize
+    if offset < 0:
+        raise CTReadError(f"{path}: damaged NIfTI header (vox_offset is {offset}, expected the voxels' first byte)")
     if len(content) < offset + num_bytes:
         raise CTReadError(
             f"{path}: truncated; shape {shape} of {dtype} needs {offset + num_bytes} bytes, received {len(content)}"
@@ -167,11 +169,17 @@ def _read_header(content: bytes, path: str | Path) -> nib.Nifti1Header:
             try:
                 # Unchecked: nibabel's check would quietly turn a zero spacing into 1 mm.
                 header = kind.from_fileobj(io.BytesIO(content), check=False)
-                header.get_data_dtype(), header.get_slope_inter()  # both raise on codes that do not exist
+                # All raise on what does not exist: codes, a NaN for an offset, a shape that no file has.
+                header.get_data_dtype(), header.get_slope_inter(), header.get_data_shape(), header.get_data_offset()
                 return header
             except KeyError as error:
                 raise CTReadError(f"{path}: unknown voxel type code {error} in the header") from error
-            except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError) as error:
+            except (
+                nib.spatialimages.HeaderDataError,
+                nib.wrapstruct.WrapStructError,
+                ValueError,
+                OverflowError,
+            ) as error:
                 raise CTReadError(f"{path}: damaged NIfTI header ({error})") from error
     raise CTReadError(f"{path}: not a NIfTI file; the header does not say n+1 or n+2")
 

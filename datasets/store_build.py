@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.data_list import Case
-from datasets.files import exclusive, remove_asides, write_bytes, write_text
+from datasets.files import FileWriteError, exclusive, remove_asides, write_bytes, write_text
 from datasets.geometry import body_box, index_to_world, resample, spacing_of
 from datasets.nifti import CTReadError, Volume, read_ct, read_label
 from datasets.store_format import (
@@ -157,6 +157,10 @@ def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: b
             return str(error)
         except MemoryError:
             return f"{case.image}: not enough memory to read and resample this volume"
+        except FileWriteError:  # the store's trouble, not this case's
+            raise
+        except Exception as error:  # whatever one strange file does, thousands of others wait behind it
+            return f"{case.image}: unexpected {type(error).__name__} while storing it ({error})"
 
 
 def _is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:

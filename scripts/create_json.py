@@ -73,6 +73,8 @@ def check_case(case: Case) -> dict[str, str]:
         problems[file] = reason
     except MemoryError:
         problems[str(case.image)] = "not enough memory to read it; try a lower --num_workers"
+    except Exception as error:  # whatever one strange file does, thousands of others wait behind it
+        problems[str(case.image)] = f"unexpected {type(error).__name__} ({error})"
     return problems
 
 

@@ -17,6 +17,7 @@ from datasets.data_list import (
     unique_names,
     write_data_list,
 )
+from datasets.nifti import read_ct
 from scripts import create_json
 
 
@@ -260,6 +261,20 @@ def test_create_json_leaves_unreadable_files_out_loudly(flare, capsys):
     assert (
         told.err.count("left out") == 3 and "3 training and 1 validation" in told.out and "3 cases left out" in told.out
     )
+
+
+def test_create_json_goes_on_after_what_nobody_foresaw(flare, monkeypatch):
+    def read(path):
+        if "Tr_0002" in Path(path).name:
+            raise OverflowError("too large")
+        return read_ct(path)
+
+    monkeypatch.setattr(create_json, "read_ct", read)
+    create_json.main(["--data_dir", str(flare), "--output", str(flare / "all.json")])
+    content = json.loads((flare / "all.json").read_text())
+    reasons = {Path(file).name: reason for file, reason in content["unreadable"].items()}
+    assert reasons["FLARE22_Tr_0002_0000.nii.gz"] == "unexpected OverflowError (too large)"
+    assert "FLARE22_Tr_0003" in [entry["name"] for entry in content["training"]]
 
 
 @pytest.mark.parametrize("which, num_cases", [("labelled", 3), ("unlabelled", 1)])

@@ -178,6 +178,26 @@ def test_failures_are_listed_and_tried_again(tmp_path, cases):
     assert sorted(json.loads((tmp_path / "store" / "failures.json").read_text())) == ["mislabelled", "missing"]
 
 
+def test_what_nobody_foresaw_in_one_case_leaves_the_others(tmp_path, cases, monkeypatch):
+    def read(path):
+        if Path(path) == cases[1].image:
+            raise OverflowError("too large")
+        return read_ct(path)
+
+    monkeypatch.setattr("datasets.store_build.read_ct", read)
+    report = build_store(cases, tmp_path / "store", progress=False)
+    assert report.built == ["case0", "case2"]
+    reason = f"{cases[1].image}: unexpected OverflowError while storing it (too large)"
+    assert report.failed == {"case1": reason}
+    monkeypatch.setattr("datasets.store_build.read_ct", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build_store(cases, tmp_path / "store", progress=False)
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 def test_label_beside_its_image_is_refused(tmp_path):
     case = put_case(tmp_path / "data", "case", label=True)
     label = nib.load(case.label)
