@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from datasets.files import write_bytes
-from datasets.geometry import spacing_of, to_canonical
+from datasets.geometry import index_to_world, spacing_of, to_canonical
 
 HU_MIN, HU_MAX = -1024, 3071
 GZIP_MAGIC = b"\x1f\x8b"
@@ -88,6 +88,22 @@ def read_label(path: str | Path) -> Volume:
         if not np.allclose(array, raw, rtol=0, atol=1e-3):
             raise CTReadError(f"{path}: label values are not whole numbers; is this an image?")
     return Volume(*_canonical(array, affine), str(path))
+
+
+def read_label_of(image: Volume, path: str | Path) -> Volume:
+    """Read the label map of an image.
+
+    Raises:
+        CTReadError: as `read_label`, and for a map that does not lie on the image's grid.
+    """
+    label = read_label(path)
+    if label.shape != image.shape:
+        raise CTReadError(f"{path}: label has shape {label.shape}, its image {image.path} has {image.shape}")
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in image.shape])).reshape(3, -1).T
+    apart_mm = np.abs(index_to_world(label.affine, corners) - index_to_world(image.affine, corners)).max()
+    if apart_mm > min(image.spacing_mm) / 2:  # less is rounding in the headers
+        raise CTReadError(f"{path}: label lies {apart_mm:.1f} mm beside its image {image.path}")
+    return label
 
 
 def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None:

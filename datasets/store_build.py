@@ -18,13 +18,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from datasets.data_list import Case
 from datasets.files import FileWriteError, exclusive, remove_asides, write_bytes, write_text
-from datasets.geometry import body_box, index_to_world, resample, spacing_of
-from datasets.nifti import CTReadError, Volume, read_ct, read_label
+from datasets.geometry import body_box, resample, spacing_of
+from datasets.nifti import CTReadError, read_ct, read_label_of
 from datasets.store_format import (
     CaseRecord,
     StoreError,
@@ -203,7 +202,7 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, locked: bo
             remove_asides(path)
     stamp = _stamp(case)
     image = read_ct(case.image)
-    label = None if case.label is None else _read_matching_label(case.label, image)
+    label = None if case.label is None else read_label_of(image, case.label).array
     array, affine = image.array, image.affine
     if spacing_mm is not None:
         array, affine = resample(array, image.affine, spacing_mm)
@@ -222,18 +221,6 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, locked: bo
         case.name, array.shape, spacing_of(affine), affine, body_start, body_stop, str(case.image), stamp, *checksums
     )
     write_text(paths[2], json.dumps(record.to_json(), indent=1) + "\n")
-
-
-def _read_matching_label(path: Path, image: Volume) -> np.ndarray:
-    """The label map, if it lies on the image's grid."""
-    label = read_label(path)
-    if label.shape != image.shape:
-        raise CTReadError(f"{path}: label has shape {label.shape}, its image {image.path} has {image.shape}")
-    corners = np.array(np.meshgrid(*[(0, size - 1) for size in image.shape])).reshape(3, -1).T
-    apart_mm = np.abs(index_to_world(label.affine, corners) - index_to_world(image.affine, corners)).max()
-    if apart_mm > min(image.spacing_mm) / 2:  # less is rounding in the headers
-        raise CTReadError(f"{path}: label lies {apart_mm:.1f} mm beside its image {image.path}")
-    return label.array
 
 
 def _write_failures(store_dir: Path, cases: Sequence[Case], failed: dict[str, str]) -> None:

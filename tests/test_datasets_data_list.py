@@ -18,6 +18,7 @@ from datasets.data_list import (
     write_data_list,
 )
 from datasets.nifti import read_ct
+from datasets.volume_store import build_store
 from scripts import create_json
 
 
@@ -252,15 +253,44 @@ def test_create_json_leaves_unreadable_files_out_loudly(flare, capsys):
     told = capsys.readouterr()
     content = json.loads((flare / "all.json").read_text())
     names = [entry["name"] for entry in content["training"] + content["validation"]]
-    assert sorted(names) == ["Case_00001", "FLARE22_Tr_0001", "FLARE22_Tr_0002", "FLARE22_Tr_0003"]
+    assert sorted(names) == ["Case_00001", *(f"FLARE22_Tr_000{number}" for number in (1, 2, 3, 4))]
     assert len(content["validation"]) == 1 and content["labels"]["13"] == "left kidney"
     reasons = {Path(file).name: reason for file, reason in content["unreadable"].items()}
     assert "truncated" in reasons.pop("Case_00003_0000.nii.gz")
     assert "4-D" in reasons.pop("Case_00002_0000.nii.gz")
-    assert "(5, 5, 5)" in reasons.pop("FLARE22_Tr_0004.nii.gz") and not reasons
-    assert (
-        told.err.count("left out") == 3 and "3 training and 1 validation" in told.out and "3 cases left out" in told.out
-    )
+    label_reason = reasons.pop("FLARE22_Tr_0004.nii.gz")
+    assert "(5, 5, 5)" in label_reason and "FLARE22_Tr_0004 is listed without its label" in label_reason and not reasons
+    assert told.err.count("left out") == 3 and label_reason in told.err
+    assert "4 training and 1 validation cases (3 with labels), 2 cases left out, 1 listed without" in told.out
+
+
+def test_create_json_refuses_labels_that_the_store_would_refuse(tmp_path, capsys):
+    for name in ("a", "b"):
+        put_ct(tmp_path / f"images/{name}.nii.gz")
+        put_ct(tmp_path / f"labels/{name}.nii.gz", label=True)
+    label = nib.load(tmp_path / "labels/b.nii.gz")
+    shifted = label.affine + np.array([[0, 0, 0, 30.0]] + [[0] * 4] * 3)
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), shifted), tmp_path / "labels/b.nii.gz")
+    command = ["--data_dir", str(tmp_path), "--output", str(tmp_path / "l.json")]
+    create_json.main(command)
+    assert [case.label is not None for case in load_data_list(tmp_path / "l.json", tmp_path)] == [True, False]
+    assert "labels/b.nii.gz: label lies 30.0 mm beside its image" in capsys.readouterr().err
+    create_json.main([*command, "--cases", "labelled"])
+    assert [case.name for case in load_data_list(tmp_path / "l.json", tmp_path)] == ["a"]
+    assert "without" not in capsys.readouterr().err
+    assert build_store(find_cases(tmp_path), tmp_path / "store", progress=False).failed.keys() == {"b"}
+
+
+def test_create_json_leaves_label_maps_out(tmp_path):
+    put_ct(tmp_path / "a.nii.gz")
+    put_ct(tmp_path / "a_organs.nii.gz", label=True)
+    mri = np.random.default_rng(0).integers(0, 1000, size=(6, 7, 8)).astype(np.int16)
+    nib.save(nib.Nifti1Image(mri, np.eye(4)), tmp_path / "mri.nii.gz")
+    create_json.main(["--data_dir", str(tmp_path), "--output", str(tmp_path / "l.json")])
+    content = json.loads((tmp_path / "l.json").read_text())
+    assert [entry["name"] for entry in content["training"]] == ["a", "mri"]
+    assert [Path(file).name for file in content["unreadable"]] == ["a_organs.nii.gz"]
+    assert "14 whole values" in str(content["unreadable"]) and "looks like a label map" in str(content["unreadable"])
 
 
 def test_create_json_goes_on_after_what_nobody_foresaw(flare, monkeypatch):
