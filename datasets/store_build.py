@@ -150,7 +150,7 @@ def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: b
             record = read_manifest(manifest_file(store_dir, case.name))
             if _is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
                 return "reused"
-            _make_case(case, store_dir, spacing_mm, locked)
+            _make_case(case, store_dir, spacing_mm, record, locked)
             return "built"
         except CTReadError as error:
             return str(error)
@@ -166,8 +166,10 @@ def _is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
     """Whether the case is stored, from its source files as they are now; once they are gone, the store stands alone."""
     if record is None:
         return False
+    sources, stamps = _sources(case), record.source_stamp.split()
     try:
-        if case.image.exists() and record.source_stamp != _stamp(case):
+        # Fewer sources than stamps: another list had a label stored, which this one neither needs nor removes.
+        if case.image.exists() and _stamp(sources).split() != stamps[: len(sources)]:
             return False
     except CTReadError:
         return False
@@ -184,23 +186,47 @@ def _is_damaged(record: CaseRecord, store_dir: Path) -> bool:
     return False
 
 
-def _stamp(case: Case) -> str:
-    """Size and time of the source files: another stamp means another content."""
+def _sources(case: Case) -> list[Path]:
+    """The files that a case is made of, the image first."""
+    return [path for path in (case.image, case.label) if path is not None]
+
+
+def _stamp(sources: Sequence[Path]) -> str:
+    """Size and time of each file, a word each: another word means another content."""
     try:
-        stats = [path.stat() for path in (case.image, case.label) if path is not None]
+        stats = [path.stat() for path in sources]
     except OSError as error:
         raise CTReadError(f"{error.filename}: {error.strerror}") from error
     return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
 
-def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, locked: bool) -> None:
-    """Read, resample, compress and write one case; its manifest disappears first and comes back last."""
+def _keeps_label(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
+    """Whether a case listed without label has one in the store that still fits: of this image, and undamaged."""
+    if case.label is not None or record is None or not record.has_label:
+        return False
+    try:
+        check_file(label_file(store_dir, case.name), record.label_checksum)
+        return _stamp([case.image]) == record.source_stamp.split()[0]
+    except (StoreError, CTReadError):
+        return False
+
+
+def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: CaseRecord | None, locked: bool) -> None:
+    """Read, resample, compress and write one case; its manifest disappears first and comes back last.
+
+    Args:
+        case: what to store.
+        store_dir, spacing_mm: as in `build_store`.
+        stored: what the store knew of the case.
+        locked: whether no other process makes this case now.
+    """
     paths = [find(store_dir, case.name) for find in (array_file, label_file, manifest_file)]
+    keeps_label = _keeps_label(case, stored, store_dir)
+    stamp = stored.source_stamp if keeps_label else _stamp(_sources(case))  # a missing file ends it here, at no loss
     paths[2].unlink(missing_ok=True)
     if locked:  # else they may be another builder's, in work
         for path in paths:
             remove_asides(path)
-    stamp = _stamp(case)
     image = read_ct(case.image)
     label = None if case.label is None else read_label_of(image, case.label).array
     array, affine = image.array, image.affine
@@ -210,6 +236,9 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, locked: bo
     body_start, body_stop = body_box(array, spacing_of(affine))
     checksums = []
     for path, content in zip(paths, (array, label)):
+        if content is None and keeps_label:
+            checksums.append(stored.label_checksum)
+            continue
         if content is None:
             path.unlink(missing_ok=True)
             checksums.append("")

@@ -150,13 +150,40 @@ def test_finished_cases_are_reused_and_changed_ones_made_again(store, cases, tmp
     with_label = put_case(tmp_path / "data", "case2", seed=2, label=True)
     assert build([*cases[:2], with_label]) == (["case2"], ["case0", "case1"])
     assert VolumeStore(store.store_dir).record("case2").has_label
-    assert build([*cases[:2], Case("case2", with_label.image)]) == (["case2"], ["case0", "case1"])
-    assert not VolumeStore(store.store_dir).record("case2").has_label
-    assert not (store.store_dir / "cases" / "case2.label.b2nd").exists()
-    cases[0].image.unlink()  # the store stands alone once its sources are gone
+    put_case(tmp_path / "data", "case2", seed=2, label=True)  # the same label, written later
+    assert build([*cases[:2], with_label]) == (["case2"], ["case0", "case1"])
+    with_label.label.unlink()  # a file that is gone fails its case, and costs the store nothing
+    report = build_store([with_label], store.store_dir, progress=False)
+    assert "No such file" in report.failed["case2"] and "case2" in VolumeStore(store.store_dir)
+    cases[0].image.unlink()  # the store stands alone once its images are gone
     assert build(cases) == ([], ["case0", "case1", "case2"])
     (store.store_dir / "cases" / "case1.b2nd").unlink()
     assert build(cases) == (["case1"], ["case0", "case2"])
+
+
+def test_a_list_without_labels_keeps_stored_labels(store, cases, tmp_path):
+    without = [Case("case0", cases[0].image)]
+    in_use = VolumeStore(store.store_dir)
+    stats = [path.stat() for path in (cases[0].image, cases[0].label)]
+    # A word each, as in stores from before lists without labels kept them.
+    stamp = " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+    assert store.record("case0").source_stamp == stamp
+
+    def build(cases, **flags):
+        assert not (report := build_store(cases, store.store_dir, progress=False, **flags)).failed
+        return report.built
+
+    assert build(without) == []
+    flip_bytes(store.store_dir / "cases" / "case0.b2nd", 0.5)
+    assert build(without, verify=True) == ["case0"]  # the image alone is made again
+    label = read_label(cases[0].label).array
+    assert np.array_equal(in_use.label_crop("case0", (0, 0, 0), label.shape), label)
+    assert VolumeStore(store.store_dir).record("case0").source_stamp == stamp
+    assert build(cases[:1], verify=True) == []
+    put_case(tmp_path / "data", "case0", shape=(30, 30, 30), seed=5)  # a label of the old image fits no more
+    assert build(without) == ["case0"]
+    assert not VolumeStore(store.store_dir).record("case0").has_label
+    assert not (store.store_dir / "cases" / "case0.label.b2nd").exists()
 
 
 def test_failures_are_listed_and_tried_again(tmp_path, cases):
