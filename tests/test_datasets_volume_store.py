@@ -521,6 +521,12 @@ def test_prepare_volumes_command(tmp_path, cases, capsys):
     assert "0 cases stored, 2 were there already" in capsys.readouterr().out
 
 
+def test_prepare_volumes_starts_no_more_workers_than_cores_are_granted(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 7}, raising=False)
+    assert prepare_volumes.make_flags().get_defaults().num_workers == 2
+
+
 def test_prepare_volumes_fails_when_nothing_can_be_stored(tmp_path, cases):
     cases[0].image.write_bytes(b"nonsense")
     write_data_list(tmp_path / "list.json", tmp_path, cases[:1])
