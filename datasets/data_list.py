@@ -7,6 +7,7 @@ folder; MONAI reads it too. In unlabelled lists an entry may also be just the im
 import json
 import os
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ IMAGE_STEMS = ("ct", "image", "imaging", "img", "volume", "scan")
 LABEL_STEMS = ("label", "labels", "seg", "segmentation", "mask")
 LABEL_ENDINGS = tuple(f"{joint}{stem}" for stem in LABEL_STEMS for joint in "_-.")
 LABEL_FOLDERS = ("seg", "segs", "segmentation", "segmentations", "mask", "masks", "annotations", "gt")
+IMAGE_FOLDERS = (*IMAGE_STEMS, "imgs", "volumes", "scans")
+# Numbered by kind, as `volume-0` and `segmentation-0` (LiTS), `labels-1` (CT-ORG) or `img0001` and `label0001` (BTCV).
+IMAGE_START = re.compile(rf"(?:{'|'.join(IMAGE_STEMS)})(?:[-_. ]+(?=.)|(?=\d))", re.IGNORECASE)
+LABEL_START = re.compile(rf"(?:{'|'.join(LABEL_STEMS)})(?:[-_. ]+(?=.)|(?=\d))", re.IGNORECASE)
 
 
 class DataListError(ValueError):
@@ -40,9 +45,10 @@ def find_cases(data_dir: str | Path) -> list[Case]:
     """All CT volumes below a folder, sorted by name.
 
     Understood are FLARE22 / nnU-Net / Decathlon folders (`images*/X_0000.nii.gz` or `X.nii.gz`, the label `X.nii.gz` in
-    a folder whose name starts with "label"), one folder per case (`<case>/ct.nii.gz`, `<case>/label.nii.gz`; other
-    NIfTI files beside a `ct.nii.gz` are not images), and any other tree of `.nii` and `.nii.gz` files, where `X_label`
-    or `X_seg` beside `X` is its label. Names starting with a dot are skipped.
+    a folder that has "label", "seg" or the like as a word of its name), one folder per case (`<case>/ct.nii.gz`,
+    `<case>/label.nii.gz`; other NIfTI files beside a `ct.nii.gz` are not images), and any other tree of `.nii` and
+    `.nii.gz` files, where `X_label`, `X_seg` or `label_X` is the label of `X`, and `segmentation-0` or `label0` that of
+    `volume-0` or `img0`. Names starting with a dot are skipped.
 
     Raises:
         DataListError: the folder is missing or holds no image, or a case has two labels.
@@ -53,17 +59,24 @@ def find_cases(data_dir: str | Path) -> list[Case]:
     images, labels = _sort_files(sorted(_nifti_files(data_dir)), data_dir)
     if not images:
         raise DataListError(
-            f"{data_dir}: no images found below it. Expected .nii or .nii.gz files outside of folders named label*, "
-            f"{', '.join(LABEL_FOLDERS)} ({len(labels)} label files were seen). Is --data_dir right?"
+            f"{data_dir}: no images found below it. Expected .nii or .nii.gz files that are not named like labels, and "
+            f"outside of folders named label*, {', '.join(LABEL_FOLDERS)} ({len(labels)} label files were seen). "
+            "Is --data_dir right?"
         )
-    by_stem = defaultdict(list)
+    by_stem, by_number = defaultdict(list), defaultdict(list)
     for label in labels:
-        for stem in {_subject(label), _without_ending(label)}:
+        number = _without_start(label, LABEL_START)
+        for stem in {_subject(label), _without_ending(label), number}:
             by_stem[stem].append(label)
+        if number != _plain_stem(label):
+            by_number[number].append(label)
     names = unique_names([image.relative_to(data_dir).as_posix() for image in images])
-    cases = [
-        Case(name, image, _label_of(image, by_stem[_subject(image)], data_dir)) for name, image in zip(names, images)
-    ]
+    cases = []
+    for name, image in zip(names, images):
+        label = _label_of(image, by_stem[_subject(image)], data_dir)
+        if label is None and (number := _without_start(image, IMAGE_START)) != _plain_stem(image):
+            label = _label_of(image, by_number[number], data_dir)
+        cases.append(Case(name, image, label))
     return sorted(cases, key=lambda case: case.name)
 
 
@@ -193,7 +206,7 @@ def _sort_files(files: Sequence[Path], data_dir: Path) -> tuple[list[Path], list
     for file in files:
         stem = _plain_stem(file).lower()
         beside_image = _without_ending(file) != _plain_stem(file) and (file.parent, _without_ending(file)) in subjects
-        if stem in LABEL_STEMS or beside_image or _label_folder(file, data_dir):
+        if stem in LABEL_STEMS or LABEL_START.match(stem) or beside_image or _label_folder(file, data_dir):
             labels.append(file)
         elif file.parent not in case_folders or stem in IMAGE_STEMS:
             images.append(file)
@@ -202,11 +215,32 @@ def _sort_files(files: Sequence[Path], data_dir: Path) -> tuple[list[Path], list
 
 def _label_folder(file: Path, data_dir: Path) -> Path | None:
     """The folder of labels that a file lies in: the outermost below `data_dir` that is named like one."""
-    for folder in reversed(file.relative_to(data_dir).parents[:-1]):
-        name = folder.name.lower()
-        if name in LABEL_FOLDERS or (name.startswith("label") and not name.startswith(("labelled", "labeled"))):
+    folders = file.relative_to(data_dir).parents[:-1]  # the nearest first
+    for position, folder in reversed(list(enumerate(folders))):
+        named_so = folder.name.lower() in LABEL_FOLDERS or _starts_like_label(folder.name.lower())
+        # `liver_segmentation/imagesTr/X` and `ct_with_labels/volume-0` only speak of labels.
+        speaks_of_labels = any(word in LABEL_FOLDERS or _starts_like_label(word) for word in _words(folder.name))
+        if named_so or (speaks_of_labels and not _says_image(file, [nearer.name for nearer in folders[:position]])):
             return data_dir / folder
     return None
+
+
+def _starts_like_label(word: str) -> bool:
+    return word.startswith("label") and not word.startswith(("labelled", "labeled"))
+
+
+def _says_image(file: Path, folder_names: Sequence[str]) -> bool:
+    """Whether a file's own name, or one of these folders', says that it is an image."""
+    stem = _plain_stem(file)
+    if _without_ending(file) != stem:
+        return False
+    if _stem(file.name) != stem or stem.lower() in IMAGE_STEMS or IMAGE_START.match(stem):
+        return True
+    return any(word in IMAGE_FOLDERS or word.startswith("images") for name in folder_names for word in _words(name))
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z]+", name.lower())
 
 
 def _label_of(image: Path, named_alike: Sequence[Path], data_dir: Path) -> Path | None:
@@ -234,6 +268,13 @@ def _without_ending(file: Path) -> str:
     stem = _plain_stem(file)
     ending = next((ending for ending in LABEL_ENDINGS if stem.lower().endswith(ending)), "")
     return stem[: len(stem) - len(ending)]
+
+
+def _without_start(file: Path, start: re.Pattern) -> str:
+    """The stem of `volume-0.nii` without the word that says what it is."""
+    stem = _plain_stem(file)
+    found = start.match(stem)
+    return stem[found.end() :] if found else stem
 
 
 def _plain_stem(file: Path) -> str:

@@ -63,16 +63,17 @@ def remove_asides(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(lock_file: str | Path) -> Iterator[None]:
+def exclusive(lock_file: str | Path) -> Iterator[bool]:
     """Hold an advisory lock on `lock_file` (created if missing) among processes; the system drops it if we die.
 
-    Where the platform has no such locks, this does nothing: writers then may do the same work twice, but files are
-    still replaced in one step.
+    Yields:
+        Whether the lock is held. Where the platform or the file system has no such locks (Lustre without `-o flock`,
+        NFS without lockd) it is not: writers then may do the same work twice, but files are still replaced in one step.
     """
     try:
         import fcntl
     except ImportError:
-        yield
+        yield False
         return
     path = Path(lock_file)
     try:
@@ -81,5 +82,9 @@ def exclusive(lock_file: str | Path) -> Iterator[None]:
     except OSError as error:
         raise _explained(error, path, 0) from error
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held = True
+        except OSError:
+            held = False
+        yield held

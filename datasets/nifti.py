@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from datasets.files import write_bytes
-from datasets.geometry import spacing_of, to_canonical
+from datasets.geometry import index_to_world, spacing_of, to_canonical
 
 HU_MIN, HU_MAX = -1024, 3071
 GZIP_MAGIC = b"\x1f\x8b"
@@ -90,6 +90,22 @@ def read_label(path: str | Path) -> Volume:
     return Volume(*_canonical(array, affine), str(path))
 
 
+def read_label_of(image: Volume, path: str | Path) -> Volume:
+    """Read the label map of an image.
+
+    Raises:
+        CTReadError: as `read_label`, and for a map that does not lie on the image's grid.
+    """
+    label = read_label(path)
+    if label.shape != image.shape:
+        raise CTReadError(f"{path}: label has shape {label.shape}, its image {image.path} has {image.shape}")
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in image.shape])).reshape(3, -1).T
+    apart_mm = np.abs(index_to_world(label.affine, corners) - index_to_world(image.affine, corners)).max()
+    if apart_mm > min(image.spacing_mm) / 2:  # less is rounding in the headers
+        raise CTReadError(f"{path}: label lies {apart_mm:.1f} mm beside its image {image.path}")
+    return label
+
+
 def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None:
     """Write a canonical array [D, H, W] so that every reader puts its voxels at the same world place.
 
@@ -128,6 +144,8 @@ def _read_voxels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     if dtype.kind not in "iuf":
         raise CTReadError(f"{path}: voxel type {dtype} is not a real number; expected integers or floats")
     offset, num_bytes = int(header.get_data_offset()), math.prod(shape) * dtype.itemsize
+    if offset < 0:
+        raise CTReadError(f"{path}: damaged NIfTI header (vox_offset is {offset}, expected the voxels' first byte)")
     if len(content) < offset + num_bytes:
         raise CTReadError(
             f"{path}: truncated; shape {shape} of {dtype} needs {offset + num_bytes} bytes, received {len(content)}"
@@ -167,11 +185,17 @@ def _read_header(content: bytes, path: str | Path) -> nib.Nifti1Header:
             try:
                 # Unchecked: nibabel's check would quietly turn a zero spacing into 1 mm.
                 header = kind.from_fileobj(io.BytesIO(content), check=False)
-                header.get_data_dtype(), header.get_slope_inter()  # both raise on codes that do not exist
+                # All raise on what does not exist: codes, a NaN for an offset, a shape that no file has.
+                header.get_data_dtype(), header.get_slope_inter(), header.get_data_shape(), header.get_data_offset()
                 return header
             except KeyError as error:
                 raise CTReadError(f"{path}: unknown voxel type code {error} in the header") from error
-            except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError) as error:
+            except (
+                nib.spatialimages.HeaderDataError,
+                nib.wrapstruct.WrapStructError,
+                ValueError,
+                OverflowError,
+            ) as error:
                 raise CTReadError(f"{path}: damaged NIfTI header ({error})") from error
     raise CTReadError(f"{path}: not a NIfTI file; the header does not say n+1 or n+2")
 

@@ -1,8 +1,9 @@
 """Building a volume store from NIfTI files: in parallel, resumable, safe to kill and to run several times at once.
 
-Every case is made under its own lock; its files are written aside and renamed, its manifest comes last. So whatever
-ends the run, the next one keeps the finished cases and makes the others. Cases are taken in another order by every
-process that builds, so that several of them share the work instead of waiting for each other.
+Every case is made under its own lock (on file systems without locks two builders may both make it, with one result);
+its files are written aside and renamed, its manifest comes last. So whatever ends the run, the next one keeps the
+finished cases and makes the others. Cases are taken in another order by every process that builds, so that several of
+them share the work instead of waiting for each other.
 """
 
 import json
@@ -17,13 +18,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from datasets.data_list import Case
-from datasets.files import exclusive, remove_asides, write_bytes, write_text
-from datasets.geometry import body_box, index_to_world, resample, spacing_of
-from datasets.nifti import CTReadError, Volume, read_ct, read_label
+from datasets.files import FileWriteError, exclusive, remove_asides, write_bytes, write_text
+from datasets.geometry import body_box, resample, spacing_of
+from datasets.nifti import CTReadError, read_ct, read_label_of
 from datasets.store_format import (
     CaseRecord,
     StoreError,
@@ -145,25 +145,31 @@ def _start_worker() -> None:
 
 def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: bool) -> str:
     """Store one case unless it is there; returns "built", "reused" or the reason of the failure."""
-    with exclusive(store_dir / "locks" / "cases" / case.name):
+    with exclusive(store_dir / "locks" / "cases" / case.name) as locked:
         try:
             record = read_manifest(manifest_file(store_dir, case.name))
             if _is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
                 return "reused"
-            _make_case(case, store_dir, spacing_mm)
+            _make_case(case, store_dir, spacing_mm, record, locked)
             return "built"
         except CTReadError as error:
             return str(error)
         except MemoryError:
             return f"{case.image}: not enough memory to read and resample this volume"
+        except FileWriteError:  # the store's trouble, not this case's
+            raise
+        except Exception as error:  # whatever one strange file does, thousands of others wait behind it
+            return f"{case.image}: unexpected {type(error).__name__} while storing it ({error})"
 
 
 def _is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
     """Whether the case is stored, from its source files as they are now; once they are gone, the store stands alone."""
     if record is None:
         return False
+    sources, stamps = _sources(case), record.source_stamp.split()
     try:
-        if case.image.exists() and record.source_stamp != _stamp(case):
+        # Fewer sources than stamps: another list had a label stored, which this one neither needs nor removes.
+        if case.image.exists() and _stamp(sources).split() != stamps[: len(sources)]:
             return False
     except CTReadError:
         return False
@@ -180,24 +186,49 @@ def _is_damaged(record: CaseRecord, store_dir: Path) -> bool:
     return False
 
 
-def _stamp(case: Case) -> str:
-    """Size and time of the source files: another stamp means another content."""
+def _sources(case: Case) -> list[Path]:
+    """The files that a case is made of, the image first."""
+    return [path for path in (case.image, case.label) if path is not None]
+
+
+def _stamp(sources: Sequence[Path]) -> str:
+    """Size and time of each file, a word each: another word means another content."""
     try:
-        stats = [path.stat() for path in (case.image, case.label) if path is not None]
+        stats = [path.stat() for path in sources]
     except OSError as error:
         raise CTReadError(f"{error.filename}: {error.strerror}") from error
     return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
 
-def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None) -> None:
-    """Read, resample, compress and write one case; its manifest disappears first and comes back last."""
+def _keeps_label(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
+    """Whether a case listed without label has one in the store that still fits: of this image, and undamaged."""
+    if case.label is not None or record is None or not record.has_label:
+        return False
+    try:
+        check_file(label_file(store_dir, case.name), record.label_checksum)
+        return _stamp([case.image]) == record.source_stamp.split()[0]
+    except (StoreError, CTReadError):
+        return False
+
+
+def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: CaseRecord | None, locked: bool) -> None:
+    """Read, resample, compress and write one case; its manifest disappears first and comes back last.
+
+    Args:
+        case: what to store.
+        store_dir, spacing_mm: as in `build_store`.
+        stored: what the store knew of the case.
+        locked: whether no other process makes this case now.
+    """
     paths = [find(store_dir, case.name) for find in (array_file, label_file, manifest_file)]
+    keeps_label = _keeps_label(case, stored, store_dir)
+    stamp = stored.source_stamp if keeps_label else _stamp(_sources(case))  # a missing file ends it here, at no loss
     paths[2].unlink(missing_ok=True)
-    for path in paths:
-        remove_asides(path)
-    stamp = _stamp(case)
+    if locked:  # else they may be another builder's, in work
+        for path in paths:
+            remove_asides(path)
     image = read_ct(case.image)
-    label = None if case.label is None else _read_matching_label(case.label, image)
+    label = None if case.label is None else read_label_of(image, case.label).array
     array, affine = image.array, image.affine
     if spacing_mm is not None:
         array, affine = resample(array, image.affine, spacing_mm)
@@ -205,6 +236,9 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None) -> None:
     body_start, body_stop = body_box(array, spacing_of(affine))
     checksums = []
     for path, content in zip(paths, (array, label)):
+        if content is None and keeps_label:
+            checksums.append(stored.label_checksum)
+            continue
         if content is None:
             path.unlink(missing_ok=True)
             checksums.append("")
@@ -216,18 +250,6 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None) -> None:
         case.name, array.shape, spacing_of(affine), affine, body_start, body_stop, str(case.image), stamp, *checksums
     )
     write_text(paths[2], json.dumps(record.to_json(), indent=1) + "\n")
-
-
-def _read_matching_label(path: Path, image: Volume) -> np.ndarray:
-    """The label map, if it lies on the image's grid."""
-    label = read_label(path)
-    if label.shape != image.shape:
-        raise CTReadError(f"{path}: label has shape {label.shape}, its image {image.path} has {image.shape}")
-    corners = np.array(np.meshgrid(*[(0, size - 1) for size in image.shape])).reshape(3, -1).T
-    apart_mm = np.abs(index_to_world(label.affine, corners) - index_to_world(image.affine, corners)).max()
-    if apart_mm > min(image.spacing_mm) / 2:  # less is rounding in the headers
-        raise CTReadError(f"{path}: label lies {apart_mm:.1f} mm beside its image {image.path}")
-    return label.array
 
 
 def _write_failures(store_dir: Path, cases: Sequence[Case], failed: dict[str, str]) -> None:

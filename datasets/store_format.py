@@ -42,7 +42,7 @@ class CaseRecord:
         affine: float64 [4, 4], array index -> world RAS+ mm.
         body_start, body_stop: int [3], the box around the patient: first voxel and one past the last.
         source: the file it was made from.
-        source_stamp: sizes and times of the source files, to see whether they changed.
+        source_stamp: size and time of the image, then of the label where one is stored, to see whether they changed.
         checksum, label_checksum: BLAKE2b of the compressed files; the latter is empty without labels.
     """
 

@@ -56,6 +56,11 @@ def add_switch(group, name: str, default: bool, help: str) -> None:
     group.add_argument(name, action=jsonargparse.ActionYesNo(), nargs="?", default=default, help=help)
 
 
+def available_cpus() -> int:
+    """CPU cores that this process may use: fewer than the machine has where Slurm or a cpuset grants a part."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def flags_as_dict(flags: jsonargparse.Namespace) -> dict:
     """The resolved flags as plain values (paths become text), fit for JSON, YAML and `weights_only` checkpoints."""
     plain = {key: value for key, value in flags.as_dict().items() if key != "config"}

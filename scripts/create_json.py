@@ -7,39 +7,29 @@
 
 Understood are the FLARE22 layout, nnU-Net and Decathlon folders, one folder per case with a ct.nii.gz, and any other
 folder of .nii and .nii.gz files. Files that cannot be used are named on stderr with the reason, kept under "unreadable"
-in the list, and left out of both sections. Takes about as long as decompressing all files once.
+in the list, and left out of both sections; a CT whose label cannot be used is listed without it (pretraining needs
+none), unless --cases labelled asks for labels. Takes about as long as decompressing all files once.
 """
 
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
+import numpy as np
 from tqdm import tqdm
 
 from datasets.data_list import Case, DataListError, find_cases, split_cases, write_data_list
-from datasets.nifti import CTReadError, read_ct, read_label
+from datasets.label_classes import LabelClasses
+from datasets.nifti import CTReadError, read_ct, read_label_of
 from engine.flags import make_parser, run_main
 
-FLARE22_LABELS = (
-    "background",
-    "liver",
-    "right kidney",
-    "spleen",
-    "pancreas",
-    "aorta",
-    "inferior vena cava",
-    "right adrenal gland",
-    "left adrenal gland",
-    "gallbladder",
-    "esophagus",
-    "stomach",
-    "duodenum",
-    "left kidney",
-)
+FLARE22_LABELS = LabelClasses.built_in("flare22").names
+MAX_LABEL_VALUES = 64  # a volume of no more different values, none below zero, is no CT
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
@@ -59,34 +49,57 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def check_case(case: Case) -> dict[str, str]:
-    """File -> reason for each file of a case that cannot be used; empty when all is well."""
-    problems = {}
+def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict[str, str]]:
+    """The case as it can be used, and file -> reason for what cannot.
+
+    A label that cannot be used is taken off its case; None stands for a case without a usable image, or, where it
+    `needs_label`, without a usable label.
+    """
+    file = case.image
     try:
-        shape = read_ct(case.image).shape
+        image = read_ct(file)
+        if num_values := few_whole_values(image.array):
+            raise CTReadError(f"{file}: only {num_values} whole values, none below zero: it looks like a label map")
         if case.label is not None:
-            label_shape = read_label(case.label).shape
-            if label_shape != shape:
-                problems[str(case.label)] = f"label has shape {label_shape}, its image {case.image.name} has {shape}"
+            file = case.label
+            read_label_of(image, file)
+        return case, {}
     except CTReadError as error:
-        file, _, reason = str(error).partition(": ")
-        problems[file] = reason
+        reason = str(error).removeprefix(f"{file}: ")
     except MemoryError:
-        problems[str(case.image)] = "not enough memory to read it; try a lower --num_workers"
-    return problems
+        reason = "not enough memory to read it; try a lower --num_workers"
+    except Exception as error:  # whatever one strange file does, thousands of others wait behind it
+        reason = f"unexpected {type(error).__name__} ({error})"
+    if file == case.image or needs_label:
+        return None, {str(file): reason}
+    return Case(case.name, case.image), {str(file): f"{reason}; {case.name} is listed without its label"}
 
 
-def check_cases(cases: Sequence[Case], num_workers: int) -> tuple[list[Case], dict[str, str]]:
-    """The usable cases, and file -> reason for the others."""
-    readable, unreadable = [], {}
+def few_whole_values(array: np.ndarray) -> int:
+    """How many values a volume has, if none is below zero and they are as few as a label map's; else 0."""
+    if array.min() < 0:
+        return 0
+    seen = np.zeros(int(array.max()) + 1, dtype=bool)
+    for plane in array:
+        seen[plane] = True
+        if np.count_nonzero(seen) > MAX_LABEL_VALUES:  # of an image, mostly within the first plane
+            return 0
+    return int(np.count_nonzero(seen))
+
+
+def check_cases(
+    cases: Sequence[Case], num_workers: int, needs_label: bool = False
+) -> tuple[list[Case], dict[str, str]]:
+    """The usable cases, and file -> reason for what cannot be used."""
+    usable, unreadable = [], {}
     # Threads are enough: decompression, which takes nearly all of the time, leaves Python's lock.
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        checks = pool.map(check_case, cases)
-        for case, problems in zip(cases, tqdm(checks, total=len(cases), desc="checking", unit="case")):
+        checks = pool.map(partial(check_case, needs_label=needs_label), cases)
+        for case, problems in tqdm(checks, total=len(cases), desc="checking", unit="case"):
             unreadable.update(problems)
-            if not problems:
-                readable.append(case)
-    return readable, unreadable
+            if case is not None:
+                usable.append(case)
+    return usable, unreadable
 
 
 def choose(cases: Sequence[Case], which: str, data_dir: str) -> list[Case]:
@@ -107,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     found = choose(find_cases(flags.data_dir), flags.cases, flags.data_dir)
     split_cases(found, flags.num_validation, flags.validation_fraction, flags.seed)  # complain before the long check
-    cases, unreadable = check_cases(found, flags.num_workers)
+    cases, unreadable = check_cases(found, flags.num_workers, needs_label=flags.cases == "labelled")
     for file, reason in unreadable.items():
         print(f"left out {file}: {reason}", file=sys.stderr)
     if not cases:
@@ -115,9 +128,11 @@ def main(argv: list[str] | None = None) -> None:
     training, validation = split_cases(cases, flags.num_validation, flags.validation_fraction, flags.seed)
     write_data_list(flags.output, flags.data_dir, training, validation, label_names(cases), unreadable)
     num_labelled = sum(case.label is not None for case in cases)
+    num_left_out = len(found) - len(cases)
     print(
         f"{flags.output}: {len(training)} training and {len(validation)} validation cases "
-        f"({num_labelled} with labels), {len(found) - len(cases)} cases left out"
+        f"({num_labelled} with labels), {num_left_out} cases left out"
+        + (f", {num} listed without their label" if (num := len(unreadable) - num_left_out) else "")
     )
 
 

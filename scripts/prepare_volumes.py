@@ -9,7 +9,6 @@ It may be stopped at any time and run again, and several may run at once on a sh
 A native store takes about 0.8 of the .nii.gz files' size. A worker needs about 0.5 GB of memory for a 512x512x200 CT.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import jsonargparse
 
 from datasets.data_list import Case, DataListError, load_data_list
 from datasets.volume_store import BuildReport, StoreError, build_store, parse_spacing, spacing_text
-from engine.flags import RunInfo, add_switch, make_parser, run_main
+from engine.flags import RunInfo, add_switch, available_cpus, make_parser, run_main
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
@@ -38,7 +37,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
         help="voxel size D H W in mm, one number for all three, or native: each volume keeps its own",
     )
     add_switch(data, "--verify", False, "compare finished cases with their checksums; damaged ones are stored again")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--num_workers", type=int, default=available_cpus(), help="processes")
     return parser
 
 

@@ -17,6 +17,8 @@ from datasets.data_list import (
     unique_names,
     write_data_list,
 )
+from datasets.nifti import read_ct
+from datasets.volume_store import build_store
 from scripts import create_json
 
 
@@ -94,6 +96,40 @@ def test_labels_beside_images_and_folders_that_only_sound_like_labels(tmp_path):
         "c": ("labelled_cases/c.nii.gz", None),
         "d": ("SegTHOR/d.nii.gz", None),
         "lone_mask": ("lone_mask.nii.gz", None),
+    }
+
+
+def test_lits_ct_org_and_btcv_number_images_and_labels_alike(tmp_path):
+    touch(tmp_path, "LiTS/volume-0.nii", "LiTS/segmentation-0.nii", "LiTS/volume-10.nii", "LiTS/segmentation-10.nii")
+    touch(tmp_path, "CT-ORG/volume-1.nii.gz", "CT-ORG/labels-1.nii.gz", "CT-ORG/volume-2.nii.gz")
+    touch(tmp_path, "BTCV/Training/img/img0001.nii.gz", "BTCV/Training/label/label0001.nii.gz")
+    touch(tmp_path, "BTCV/Testing/img/img0061.nii.gz", "own/p7.nii.gz", "own/seg_p7.nii.gz")
+    assert found(tmp_path) == {
+        "volume-0": ("LiTS/volume-0.nii", "LiTS/segmentation-0.nii"),
+        "volume-10": ("LiTS/volume-10.nii", "LiTS/segmentation-10.nii"),
+        "volume-1": ("CT-ORG/volume-1.nii.gz", "CT-ORG/labels-1.nii.gz"),
+        "volume-2": ("CT-ORG/volume-2.nii.gz", None),
+        "img0001": ("BTCV/Training/img/img0001.nii.gz", "BTCV/Training/label/label0001.nii.gz"),
+        "img0061": ("BTCV/Testing/img/img0061.nii.gz", None),
+        "p7": ("own/p7.nii.gz", "own/seg_p7.nii.gz"),
+    }
+
+
+def test_folders_with_a_label_word_in_their_name(tmp_path):
+    touch(tmp_path, "Pancreas-CT/PANCREAS_0001.nii.gz", "TCIA_pancreas_labels-02-05-2017/PANCREAS_0001.nii.gz")
+    touch(tmp_path, "TCIA_pancreas_labels-02-05-2017/0002.nii.gz", "TCIA_pancreas_labels-02-05-2017/img_3_seg.nii.gz")
+    # Data sets that only speak of labels in their names keep their images.
+    touch(tmp_path, "liver_segmentation/imagesTr/liver_1.nii.gz", "liver_segmentation/labelsTr/liver_1.nii.gz")
+    touch(tmp_path, "ct_with_labels/volume-5.nii", "lung-seg-2020/p1_0000.nii.gz", "unlabeled_cases/u.nii")
+    assert found(tmp_path) == {
+        "PANCREAS_0001": (
+            "Pancreas-CT/PANCREAS_0001.nii.gz",
+            "TCIA_pancreas_labels-02-05-2017/PANCREAS_0001.nii.gz",
+        ),
+        "liver_1": ("liver_segmentation/imagesTr/liver_1.nii.gz", "liver_segmentation/labelsTr/liver_1.nii.gz"),
+        "volume-5": ("ct_with_labels/volume-5.nii", None),
+        "p1": ("lung-seg-2020/p1_0000.nii.gz", None),
+        "u": ("unlabeled_cases/u.nii", None),
     }
 
 
@@ -217,15 +253,58 @@ def test_create_json_leaves_unreadable_files_out_loudly(flare, capsys):
     told = capsys.readouterr()
     content = json.loads((flare / "all.json").read_text())
     names = [entry["name"] for entry in content["training"] + content["validation"]]
-    assert sorted(names) == ["Case_00001", "FLARE22_Tr_0001", "FLARE22_Tr_0002", "FLARE22_Tr_0003"]
+    assert sorted(names) == ["Case_00001", *(f"FLARE22_Tr_000{number}" for number in (1, 2, 3, 4))]
     assert len(content["validation"]) == 1 and content["labels"]["13"] == "left kidney"
     reasons = {Path(file).name: reason for file, reason in content["unreadable"].items()}
     assert "truncated" in reasons.pop("Case_00003_0000.nii.gz")
     assert "4-D" in reasons.pop("Case_00002_0000.nii.gz")
-    assert "(5, 5, 5)" in reasons.pop("FLARE22_Tr_0004.nii.gz") and not reasons
-    assert (
-        told.err.count("left out") == 3 and "3 training and 1 validation" in told.out and "3 cases left out" in told.out
-    )
+    label_reason = reasons.pop("FLARE22_Tr_0004.nii.gz")
+    assert "(5, 5, 5)" in label_reason and "FLARE22_Tr_0004 is listed without its label" in label_reason and not reasons
+    assert told.err.count("left out") == 3 and label_reason in told.err
+    assert "4 training and 1 validation cases (3 with labels), 2 cases left out, 1 listed without" in told.out
+
+
+def test_create_json_refuses_labels_that_the_store_would_refuse(tmp_path, capsys):
+    for name in ("a", "b"):
+        put_ct(tmp_path / f"images/{name}.nii.gz")
+        put_ct(tmp_path / f"labels/{name}.nii.gz", label=True)
+    label = nib.load(tmp_path / "labels/b.nii.gz")
+    shifted = label.affine + np.array([[0, 0, 0, 30.0]] + [[0] * 4] * 3)
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), shifted), tmp_path / "labels/b.nii.gz")
+    command = ["--data_dir", str(tmp_path), "--output", str(tmp_path / "l.json")]
+    create_json.main(command)
+    assert [case.label is not None for case in load_data_list(tmp_path / "l.json", tmp_path)] == [True, False]
+    assert "labels/b.nii.gz: label lies 30.0 mm beside its image" in capsys.readouterr().err
+    create_json.main([*command, "--cases", "labelled"])
+    assert [case.name for case in load_data_list(tmp_path / "l.json", tmp_path)] == ["a"]
+    assert "without" not in capsys.readouterr().err
+    assert build_store(find_cases(tmp_path), tmp_path / "store", progress=False).failed.keys() == {"b"}
+
+
+def test_create_json_leaves_label_maps_out(tmp_path):
+    put_ct(tmp_path / "a.nii.gz")
+    put_ct(tmp_path / "a_organs.nii.gz", label=True)
+    mri = np.random.default_rng(0).integers(0, 1000, size=(6, 7, 8)).astype(np.int16)
+    nib.save(nib.Nifti1Image(mri, np.eye(4)), tmp_path / "mri.nii.gz")
+    create_json.main(["--data_dir", str(tmp_path), "--output", str(tmp_path / "l.json")])
+    content = json.loads((tmp_path / "l.json").read_text())
+    assert [entry["name"] for entry in content["training"]] == ["a", "mri"]
+    assert [Path(file).name for file in content["unreadable"]] == ["a_organs.nii.gz"]
+    assert "14 whole values" in str(content["unreadable"]) and "looks like a label map" in str(content["unreadable"])
+
+
+def test_create_json_goes_on_after_what_nobody_foresaw(flare, monkeypatch):
+    def read(path):
+        if "Tr_0002" in Path(path).name:
+            raise OverflowError("too large")
+        return read_ct(path)
+
+    monkeypatch.setattr(create_json, "read_ct", read)
+    create_json.main(["--data_dir", str(flare), "--output", str(flare / "all.json")])
+    content = json.loads((flare / "all.json").read_text())
+    reasons = {Path(file).name: reason for file, reason in content["unreadable"].items()}
+    assert reasons["FLARE22_Tr_0002_0000.nii.gz"] == "unexpected OverflowError (too large)"
+    assert "FLARE22_Tr_0003" in [entry["name"] for entry in content["training"]]
 
 
 @pytest.mark.parametrize("which, num_cases", [("labelled", 3), ("unlabelled", 1)])

@@ -220,6 +220,22 @@ def broken_quaternion(path):
     _patched(path, sform_code=0, qform_code=1, quatern_b=3.0, quatern_c=3.0)
 
 
+def broken_nan_offset(path):
+    _patched(path, vox_offset=np.nan)
+
+
+def broken_infinite_offset(path):
+    _patched(path, vox_offset=np.inf)
+
+
+def broken_negative_offset(path):
+    _patched(path, vox_offset=-352)
+
+
+def broken_freesurfer_shape(path):
+    _patched(path, dim=[3, -1, 1, 1, 1, 1, 1, 1])
+
+
 def broken_voxel_type(path):
     _patched(path, datatype=999)
 
@@ -250,6 +266,10 @@ def broken_voxel_type(path):
         (broken_parallel_axes, "singular affine"),
         (broken_nan_affine, "not finite"),
         (broken_quaternion, "orientation"),
+        (broken_nan_offset, "damaged NIfTI header"),
+        (broken_infinite_offset, "damaged NIfTI header"),
+        (broken_negative_offset, "vox_offset is -352"),
+        (broken_freesurfer_shape, "damaged NIfTI header"),
         (broken_voxel_type, "unknown voxel type code 999"),
     ],
 )

@@ -1,5 +1,6 @@
 """The volume store: what goes in comes out, crops touch little, builds survive everything, damage is noticed."""
 
+import errno
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from datasets.data_list import Case, find_cases, write_data_list
-from datasets.files import DiskFullError, FileWriteError
+from datasets.files import DiskFullError, FileWriteError, exclusive
 from datasets.geometry import resample
 from datasets.nifti import read_ct, read_label
 from datasets.store_format import read_region, write_index
@@ -149,13 +150,40 @@ def test_finished_cases_are_reused_and_changed_ones_made_again(store, cases, tmp
     with_label = put_case(tmp_path / "data", "case2", seed=2, label=True)
     assert build([*cases[:2], with_label]) == (["case2"], ["case0", "case1"])
     assert VolumeStore(store.store_dir).record("case2").has_label
-    assert build([*cases[:2], Case("case2", with_label.image)]) == (["case2"], ["case0", "case1"])
-    assert not VolumeStore(store.store_dir).record("case2").has_label
-    assert not (store.store_dir / "cases" / "case2.label.b2nd").exists()
-    cases[0].image.unlink()  # the store stands alone once its sources are gone
+    put_case(tmp_path / "data", "case2", seed=2, label=True)  # the same label, written later
+    assert build([*cases[:2], with_label]) == (["case2"], ["case0", "case1"])
+    with_label.label.unlink()  # a file that is gone fails its case, and costs the store nothing
+    report = build_store([with_label], store.store_dir, progress=False)
+    assert "No such file" in report.failed["case2"] and "case2" in VolumeStore(store.store_dir)
+    cases[0].image.unlink()  # the store stands alone once its images are gone
     assert build(cases) == ([], ["case0", "case1", "case2"])
     (store.store_dir / "cases" / "case1.b2nd").unlink()
     assert build(cases) == (["case1"], ["case0", "case2"])
+
+
+def test_a_list_without_labels_keeps_stored_labels(store, cases, tmp_path):
+    without = [Case("case0", cases[0].image)]
+    in_use = VolumeStore(store.store_dir)
+    stats = [path.stat() for path in (cases[0].image, cases[0].label)]
+    # A word each, as in stores from before lists without labels kept them.
+    stamp = " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+    assert store.record("case0").source_stamp == stamp
+
+    def build(cases, **flags):
+        assert not (report := build_store(cases, store.store_dir, progress=False, **flags)).failed
+        return report.built
+
+    assert build(without) == []
+    flip_bytes(store.store_dir / "cases" / "case0.b2nd", 0.5)
+    assert build(without, verify=True) == ["case0"]  # the image alone is made again
+    label = read_label(cases[0].label).array
+    assert np.array_equal(in_use.label_crop("case0", (0, 0, 0), label.shape), label)
+    assert VolumeStore(store.store_dir).record("case0").source_stamp == stamp
+    assert build(cases[:1], verify=True) == []
+    put_case(tmp_path / "data", "case0", shape=(30, 30, 30), seed=5)  # a label of the old image fits no more
+    assert build(without) == ["case0"]
+    assert not VolumeStore(store.store_dir).record("case0").has_label
+    assert not (store.store_dir / "cases" / "case0.label.b2nd").exists()
 
 
 def test_failures_are_listed_and_tried_again(tmp_path, cases):
@@ -175,6 +203,26 @@ def test_failures_are_listed_and_tried_again(tmp_path, cases):
     cases[1].image.write_bytes(good)
     assert build_store(cases[:3], tmp_path / "store", progress=False).built == ["case1"]
     assert sorted(json.loads((tmp_path / "store" / "failures.json").read_text())) == ["mislabelled", "missing"]
+
+
+def test_what_nobody_foresaw_in_one_case_leaves_the_others(tmp_path, cases, monkeypatch):
+    def read(path):
+        if Path(path) == cases[1].image:
+            raise OverflowError("too large")
+        return read_ct(path)
+
+    monkeypatch.setattr("datasets.store_build.read_ct", read)
+    report = build_store(cases, tmp_path / "store", progress=False)
+    assert report.built == ["case0", "case2"]
+    reason = f"{cases[1].image}: unexpected OverflowError while storing it (too large)"
+    assert report.failed == {"case1": reason}
+    monkeypatch.setattr("datasets.store_build.read_ct", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build_store(cases, tmp_path / "store", progress=False)
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def test_label_beside_its_image_is_refused(tmp_path):
@@ -393,6 +441,24 @@ def test_several_processes_share_one_build(tmp_path):
     assert_whole(store_dir, 12)
 
 
+def test_a_file_system_without_locks(tmp_path, cases, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    with exclusive(tmp_path / "lock") as locked:
+        assert locked
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    in_work = tmp_path / "store" / "cases" / ".case0.b2nd.elsewhere-1.aside"
+    in_work.parent.mkdir(parents=True)
+    in_work.write_bytes(b"half, by another builder")
+    assert build_store(cases, tmp_path / "store", progress=False).built == ["case0", "case1", "case2"]
+    assert in_work.exists()
+    with exclusive(tmp_path / "lock") as locked:
+        assert not locked
+
+
 def test_a_full_disk_is_reported_and_what_is_there_stays(store, cases, tmp_path):
     resource = pytest.importorskip("resource")
     put_case(tmp_path / "data", "case1", shape=(100, 100, 100), seed=5)
@@ -453,6 +519,12 @@ def test_prepare_volumes_command(tmp_path, cases, capsys):
     (tmp_path / "spacing.yaml").write_text("spacing_mm: [2, 1.5, 1.5]\n")
     prepare_volumes.main(["--config", str(tmp_path / "spacing.yaml"), *command[:-4]])
     assert "0 cases stored, 2 were there already" in capsys.readouterr().out
+
+
+def test_prepare_volumes_starts_no_more_workers_than_cores_are_granted(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 7}, raising=False)
+    assert prepare_volumes.make_flags().get_defaults().num_workers == 2
 
 
 def test_prepare_volumes_fails_when_nothing_can_be_stored(tmp_path, cases):

@@ -1,15 +1,9 @@
 """What a comparison of pretrainings is allowed to cost, as presets that flags change one by one."""
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 
-from engine.flags import make_parser
-
-
-def available_cpus() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from engine.flags import available_cpus, make_parser
 
 
 def flag(default: object, help: str):
