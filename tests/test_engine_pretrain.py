@@ -210,6 +210,24 @@ def test_skip_leaves_out_the_step_and_its_centres(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in setup.weights().items())
 
 
+def test_skipping_goes_on_with_a_scaled_loss(tmp_path):
+    setup = Setup(tmp_path, num_steps=5, nan_policy="skip")
+    setup.run.scaler = make_scaler("fp16", CPU)
+    setup.poison_at = (1, 3)
+    assert setup() and setup.run.step == 5
+    assert setup.run.scaler.get_scale() == 2.0**16 / 4
+
+
+def test_a_skipped_step_takes_only_its_own_values_out_of_the_means(tmp_path):
+    setup = Setup(tmp_path, num_steps=4, steps_per_epoch=4, nan_policy="skip")
+    setup.poison_at = (2,)
+    setup()
+    (epoch,), steps = log_of(tmp_path, "epoch"), {line["step"]: line for line in log_of(tmp_path)}
+    assert "loss" not in steps[3]
+    good = [steps[step]["loss"] for step in (1, 2, 4)]
+    assert epoch["loss"] == pytest.approx(sum(good) / 3)
+
+
 def test_skipping_ends_after_too_many_in_a_row(tmp_path):
     setup = Setup(tmp_path, num_steps=100, nan_policy="skip")
     setup.poison_at = tuple(range(1, 100))
