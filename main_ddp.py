@@ -275,9 +275,7 @@ def find_start(flags, run: RunState, world: World) -> str:
     if flags.checkpoint_file:
         report = start_from(run.student, flags.checkpoint_file)
         run.teacher.update(run.student, 0.0)
-        backbone = BACKBONES[flags.backbone]
-        told = report.tell(encoder=backbone.encoder_key_prefixes, decoder=backbone.decoder_key_prefixes)
-        return f"started from the weights of {flags.checkpoint_file}: {told}"
+        return f"started from the weights of {report.tell()}"
     return "started from random weights"
 
 

@@ -109,7 +109,7 @@ def add_model_flags(group, backbones: list[str], casa_variants: list[str]) -> No
         "--checkpoint_file",
         type=str,
         default="",
-        help="weights to start from (any of ours, or MONAI names); empty = none",
+        help="weights to start from (any of ours, or MONAI names) that fit this encoder; empty = none",
     )
 
 
