@@ -88,8 +88,8 @@ def start_and_train(flags, student: nn.Module, teacher: nn.Module, world: World)
     if world.is_main:
         info.write(flags.output_dir)
     data = open_data(flags, world)
-    run = make_run(flags, student, teacher, data, world, info)
     options = make_options(flags, data, world)
+    run = make_run(flags, student, teacher, data, options, world, info)
     state = find_start(flags, run, world)
     log = make_log(world, flags.output_dir, options.num_steps, run.step)
     log.say(describe_start(flags, data, options, run, world, state))
@@ -232,7 +232,9 @@ def make_loss(flags) -> AliceLoss:
     return AliceLoss(**{name: getattr(flags, name) for name in shared.split()})
 
 
-def make_run(flags, student: nn.Module, teacher: nn.Module, data: Data, world: World, info: RunInfo) -> RunState:
+def make_run(
+    flags, student: nn.Module, teacher: nn.Module, data: Data, options: LoopOptions, world: World, info: RunInfo
+) -> RunState:
     """Everything that changes while training, on this rank's device."""
     student, teacher = student.to(world.device), teacher.to(world.device)
     if flags.channels_last:
@@ -252,6 +254,8 @@ def make_run(flags, student: nn.Module, teacher: nn.Module, data: Data, world: W
         },
         "backbone": {"name": flags.backbone, "feature_size": flags.feature_size, "in_channels": 1},
         "num_training_cases": len(data.training),
+        "effective_batch": effective_batch(flags, world.size),
+        "steps_per_epoch": options.steps_per_epoch,
     }
     return RunState(
         student=student,

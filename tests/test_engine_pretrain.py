@@ -15,7 +15,7 @@ from engine.logging import RunLog
 from engine.optim import clip_gradients, decays, make_optimizer
 from engine.precision import make_scaler, pick_precision
 from engine.pretrain import MAX_SKIPPED_IN_A_ROW, Hooks, LoopOptions, NonFiniteLossError, Schedules, pretrain
-from engine.run_state import RunState
+from engine.run_state import RunState, warn_of_changed_steps
 from engine.validation import validate
 from tests.tiny_run import log_of
 
@@ -135,6 +135,34 @@ def test_stopped_and_resumed_equals_uninterrupted_exactly(tmp_path):
     second()
     for name, value in whole.weights().items():
         assert torch.equal(second.weights()[name], value), name
+
+
+def described(num_processes: int, steps_per_epoch: int) -> dict:
+    flags = {"batch_size": 8, "accumulate_steps": 1}
+    return {"flags": flags, "effective_batch": 8 * num_processes, "steps_per_epoch": steps_per_epoch}
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "cure"),
+    [
+        (4, "--batch_size 8 --accumulate_steps 2 --steps_per_epoch 31"),
+        (16, "--batch_size 4 --accumulate_steps 1 --steps_per_epoch 31"),
+        (5, "a number of processes that divides 64, and --steps_per_epoch 31"),
+    ],
+)
+def test_another_effective_batch_is_told_with_the_flags_that_bring_it_back(tmp_path, num_processes, cure):
+    setup = Setup(tmp_path)
+    state = setup.run.as_checkpoint(31) | described(8, 31)
+    setup.run.description = described(num_processes, 2000 // (8 * num_processes))
+    told = rf"batch of 64 and 31 steps an epoch; this run has {8 * num_processes} and .* as before: {cure}$"
+    with pytest.warns(UserWarning, match=told):
+        setup.run.restore(state, "checkpoint.pth")
+
+
+def test_the_same_effective_batch_and_older_checkpoints_are_not_warned_of(tmp_path, recwarn):
+    warn_of_changed_steps(described(8, 31), described(8, 31), "checkpoint.pth")
+    warn_of_changed_steps({"flags": {}}, described(4, 62), "older.pth")
+    assert not recwarn.list
 
 
 def test_schedules_reach_the_optimizer_and_the_log(tmp_path):

@@ -48,6 +48,7 @@ def test_run_leaves_what_it_should(finished):
     }  # fmt: skip
     assert state["backbone"] == {"name": "swin_unetr", "feature_size": 12, "in_channels": 1}
     assert state["num_training_cases"] == 3
+    assert (state["effective_batch"], state["steps_per_epoch"]) == (2, 3)
     assert state["flags"]["batch_size"] == 2 and state["commit"]
     assert load_checkpoint(finished / "checkpoint0001.pth", "alice")["step"] == 3
     assert json.loads((finished / "run.json").read_text())["flags"] == state["flags"]
