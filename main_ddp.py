@@ -46,7 +46,7 @@ from engine.optim import make_optimizer
 from engine.pictures import draw_pictures
 from engine.precision import autocast, compile_networks, make_scaler, pick_precision, use_channels_last
 from engine.pretrain import Hooks, LoopOptions, Objective, Schedules, pretrain
-from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of
+from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of, weight_decay_end
 from engine.probe import ProbeOptions, watch_probe
 from engine.profiler import profiled
 from engine.run_folder import claimed
@@ -72,6 +72,7 @@ def make_flags():
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
+    flags.weight_decay_end = weight_decay_end(flags)  # run.json and checkpoints name what was used
     student, teacher = check_and_build(flags)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     world = distributed.start(flags.device, flags.dist_timeout_min)
@@ -197,6 +198,7 @@ def check_and_build(flags) -> tuple[nn.Module, nn.Module]:
     def build() -> None:
         torch.manual_seed(flags.seed)
         built.append(build_networks(flags))
+        check_mask_block(flags, min(built[0][0].backbone.channels))
 
     further = [
         lambda: num_masked_blocks(mask_grid(roi_of(flags), flags.mask_block), flags.mask_ratio),
@@ -209,6 +211,15 @@ def check_and_build(flags) -> tuple[nn.Module, nn.Module]:
     ]
     check_flags(flags, distributed.planned_size(), further)
     return built[0]
+
+
+def check_mask_block(flags, token_vox: int) -> None:
+    """Raise ValueError where mask blocks would cut through the backbone's finest tokens, `token_vox` voxels a side."""
+    if flags.mask_block % token_vox:
+        raise ValueError(
+            f"--mask_block {flags.mask_block} cuts through the tokens of --backbone {flags.backbone}, which are "
+            f"{token_vox} voxels a side: give a multiple of {token_vox}"
+        )
 
 
 def precision_request(flags) -> tuple[str, torch.device]:
@@ -329,7 +340,7 @@ def make_schedules(flags, options: LoopOptions, world: World) -> Schedules:
     num_steps, epoch = options.num_steps, options.steps_per_epoch
     return Schedules(
         lr=CosineSchedule(peak, flags.min_lr, num_steps, round(flags.warmup_epochs * epoch)),
-        weight_decay=CosineSchedule(flags.weight_decay, flags.weight_decay_end, num_steps),
+        weight_decay=CosineSchedule(flags.weight_decay, weight_decay_end(flags), num_steps),
         momentum_teacher=CosineSchedule(flags.momentum_teacher, 1.0, num_steps),
         teacher_temp=LinearSchedule(
             flags.warmup_teacher_temp, flags.teacher_temp, flags.warmup_teacher_temp_epochs * epoch
