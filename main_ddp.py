@@ -10,7 +10,8 @@ Eight GPUs (or eight CPU processes, with --device cpu):
     torchrun --nproc_per_node=8 main_ddp.py --config configs/alice_swinunetr.yaml --data_dir DATA \\
         --json_list DATA.json --embed_dir EMBEDDINGS --output_dir results/run
 
-The same command again goes on where the run stopped (--resume auto). SIGTERM and SIGUSR1 write a checkpoint and end
+The same command again goes on where the run stopped (--resume auto or FILE; --resume none in a job that its launcher
+restarts). SIGTERM and SIGUSR1 write a checkpoint and end
 the run with exit code 75; a complete run ends with 0. --pairing iou and random need no --embed_dir.
 """
 
@@ -37,7 +38,7 @@ from datasets.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
 from engine.background_save import BackgroundSaver
-from engine.checkpoint import find_resumable_together, load_checkpoint
+from engine.checkpoint import find_resumable_together, set_aside
 from engine.collapse import CollapseWatch
 from engine.distributed import World
 from engine.flags import RunInfo, run_main
@@ -280,18 +281,27 @@ def make_run(
 
 def find_start(flags, run: RunState, world: World) -> str:
     """Resume, start from given weights, or start afresh; returns one line that says which."""
-    if flags.resume not in ("auto", "none"):
-        run.restore(load_checkpoint(flags.resume, KIND), flags.resume)
-        return f"resumed at step {run.step} from {flags.resume}"
-    found = find_resumable_together(flags.output_dir, KIND, world) if flags.resume == "auto" else None
+    given = None if flags.resume in ("auto", "none") else flags.resume
+    is_new = flags.resume == "none" and not distributed.was_restarted()
+    found = None if is_new else find_resumable_together(flags.output_dir, KIND, world, given)
     if found is not None:
         run.restore(*found)
-        return f"resumed at step {run.step} from {found[1]}"
+        told = f"resumed at step {run.step} from {found[1]}"
+        if given and found[1] != Path(given):
+            told += f", which is further than --resume {given}"
+        if flags.resume == "none":
+            told += ": the job was restarted, --resume none held for its first start"
+        return told
+    told = "started from random weights"
     if flags.checkpoint_file:
         report = start_from(run.student, flags.checkpoint_file)
         run.teacher.update(run.student, 0.0)
-        return f"started from the weights of {report.tell()}"
-    return "started from random weights"
+        told = f"started from the weights of {report.tell()}"
+    if is_new:
+        distributed.wait_for_main(world)  # --checkpoint_file may be one of those
+        if world.is_main:
+            set_aside(flags.output_dir)
+    return told
 
 
 def make_objective(run: RunState, student: nn.Module, precision: str, device: torch.device) -> Objective:
