@@ -10,7 +10,8 @@ Eight GPUs (or eight CPU processes, with --device cpu):
     torchrun --nproc_per_node=8 main_ddp.py --config configs/alice_swinunetr.yaml --data_dir DATA \\
         --json_list DATA.json --embed_dir EMBEDDINGS --output_dir results/run
 
-The same command again goes on where the run stopped (--resume auto). SIGTERM and SIGUSR1 write a checkpoint and end
+The same command again goes on where the run stopped (--resume auto or FILE; --resume none in a job that its launcher
+restarts). SIGTERM and SIGUSR1 write a checkpoint and end
 the run with exit code 75; a complete run ends with 0. --pairing iou and random need no --embed_dir.
 """
 
@@ -37,7 +38,7 @@ from datasets.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
 from engine.background_save import BackgroundSaver
-from engine.checkpoint import find_resumable_together, load_checkpoint
+from engine.checkpoint import find_resumable_together, set_aside
 from engine.collapse import CollapseWatch
 from engine.distributed import World
 from engine.flags import RunInfo, run_main
@@ -46,7 +47,7 @@ from engine.optim import make_optimizer
 from engine.pictures import draw_pictures
 from engine.precision import autocast, compile_networks, make_scaler, pick_precision, use_channels_last
 from engine.pretrain import Hooks, LoopOptions, Objective, Schedules, pretrain
-from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of
+from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of, weight_decay_end
 from engine.probe import ProbeOptions, watch_probe
 from engine.profiler import profiled
 from engine.run_folder import claimed
@@ -72,6 +73,7 @@ def make_flags():
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
+    flags.weight_decay_end = weight_decay_end(flags)  # run.json and checkpoints name what was used
     student, teacher = check_and_build(flags)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     world = distributed.start(flags.device, flags.dist_timeout_min)
@@ -88,8 +90,8 @@ def start_and_train(flags, student: nn.Module, teacher: nn.Module, world: World)
     if world.is_main:
         info.write(flags.output_dir)
     data = open_data(flags, world)
-    run = make_run(flags, student, teacher, data, world, info)
     options = make_options(flags, data, world)
+    run = make_run(flags, student, teacher, data, options, world, info)
     state = find_start(flags, run, world)
     log = make_log(world, flags.output_dir, options.num_steps, run.step)
     log.say(describe_start(flags, data, options, run, world, state))
@@ -197,6 +199,7 @@ def check_and_build(flags) -> tuple[nn.Module, nn.Module]:
     def build() -> None:
         torch.manual_seed(flags.seed)
         built.append(build_networks(flags))
+        check_mask_block(flags, min(built[0][0].backbone.channels))
 
     further = [
         lambda: num_masked_blocks(mask_grid(roi_of(flags), flags.mask_block), flags.mask_ratio),
@@ -209,6 +212,15 @@ def check_and_build(flags) -> tuple[nn.Module, nn.Module]:
     ]
     check_flags(flags, distributed.planned_size(), further)
     return built[0]
+
+
+def check_mask_block(flags, token_vox: int) -> None:
+    """Raise ValueError where mask blocks would cut through the backbone's finest tokens, `token_vox` voxels a side."""
+    if flags.mask_block % token_vox:
+        raise ValueError(
+            f"--mask_block {flags.mask_block} cuts through the tokens of --backbone {flags.backbone}, which are "
+            f"{token_vox} voxels a side: give a multiple of {token_vox}"
+        )
 
 
 def precision_request(flags) -> tuple[str, torch.device]:
@@ -232,7 +244,9 @@ def make_loss(flags) -> AliceLoss:
     return AliceLoss(**{name: getattr(flags, name) for name in shared.split()})
 
 
-def make_run(flags, student: nn.Module, teacher: nn.Module, data: Data, world: World, info: RunInfo) -> RunState:
+def make_run(
+    flags, student: nn.Module, teacher: nn.Module, data: Data, options: LoopOptions, world: World, info: RunInfo
+) -> RunState:
     """Everything that changes while training, on this rank's device."""
     student, teacher = student.to(world.device), teacher.to(world.device)
     if flags.channels_last:
@@ -252,6 +266,8 @@ def make_run(flags, student: nn.Module, teacher: nn.Module, data: Data, world: W
         },
         "backbone": {"name": flags.backbone, "feature_size": flags.feature_size, "in_channels": 1},
         "num_training_cases": len(data.training),
+        "effective_batch": effective_batch(flags, world.size),
+        "steps_per_epoch": options.steps_per_epoch,
     }
     return RunState(
         student=student,
@@ -265,20 +281,27 @@ def make_run(flags, student: nn.Module, teacher: nn.Module, data: Data, world: W
 
 def find_start(flags, run: RunState, world: World) -> str:
     """Resume, start from given weights, or start afresh; returns one line that says which."""
-    if flags.resume not in ("auto", "none"):
-        run.restore(load_checkpoint(flags.resume, KIND), flags.resume)
-        return f"resumed at step {run.step} from {flags.resume}"
-    found = find_resumable_together(flags.output_dir, KIND, world) if flags.resume == "auto" else None
+    given = None if flags.resume in ("auto", "none") else flags.resume
+    is_new = flags.resume == "none" and not distributed.was_restarted()
+    found = None if is_new else find_resumable_together(flags.output_dir, KIND, world, given)
     if found is not None:
         run.restore(*found)
-        return f"resumed at step {run.step} from {found[1]}"
+        told = f"resumed at step {run.step} from {found[1]}"
+        if given and found[1] != Path(given):
+            told += f", which is further than --resume {given}"
+        if flags.resume == "none":
+            told += ": the job was restarted, --resume none held for its first start"
+        return told
+    told = "started from random weights"
     if flags.checkpoint_file:
         report = start_from(run.student, flags.checkpoint_file)
         run.teacher.update(run.student, 0.0)
-        backbone = BACKBONES[flags.backbone]
-        told = report.tell(encoder=backbone.encoder_key_prefixes, decoder=backbone.decoder_key_prefixes)
-        return f"started from the weights of {flags.checkpoint_file}: {told}"
-    return "started from random weights"
+        told = f"started from the weights of {report.tell()}"
+    if is_new:
+        distributed.wait_for_main(world)  # --checkpoint_file may be one of those
+        if world.is_main:
+            set_aside(flags.output_dir)
+    return told
 
 
 def make_objective(run: RunState, student: nn.Module, precision: str, device: torch.device) -> Objective:
@@ -327,7 +350,7 @@ def make_schedules(flags, options: LoopOptions, world: World) -> Schedules:
     num_steps, epoch = options.num_steps, options.steps_per_epoch
     return Schedules(
         lr=CosineSchedule(peak, flags.min_lr, num_steps, round(flags.warmup_epochs * epoch)),
-        weight_decay=CosineSchedule(flags.weight_decay, flags.weight_decay_end, num_steps),
+        weight_decay=CosineSchedule(flags.weight_decay, weight_decay_end(flags), num_steps),
         momentum_teacher=CosineSchedule(flags.momentum_teacher, 1.0, num_steps),
         teacher_temp=LinearSchedule(
             flags.warmup_teacher_temp, flags.teacher_temp, flags.warmup_teacher_temp_epochs * epoch

@@ -3,7 +3,8 @@
 A run's folder holds `checkpoint.pth` (the latest), `checkpoint_previous.pth` (the one before) and, where asked for,
 numbered ones (`checkpoint0010.pth`) that stay. At every moment at least one complete checkpoint exists once the first
 was written: the new file is complete and on disk before any name changes, and a damaged one that a resumed run met is
-set aside as `checkpoint.pth.damaged`, lest it push the good one out. Everything loads with `weights_only=True`, so that
+set aside as `checkpoint.pth.damaged`, lest it push the good one out. A new run in an old run's folder sets the old ones
+aside as `checkpoint.pth.before`. Everything loads with `weights_only=True`, so that
 a checkpoint can carry no code, and with the checksums of its parts compared, which `torch.load` does not do.
 """
 
@@ -173,16 +174,34 @@ def find_resumable(output_dir: str | Path, kind: str) -> tuple[dict, Path] | Non
     return None
 
 
-def find_resumable_together(output_dir: str | Path, kind: str, world: World) -> tuple[dict, Path] | None:
-    """`find_resumable` for all ranks: rank 0 chooses, so that no two ranks go on from different steps.
+def find_resumable_after(given: str | Path, output_dir: str | Path, kind: str) -> tuple[dict, Path]:
+    """The checkpoint `given`, or that of a run's folder where it is further: a run that began with `given` and was
+    started again by the same command. Call it on rank 0 only.
 
     Raises:
-        CheckpointError: as `find_resumable`; or a rank cannot read the file that rank 0 chose.
+        CheckpointError: `given` cannot be read. That the folder's own cannot be is a warning.
+    """
+    state = load_checkpoint(given, kind)
+    try:
+        own = find_resumable(output_dir, kind)
+    except CheckpointError:  # `given` is the way out
+        own = None
+    return own if own is not None and own[0]["step"] > state["step"] else (state, Path(given))
+
+
+def find_resumable_together(
+    output_dir: str | Path, kind: str, world: World, given: str | Path | None = None
+) -> tuple[dict, Path] | None:
+    """`find_resumable` (`find_resumable_after`, where a file is given) for all ranks: rank 0 chooses, so that no two
+    ranks go on from different steps.
+
+    Raises:
+        CheckpointError: as these; or a rank cannot read the file that rank 0 chose.
     """
     found = []
 
     def choose() -> str | None:
-        found.append(find_resumable(output_dir, kind))
+        found.append(find_resumable_after(given, output_dir, kind) if given else find_resumable(output_dir, kind))
         return None if found[0] is None else str(found[0][1])
 
     path = main_decides(world, choose)
@@ -192,9 +211,17 @@ def find_resumable_together(output_dir: str | Path, kind: str, world: World) -> 
         return load_checkpoint(path, kind), Path(path)
     except CheckpointError as error:
         raise CheckpointError(
-            f"rank {world.rank} cannot read what rank 0 resumes from: {error}. Every node needs --output_dir on a disk "
-            "that all of them see"
+            f"rank {world.rank} cannot read what rank 0 resumes from: {error}. Every node needs --output_dir, and the "
+            "file of --resume, on a disk that all of them see"
         ) from error
+
+
+def set_aside(output_dir: str | Path) -> None:
+    """Rename a folder's checkpoints to `<name>.before`, lest the new run in it goes on from them. On rank 0 only."""
+    for name in (LATEST, PREVIOUS):
+        path = Path(output_dir) / name
+        if path.exists():
+            path.replace(path.with_name(name + ".before"))
 
 
 def load_strictly(module: torch.nn.Module, state_dict: dict, what: str, path: str | Path) -> None:

@@ -193,6 +193,15 @@ def main_decides(world: World, decide: Callable[[], object]) -> object:
     return told[0]
 
 
+def was_restarted() -> bool:
+    """Whether Slurm or torchrun has started this run before.
+
+    One rank that knows is enough, and all agree: torchrun's count differs between nodes.
+    """
+    counts = [os.environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
+    return any(gather_objects(any(count not in ("", "0") for count in counts)))
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make torch's random numbers a function of (seed, step, rank): a resumed run draws what it would have drawn.
 

@@ -111,7 +111,7 @@ class RunLog:
             with self.path.open("a") as file:
                 file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
         except OSError as error:
-            self._warn_once(f"{self.path} cannot be written", error)
+            self.warn_once(f"{self.path} cannot be written", error)
         self._to_tensorboard(
             lambda writer: [writer.add_scalar(f"{kind}/{name}", value, step) for name, value in values.items()]
         )
@@ -136,9 +136,9 @@ class RunLog:
                 write(self.writer)
         except OSError as error:
             self.writer = None
-            self._warn_once("TensorBoard files cannot be written", error)
+            self.warn_once("TensorBoard files cannot be written", error)
 
-    def _warn_once(self, what: str, error: OSError) -> None:
+    def warn_once(self, what: str, error: OSError) -> None:
         """Say once what failed and why."""
         if what not in self._warned:
             self._warned.add(what)
@@ -157,6 +157,8 @@ class SilentLog:
     def image(self, name: str, image, step: int) -> None: ...
 
     def close(self) -> None: ...
+
+    def warn_once(self, what: str, error: OSError) -> None: ...
 
 
 def make_log(world: World, output_dir: str | Path, num_steps: int, first_step: int) -> RunLog | SilentLog:

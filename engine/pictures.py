@@ -42,7 +42,10 @@ def draw_pictures(
     log.image("pairs", figure_pixels(draw_pairs(batch)), step)
     for name, figure in sheets(run.student, run.teacher, batch, store, precision).items():
         log.image(name, figure_pixels(figure), step)
-        save_figure(figure, output_dir / f"{name}.png")
+        try:
+            save_figure(figure, output_dir / f"{name}.png")
+        except OSError as error:  # a full disk does not end the training
+            log.warn_once(f"pictures cannot be written to {output_dir}", error)
 
 
 def sheets(student: AliceStudent, teacher: AliceTeacher, batch: dict, store, precision: str = "fp32") -> dict:

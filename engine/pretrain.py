@@ -121,7 +121,7 @@ def pretrain(
             seed_step(options.seed, run.step, world.rank)
 
             # Forward and backward; ranks exchange gradients with the last part only
-            centres_before, parts, losses = copy_buffers(run.loss), [], []
+            centres_before, parts, losses, told_by_parts = copy_buffers(run.loss), [], [], []
             for part in range(options.num_parts):
                 clock.wait()
                 batch, is_last_part = next(batches), part + 1 == options.num_parts
@@ -131,9 +131,7 @@ def pretrain(
                     total, terms = objective(batch, now["teacher_temp"], is_last_part)
                     run.scaler.scale(total / options.num_parts).backward()
                 losses.append(total.detach())
-                step_terms = {"loss": total.detach(), **terms, **pair_statistics(batch)}
-                meters.add(step_terms)
-                epoch_meters.add(step_terms)
+                told_by_parts.append({"loss": total.detach(), **terms, **pair_statistics(batch)})
 
             # Clip over all trained modules
             run.scaler.unscale_(run.optimizer)
@@ -154,12 +152,15 @@ def pretrain(
                 num_skipped += 1
                 report_broken(losses, grad_norm, parts, options, num_skipped, run.step, hooks, log)
                 put_buffers(run.loss, centres_before)
-                meters, epoch_meters = Meters(), Meters()
+                run.scaler.update()  # closes what unscale_ opened, and lowers the scale
             else:
                 num_skipped = 0
                 run.scaler.step(run.optimizer)
                 run.scaler.update()
                 run.teacher.update(run.student, now["momentum_teacher"])
+                for told_by_part in told_by_parts:
+                    meters.add(told_by_part)
+                    epoch_meters.add(told_by_part)
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
             epoch, num_into_epoch = divmod(run.step, options.steps_per_epoch)

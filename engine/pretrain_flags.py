@@ -11,6 +11,8 @@ from engine.flags import add_switch, make_parser
 from engine.schedules import peak_lr
 from losses.alice import CENTRING_CHOICES, RECON_CHOICES
 
+WEIGHT_DECAY_END = 0.4
+
 
 def make_pretrain_flags(
     description: str,
@@ -109,7 +111,7 @@ def add_model_flags(group, backbones: list[str], casa_variants: list[str]) -> No
         "--checkpoint_file",
         type=str,
         default="",
-        help="weights to start from (any of ours, or MONAI names); empty = none",
+        help="weights to start from (any of ours, or MONAI names) that fit this encoder; empty = none",
     )
 
 
@@ -157,7 +159,12 @@ def add_optimiser_flags(group) -> None:
     add("--min_lr", type=float, default=1e-6, help="learning rate at the end; must not exceed the peak")
     add("--warmup_epochs", type=float, default=10.0, help="linear warm-up of the learning rate, epochs; 0 = off")
     add("--weight_decay", type=float, default=0.04, help="at the start; 0 = off")
-    add("--weight_decay_end", type=float, default=0.4, help="at the end, along a cosine")
+    add(
+        "--weight_decay_end",
+        type=float | None,
+        default=None,
+        help=f"at the end, along a cosine; unset = {WEIGHT_DECAY_END}, or 0 with --weight_decay 0",
+    )
     add("--clip_grad", type=float, default=3.0, help="largest joint gradient norm of all trained modules; 0 = off")
     add("--freeze_last_layer", type=float, default=1.0, help="epochs that the head's last layers stand still; 0 = off")
     add("--seed", type=int, default=0, help="decides weights, pairs, masks and augmentation")
@@ -197,7 +204,13 @@ def add_running_flags(group) -> None:
 def add_output_flags(group) -> None:
     add = group.add_argument
     add("--output_dir", type=str, default="", help="checkpoints, log.txt, TensorBoard, pictures, run.json")
-    add("--resume", type=str, default="auto", help="auto = go on if OUTPUT_DIR has a checkpoint; none; or a file")
+    add(
+        "--resume",
+        type=str,
+        default="auto",
+        help="auto = go on if OUTPUT_DIR has a checkpoint; none = begin anew, until Slurm or torchrun restarts it; or "
+        "a file, until OUTPUT_DIR has a checkpoint that is further",
+    )
     add("--saveckp_freq", type=int, default=1, help="epochs between checkpoints")
     add("--keep_freq", type=int, default=0, help="epochs between numbered checkpoints that stay; 0 = none")
     add("--log_freq", type=int, default=10, help="steps between log lines")
@@ -222,6 +235,13 @@ def add_probe_flags(group) -> None:
 def roi_of(flags) -> tuple[int, int, int]:
     """The crop as (D, H, W) in voxels."""
     return flags.roi_z, flags.roi_y, flags.roi_x
+
+
+def weight_decay_end(flags) -> float:
+    """Weight decay at the end of the run: as given, or by default off where it begins switched off."""
+    if flags.weight_decay_end is not None:
+        return flags.weight_decay_end
+    return WEIGHT_DECAY_END if flags.weight_decay else 0.0
 
 
 def effective_batch(flags, world_size: int) -> int:
@@ -297,11 +317,12 @@ def number_problems(flags, world_size: int) -> list[str]:
     one_or_more = "epochs batch_size accumulate_steps out_dim log_freq saveckp_freq num_val_pairs probe_voxels"
     for name in one_or_more.split():
         expect(getattr(flags, name) >= 1, name, "1 or more")
-    zero_or_more = "num_workers steps_per_epoch lr_reference_batch min_lr warmup_epochs weight_decay weight_decay_end"
+    zero_or_more = "num_workers steps_per_epoch lr_reference_batch min_lr warmup_epochs weight_decay"
     zero_or_more += " clip_grad freeze_last_layer warmup_teacher_temp_epochs keep_freq picture_freq val_freq seed"
     zero_or_more += " probe_freq probe_cases profile_steps"
     for name in zero_or_more.split():
         expect(getattr(flags, name) >= 0, name, "0 (off) or more")
+    expect(weight_decay_end(flags) >= 0, "weight_decay_end", "0 (off) or more")
     for name in ("lr", "student_temp", "teacher_temp", "warmup_teacher_temp", "dist_timeout_min"):
         expect(getattr(flags, name) > 0, name, "more than 0")
     expect(0 <= flags.momentum_teacher <= 1, "momentum_teacher", "a momentum between 0 and 1")

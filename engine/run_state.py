@@ -2,7 +2,8 @@
 
 The checkpoint's layout (see also engine/checkpoint.py):
     kind "alice" · student, teacher, loss (centres), optimizer, scaler: state dicts · step, epoch
-    random: {"seed", "rule"} · flags, commit, versions · preprocessing, backbone: what a user of the weights must know
+    random: {"seed", "rule"} · flags, commit, versions · effective_batch, steps_per_epoch
+    preprocessing, backbone: what a user of the weights must know
 No random state is stored: torch's is set from (seed, step, rank) before each step, and data are a function of
 (seed, sample index).
 """
@@ -68,6 +69,7 @@ class RunState:
             self.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
         warn_of_changed_flags(state.get("flags", {}), self.description.get("flags", {}), path)
+        warn_of_changed_steps(state, self.description, path)
 
 
 def warn_of_changed_flags(before: dict, now: dict, path: str) -> None:
@@ -79,3 +81,31 @@ def warn_of_changed_flags(before: dict, now: dict, path: str) -> None:
     ]
     if changed:
         warnings.warn(f"{path} was trained with other flags: {', '.join(changed)}", stacklevel=2)
+
+
+def warn_of_changed_steps(before: dict, now: dict, path: str) -> None:
+    """Say when a step or an epoch is no longer what it was (another number of processes), and how to have it back.
+
+    Args:
+        before, now: descriptions; `effective_batch` and `steps_per_epoch` are compared where both have them (older
+            checkpoints do not).
+    """
+    names = ("effective_batch", "steps_per_epoch")
+    if not all(name in told for name in names for told in (before, now)):
+        return
+    (batch, steps), (batch_now, steps_now) = ([told[name] for name in names] for told in (before, now))
+    if (batch, steps) == (batch_now, steps_now):
+        return
+    flags = now["flags"]
+    num_processes = batch_now // (flags["batch_size"] * flags["accumulate_steps"])
+    if batch % num_processes:
+        cure = f"a number of processes that divides {batch}, and --steps_per_epoch {steps}"
+    else:
+        share = batch // num_processes
+        size = max(n for n in range(1, min(share, flags["batch_size"]) + 1) if share % n == 0)  # fits into memory
+        cure = f"--batch_size {size} --accumulate_steps {share // size} --steps_per_epoch {steps}"
+    warnings.warn(
+        f"{path} was trained with an effective batch of {batch} and {steps} steps an epoch; this run has {batch_now} "
+        f"and {steps_now}, so that its schedules and its length are other ones. To go on as before: {cure}",
+        stacklevel=3,
+    )

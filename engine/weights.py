@@ -6,15 +6,17 @@ segmentation network shares, so that `model.load_state_dict(weights, strict=Fals
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.checkpoint import CheckpointError, load_checkpoint
+from engine.checkpoint import CheckpointError, check_parts
+from models.pretrained import LoadReport, load_pretrained
+from models.weights_file import WeightsError, read_weights_file
 
 BACKBONE_PREFIX = "backbone.network."
 HEAD_PREFIX = "head."
@@ -75,7 +77,7 @@ def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[st
     weights = {
         name.removeprefix(BACKBONE_PREFIX): value.contiguous()
         for name, value in state[key].items()
-        if name.startswith(BACKBONE_PREFIX) and not name.startswith(BACKBONE_PREFIX + TASK_LAYER_PREFIX)
+        if is_shared_with_segmenters(name)
     }
     if not weights:
         raise CheckpointError(f"{path}: no key of its {key} starts with {BACKBONE_PREFIX}; there is nothing to extract")
@@ -130,71 +132,36 @@ def save_weights(weights: dict[str, torch.Tensor], metadata: dict, path: str | P
     aside.replace(path)
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """A flat dict of tensors from any file one may start from: our checkpoints (the student), extracted weights in
-    either format, and foreign ones that keep tensors at the top or under `state_dict` or `model`.
-
-    Raises:
-        CheckpointError: not readable, carrying code, or holding no tensors.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    state = load_checkpoint(path)
-    if isinstance(state.get("kind"), str) and "student" not in state:
-        raise CheckpointError(
-            f"{path}: a checkpoint of kind {state['kind']!r} holds no weights to start pretraining from"
-        )
-    for key in ("student", "state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    weights = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not weights:
-        raise CheckpointError(f"{path}: holds no tensors; its keys are {', '.join(map(str, list(state)[:5]))}")
-    return weights
-
-
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a .safetensors file.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as safetensors ({error})") from error
-
-
-def start_from(student: nn.Module, path: str | Path) -> MatchReport:
-    """Load what fits of a file's weights into a student, by name and shape (`--checkpoint_file`).
-
-    Weights without our prefix are taken as the backbone's own.
+def start_from(student: nn.Module, path: str | Path) -> LoadReport:
+    """Load a file's weights into a student (`--checkpoint_file`): encoder and decoder by `models.pretrained`, whatever
+    the spelling; what else our own files hold (head, CASA, mask tokens, reconstruction layer) by name and shape.
 
     Returns:
-        What met the backbone's keys.
+        What became of the keys of encoder and decoder.
 
     Raises:
-        CheckpointError: no key of the backbone fits.
+        CheckpointError: unreadable, damaged, carrying code, or not for this encoder; the student is then untouched.
     """
-    weights = read_weights(path)
-    if not any(name.startswith(BACKBONE_PREFIX) for name in weights):
-        weights = {name if name.startswith(HEAD_PREFIX) else BACKBONE_PREFIX + name: v for name, v in weights.items()}
-    own = student.state_dict()
-    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
-    report = compare(
-        *(
-            {n.removeprefix(BACKBONE_PREFIX): v for n, v in d.items() if n.startswith(BACKBONE_PREFIX)}
-            for d in (weights, own)
-        )
-    )
-    if not report.matched:
-        names = ", ".join(name.removeprefix(BACKBONE_PREFIX) for name in list(weights)[:3])
-        raise CheckpointError(
-            f"{path}: none of its {len(weights)} tensors ({names}, ...) fits this backbone by name and shape; "
-            "check --checkpoint_file, --backbone and --feature_size"
-        )
-    student.load_state_dict(fitting, strict=False)
+    own, network = student.state_dict(), student.backbone.network
+    try:
+        check_parts(Path(path))
+        file = read_weights_file(path)
+        beside = {
+            name: value
+            for name, value in file.tensors.items()
+            if name in own and own[name].shape == value.shape and not is_shared_with_segmenters(name)
+        }
+        file = replace(file, tensors={name: value for name, value in file.tensors.items() if name not in beside})
+        load_pretrained(network, file)
+        report = load_pretrained(network, file, min_share=0.0, part="whole")  # the decoder, as far as there is one
+    except WeightsError as error:
+        raise CheckpointError(f"--checkpoint_file {error}") from error
+    except (ValueError, OSError, BadZipFile) as error:
+        raise CheckpointError(f"--checkpoint_file {path}: {error}") from error
+    student.load_state_dict(beside, strict=False)
     return report
+
+
+def is_shared_with_segmenters(name: str) -> bool:
+    """Whether a student's key is one that extraction keeps of the backbone's network."""
+    return name.startswith(BACKBONE_PREFIX) and not name.startswith(BACKBONE_PREFIX + TASK_LAYER_PREFIX)

@@ -8,6 +8,7 @@ import torch
 
 from engine import checkpoint as ck
 from engine.background_save import BackgroundSaver
+from engine.distributed import World
 
 
 def state(step: int) -> dict:
@@ -71,6 +72,21 @@ def test_nothing_to_resume_and_nothing_readable_differ(tmp_path):
         warnings.simplefilter("ignore")
         with pytest.raises(ck.CheckpointError, match="--resume none"):
             ck.find_resumable(tmp_path, "alice")
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, 5), (5, 5), (4, 5), (6, 6), ("damaged", 5)])
+def test_a_given_checkpoint_counts_until_the_folder_has_a_later_one(tmp_path, own, expected):
+    ck.save_checkpoint(state(5), tmp_path / "other")
+    given, run = tmp_path / "other" / ck.LATEST, tmp_path / "run"
+    if own == "damaged":
+        run.mkdir()
+        (run / ck.LATEST).write_bytes(b"no checkpoint")
+    elif own is not None:
+        ck.save_checkpoint(state(own), run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, path = ck.find_resumable_together(run, "alice", World(), given)
+    assert found["step"] == expected and path == (given if expected == 5 else run / ck.LATEST)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])

@@ -61,3 +61,14 @@ def test_a_restarted_rank_never_meets_what_the_start_before_left_behind(agent_st
 def test_a_rank_that_never_starts_is_named(agent_store):
     with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not start within .*--dist_timeout_min"):
         distributed.store_of_this_start(0, 3, timedelta(seconds=0.1))
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [((None, None), False), (("0", "0"), False), (("1", None), True), (("0", "2"), True)]
+)
+def test_restarts_by_slurm_and_torchrun_are_known(monkeypatch, counts, expected):
+    for name, count in zip(("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"), counts):
+        monkeypatch.delenv(name, raising=False)
+        if count is not None:
+            monkeypatch.setenv(name, count)
+    assert distributed.was_restarted() is expected

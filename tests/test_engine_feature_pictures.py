@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from engine.feature_pictures import (
     MOST_TIMES_UNIFORM,
@@ -12,7 +13,9 @@ from engine.feature_pictures import (
     look,
     principal_colours,
 )
-from engine.pictures import sheets
+from engine.logging import RunLog
+from engine.pictures import draw_pictures, sheets
+from engine.run_state import RunState
 from tests.fakes import make_store
 from tests.small_alice import ROI, run_alice, small_alice, small_batch
 
@@ -98,3 +101,14 @@ def test_tokens_cover_their_voxels():
 )
 def test_switched_off_objectives_leave_out_their_sheets(options, expected):
     assert set(sheets(*small_alice(**options), pictured_batch(), make_store())) == expected
+
+
+def test_a_full_disk_costs_the_pictures_and_is_told_once(tmp_path):
+    (tmp_path / "reconstruction.png").symlink_to("/dev/full")
+    (tmp_path / "features.png").symlink_to("/dev/full")
+    student, teacher = small_alice()
+    run, log = RunState(student, teacher, None, None, None), RunLog(tmp_path, num_steps=2, tensorboard=False)
+    with pytest.warns(UserWarning, match="pictures cannot be written.*No space left on device.*goes on") as told:
+        for step in (1, 2):
+            draw_pictures(run, pictured_batch(), step, make_store(), "fp32", tmp_path, log, lambda batch: Figure())
+    assert len(told) == 1 and (tmp_path / "attention.png").stat().st_size > 10_000

@@ -15,7 +15,7 @@ from engine.logging import RunLog
 from engine.optim import clip_gradients, decays, make_optimizer
 from engine.precision import make_scaler, pick_precision
 from engine.pretrain import MAX_SKIPPED_IN_A_ROW, Hooks, LoopOptions, NonFiniteLossError, Schedules, pretrain
-from engine.run_state import RunState
+from engine.run_state import RunState, warn_of_changed_steps
 from engine.validation import validate
 from tests.tiny_run import log_of
 
@@ -137,6 +137,34 @@ def test_stopped_and_resumed_equals_uninterrupted_exactly(tmp_path):
         assert torch.equal(second.weights()[name], value), name
 
 
+def described(num_processes: int, steps_per_epoch: int) -> dict:
+    flags = {"batch_size": 8, "accumulate_steps": 1}
+    return {"flags": flags, "effective_batch": 8 * num_processes, "steps_per_epoch": steps_per_epoch}
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "cure"),
+    [
+        (4, "--batch_size 8 --accumulate_steps 2 --steps_per_epoch 31"),
+        (16, "--batch_size 4 --accumulate_steps 1 --steps_per_epoch 31"),
+        (5, "a number of processes that divides 64, and --steps_per_epoch 31"),
+    ],
+)
+def test_another_effective_batch_is_told_with_the_flags_that_bring_it_back(tmp_path, num_processes, cure):
+    setup = Setup(tmp_path)
+    state = setup.run.as_checkpoint(31) | described(8, 31)
+    setup.run.description = described(num_processes, 2000 // (8 * num_processes))
+    told = rf"batch of 64 and 31 steps an epoch; this run has {8 * num_processes} and .* as before: {cure}$"
+    with pytest.warns(UserWarning, match=told):
+        setup.run.restore(state, "checkpoint.pth")
+
+
+def test_the_same_effective_batch_and_older_checkpoints_are_not_warned_of(tmp_path, recwarn):
+    warn_of_changed_steps(described(8, 31), described(8, 31), "checkpoint.pth")
+    warn_of_changed_steps({"flags": {}}, described(4, 62), "older.pth")
+    assert not recwarn.list
+
+
 def test_schedules_reach_the_optimizer_and_the_log(tmp_path):
     setup = Setup(tmp_path)
     setup()
@@ -208,6 +236,24 @@ def test_skip_leaves_out_the_step_and_its_centres(tmp_path):
     assert setup()
     assert setup.run.step == 2
     assert all(torch.equal(value, before[name]) for name, value in setup.weights().items())
+
+
+def test_skipping_goes_on_with_a_scaled_loss(tmp_path):
+    setup = Setup(tmp_path, num_steps=5, nan_policy="skip")
+    setup.run.scaler = make_scaler("fp16", CPU)
+    setup.poison_at = (1, 3)
+    assert setup() and setup.run.step == 5
+    assert setup.run.scaler.get_scale() == 2.0**16 / 4
+
+
+def test_a_skipped_step_takes_only_its_own_values_out_of_the_means(tmp_path):
+    setup = Setup(tmp_path, num_steps=4, steps_per_epoch=4, nan_policy="skip")
+    setup.poison_at = (2,)
+    setup()
+    (epoch,), steps = log_of(tmp_path, "epoch"), {line["step"]: line for line in log_of(tmp_path)}
+    assert "loss" not in steps[3]
+    good = [steps[step]["loss"] for step in (1, 2, 4)]
+    assert epoch["loss"] == pytest.approx(sum(good) / 3)
 
 
 def test_skipping_ends_after_too_many_in_a_row(tmp_path):

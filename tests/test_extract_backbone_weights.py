@@ -15,7 +15,9 @@ from engine.flags import REPOSITORY
 from engine.optim import make_optimizer
 from engine.precision import make_scaler
 from engine.run_state import RunState
-from engine.weights import read_weights, start_from
+from engine.weights import start_from
+from models.backbones import segmentation_network
+from models.weights_file import read_weights_file
 from tests.tiny_run import TINY
 
 CPU = torch.device("cpu")
@@ -62,7 +64,7 @@ def test_weights_fill_monais_network(checkpoint, tmp_path, capsys, key, suffix):
     told = capsys.readouterr().out
     assert re.search(r"encoder (\d+)/\1, ", told)
     assert re.search(r"decoder (\d+)/\1 keys" if key == "student" else r"decoder 0/[1-9]", told)
-    weights = torch.load(output, weights_only=True) if suffix == ".pth" else read_weights(output)
+    weights = torch.load(output, weights_only=True) if suffix == ".pth" else read_weights_file(output).tensors
     network = monai_network()
     missing, unexpected = network.load_state_dict(weights, strict=False)
     assert unexpected == []
@@ -164,27 +166,62 @@ def test_nothing_to_extract_is_an_error_not_an_empty_file(checkpoint, tmp_path):
     assert not (tmp_path / "out.pth").exists()
 
 
+def constant_student(**changed):
+    """A student whose every number is 0.5, so that loaded ones show."""
+    student = build(**changed)[0]
+    for parameter in student.parameters():
+        torch.nn.init.constant_(parameter, 0.5)
+    return student
+
+
 @pytest.mark.parametrize("name", ["alice.pth", "alice.safetensors"])
 def test_extracted_weights_can_start_another_run(checkpoint, tmp_path, name):
     extract(checkpoint, tmp_path / name, "--checkpoint_key", "student", "--with_head")
-    student = build()[0]
-    for parameter in student.parameters():
-        torch.nn.init.constant_(parameter, 0.5)
+    student = constant_student()
     report = start_from(student, tmp_path / name)
-    assert {key.split(".")[0] for key in report.missing} == {"out"} and not report.misshapen
+    assert len(report.matched) == 157 and not report.missing and not report.misshapen and not report.unexpected
     source = torch.load(checkpoint, weights_only=True)["student"]
     for key, value in student.state_dict().items():
-        if key.startswith(("backbone.network.swinViT", "head.")):
+        if key.startswith(("backbone.network.swinViT", "backbone.network.decoder", "head.")):
             assert torch.equal(value, source[key]), key
 
 
-def test_damaged_or_code_bearing_starting_weights_are_refused(tmp_path):
+def test_bare_encoder_of_monais_own_pretraining_can_start_a_run(tmp_path):
+    source = monai_network().swinViT.state_dict()
+    torch.save({"state_dict": {"module." + key: value for key, value in source.items()}}, tmp_path / "swinvit.pt")
+    student = constant_student()
+    assert len(start_from(student, tmp_path / "swinvit.pt").matched) == len(source) == 126
+    for key, value in student.backbone.network.swinViT.state_dict().items():
+        assert torch.equal(value, source[key]), key
+
+
+@pytest.mark.parametrize(("name", "own", "given"), [("swin_unetr", 12, 24), ("nnformer", 6, 12)])
+def test_weights_of_another_size_are_refused_and_change_nothing(tmp_path, name, own, given):
+    """Tables of relative positions have the same shape at every size, so that some keys always fit."""
+    torch.save(segmentation_network(name, 1, 14, given).state_dict(), tmp_path / "other_size.pth")
+    student = constant_student(backbone=name, feature_size=own)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    with pytest.raises(CheckpointError, match="--checkpoint_file .*other_size.pth: [1-9].*--feature_size"):
+        start_from(student, tmp_path / "other_size.pth")
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+
+
+def test_damaged_or_code_bearing_starting_weights_are_refused(checkpoint, tmp_path):
+    student = build()[0]
     (tmp_path / "half.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(CheckpointError, match="half.safetensors: not readable"):
-        read_weights(tmp_path / "half.safetensors")
+    with pytest.raises(CheckpointError, match="--checkpoint_file .*half.safetensors: not readable"):
+        start_from(student, tmp_path / "half.safetensors")
     torch.save({"kind": "sam_embed", "state_dict": {"w": torch.zeros(1)}}, tmp_path / "sam.pth")
-    with pytest.raises(CheckpointError, match="kind 'sam_embed'"):
-        read_weights(tmp_path / "sam.pth")
+    with pytest.raises(CheckpointError, match="sam.pth: 0 of 137 keys"):
+        start_from(student, tmp_path / "sam.pth")
+    torch.save({"state_dict": student.state_dict(), "code": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
+    with pytest.raises(CheckpointError, match="code.pth: holds Python objects"):
+        start_from(student, tmp_path / "code.pth")
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match="flipped.pth: the checksum"):
+        start_from(student, tmp_path / "flipped.pth")
 
 
 def test_format_decides_where_the_name_does_not_and_must_not_contradict_it(checkpoint, tmp_path, capsys):
@@ -192,7 +229,7 @@ def test_format_decides_where_the_name_does_not_and_must_not_contradict_it(check
         extract(checkpoint, tmp_path / "alice.v1", "--format", wanted)
         assert f"alice.v1{suffix}" in capsys.readouterr().out
         extract(checkpoint, tmp_path / f"same{suffix}", "--format", wanted)
-    one, other = (read_weights(tmp_path / f"alice.v1{suffix}") for suffix in (".pth", ".safetensors"))
+    one, other = (read_weights_file(tmp_path / f"alice.v1{suffix}").tensors for suffix in (".pth", ".safetensors"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(ValueError, match="--format monai writes .pth, but the file is called .*x.safetensors"):
         extract(checkpoint, tmp_path / "x.safetensors", "--format", "monai")

@@ -146,6 +146,35 @@ def test_no_rank_leaves_while_rank_0_writes_the_checkpoint(corpus, tmp_path):
     assert [process.exitcode for process in ranks] == [EXIT_INTERRUPTED] * 2
 
 
+# Started again by the same command
+
+
+def test_resume_file_goes_on_from_its_own_checkpoint_when_started_again(corpus, tmp_path, capfd):
+    main_ddp.main(smallest(corpus, tmp_path / "first", epochs=1))
+    again = smallest(corpus, tmp_path / "run", resume=tmp_path / "first" / LATEST)
+    main_ddp.main([*again, "--epochs=2"])
+    assert f"resumed at step 2 from {tmp_path / 'first' / LATEST}\n" in capfd.readouterr().out
+    main_ddp.main(again)
+    told = capfd.readouterr().out
+    assert f"resumed at step 4 from {tmp_path / 'run' / LATEST}, which is further than --resume" in told
+    assert load_checkpoint(tmp_path / "run" / LATEST)["step"] == NUM_STEPS
+
+
+def test_resume_none_holds_for_the_first_start_of_a_job(corpus, undisturbed, tmp_path, monkeypatch, capfd):
+    """An old run's checkpoint is out of the way, also when the job is restarted before its first save."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(undisturbed / LATEST, run)
+    argv = smallest(corpus, run, resume="none", epochs=1)
+    main_ddp.main(argv)
+    assert "started from random weights" in capfd.readouterr().out
+    assert load_checkpoint(run / f"{LATEST}.before")["step"] == NUM_STEPS and not (run / PREVIOUS).exists()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    main_ddp.main([*argv, "--epochs=2"])
+    assert "resumed at step 2 from" in capfd.readouterr().out
+    assert load_checkpoint(run / LATEST)["step"] == 4
+
+
 # Poisoned
 
 

@@ -48,6 +48,7 @@ def test_run_leaves_what_it_should(finished):
     }  # fmt: skip
     assert state["backbone"] == {"name": "swin_unetr", "feature_size": 12, "in_channels": 1}
     assert state["num_training_cases"] == 3
+    assert (state["effective_batch"], state["steps_per_epoch"]) == (2, 3)
     assert state["flags"]["batch_size"] == 2 and state["commit"]
     assert load_checkpoint(finished / "checkpoint0001.pth", "alice")["step"] == 3
     assert json.loads((finished / "run.json").read_text())["flags"] == state["flags"]
@@ -157,7 +158,7 @@ def test_smoke_config_builds_the_store_validates_and_draws(tmp_path, capfd):
 def test_starting_weights_change_the_start_and_foreign_files_are_refused(finished, corpus, tmp_path, capfd):
     foreign = tmp_path / "foreign.pth"
     torch.save({"state_dict": {"layer.weight": torch.zeros(3, 3)}}, foreign)
-    with pytest.raises(ValueError, match="foreign.pth: none of its 1 tensors.*--checkpoint_file"):
+    with pytest.raises(ValueError, match="--checkpoint_file .*foreign.pth: 0 of 137 keys .*--feature_size"):
         main_ddp.main(arguments(corpus, tmp_path / "a", checkpoint_file=foreign))
     changed = {"checkpoint_file": finished / LATEST, "steps_per_epoch": 1, "warmup_epochs": 1}
     main_ddp.main(arguments(corpus, tmp_path / "b", **changed))

@@ -7,8 +7,8 @@ import extract_backbone_weights
 import main_ddp
 from engine.checkpoint import LATEST
 from engine.flags import REPOSITORY
-from engine.weights import read_weights
 from models.backbones import segmentation_network
+from models.weights_file import read_weights_file
 from tests.tiny_run import add_store_and_table, arguments, log_of, make_corpus
 
 
@@ -32,7 +32,7 @@ def test_config_trains_and_its_weights_fill_a_segmentation_network(corpus, tmp_p
         output = tmp_path / f"{key}.pth"
         extract_backbone_weights.main([str(tmp_path / "run" / LATEST), str(output), "--checkpoint_key", key])
         network = segmentation_network("nnformer", in_channels=1, out_channels=3, feature_size=6)
-        missing, unexpected = network.load_state_dict(read_weights(output), strict=False)
+        missing, unexpected = network.load_state_dict(read_weights_file(output).tensors, strict=False)
         expected = ("out.",) if key == "student" else ("out.", "decoder.")
         assert unexpected == [] and missing and all(name.startswith(expected) for name in missing)
     assert "encoder" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import main_ddp
-from engine.pretrain_flags import number_problems
+from engine.pretrain_flags import number_problems, weight_decay_end
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith(("sam_", "finetune_")))
@@ -86,6 +86,43 @@ def test_floor_above_the_peak_is_an_error_that_knows_the_scaling():
     assert "1.25e-05" in problem and "--min_lr" in problem and "effective batch 64" in problem
     flags.min_lr = 1e-6
     assert number_problems(flags, world_size=8) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], 0.4),
+        (["--weight_decay=0.1"], 0.4),
+        (["--weight_decay=0"], 0),
+        (["--weight_decay=0", "--weight_decay_end=0.2"], 0.2),
+        (["--weight_decay_end=0"], 0),
+    ],
+)
+def test_weight_decay_0_is_off_until_the_end(argv, expected):
+    flags = main_ddp.make_flags().parse_args(argv)
+    assert weight_decay_end(flags) == expected and number_problems(flags, world_size=1) == []
+    options = main_ddp.LoopOptions(num_steps=10 * flags.epochs, steps_per_epoch=10)
+    decay = main_ddp.make_schedules(flags, options, main_ddp.World()).weight_decay
+    assert decay(options.num_steps) == expected and decay(0) == pytest.approx(flags.weight_decay)
+
+
+def test_a_negative_weight_decay_at_the_end_is_refused():
+    flags = main_ddp.make_flags().parse_args(["--weight_decay_end=-1"])
+    (problem,) = number_problems(flags, world_size=1)
+    assert problem == "--weight_decay_end -1.0: expected 0 (off) or more"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "mask_block", "is_right"),
+    [("swin_unetr", 3, False), ("nnformer", 3, False), ("unet", 3, True), ("swin_unetr", 2, True)],
+)
+def test_mask_blocks_that_cut_tokens_are_refused_before_anything_is_written(tmp_path, backbone, mask_block, is_right):
+    argv = [f"--backbone={backbone}", f"--mask_block={mask_block}", "--feature_size=12", "--head_hidden_dim=8"]
+    argv += [f"--data_dir={tmp_path}", f"--json_list={tmp_path / 'absent.json'}", f"--output_dir={tmp_path / 'out'}"]
+    with pytest.raises(ValueError) as error:
+        main_ddp.main([*argv, "--pairing=iou", "--device=cpu"])
+    assert (f"--mask_block 3 cuts through the tokens of --backbone {backbone}" in str(error.value)) is not is_right
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_table_names_the_two_commands(tmp_path):

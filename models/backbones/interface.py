@@ -65,7 +65,8 @@ def upsample_mask(masked: Tensor, size: Size3) -> Tensor:
     if any(fine != coarse * repeat for fine, coarse, repeat in zip(size, masked.shape[1:], repeats)):
         raise ValueError(
             f"a block mask of {tuple(masked.shape[1:])} blocks does not divide a grid of {tuple(size)}: "
-            "every side of the crop (--roi_x, --roi_y, --roi_z) must be a multiple of --mask_block"
+            "--mask_block must be a multiple of that grid's stride, and every side of the crop (--roi_x, --roi_y, "
+            "--roi_z) one of --mask_block"
         )
     fine = masked[:, None, :, None, :, None, :, None]  # [B, 1, d, 1, h, 1, w, 1]
     batch, (depth, height, width) = masked.shape[0], masked.shape[1:]
