@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     storage = storage_of(flags)
-    cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections)
+    cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections, rank)
     network, info = load_embedder(flags.checkpoint_file)
     network = for_inference(network, flags.precision).to(
         pick_device(flags.device, int(os.environ.get("LOCAL_RANK", 0)))
