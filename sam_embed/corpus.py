@@ -5,8 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.nifti import CTReadError, Volume
-from datasets.store_format import StoreError
+from datasets.nifti import Volume
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.compact import FP16, Storage
 from sam_embed.embed import embed_volume
@@ -37,7 +36,11 @@ def embed_corpus(
         storage: form of the files written. Finished cases are kept in whatever form they have: forms may be mixed.
 
     Returns:
-        `written` and `reused` (lists of names) and `failed` (name -> reason: files that cannot be read are skipped).
+        `written` and `reused` (lists of names) and `failed` (name -> reason: what cannot be read or embedded, as a
+        scan of one slice or one too large for the memory, is skipped).
+
+    Raises:
+        FileWriteError, DiskFullError: the folder cannot be written to, or is full; what is finished stays.
     """
     share = names[rank::world_size]
     is_done = {name: not overwrite and stored_fingerprint(embed_dir, name) == info.fingerprint for name in share}
@@ -49,10 +52,10 @@ def embed_corpus(
     for name in bar:
         bar.set_postfix_str(name)
         try:
-            volume = read(name)
-        except (CTReadError, StoreError) as error:
-            report["failed"][name] = str(error)
+            embedding = embed_volume(network, read(name), info, memory_mb, name)
+        except (ValueError, RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
+            report["failed"][name] = str(error) or type(error).__name__
             continue
-        save_embedding(embed_dir, embed_volume(network, volume, info, memory_mb, name), storage)
+        save_embedding(embed_dir, embedding, storage)
         report["written"].append(name)
     return report

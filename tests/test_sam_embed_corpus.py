@@ -4,12 +4,26 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from datasets.data_list import Case
-from datasets.nifti import write_nifti
+from datasets.files import FileWriteError
+from datasets.nifti import Volume, write_nifti
 from datasets.volume_store import build_store
+from sam_embed import corpus as corpus_module
 from sam_embed.case_source import open_cases
+from sam_embed.checkpoint import EmbedderInfo
+from sam_embed.corpus import embed_corpus
+from sam_embed.embedding_store import embedded_cases
+from sam_embed.network import AnatomicalEmbedder
 from tests.sam_fakes import patient_volume
+
+INFO = EmbedderInfo(spacing_mm=(8.0, 8.0, 8.0), fingerprint="abc")
+
+
+def small_network() -> AnatomicalEmbedder:
+    torch.manual_seed(0)
+    return AnatomicalEmbedder(width=4, embed_dim=8).eval()  # in the published layout, whose pool has a stride
 
 
 def write_patient(folder: Path, seed: int) -> Path:
@@ -40,3 +54,32 @@ def test_listed_cases_that_the_store_lacks_are_left_out_and_named(corpus, capsys
         open_cases(str(corpus / "store"), json_list=str(corpus / "list.json"), sections=["others"])
     with pytest.raises(ValueError, match="no cases in validation"):
         open_cases(str(corpus / "store"), json_list=str(corpus / "list.json"), sections=["validation"])
+
+
+def test_a_case_that_cannot_be_embedded_does_not_stop_the_others(tmp_path, monkeypatch):
+    thin = patient_volume(0)
+    volumes = {"a_thin": Volume(thin.array[17:18], thin.affine, "thin")}
+    volumes |= {name: patient_volume(1) for name in ("b_large", "c_larger", "d_odd", "e_good")}
+    errors = {
+        "b_large": torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        "c_larger": MemoryError(),
+        "d_odd": ValueError("one piece"),
+    }
+
+    def embed(network, volume, info, memory_mb, name):
+        if name in errors:
+            raise errors[name]
+        return embed_volume(network, volume, info, memory_mb, name)
+
+    embed_volume = corpus_module.embed_volume
+    monkeypatch.setattr(corpus_module, "embed_volume", embed)
+    report = embed_corpus(small_network(), INFO, list(volumes), volumes.__getitem__, tmp_path)
+    assert report["written"] == ["e_good"] == embedded_cases(tmp_path)
+    assert "too small" in report["failed"].pop("a_thin")
+    assert report["failed"] == {"b_large": "CUDA out of memory", "c_larger": "MemoryError", "d_odd": "one piece"}
+
+
+def test_a_folder_that_cannot_be_written_to_ends_the_run(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileWriteError):
+        embed_corpus(small_network(), INFO, ["patient0"], lambda _: patient_volume(0), tmp_path / "file")
