@@ -1,22 +1,25 @@
 """Where an entry point's volumes come from: a volume store, a data list, or simply a folder of CT files."""
 
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets.data_list import Case, find_cases, load_data_list
 from datasets.nifti import Volume, read_ct
-from datasets.volume_store import VolumeStore
+from datasets.volume_store import CaseRecord, VolumeStore
 
 SECTIONS = ("training", "validation")
 
 
 @dataclass(frozen=True)
 class CaseSource:
-    """Case names, and how to read one's CT as a canonical int16 volume."""
+    """Case names, how to read one's CT as a canonical int16 volume, and a text that changes when that CT does."""
 
     names: list[str]
     read: Callable[[str], Volume]
+    identity: Callable[[str], str]
 
 
 def open_cases(
@@ -46,10 +49,24 @@ def open_cases(
     if store_dir is not None:
         store = VolumeStore(store_dir)
         names = store.names if listed is None else _stored_cases(store, [case.name for case in listed], rank)
-        return CaseSource(list(names), store.read)
+        return CaseSource(list(names), store.read, lambda name: _record_identity(store.record(name)))
     cases = find_cases(data_dir) if listed is None else listed
     image_of = {case.name: case.image for case in cases}
-    return CaseSource(list(image_of), lambda name: read_ct(image_of[name]))
+    return CaseSource(list(image_of), lambda name: read_ct(image_of[name]), lambda name: _file_identity(image_of[name]))
+
+
+def _record_identity(record: CaseRecord) -> str:
+    """Voxels and place of a stored case: a corrected header may move the same voxels elsewhere."""
+    return f"store:{record.checksum}:{zlib.crc32(record.affine.tobytes()):08x}"
+
+
+def _file_identity(path: Path) -> str:
+    """Size and time of a file; empty where it is gone."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ""
+    return f"file:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _listed_cases(data_dir: str, json_list: str, sections: Sequence[str], must_exist: bool) -> list[Case]:

@@ -6,8 +6,8 @@
         --embed_dir embeddings --precision bf16
 
 The checkpoint is the authors' SAM.pth or one by scripts/train_sam.py; it says how volumes are prepared. May be stopped
-and run again: finished cases are kept as long as the weights are the same, in whatever form they are stored (forms mix
-freely, as files are decoded when they are loaded; --overwrite makes them anew in the form of --storage).
+and run again: finished cases are kept as long as the weights and the CT are the same, in whatever form they are stored
+(forms mix freely, as files are decoded when they are loaded; --overwrite makes them anew in the form of --storage).
 """
 
 import os
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         world_size,
         flags.overwrite,
         storage,
+        cases.identity,
     )
     for name, reason in report["failed"].items():
         print(f"failed {name}: {reason}", file=sys.stderr)

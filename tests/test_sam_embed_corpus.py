@@ -56,6 +56,48 @@ def test_listed_cases_that_the_store_lacks_are_left_out_and_named(corpus, capsys
         open_cases(str(corpus / "store"), json_list=str(corpus / "list.json"), sections=["validation"])
 
 
+@pytest.mark.parametrize("kind", ["store", "file"])
+def test_a_case_is_embedded_again_when_its_ct_has_changed(corpus, kind):
+    network = small_network()
+
+    def embed(kind: str) -> list[str]:
+        folders = {"store": (str(corpus / "store"), None), "file": (None, str(corpus / "images"))}
+        cases = open_cases(*folders[kind])
+        assert all(cases.identity(name).startswith(f"{kind}:") for name in cases.names)
+        made = embed_corpus(network, INFO, cases.names, cases.read, corpus / "made", identity=cases.identity)
+        assert sorted(made["written"] + made["reused"]) == ["patient0", "patient1"]
+        return made["written"]
+
+    assert embed(kind) == ["patient0", "patient1"] and not embed(kind)
+    assert not embed({"store": "file", "file": "store"}[kind])  # identities of two kinds tell nothing
+    volume = patient_volume(5)
+    write_nifti(corpus / "images" / "patient1.nii.gz", volume.array, volume.affine)
+    cases = [Case(name, corpus / "images" / f"{name}.nii.gz") for name in ("patient0", "patient1")]
+    build_store(cases, corpus / "store", progress=False)
+    assert embed(kind) == ["patient1"] and not embed(kind)
+
+
+def test_a_stored_case_whose_header_was_corrected_has_another_identity(corpus):
+    before = open_cases(str(corpus / "store")).identity("patient0")
+    volume = patient_volume(0)
+    moved = volume.affine.copy()
+    moved[2, 3] += 100
+    write_nifti(corpus / "images" / "patient0.nii.gz", volume.array, moved)
+    build_store([Case("patient0", corpus / "images" / "patient0.nii.gz")], corpus / "store", progress=False)
+    assert open_cases(str(corpus / "store")).identity("patient0") != before
+
+
+def test_embeddings_of_unknown_source_are_kept(corpus):
+    """Files of older versions state none, and a CT may be gone once it is embedded."""
+    cases = open_cases(data_dir=str(corpus / "images"))
+    embed_corpus(small_network(), INFO, cases.names, cases.read, corpus / "made")
+    for identity in (cases.identity, lambda name: ""):
+        made = embed_corpus(small_network(), INFO, cases.names, cases.read, corpus / "made", identity=identity)
+        assert made["reused"] == ["patient0", "patient1"]
+    (corpus / "images" / "patient0.nii.gz").unlink()
+    assert cases.identity("patient0") == ""
+
+
 def test_a_case_that_cannot_be_embedded_does_not_stop_the_others(tmp_path, monkeypatch):
     thin = patient_volume(0)
     volumes = {"a_thin": Volume(thin.array[17:18], thin.affine, "thin")}

@@ -149,6 +149,20 @@ def test_ranks_read_their_own_part_of_the_corpus(tmp_path, monkeypatch):
     assert reads.num_reads == 50 + 8
 
 
+def test_rows_mined_from_a_ct_that_has_changed_are_not_joined(tmp_path):
+    def mine(rank: int = 0, world_size: int = 1) -> CorrespondenceTable | None:
+        return mine_corpus(tmp_path, NAMES, tmp_path, OPTIONS, rank=rank, world_size=world_size)
+
+    for source, is_joined in (("file:1:1", True), ("file:1:2", False)):
+        for seed in range(4):
+            save_embedding(tmp_path, dataclasses.replace(patient_embedding(seed), source="file:1:1"))
+        mine(rank=1, world_size=2)
+        for shard in (tmp_path / SHARD_FOLDER).iterdir():
+            np.save(shard, np.load(shard)[:3])  # to be known again
+        save_embedding(tmp_path, dataclasses.replace(patient_embedding(2), source=source))
+        assert (len(mine()) < 4 * 12 * 2) == is_joined
+
+
 def test_a_run_killed_at_any_time_is_continued_to_the_same_table(embed_dir, tmp_path):
     script = Path(mine_pairs.__file__)
     command = ["--embed_dir", str(embed_dir), "--num_points", "100", "--device", "cpu", "--consensus_mm", "0"]
