@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -202,6 +204,28 @@ def test_training_volumes_are_the_body_on_the_grid(corpus, tmp_path):
     assert volume.hu.shape == volume.body.shape
     assert volume.hu.shape[0] == 24  # 36 slices of 8 mm, all of them body
     assert volume.body.any(dim=0).any(dim=1).all()  # cut to the body
+
+
+def test_a_finished_store_needs_no_files(corpus, tmp_path, capsys):
+    """Nor does a missing file of a held-out case switch validation off."""
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy, ignore=shutil.ignore_patterns("store"))
+    (copy / "torso7.nii.gz").unlink()
+    flags = {"steps": 1, "val_cases": 3, "landmark_dir": copy / "landmarks"}
+    train_sam.main(arguments(copy, tmp_path / "one", **flags))
+    printed = capsys.readouterr()
+    assert "2 cases to validate with, by landmarks" in printed.out
+    assert "left out torso7" in printed.err and "No such file" in printed.err
+    for path in copy.glob("*.nii.gz"):
+        path.unlink()
+    train_sam.main(arguments(copy, tmp_path / "two", **flags))
+    assert logged(tmp_path / "one", "validation") == logged(tmp_path / "two", "validation") != []
+    train_sam.main(arguments(copy, tmp_path / "three", **flags | {"val_cases": 2}))
+    told = "no validation: it matches pairs of cases, and 1 can be used of the first 2 .* 3 validation cases"
+    assert re.search(told, capsys.readouterr().out)
+    (copy / "list.json").write_text(json.dumps({"training": [{"image": "gone.nii.gz"}]}))
+    with pytest.raises(ValueError, match="none of its 1 training cases could be read.*--data_dir"):
+        train_sam.main(arguments(copy, tmp_path / "four", **flags))
 
 
 @pytest.mark.parametrize(
