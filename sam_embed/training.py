@@ -112,6 +112,7 @@ class SamRun:
         description: plain values added to the checkpoint (flags, commit, versions).
         step, elapsed_s: steps done, seconds trained, over all parts of a resumed run.
         best: lowest validation error so far, mm (None before the first validation).
+        is_judged: False from the checkpoint before a validation until that has succeeded: a resumed run does it again.
     """
 
     network: AnatomicalEmbedder
@@ -123,6 +124,7 @@ class SamRun:
     step: int = 0
     elapsed_s: float = 0.0
     best: float | None = None
+    is_judged: bool = True
 
     def as_checkpoint(self) -> dict:
         """What `load_embedder` reads, and beside it what resuming needs."""
@@ -135,6 +137,7 @@ class SamRun:
             step=self.step,
             elapsed_s=self.elapsed_s,
             best=self.best,
+            is_judged=self.is_judged,
             **self.description,
         )
 
@@ -164,6 +167,7 @@ class SamRun:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.elapsed_s, self.best = state["step"], state["elapsed_s"], state["best"]
+        self.is_judged = state.get("is_judged", True)  # older checkpoints were written after their validation
 
 
 class Validator:

@@ -154,6 +154,7 @@ def add_running_flags(group) -> None:
     add("--log_freq", type=int, default=10, help="steps between log lines")
     add("--val_freq", type=int, default=0, help="steps between validations; 0 = at the end only")
     add("--val_cases", type=int, default=4, help="held-out cases to match with each other; 0 = no validation")
+    add("--memory_mb", type=float, default=4096.0, help="working memory of a held-out volume's first layers, MB")
     add("--save_freq", type=int, default=200, help="steps between checkpoints; 0 = at the end only")
     add("--resume", type=str, default="auto", help="auto = go on if OUTPUT_DIR has a checkpoint; none; or a file")
     add("--dist_timeout_min", type=float, default=30.0, help="minutes that a rank waits for the others")
@@ -252,7 +253,7 @@ def build_validator(flags: jsonargparse.Namespace, world: World) -> tuple[Valida
     if not world.is_main:
         return None, ""
     landmarks = load_landmarks(flags.landmark_dir, store.names) if flags.landmark_dir else None
-    validator = Validator({name: store.read(name) for name in store.names}, landmarks)
+    validator = Validator({name: store.read(name) for name in store.names}, landmarks, flags.memory_mb)
     return validator, f"{len(store)} cases to validate with, by {'landmarks' if landmarks else 'cycle error'}"
 
 
@@ -272,6 +273,8 @@ def train(
     precision = pick_precision(flags.precision, world.device)
     parameters = list(run.network.parameters())
     meters, clock, started_s = Meters(), Clock(), time.perf_counter() - run.elapsed_s
+    if not run.is_judged:
+        validate_and_save(run, validator, flags, world, log)
     with StopRequest() as stop:
         for batch in batches:
             # Learning rate; ranks agree on the time
@@ -314,15 +317,31 @@ def train(
                 log.record("train", run.step, 0, told)
             is_val_due = is_last or (flags.val_freq > 0 and run.step % flags.val_freq == 0)
             is_save_due = is_last or is_asked_to_stop or (flags.save_freq > 0 and run.step % flags.save_freq == 0)
-            is_best = is_val_due and judge(run, validator, log)
-            if world.is_main and (is_save_due or is_best):
-                save_checkpoint(run.as_checkpoint(), flags.output_dir, BEST if is_best else None)
             if is_val_due:
-                distributed.wait_for_main(world)
+                validate_and_save(run, validator, flags, world, log)
+            elif is_save_due and world.is_main:
+                save_checkpoint(run.as_checkpoint(), flags.output_dir)
             if is_last or is_asked_to_stop:
                 return bool(is_last)
             clock.wait()
     return True
+
+
+def validate_and_save(
+    run: SamRun, validator: Validator | None, flags: jsonargparse.Namespace, world: World, log
+) -> None:
+    """Judge the weights and save them, as the best ones where they are; all ranks wait for it.
+
+    They are saved before too, as not yet judged, so that a validation that fails loses nothing.
+    """
+    if world.is_main:
+        if validator is not None:
+            run.is_judged = False
+            save_checkpoint(run.as_checkpoint(), flags.output_dir)
+        is_best = judge(run, validator, log)
+        run.is_judged = True
+        save_checkpoint(run.as_checkpoint(), flags.output_dir, BEST if is_best else None)
+    distributed.wait_for_main(world)
 
 
 def judge(run: SamRun, validator: Validator | None, log) -> bool:

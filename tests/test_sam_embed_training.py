@@ -63,6 +63,11 @@ def weights(output_dir: Path, name: str = "checkpoint.pth") -> dict:
     return load_checkpoint(output_dir / name, "sam_embed")
 
 
+def validated(output_dir: Path, name: str = "checkpoint.pth") -> tuple:
+    state = weights(output_dir, name)
+    return state["step"], state["best"], state["is_judged"]
+
+
 def test_training_lowers_the_matching_error_of_held_out_cases(corpus, tmp_path):
     flags = arguments(
         corpus, tmp_path, steps=60, width=8, lr=5e-3, val_cases=3, landmark_dir=corpus / "landmarks", log_freq=10
@@ -226,6 +231,43 @@ def test_a_finished_store_needs_no_files(corpus, tmp_path, capsys):
     (copy / "list.json").write_text(json.dumps({"training": [{"image": "gone.nii.gz"}]}))
     with pytest.raises(ValueError, match="none of its 1 training cases could be read.*--data_dir"):
         train_sam.main(arguments(copy, tmp_path / "four", **flags))
+
+
+def test_a_failed_validation_loses_nothing_and_is_done_when_resuming(corpus, tmp_path):
+    flags = {"steps": 2, "val_cases": 2, "val_freq": 1, "save_freq": 0}
+    with pytest.raises(ValueError, match="--memory_mb"):
+        train_sam.main(arguments(corpus, tmp_path / "parts", memory_mb=0.01, **flags))
+    assert weights(tmp_path / "parts")["step"] == 1 and not (tmp_path / "parts" / train_sam.BEST).exists()
+    with pytest.raises(ValueError, match="--memory_mb"):
+        train_sam.main(arguments(corpus, tmp_path / "parts", memory_mb=0.01, **flags))
+    train_sam.main(arguments(corpus, tmp_path / "parts", **flags))
+    train_sam.main(arguments(corpus, tmp_path / "whole", **flags))
+    judged = [logged(tmp_path / name, "validation") for name in ("parts", "whole")]
+    assert [line["step"] for line in judged[0]] == [1, 2] and judged[0] == judged[1]
+    for name in ("checkpoint.pth", train_sam.BEST):
+        assert validated(tmp_path / "parts", name) == validated(tmp_path / "whole", name)
+    train_sam.main(arguments(corpus, tmp_path / "parts", **flags))  # complete: nothing is left to judge
+    assert logged(tmp_path / "parts", "validation") == judged[0]
+
+
+def test_a_validation_that_failed_at_the_end_does_not_forget_the_best(corpus, tmp_path, monkeypatch):
+    """Errors of steps 1, 2 and 3 are 5, 9 and (after a failure) 7: the first weights stay the best ones."""
+    errors = iter([5.0, 9.0, MemoryError(), 7.0])
+
+    def measure(validator, network, info):
+        error = next(errors)
+        if isinstance(error, MemoryError):
+            raise error
+        return {"cycle_median_mm": error, "cycle_p90_mm": 0.0}
+
+    monkeypatch.setattr(training.Validator, "__call__", measure)
+    flags = {"steps": 3, "val_cases": 2, "val_freq": 1, "save_freq": 0}
+    with pytest.raises(MemoryError):
+        train_sam.main(arguments(corpus, tmp_path, **flags))
+    assert validated(tmp_path) == (3, 5.0, False)
+    train_sam.main(arguments(corpus, tmp_path, **flags))
+    assert validated(tmp_path) == (3, 5.0, True)
+    assert validated(tmp_path, train_sam.BEST) == (1, 5.0, True)
 
 
 @pytest.mark.parametrize(
