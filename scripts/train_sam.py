@@ -385,7 +385,8 @@ def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
             f"--data_dir, which is {flags.data_dir}"
         )
     validator, told = build_validator(flags, world)
-    dataset = ViewPairDataset(load_training_volumes(store, info, flags.load_threads), options, info, flags.seed)
+    volumes = load_training_volumes(store, info, flags.load_threads, world.rank)
+    dataset = ViewPairDataset(volumes, options, info, flags.seed)
     batches = make_pair_loader(
         dataset,
         flags.batch_size,
