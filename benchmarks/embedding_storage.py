@@ -96,7 +96,9 @@ def embed_held_out(flags: jsonargparse.Namespace, cases: CaseSource, embed_dir: 
     landmarks = load_landmarks(flags.landmark_dir, cases.names)
     network, info = load_embedder(flags.checkpoint_file)
     fast = for_inference(network).to(pick_device(flags.device, 0))
-    report = embed_corpus(fast, info, sorted(landmarks), cases.read, embed_dir, flags.memory_mb, storage=FP16)
+    report = embed_corpus(
+        fast, info, sorted(landmarks), cases.read, embed_dir, flags.memory_mb, storage=FP16, identity=cases.identity
+    )
     if report["failed"]:
         raise ValueError("; ".join(report["failed"].values()))
     return landmarks

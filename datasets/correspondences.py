@@ -14,6 +14,7 @@ its match (NaN where nobody measured it).
 
 import io
 import json
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ ROW_DTYPE = np.dtype(
     ]
 )
 _ROWS_PER_CHUNK = 1 << 18  # 10 MiB: one pass over a large table stays within bounded memory
+
+logger = logging.getLogger(__name__)
 
 
 class CorrespondenceError(ValueError):
@@ -171,16 +174,24 @@ class CorrespondenceTable:
         return np.arange(self.offsets[case_index], self.offsets[case_index + 1])
 
     def check_cases(self, known_names: Sequence[str], where: str = "the volume store") -> None:
-        """Raise when the table speaks of cases that `known_names` lacks, naming up to five of them."""
+        """Warn of cases that `known_names` lacks, naming up to five; raise where they are more than half of all.
+
+        A few cannot be read or were taken out, and their rows need not be used; most means a table of other data.
+        """
         known = set(known_names)
         strangers = [name for name in self.case_names if name not in known]
-        if strangers:
-            shown = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+        if not strangers:
+            return
+        shown = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+        told = (
+            f"{self.path or 'correspondence table'}: {len(strangers)} of its {len(self.case_names)} cases are not in "
+            f"{where} ({shown})"
+        )
+        if 2 * len(strangers) > len(self.case_names):
             raise CorrespondenceError(
-                f"{self.path or 'correspondence table'}: {len(strangers)} of its {len(self.case_names)} cases are not "
-                f"in {where} ({shown}); mine again from this store (scripts/mine_pairs.py) or change --store_dir / "
-                "--embed_dir"
+                f"{told}; mine again from this store (scripts/mine_pairs.py) or change --store_dir / --embed_dir"
             )
+        logger.warning("%s; their rows are not used", told)
 
     def select(
         self, min_score: float = -np.inf, max_cycle_mm: float = np.inf, allowed: np.ndarray | None = None

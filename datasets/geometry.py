@@ -228,9 +228,13 @@ def _fill_slices(mask: np.ndarray) -> np.ndarray:
 
 
 def body_box(hu: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The box around `body_mask`: first voxel and one past the last, int [3] each; the whole volume if it is empty."""
-    mask = body_mask(hu, spacing_mm)
-    start, stop = np.zeros(3, dtype=int), np.array(hu.shape)
+    """The `mask_box` of `body_mask`."""
+    return mask_box(body_mask(hu, spacing_mm))
+
+
+def mask_box(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The box around a mask: first voxel and one past the last, int [3] each; the whole volume if the mask is empty."""
+    start, stop = np.zeros(3, dtype=int), np.array(mask.shape)
     for axis in range(3):
         used = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
         if len(used):

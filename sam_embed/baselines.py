@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from scipy import ndimage, optimize
 
-from datasets.geometry import body_mask, index_to_world, resample, spacing_of, world_to_index
+from datasets.geometry import body_mask, index_to_world, mask_box, resample, spacing_of, world_to_index
 from datasets.nifti import Volume
 
 MASK_SPACING_MM = (8.0, 8.0, 8.0)
@@ -35,8 +35,8 @@ class Body:
     @cached_property
     def box(self) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper corner of the mask's box, index [3] each, on the voxels' outer faces."""
-        used = [np.flatnonzero(self.mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-        return np.array([part[0] for part in used]) - 0.5, np.array([part[-1] for part in used]) + 0.5
+        start, stop = mask_box(self.mask)
+        return start - 0.5, stop - 0.5
 
     @cached_property
     def distance_mm(self) -> np.ndarray:

@@ -41,6 +41,7 @@ class Embedding:
         semantic: float16 like `fine` for networks with a semantic head, else None.
         body: bool [d, h, w], True where a fine voxel lies inside the patient; None where it was not stored.
         fingerprint: of the weights that made it.
+        source: identity of the CT it was made from (`CaseSource.identity`); empty where it is not known.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Embedding:
     semantic: Tensor | None = None
     body: Tensor | None = None
     fingerprint: str = ""
+    source: str = ""
 
     @property
     def fine_spacing_mm(self) -> tuple[float, float, float]:
@@ -95,6 +97,7 @@ def save_embedding(embed_dir: str | Path, embedding: Embedding, storage: Storage
         "format": COMPACT_FORMAT if described else FORMAT,
         "name": embedding.name,
         "fingerprint": embedding.fingerprint,
+        "source": embedding.source,
         "fine_affine": json.dumps(np.asarray(embedding.fine_affine).tolist()),
         "coarse_affine": json.dumps(np.asarray(embedding.coarse_affine).tolist()),
     }
@@ -108,6 +111,22 @@ def save_embedding(embed_dir: str | Path, embedding: Embedding, storage: Storage
 def stored_fingerprint(embed_dir: str | Path, name: str) -> str | None:
     """The fingerprint of the weights behind a stored embedding; None where there is no usable file."""
     return _stored_header(embed_dir, name).get("fingerprint")
+
+
+def stored_source(embed_dir: str | Path, name: str) -> str:
+    """The identity of the CT behind a stored embedding; empty where it is not known (older files state none)."""
+    return _stored_header(embed_dir, name).get("source", "")
+
+
+def is_embedded(embed_dir: str | Path, name: str, fingerprint: str, source: str) -> bool:
+    """Whether a case is embedded by these weights and, as far as the two identities tell, from the CT as it is now.
+
+    Only identities of one kind ("store:...", "file:...") can tell that a CT has changed.
+    """
+    header = _stored_header(embed_dir, name)
+    stored = header.get("source", "")
+    has_changed = stored != source and stored.partition(":")[0] == source.partition(":")[0]
+    return header.get("fingerprint") == fingerprint and not has_changed
 
 
 def stored_form(embed_dir: str | Path, name: str) -> str | None:
@@ -155,6 +174,7 @@ def load_embedding(embed_dir: str | Path, name: str) -> Embedding:
         semantic=tensors.get("semantic"),
         body=tensors.get("body"),
         fingerprint=header["fingerprint"],
+        source=header.get("source", ""),
     )
 
 

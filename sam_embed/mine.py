@@ -15,7 +15,7 @@ import io
 import json
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.files import write_bytes
 from datasets.geometry import index_to_world, world_to_index
 from sam_embed.consensus import consensus
-from sam_embed.embedding_store import Embedding, EmbeddingCache, stored_fingerprint
+from sam_embed.embedding_store import Embedding, EmbeddingCache, stored_fingerprint, stored_source
 from sam_embed.match import Matches, cycle_error_mm, match_points, on_device
 
 SHARD_FOLDER = "mined"
@@ -157,11 +157,15 @@ def lies_in_body(embedding: Embedding, points_mm: np.ndarray) -> np.ndarray:
     return known & embedding.body.cpu().numpy()[tuple(np.clip(index, 0, last).T)]
 
 
-def _settings_digest(options: MiningOptions, names: Sequence[str], fingerprint: str) -> str:
-    """Changes with everything that decides the rows, so that old files are not mistaken for new ones."""
+def _settings_digest(options: MiningOptions, sources: Mapping[str, str], fingerprint: str) -> str:
+    """Changes with everything that decides the rows, so that old files are not mistaken for new ones.
+
+    Args:
+        sources: case name -> identity of the CT behind its embedding.
+    """
     settings = {
         **dataclasses.asdict(options),
-        "names": list(names),
+        "sources": dict(sources),
         "fingerprint": fingerprint,
         "partners": "those that follow on the circle",
     }
@@ -213,7 +217,7 @@ def mine_corpus(
     if len(names) < 2:
         raise ValueError(f"{embed_dir}: mining needs at least 2 embedded cases, found {len(names)} (--embed_dir)")
     fingerprint = _one_fingerprint(Path(embed_dir), names)
-    digest = _settings_digest(options, names, fingerprint)
+    digest = _settings_digest(options, {name: stored_source(embed_dir, name) for name in names}, fingerprint)
     shards = {name: Path(output_dir) / SHARD_FOLDER / f"{name}.{digest}.npy" for name in names}
     cache = EmbeddingCache(embed_dir, cache_mb)
     circle = circle_of(names, options.seed)

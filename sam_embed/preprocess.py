@@ -4,14 +4,13 @@ Yan et al., "SAM", TMI 2022: 2 mm isotropic, HU [-1024, 3071] -> [0, 255], minus
 the project's canonical one ("SPL"), which is what the published checkpoint saw.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.geometry import body_mask, index_to_world, resample
+from datasets.geometry import body_mask, index_to_world, mask_box, resample
 from datasets.nifti import Volume
 from sam_embed.checkpoint import EmbedderInfo
 
@@ -62,10 +61,7 @@ def prepare(volume: Volume, info: EmbedderInfo) -> tuple[Tensor, np.ndarray]:
 
 def _box_of(body: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[slice, slice, slice]:
     """The mask's box with a margin; the whole volume where the mask is empty."""
-    box = []
-    for axis in range(3):
-        used = np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis})))
-        margin = math.ceil(BODY_MARGIN_MM / spacing_mm[axis])
-        low, high = (used[0] - margin, used[-1] + 1 + margin) if len(used) else (0, body.shape[axis])
-        box.append(slice(max(0, int(low)), min(body.shape[axis], int(high))))
-    return tuple(box)
+    margin = np.ceil(BODY_MARGIN_MM / np.array(spacing_mm)).astype(int)
+    start, stop = mask_box(body)
+    start, stop = np.maximum(start - margin, 0), np.minimum(stop + margin, body.shape)
+    return tuple(slice(int(low), int(high)) for low, high in zip(start, stop))

@@ -8,6 +8,7 @@ Shapes: B volumes, C channels, (D, H, W) voxels.
 
 import copy
 import itertools
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets.geometry import body_box, body_mask, index_to_world, resample
+from datasets.geometry import body_mask, index_to_world, mask_box, resample
 from datasets.nifti import Volume
 from datasets.volume_store import VolumeStore
 from sam_embed.checkpoint import CheckpointError, EmbedderInfo, embedder_checkpoint
@@ -30,32 +31,53 @@ from sam_embed.views import TrainingVolume
 NUM_CYCLE_POINTS = 60
 
 
+class NoPatientError(ValueError):
+    """A volume of nothing but air; the message names it."""
+
+
 def to_training_volume(volume: Volume, name: str, info: EmbedderInfo) -> TrainingVolume:
     """The body of a volume on SAM's grid, int16 HU, with its body mask.
 
     Raises:
-        ValueError: nothing in the volume is denser than -500 HU.
+        NoPatientError: nothing in the volume is denser than -500 HU.
     """
     array, _ = resample(volume.array, volume.affine, info.spacing_mm)
     inside = body_mask(array, info.spacing_mm)
     if not inside.any():
-        raise ValueError(
-            f"{volume.path}: no patient in it (nothing is denser than -500 HU); remove it from --json_list"
-        )
-    start, stop = body_box(array, info.spacing_mm)
+        raise NoPatientError(f"{volume.path}: no patient in it (nothing is denser than -500 HU)")
+    start, stop = mask_box(inside)
     cut = tuple(slice(int(low), int(high)) for low, high in zip(start, stop))
     hu = torch.from_numpy(np.ascontiguousarray(array[cut]))
     return TrainingVolume(name, hu, torch.from_numpy(np.ascontiguousarray(inside[cut])), tuple(info.spacing_mm))
 
 
-def load_training_volumes(store: VolumeStore, info: EmbedderInfo, num_threads: int = 1) -> list[TrainingVolume]:
-    """All volumes of a store on SAM's grid, in the store's order. At 4 mm a trunk takes about 1.5 MB."""
+def load_training_volumes(
+    store: VolumeStore, info: EmbedderInfo, num_threads: int = 1, rank: int = 0
+) -> list[TrainingVolume]:
+    """The volumes of a store on SAM's grid, in the store's order. At 4 mm a trunk takes about 1.5 MB.
 
-    def load(name: str) -> TrainingVolume:
-        return to_training_volume(store.read(name), name, info)
+    Those without a patient are left out; rank 0 prints which.
+
+    Raises:
+        NoPatientError: none is left.
+    """
+
+    def load(name: str) -> TrainingVolume | None:
+        try:
+            return to_training_volume(store.read(name), name, info)
+        except NoPatientError as error:
+            if rank == 0:
+                print(f"left out {name}: {error}", file=sys.stderr)
+            return None
 
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        return list(pool.map(load, store.names))
+        volumes = [volume for volume in pool.map(load, store.names) if volume is not None]
+    if not volumes:
+        raise NoPatientError(
+            f"{store.store_dir}: none of its {len(store)} training volumes shows a patient (nothing is denser than "
+            "-500 HU); check that the files of --json_list are CT in HU"
+        )
+    return volumes
 
 
 def embed_views(network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -112,6 +134,7 @@ class SamRun:
         description: plain values added to the checkpoint (flags, commit, versions).
         step, elapsed_s: steps done, seconds trained, over all parts of a resumed run.
         best: lowest validation error so far, mm (None before the first validation).
+        is_judged: False from the checkpoint before a validation until that has succeeded: a resumed run does it again.
     """
 
     network: AnatomicalEmbedder
@@ -123,6 +146,7 @@ class SamRun:
     step: int = 0
     elapsed_s: float = 0.0
     best: float | None = None
+    is_judged: bool = True
 
     def as_checkpoint(self) -> dict:
         """What `load_embedder` reads, and beside it what resuming needs."""
@@ -135,6 +159,7 @@ class SamRun:
             step=self.step,
             elapsed_s=self.elapsed_s,
             best=self.best,
+            is_judged=self.is_judged,
             **self.description,
         )
 
@@ -164,6 +189,7 @@ class SamRun:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.elapsed_s, self.best = state["step"], state["elapsed_s"], state["best"]
+        self.is_judged = state.get("is_judged", True)  # older checkpoints were written after their validation
 
 
 class Validator:

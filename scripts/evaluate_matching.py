@@ -78,7 +78,7 @@ def evaluate(
     network, info = load_embedder(flags.checkpoint_file)
     device = pick_device(flags.device, 0)
     fast = for_inference(network).to(device)
-    report = embed_corpus(fast, info, names, cases.read, embed_dir, flags.memory_mb)
+    report = embed_corpus(fast, info, names, cases.read, embed_dir, flags.memory_mb, identity=cases.identity)
     if report["failed"]:
         raise ValueError("; ".join(report["failed"].values()))
     bodies: dict[str, Body] | None = None

@@ -6,8 +6,8 @@
         --embed_dir embeddings --precision bf16
 
 The checkpoint is the authors' SAM.pth or one by scripts/train_sam.py; it says how volumes are prepared. May be stopped
-and run again: finished cases are kept as long as the weights are the same, in whatever form they are stored (forms mix
-freely, as files are decoded when they are loaded; --overwrite makes them anew in the form of --storage).
+and run again: finished cases are kept as long as the weights and the CT are the same, in whatever form they are stored
+(forms mix freely, as files are decoded when they are loaded; --overwrite makes them anew in the form of --storage).
 """
 
 import os
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     storage = storage_of(flags)
-    cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections)
+    cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections, rank)
     network, info = load_embedder(flags.checkpoint_file)
     network = for_inference(network, flags.precision).to(
         pick_device(flags.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         world_size,
         flags.overwrite,
         storage,
+        cases.identity,
     )
     for name, reason in report["failed"].items():
         print(f"failed {name}: {reason}", file=sys.stderr)

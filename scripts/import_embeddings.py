@@ -9,6 +9,7 @@ tensors, arrays and plain values is refused. May be stopped and run again: finis
 form (--storage), in which matches differ a little; `--storage fp16` keeps the pickles' own precision.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from engine.flags import RunInfo, add_switch, make_parser, run_main
 from sam_embed.case_source import SECTIONS, CaseSource, open_cases
 from sam_embed.checkpoint import load_embedder
 from sam_embed.compact import FP16, Storage, add_storage_flags, storage_of
-from sam_embed.embedding_store import save_embedding, stored_fingerprint
+from sam_embed.embedding_store import is_embedded, save_embedding
 from sam_embed.published_pickle import PublishedPickleError, read_published, to_embedding
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pk", ".p", ".pth", ".pt")
@@ -115,12 +116,14 @@ def _import_one(
         )
     if owner.setdefault(name, path) != path:
         raise PublishedPickleError(f"{path}: case {name} was already taken from {owner[name]}")
-    if not overwrite and stored_fingerprint(embed_dir, name) == fingerprint:
+    source = cases.identity(name)
+    if not overwrite and is_embedded(embed_dir, name, fingerprint, source):
         return name, "reused"
     published = published or read_published(path)
     if _case_called(published.name or "", cases) not in (None, name):
         raise PublishedPickleError(f"{path}: its file name says {name}, its content says {published.name}")
-    save_embedding(embed_dir, to_embedding(published, cases.read(name), name, fingerprint, path), storage)
+    embedding = to_embedding(published, cases.read(name), name, fingerprint, path)
+    save_embedding(embed_dir, dataclasses.replace(embedding, source=source), storage)
     return name, "written"
 
 

@@ -65,20 +65,28 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def choose_cases(flags: jsonargparse.Namespace) -> list[str]:
-    """Embedded cases, or those that the list names (all of which must be embedded)."""
-    names = embedded_cases(flags.embed_dir)
+def choose_cases(flags: jsonargparse.Namespace, rank: int = 0) -> list[str]:
+    """Embedded cases, of which only those that the list names where there is one; rank 0 prints what is left out."""
+    embedded = embedded_cases(flags.embed_dir)
     if flags.json_list is None:
-        return names
+        return embedded
     sections = [load_data_list(flags.json_list, ".", section, must_exist=False) for section in flags.sections]
-    return sorted({case.name for section in sections for case in section})
+    listed = {case.name for section in sections for case in section}
+    absent = sorted(listed - set(embedded))
+    if absent and rank == 0:
+        print(
+            f"left out: {len(absent)} of {len(listed)} listed cases have no embedding in {flags.embed_dir}, first "
+            f"{', '.join(absent[:5])}; scripts/generate_sam_embeddings.py makes them or says why it cannot",
+            file=sys.stderr,
+        )
+    return [name for name in embedded if name in listed]
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     options = MiningOptions(**{field.name: flags[field.name] for field in dataclasses.fields(MiningOptions)})
-    names = choose_cases(flags)
+    names = choose_cases(flags, rank)
     output_dir = flags.output_dir or flags.embed_dir
     provenance = {"commit": git_commit()}
     if names:

@@ -14,7 +14,7 @@ cycle error. Training volumes stay in memory at SAM's grid: 1.5 MB each at 4 mm,
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,11 +23,11 @@ import jsonargparse
 import torch
 from torch import nn
 
-from datasets.data_list import DataListError, load_data_list
+from datasets.data_list import Case, load_data_list
 from datasets.loader import make_pair_loader
 from datasets.volume_store import VolumeStore, build_store, parse_spacing
 from engine import distributed
-from engine.checkpoint import CheckpointError, find_resumable_together, load_checkpoint, save_checkpoint
+from engine.checkpoint import find_resumable_together, load_checkpoint, save_checkpoint
 from engine.distributed import World, all_max
 from engine.flags import RunInfo, add_switch, make_parser, run_main
 from engine.logging import Clock, Meters, make_log
@@ -154,6 +154,7 @@ def add_running_flags(group) -> None:
     add("--log_freq", type=int, default=10, help="steps between log lines")
     add("--val_freq", type=int, default=0, help="steps between validations; 0 = at the end only")
     add("--val_cases", type=int, default=4, help="held-out cases to match with each other; 0 = no validation")
+    add("--memory_mb", type=float, default=4096.0, help="working memory of a held-out volume's first layers, MB")
     add("--save_freq", type=int, default=200, help="steps between checkpoints; 0 = at the end only")
     add("--resume", type=str, default="auto", help="auto = go on if OUTPUT_DIR has a checkpoint; none; or a file")
     add("--dist_timeout_min", type=float, default=30.0, help="minutes that a rank waits for the others")
@@ -216,37 +217,44 @@ def resume(run: SamRun, flags: jsonargparse.Namespace, world: World) -> str:
     return f"resumed {found[1]} at step {run.step}"
 
 
-def open_store(flags: jsonargparse.Namespace, world: World, section: str, limit: int | None) -> VolumeStore | None:
-    """The store's cases of a section of the data list, or None without any; rank 0 builds what is missing."""
-    try:
-        cases = load_data_list(flags.json_list, flags.data_dir, section)[:limit]
-    except DataListError:
-        if section == "training":
-            raise
-        cases = []
-    if not cases:
-        return None
-    failed = {}
+def open_store(flags: jsonargparse.Namespace, world: World, cases: Sequence[Case]) -> VolumeStore:
+    """The store's cases among these; rank 0 builds what is missing. What is stored needs no file any more."""
     if world.is_main:
-        spacing_mm = parse_spacing(flags.store_spacing_mm)
-        if (Path(flags.store_dir) / "store.json").exists():
-            spacing_mm = VolumeStore(flags.store_dir, []).spacing_mm
-        failed = build_store(cases, flags.store_dir, spacing_mm, max(1, flags.num_workers)).failed
-        for name, reason in failed.items():
-            print(f"left out {name}: {reason}", file=sys.stderr)
+        fill_store(flags, cases)
     distributed.wait_for_main(world)
-    failed = distributed.gather_objects(failed)[0]
-    names = [case.name for case in cases if case.name not in failed]
-    return VolumeStore(flags.store_dir, names) if names else None
+    store = VolumeStore(flags.store_dir)
+    return VolumeStore(flags.store_dir, [case.name for case in cases if case.name in store])
 
 
-def build_validator(flags: jsonargparse.Namespace, world: World) -> Validator | None:
-    """The judge of held-out cases, on rank 0 only; None where there are fewer than two."""
-    store = open_store(flags, world, "validation", flags.val_cases) if flags.val_cases > 1 else None
-    if store is None or len(store) < 2 or not world.is_main:
-        return None
+def fill_store(flags: jsonargparse.Namespace, cases: Sequence[Case]) -> None:
+    """Store the cases that are not stored yet; say which cannot be read."""
+    spacing_mm = parse_spacing(flags.store_spacing_mm)
+    if (Path(flags.store_dir) / "store.json").exists():
+        store = VolumeStore(flags.store_dir)
+        spacing_mm, cases = store.spacing_mm, [case for case in cases if case.name not in store]
+        if not cases:
+            return
+    report = build_store(cases, flags.store_dir, spacing_mm, max(1, flags.num_workers))
+    for name, reason in report.failed.items():
+        print(f"left out {name}: {reason}", file=sys.stderr)
+
+
+def build_validator(flags: jsonargparse.Namespace, world: World) -> tuple[Validator | None, str]:
+    """The judge of held-out cases (on rank 0 only, None where they are fewer than two), and what to tell the user."""
+    if flags.val_cases < 2:
+        return None, f"no validation: it matches pairs of cases, and --val_cases is {flags.val_cases}"
+    listed = load_data_list(flags.json_list, flags.data_dir, "validation", must_exist=False)
+    store = open_store(flags, world, listed[: flags.val_cases])
+    if len(store) < 2:
+        return None, (
+            f"no validation: it matches pairs of cases, and {len(store)} can be used of the first {flags.val_cases} "
+            f"(--val_cases) among the {len(listed)} validation cases of {flags.json_list}"
+        )
+    if not world.is_main:
+        return None, ""
     landmarks = load_landmarks(flags.landmark_dir, store.names) if flags.landmark_dir else None
-    return Validator({name: store.read(name) for name in store.names}, landmarks)
+    validator = Validator({name: store.read(name) for name in store.names}, landmarks, flags.memory_mb)
+    return validator, f"{len(store)} cases to validate with, by {'landmarks' if landmarks else 'cycle error'}"
 
 
 def train(
@@ -265,6 +273,8 @@ def train(
     precision = pick_precision(flags.precision, world.device)
     parameters = list(run.network.parameters())
     meters, clock, started_s = Meters(), Clock(), time.perf_counter() - run.elapsed_s
+    if not run.is_judged:
+        validate_and_save(run, validator, flags, world, log)
     with StopRequest() as stop:
         for batch in batches:
             # Learning rate; ranks agree on the time
@@ -307,15 +317,31 @@ def train(
                 log.record("train", run.step, 0, told)
             is_val_due = is_last or (flags.val_freq > 0 and run.step % flags.val_freq == 0)
             is_save_due = is_last or is_asked_to_stop or (flags.save_freq > 0 and run.step % flags.save_freq == 0)
-            is_best = is_val_due and judge(run, validator, log)
-            if world.is_main and (is_save_due or is_best):
-                save_checkpoint(run.as_checkpoint(), flags.output_dir, BEST if is_best else None)
             if is_val_due:
-                distributed.wait_for_main(world)
+                validate_and_save(run, validator, flags, world, log)
+            elif is_save_due and world.is_main:
+                save_checkpoint(run.as_checkpoint(), flags.output_dir)
             if is_last or is_asked_to_stop:
                 return bool(is_last)
             clock.wait()
     return True
+
+
+def validate_and_save(
+    run: SamRun, validator: Validator | None, flags: jsonargparse.Namespace, world: World, log
+) -> None:
+    """Judge the weights and save them, as the best ones where they are; all ranks wait for it.
+
+    They are saved before too, as not yet judged, so that a validation that fails loses nothing.
+    """
+    if world.is_main:
+        if validator is not None:
+            run.is_judged = False
+            save_checkpoint(run.as_checkpoint(), flags.output_dir)
+        is_best = judge(run, validator, log)
+        run.is_judged = True
+        save_checkpoint(run.as_checkpoint(), flags.output_dir, BEST if is_best else None)
+    distributed.wait_for_main(world)
 
 
 def judge(run: SamRun, validator: Validator | None, log) -> bool:
@@ -351,11 +377,16 @@ def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
     run = build_run(flags, world, info, description)
     loss = build_loss(flags, run.network)
     resumed = resume(run, flags, world)
-    store = open_store(flags, world, "training", None)
-    if store is None:
-        raise CheckpointError(f"{flags.json_list}: none of its training cases could be read")
-    validator = build_validator(flags, world)
-    dataset = ViewPairDataset(load_training_volumes(store, info, flags.load_threads), options, info, flags.seed)
+    cases = load_data_list(flags.json_list, flags.data_dir, "training", must_exist=False)
+    store = open_store(flags, world, cases)
+    if not store.names:
+        raise ValueError(
+            f"{flags.json_list}: none of its {len(cases)} training cases could be read; its paths are relative to "
+            f"--data_dir, which is {flags.data_dir}"
+        )
+    validator, told = build_validator(flags, world)
+    volumes = load_training_volumes(store, info, flags.load_threads, world.rank)
+    dataset = ViewPairDataset(volumes, options, info, flags.seed)
     batches = make_pair_loader(
         dataset,
         flags.batch_size,
@@ -373,6 +404,7 @@ def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
         run_info.write(flags.output_dir)
     log = make_log(world, flags.output_dir, flags.steps, run.step)
     log.say(f"{len(dataset.volumes)} training volumes, {resumed}, {world.size} process(es) on {world.device.type}")
+    log.say(told)
     try:
         is_complete = train(run, wrapped, loss, batches, flags, validator, world, log)
     finally:

@@ -149,10 +149,13 @@ def test_failed_write_keeps_the_older_table(tmp_path):
     assert CorrespondenceTable.load(tmp_path).provenance == {"run": 1}
 
 
-def test_names_unknown_to_the_store_are_named():
+def test_names_unknown_to_the_store_are_named_and_most_of_them_refused(caplog):
     table = CorrespondenceTable.from_rows(NAMES, make_rows())
     table.check_cases(["a", "b", "c", "d", "e"])
-    with pytest.raises(CorrespondenceError, match=r"2 of its 4 cases are not in the volume store \(b, d\)"):
-        table.check_cases(["a", "c"])
+    assert not caplog.text
+    table.check_cases(["a", "c"])
+    assert "2 of its 4 cases are not in the volume store (b, d)" in caplog.text
+    with pytest.raises(CorrespondenceError, match=r"3 of its 4 cases are not in the volume store \(b, c, d\); mine"):
+        table.check_cases(["a"])
     with pytest.raises(CorrespondenceError, match="none of them twice"):
         CorrespondenceTable.from_rows(["a", "a"], make_rows(0))

@@ -13,7 +13,7 @@ from datasets.geometry import world_to_index
 from datasets.loader import make_pair_loader
 from datasets.pair_statistics import PairStatistics
 from datasets.pairings import PAIR_KINDS, IouPairing, PairingOptions
-from tests.fakes import ROI, make_dataset, make_store, make_table
+from tests.fakes import ROI, FakeStore, make_dataset, make_store, make_table
 
 EXACT = {"max_outside": 0.0, "jitter_mm": 0.0}
 
@@ -140,6 +140,19 @@ def test_a_case_without_good_rows_falls_back_within_itself_and_is_counted():
     assert facts["num_pairs"] == 30 and facts["num_fallback"] == 10 and facts["num_sam"] == 20
     assert facts["mean_score_sam"] == pytest.approx(0.9) and facts["share_fallback"] == pytest.approx(1 / 3)
     assert dataset.statistics()["num_cases_without_rows"] == 1
+
+
+def test_rows_of_cases_that_the_store_lacks_are_not_used(caplog):
+    whole = make_store(4)
+    table = make_table(whole)
+    store = FakeStore(*({name: part[name] for name in whole.names[:3]} for part in (whole.volumes, whole.affines)))
+    dataset = make_dataset("sam", store, table)
+    assert "1 of its 4 cases are not in the volume store (case3)" in caplog.text
+    is_usable = (table.rows["query_case"] < 3) & (table.rows["key_case"] < 3)
+    assert 0 < dataset.pairing.num_usable_rows == is_usable.sum() < len(table)
+    assert {name for i in range(60) for name in (dataset.draw_pair(i).query_name, dataset.draw_pair(i).key_name)} == {
+        *store.names
+    }
 
 
 def test_no_good_row_at_all_warns_and_still_trains(caplog):

@@ -1,6 +1,7 @@
 """Mining: right matches, spread points, the same table whoever mines, resumed runs, complaints."""
 
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -148,6 +149,20 @@ def test_ranks_read_their_own_part_of_the_corpus(tmp_path, monkeypatch):
     assert reads.num_reads == 50 + 8
 
 
+def test_rows_mined_from_a_ct_that_has_changed_are_not_joined(tmp_path):
+    def mine(rank: int = 0, world_size: int = 1) -> CorrespondenceTable | None:
+        return mine_corpus(tmp_path, NAMES, tmp_path, OPTIONS, rank=rank, world_size=world_size)
+
+    for source, is_joined in (("file:1:1", True), ("file:1:2", False)):
+        for seed in range(4):
+            save_embedding(tmp_path, dataclasses.replace(patient_embedding(seed), source="file:1:1"))
+        mine(rank=1, world_size=2)
+        for shard in (tmp_path / SHARD_FOLDER).iterdir():
+            np.save(shard, np.load(shard)[:3])  # to be known again
+        save_embedding(tmp_path, dataclasses.replace(patient_embedding(2), source=source))
+        assert (len(mine()) < 4 * 12 * 2) == is_joined
+
+
 def test_a_run_killed_at_any_time_is_continued_to_the_same_table(embed_dir, tmp_path):
     script = Path(mine_pairs.__file__)
     command = ["--embed_dir", str(embed_dir), "--num_points", "100", "--device", "cpu", "--consensus_mm", "0"]
@@ -183,6 +198,22 @@ def test_command_writes_the_table(embed_dir, tmp_path, capsys):
     table = CorrespondenceTable.load(tmp_path)
     assert len(table) == 4 * 5 * 3 and '"num_rows": 60' in capsys.readouterr().out
     assert table.provenance["spacing_mm"] == [8.0, 8.0, 8.0] and (tmp_path / "mine_run.json").exists()
+
+
+def test_listed_cases_without_embedding_are_left_out_and_named(embed_dir, tmp_path, capsys):
+    listed = {"training": [{"image": f"patient{seed}.nii.gz"} for seed in (9, 2, 0, 1)]}
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    command = ["--embed_dir", str(embed_dir), "--output_dir", str(tmp_path), "--num_points", "5"]
+    command += ["--json_list", str(tmp_path / "list.json")]
+    mine_pairs.main(command)
+    assert CorrespondenceTable.load(tmp_path).case_names == ["patient0", "patient1", "patient2"]
+    told = capsys.readouterr().err
+    assert "1 of 4 listed cases have no embedding" in told and "patient9; scripts/generate_sam_embeddings.py" in told
+    assert mine_pairs.choose_cases(mine_pairs.make_flags().parse_args(command), rank=1) == NAMES[:3]
+    assert not capsys.readouterr().err
+    (tmp_path / "list.json").write_text(json.dumps({"training": listed["training"][:2]}))
+    with pytest.raises(ValueError, match="at least 2 embedded cases, found 1"):
+        mine_pairs.main(command)
 
 
 def test_what_cannot_be_mined_is_named(embed_dir, tmp_path):

@@ -267,6 +267,10 @@ def test_a_folder_is_imported_and_resumed(corpus, capsys):
     import_embeddings.main(command(corpus))
     assert "imported 1 of 6 pickles, 2 were there" in capsys.readouterr().out
     assert embedding_path(corpus / "embeddings", "case_1").stat().st_mtime_ns == written
+    ct = corpus / "data" / "case_7_0000.nii.gz"
+    os.utime(ct, ns=(ct.stat().st_atime_ns, ct.stat().st_mtime_ns + 1))
+    import_embeddings.main(command(corpus))  # the geometry comes from the CT
+    assert "imported 1 of 6 pickles, 2 were there" in capsys.readouterr().out
     import_embeddings.main(command(corpus, "--overwrite"))
     assert "imported 3 of 6" in capsys.readouterr().out
     assert stored_form(corpus / "embeddings", "case_7") == Storage().form

@@ -3,17 +3,23 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from datasets.volume_store import VolumeStore
+from datasets import geometry
+from datasets.data_list import Case
+from datasets.nifti import write_nifti
+from datasets.volume_store import VolumeStore, build_store
 from engine.checkpoint import load_checkpoint
 from engine.distributed import World
 from engine.signals import EXIT_INTERRUPTED
@@ -59,6 +65,11 @@ def logged(output_dir: Path, kind: str) -> list[dict]:
 
 def weights(output_dir: Path, name: str = "checkpoint.pth") -> dict:
     return load_checkpoint(output_dir / name, "sam_embed")
+
+
+def validated(output_dir: Path, name: str = "checkpoint.pth") -> tuple:
+    state = weights(output_dir, name)
+    return state["step"], state["best"], state["is_judged"]
 
 
 def test_training_lowers_the_matching_error_of_held_out_cases(corpus, tmp_path):
@@ -202,6 +213,87 @@ def test_training_volumes_are_the_body_on_the_grid(corpus, tmp_path):
     assert volume.hu.shape == volume.body.shape
     assert volume.hu.shape[0] == 24  # 36 slices of 8 mm, all of them body
     assert volume.body.any(dim=0).any(dim=1).all()  # cut to the body
+
+
+def test_a_finished_store_needs_no_files(corpus, tmp_path, capsys):
+    """Nor does a missing file of a held-out case switch validation off."""
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy, ignore=shutil.ignore_patterns("store"))
+    (copy / "torso7.nii.gz").unlink()
+    flags = {"steps": 1, "val_cases": 3, "landmark_dir": copy / "landmarks"}
+    train_sam.main(arguments(copy, tmp_path / "one", **flags))
+    printed = capsys.readouterr()
+    assert "2 cases to validate with, by landmarks" in printed.out
+    assert "left out torso7" in printed.err and "No such file" in printed.err
+    for path in copy.glob("*.nii.gz"):
+        path.unlink()
+    train_sam.main(arguments(copy, tmp_path / "two", **flags))
+    assert logged(tmp_path / "one", "validation") == logged(tmp_path / "two", "validation") != []
+    train_sam.main(arguments(copy, tmp_path / "three", **flags | {"val_cases": 2}))
+    told = "no validation: it matches pairs of cases, and 1 can be used of the first 2 .* 3 validation cases"
+    assert re.search(told, capsys.readouterr().out)
+    (copy / "list.json").write_text(json.dumps({"training": [{"image": "gone.nii.gz"}]}))
+    with pytest.raises(ValueError, match="none of its 1 training cases could be read.*--data_dir"):
+        train_sam.main(arguments(copy, tmp_path / "four", **flags))
+
+
+def test_a_failed_validation_loses_nothing_and_is_done_when_resuming(corpus, tmp_path):
+    flags = {"steps": 2, "val_cases": 2, "val_freq": 1, "save_freq": 0}
+    with pytest.raises(ValueError, match="--memory_mb"):
+        train_sam.main(arguments(corpus, tmp_path / "parts", memory_mb=0.01, **flags))
+    assert weights(tmp_path / "parts")["step"] == 1 and not (tmp_path / "parts" / train_sam.BEST).exists()
+    with pytest.raises(ValueError, match="--memory_mb"):
+        train_sam.main(arguments(corpus, tmp_path / "parts", memory_mb=0.01, **flags))
+    train_sam.main(arguments(corpus, tmp_path / "parts", **flags))
+    train_sam.main(arguments(corpus, tmp_path / "whole", **flags))
+    judged = [logged(tmp_path / name, "validation") for name in ("parts", "whole")]
+    assert [line["step"] for line in judged[0]] == [1, 2] and judged[0] == judged[1]
+    for name in ("checkpoint.pth", train_sam.BEST):
+        assert validated(tmp_path / "parts", name) == validated(tmp_path / "whole", name)
+    train_sam.main(arguments(corpus, tmp_path / "parts", **flags))  # complete: nothing is left to judge
+    assert logged(tmp_path / "parts", "validation") == judged[0]
+
+
+def test_a_validation_that_failed_at_the_end_does_not_forget_the_best(corpus, tmp_path, monkeypatch):
+    """Errors of steps 1, 2 and 3 are 5, 9 and (after a failure) 7: the first weights stay the best ones."""
+    errors = iter([5.0, 9.0, MemoryError(), 7.0])
+
+    def measure(validator, network, info):
+        error = next(errors)
+        if isinstance(error, MemoryError):
+            raise error
+        return {"cycle_median_mm": error, "cycle_p90_mm": 0.0}
+
+    monkeypatch.setattr(training.Validator, "__call__", measure)
+    flags = {"steps": 3, "val_cases": 2, "val_freq": 1, "save_freq": 0}
+    with pytest.raises(MemoryError):
+        train_sam.main(arguments(corpus, tmp_path, **flags))
+    assert validated(tmp_path) == (3, 5.0, False)
+    train_sam.main(arguments(corpus, tmp_path, **flags))
+    assert validated(tmp_path) == (3, 5.0, True)
+    assert validated(tmp_path, train_sam.BEST) == (1, 5.0, True)
+
+
+def test_volumes_of_air_are_left_out_and_bodies_are_outlined_once(tmp_path, monkeypatch, capsys):
+    for name, inside in (("air", -990), ("patient", 40), ("more_air", -990)):
+        hu = np.full((6, 24, 32), -1000, np.int16)
+        hu[:, 4:18, 5:29] = inside
+        write_nifti(tmp_path / f"{name}.nii.gz", hu, np.diag([-8.0, -8.0, 8.0, 1.0])[:, [2, 1, 0, 3]])
+    cases = [Case(name, tmp_path / f"{name}.nii.gz") for name in ("air", "patient", "more_air")]
+    build_store(cases, tmp_path / "store", progress=False)
+    calls, body_mask = [], geometry.body_mask
+    for module in (geometry, training):
+        monkeypatch.setattr(module, "body_mask", lambda *words: calls.append(words) or body_mask(*words))
+    info = EmbedderInfo(spacing_mm=(8.0, 8.0, 8.0))
+    (volume,) = training.load_training_volumes(VolumeStore(tmp_path / "store"), info)
+    assert volume.name == "patient" and volume.hu.shape == volume.body.shape == (6, 14, 24) and len(calls) == 3
+    told = capsys.readouterr().err.splitlines()
+    assert sorted(line.partition(":")[0] for line in told) == ["left out air", "left out more_air"]
+    assert all("no patient in it" in line for line in told)
+    training.load_training_volumes(VolumeStore(tmp_path / "store"), info, rank=1)
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match="none of its 2 training volumes shows a patient.*--json_list"):
+        training.load_training_volumes(VolumeStore(tmp_path / "store", ["air", "more_air"]), info)
 
 
 @pytest.mark.parametrize(
