@@ -1,4 +1,4 @@
-"""The voxel grid of a NIfTI file as it is on disk, and writing label maps that lie on it voxel for voxel.
+"""The voxel grid of a NIfTI file as it is on disk: does a label lie on it, and writing label maps that do.
 
 Inside the project volumes are canonical; a user's viewer and scripts want a prediction with the input file's own axis
 order, shape and affine.
@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 
 from datasets.files import write_bytes
-from datasets.geometry import CANONICAL_AXCODES
-from datasets.nifti import CTReadError
+from datasets.geometry import CANONICAL_AXCODES, index_to_world, spacing_of, to_canonical
+from datasets.nifti import CTReadError, Volume
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class FileGrid:
     shape: tuple[int, int, int]
     affine: np.ndarray
     world_code: int
+
+    def canonical(self) -> tuple[tuple[int, int, int], np.ndarray]:
+        """Shape (D, H, W) and affine of this file's volume once it is turned; no voxel is read."""
+        turned, affine = to_canonical(np.broadcast_to(np.uint8(0), self.shape), self.affine)
+        return turned.shape, affine
 
     def from_canonical(self, array: np.ndarray) -> np.ndarray:
         """Turn a canonical array [D, H, W] back to the file's axes [X, Y, Z].
@@ -52,6 +57,23 @@ def read_file_grid(path: str | Path) -> FileGrid:
         return FileGrid(tuple(image.shape[:3]), np.asarray(image.affine, dtype=np.float64), world_code)
     except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, KeyError) as error:
         raise CTReadError(f"{path}: not readable as NIfTI ({error})") from error
+
+
+def check_label_grid(label: Volume, image: str | Path) -> None:
+    """Check that a label's voxels are those of its image, from the image's header.
+
+    Raises:
+        CTReadError: another shape, or a corner further than half a voxel beside the image's; less is rounding.
+    """
+    shape, affine = read_file_grid(image).canonical()
+    if label.shape != shape:
+        raise CTReadError(f"{label.path}: label has shape {label.shape}, its image {image} has {shape}")
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape])).reshape(3, -1).T
+    apart_mm = np.abs(index_to_world(label.affine, corners) - index_to_world(affine, corners)).max()
+    if apart_mm > min(spacing_of(affine)) / 2:
+        raise CTReadError(
+            f"{label.path}: label lies {apart_mm:.1f} mm beside its image {image}; write it with the image's affine"
+        )
 
 
 def write_label_like(path: str | Path, labels: np.ndarray, grid: FileGrid) -> None:

@@ -6,14 +6,20 @@ import shutil
 import signal
 import socket
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 
+import engine.checkpoint
 import engine.finetune
 import scripts.evaluate_segmentation
 import scripts.finetune_segmentation as command
-from engine.checkpoint import LATEST, CheckpointError, load_checkpoint
+from datasets.nifti import CTReadError
+from engine.checkpoint import LATEST, PREVIOUS, CheckpointError, load_checkpoint
+from engine.distributed import World
+from engine.flags import flags_as_dict
 from engine.run_folder import LOCK
 from engine.signals import EXIT_INTERRUPTED
 from engine.weights import save_weights
@@ -163,6 +169,23 @@ def test_a_checkpoint_without_digests_is_compared_by_paths(finished, corpus, tmp
     elsewhere = shutil.copy(corpus / "list.json", tmp_path / "list.json")
     with pytest.raises(CheckpointError, match="--json_list"):
         command.main(finetune_arguments(corpus, tmp_path, evaluate="false", json_list=elsewhere))
+
+
+def test_every_rank_goes_on_from_what_rank_0_chose(finished, corpus, monkeypatch):
+    flags = command.make_flags().parse_args(finetune_arguments(corpus, finished))
+    description = load_checkpoint(finished / LATEST) | {"flags": flags_as_dict(flags)}
+    monkeypatch.setattr(engine.checkpoint, "main_decides", lambda world, decide: str(finished / PREVIOUS))
+    state, path = command.find_start(flags, description, World(rank=1, size=2))
+    assert path == finished / PREVIOUS and state["step"] < 4
+
+
+def test_how_to_compute_does_not_come_from_the_file():
+    network = torch.nn.Linear(2, 2)
+    run = engine.finetune.FinetuneRun(network, torch.optim.AdamW(network.parameters()), torch.amp.GradScaler("cpu"))
+    state = run.as_checkpoint()
+    state["optimizer"]["param_groups"][0] |= {"fused": True, "foreach": False}
+    run.restore(state, "elsewhere.pth")
+    assert run.optimizer.param_groups[0]["fused"] is None and run.optimizer.param_groups[0]["foreach"] is None
 
 
 def test_more_steps_go_on_with_a_warning(finished, corpus, tmp_path):
@@ -317,3 +340,22 @@ def test_evaluation_command_equals_the_runs_own(finished, corpus, tmp_path):
     assert json.loads((tmp_path / "joined" / "results.json").read_text())["num_runs"] == 2
     with pytest.raises(ValueError, match="--checkpoint_file"):
         scripts.evaluate_segmentation.main(["--output_dir", str(tmp_path)])
+
+
+def test_a_label_beside_its_image_is_no_wrong_prediction(finished, corpus, tmp_path):
+    """Its origin lost, a label would be judged elsewhere; one with other axes at the same place is fine."""
+    content = json.loads((corpus / "list.json").read_text())
+    first = content["validation"][0]
+    label = nib.load(corpus / first["label"])
+    turned = label.as_reoriented(nib.orientations.axcodes2ornt(("L", "P", "S")))
+    lost = nib.Nifti1Image(np.asarray(label.dataobj), np.diag([3.0, 3.0, 4.0, 1.0]))
+    paths = ["--data_dir", str(corpus), "--checkpoint_file", str(finished / "best.pth"), "--device", "cpu"]
+    paths += ["--overlap", "0", "--nsd_mm", "0", "--no_pictures", "--store_dir", str(corpus / "store")]
+    for name, image in (("turned", turned), ("lost", lost)):
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+        entry = first | {"label": str(tmp_path / f"{name}.nii.gz")}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"training": [], "validation": [entry]}))
+    flags = ["--output_dir", str(tmp_path / "out"), "--json_list"]
+    scripts.evaluate_segmentation.main([*paths, *flags, str(tmp_path / "turned.json")])
+    with pytest.raises(CTReadError, match=f"lost.nii.gz: label lies 100.0 mm beside its image .*{first['image']}"):
+        scripts.evaluate_segmentation.main([*paths, *flags, str(tmp_path / "lost.json")])
