@@ -47,7 +47,12 @@ def add_data_flags(group, class_sets: list[str]) -> None:
     add("--store_dir", type=str, default="", help="volume store, made when missing; empty = OUTPUT_DIR/store")
     add("--classes", type=str, choices=["list", *class_sets], default="list", help="organs: the list's, or a known set")
     add("--num_labelled", type=int, default=0, help="labelled cases to train with (few-shot); 0 = all")
-    add("--fold", type=int, default=0, help="which of the fixed splits, 0 to 4 share no case")
+    add(
+        "--fold",
+        type=int,
+        default=0,
+        help="which of the fixed splits; 0 to 4 share no case while 5 x NUM_LABELLED cases are there",
+    )
     add(
         "--held_out_share",
         type=float,
@@ -178,9 +183,15 @@ def number_problems(flags) -> list[str]:
 
     for name in ("steps", "batch_size", "save_freq", "log_freq", "window_batch"):
         expect(getattr(flags, name) >= 1, name, "1 or more")
-    zero_or_more = "num_labelled fold num_workers warmup_steps weight_decay clip_grad min_lr val_freq num_val_cases"
-    for name in (zero_or_more + " patience nsd_mm seed").split():
-        expect(getattr(flags, name) >= 0, name, "0 (off) or more")
+    from_zero = {
+        "0 or more": "fold num_workers min_lr seed",
+        "0 (all) or more": "num_labelled num_val_cases",
+        "0 (off) or more": "warmup_steps weight_decay clip_grad val_freq patience nsd_mm",
+    }
+    for expected, names in from_zero.items():
+        for name in names.split():
+            expect(getattr(flags, name) >= 0, name, expected)
+    expect(flags.feature_size is None or flags.feature_size >= 1, "feature_size", "1 or more")
     for name in ("lr", "dist_timeout_min"):
         expect(getattr(flags, name) > 0, name, "more than 0")
     for name in ("val_overlap", "overlap"):
