@@ -11,8 +11,8 @@ Eight GPUs (or eight CPU processes, with --device cpu):
         --json_list DATA.json --embed_dir EMBEDDINGS --output_dir results/run
 
 The same command again goes on where the run stopped (--resume auto or FILE; --resume none in a job that its launcher
-restarts). SIGTERM and SIGUSR1 write a checkpoint and end
-the run with exit code 75; a complete run ends with 0. --pairing iou and random need no --embed_dir.
+restarts). SIGTERM and SIGUSR1 write a checkpoint and end the run with exit code 75; a complete run ends with 0.
+--pairing iou and random need no --embed_dir.
 """
 
 import inspect

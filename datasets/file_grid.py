@@ -1,4 +1,4 @@
-"""The voxel grid of a NIfTI file as it is on disk, and writing label maps that lie on it voxel for voxel.
+"""The voxel grid of a NIfTI file as it is on disk: does a label lie on it, and writing label maps that do.
 
 Inside the project volumes are canonical; a user's viewer and scripts want a prediction with the input file's own axis
 order, shape and affine.
@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 
 from datasets.files import write_bytes
-from datasets.geometry import CANONICAL_AXCODES
-from datasets.nifti import CTReadError
+from datasets.geometry import CANONICAL_AXCODES, to_canonical
+from datasets.nifti import CTReadError, Volume, check_same_grid
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class FileGrid:
     shape: tuple[int, int, int]
     affine: np.ndarray
     world_code: int
+
+    def canonical(self) -> tuple[tuple[int, int, int], np.ndarray]:
+        """Shape (D, H, W) and affine of this file's volume once it is turned; no voxel is read."""
+        turned, affine = to_canonical(np.broadcast_to(np.uint8(0), self.shape), self.affine)
+        return turned.shape, affine
 
     def from_canonical(self, array: np.ndarray) -> np.ndarray:
         """Turn a canonical array [D, H, W] back to the file's axes [X, Y, Z].
@@ -52,6 +57,11 @@ def read_file_grid(path: str | Path) -> FileGrid:
         return FileGrid(tuple(image.shape[:3]), np.asarray(image.affine, dtype=np.float64), world_code)
     except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, KeyError) as error:
         raise CTReadError(f"{path}: not readable as NIfTI ({error})") from error
+
+
+def check_label_grid(label: Volume, image: str | Path) -> None:
+    """As `datasets.nifti.check_same_grid`, by the image's header alone."""
+    check_same_grid(label, *read_file_grid(image).canonical(), image)
 
 
 def write_label_like(path: str | Path, labels: np.ndarray, grid: FileGrid) -> None:

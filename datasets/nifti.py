@@ -97,13 +97,24 @@ def read_label_of(image: Volume, path: str | Path) -> Volume:
         CTReadError: as `read_label`, and for a map that does not lie on the image's grid.
     """
     label = read_label(path)
-    if label.shape != image.shape:
-        raise CTReadError(f"{path}: label has shape {label.shape}, its image {image.path} has {image.shape}")
-    corners = np.array(np.meshgrid(*[(0, size - 1) for size in image.shape])).reshape(3, -1).T
-    apart_mm = np.abs(index_to_world(label.affine, corners) - index_to_world(image.affine, corners)).max()
-    if apart_mm > min(image.spacing_mm) / 2:  # less is rounding in the headers
-        raise CTReadError(f"{path}: label lies {apart_mm:.1f} mm beside its image {image.path}")
+    check_same_grid(label, image.shape, image.affine, image.path)
     return label
+
+
+def check_same_grid(label: Volume, shape: tuple[int, int, int], affine: np.ndarray, image_path: str | Path) -> None:
+    """Check that a label's voxels are those of its image.
+
+    Raises:
+        CTReadError: another shape, or a corner further than half a voxel beside the image's; less is rounding.
+    """
+    if label.shape != shape:
+        raise CTReadError(f"{label.path}: label has shape {label.shape}, its image {image_path} has {shape}")
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape])).reshape(3, -1).T
+    apart_mm = np.abs(index_to_world(label.affine, corners) - index_to_world(affine, corners)).max()
+    if apart_mm > min(spacing_of(affine)) / 2:
+        raise CTReadError(
+            f"{label.path}: label lies {apart_mm:.1f} mm beside its image {image_path}; write it with that affine"
+        )
 
 
 def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from engine.checkpoint import CheckpointError, load_strictly, save_checkpoint, sync_folder, write_synced
 from engine.distributed import World, all_max, seed_step
 from engine.logging import Clock, Meters, RunLog, SilentLog
-from engine.optim import clip_gradients
+from engine.optim import clip_gradients, load_optimizer
 from engine.precision import autocast
 from engine.pretrain import NonFiniteLossError
 from engine.signals import StopRequest
@@ -97,7 +97,7 @@ class FinetuneRun:
             )
         load_strictly(self.network, state["model"], "network", path)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
         except ValueError as error:
             raise CheckpointError(
                 f"{path}: its optimiser state does not fit ({error}); keep --layer_decay and "
@@ -108,6 +108,10 @@ class FinetuneRun:
         for name in PROGRESS:
             setattr(self, name, state["progress"][name])
         self.frozen_keys = list(state["frozen_keys"])
+
+    def forget_best(self) -> None:
+        """Look for the best weights from here on: those of before are not in this run's folder."""
+        self.best_dice, self.best_step, self.num_without_gain = -1.0, 0, 0
 
 
 PROGRESS = ("step", "best_dice", "best_step", "num_without_gain", "is_stopped")
@@ -209,8 +213,8 @@ def finetune(
             if is_asked_to_stop and not is_end:
                 log.say(f"asked to stop: step {run.step} is saved")
                 return False
-    if world.is_main and not options.val_freq:
-        write_best(run, output_dir)
+    if world.is_main and (not options.val_freq or run.best_step == 0):
+        write_best(run, output_dir)  # no validation chose one
     return True
 
 
@@ -228,6 +232,12 @@ def judge(
     if patience and run.num_without_gain >= patience:
         run.is_stopped = True
         log.say(f"stopped early at step {run.step}: no better Dice than {run.best_dice:.4f} of step {run.best_step}")
+
+
+def holds_best(output_dir: str | Path, checkpoint_file: str | Path) -> bool:
+    """Whether a folder's `best.pth` is that of the run whose checkpoint this is: of the same folder. Rank 0 only."""
+    folder = Path(output_dir).resolve()
+    return Path(checkpoint_file).resolve().parent == folder and (folder / BEST).exists()
 
 
 def write_best(run: FinetuneRun, output_dir: str | Path) -> None:

@@ -1,12 +1,32 @@
-"""The flags of scripts/finetune_segmentation.py, and the check that reports every mistake in them together.
+"""The flags of scripts/finetune_segmentation.py, the check that reports every mistake in them together, and which of
+them a run that goes on may change.
 
 Sizes are in voxels of the volume store: roi_x along W (towards the patient's left), roi_y along H (posterior), roi_z
 along D (superior). Where a default says "the weights'", the value comes from the description of --weights.
 """
 
+import warnings
 from pathlib import Path
 
+from engine.checkpoint import CheckpointError
+from engine.finetune_setup import FLAG_OF, agree, told
 from engine.flags import add_switch, make_parser
+from engine.run_state import changed_flags
+
+# A run that goes on keeps these: its result would else be told under flags that it was not trained with.
+DECISIVE_FLAGS = {
+    *("num_labelled", "fold", "held_out_share", "weights_part", "batch_size", "lr", "min_lr", "warmup_steps"),
+    *("weight_decay", "layer_decay", "freeze_encoder_steps", "clip_grad", "class_weights", "foreground_share"),
+    *("augment", "seed"),
+}
+# So it does these, but what they come to is compared: a file may have moved, a default may be spelt out.
+FILE_FLAGS = ("weights", "json_list")
+SETTLED_FLAGS = {"classes", "backbone", "feature_size", "spacing_mm", "a_min", "a_max", "roi_x", "roi_y", "roi_z"}
+# These decide neither the weights nor which of them are best. Changes of all others are told.
+FREE_FLAGS = {
+    *("store_dir", "output_dir", "resume", "save_freq", "log_freq", "num_workers", "device", "dist_timeout_min"),
+    *("min_share", "use_checkpoint", "evaluate", "section", "overlap", "nsd_mm", "window_batch"),
+}
 
 
 def make_finetune_flags(description: str, backbones: list[str], class_sets: list[str]):
@@ -27,7 +47,12 @@ def add_data_flags(group, class_sets: list[str]) -> None:
     add("--store_dir", type=str, default="", help="volume store, made when missing; empty = OUTPUT_DIR/store")
     add("--classes", type=str, choices=["list", *class_sets], default="list", help="organs: the list's, or a known set")
     add("--num_labelled", type=int, default=0, help="labelled cases to train with (few-shot); 0 = all")
-    add("--fold", type=int, default=0, help="which of the fixed splits, 0 to 4 share no case")
+    add(
+        "--fold",
+        type=int,
+        default=0,
+        help="which of the fixed splits; 0 to 4 share no case while 5 x NUM_LABELLED cases are there",
+    )
     add(
         "--held_out_share",
         type=float,
@@ -158,9 +183,15 @@ def number_problems(flags) -> list[str]:
 
     for name in ("steps", "batch_size", "save_freq", "log_freq", "window_batch"):
         expect(getattr(flags, name) >= 1, name, "1 or more")
-    zero_or_more = "num_labelled fold num_workers warmup_steps weight_decay clip_grad min_lr val_freq num_val_cases"
-    for name in (zero_or_more + " patience nsd_mm seed").split():
-        expect(getattr(flags, name) >= 0, name, "0 (off) or more")
+    from_zero = {
+        "0 or more": "fold num_workers min_lr seed",
+        "0 (all) or more": "num_labelled num_val_cases",
+        "0 (off) or more": "warmup_steps weight_decay clip_grad val_freq patience nsd_mm",
+    }
+    for expected, names in from_zero.items():
+        for name in names.split():
+            expect(getattr(flags, name) >= 0, name, expected)
+    expect(flags.feature_size is None or flags.feature_size >= 1, "feature_size", "1 or more")
     for name in ("lr", "dist_timeout_min"):
         expect(getattr(flags, name) > 0, name, "more than 0")
     for name in ("val_overlap", "overlap"):
@@ -175,3 +206,66 @@ def number_problems(flags) -> list[str]:
     expect(flags.warmup_steps <= flags.steps, "warmup_steps steps", "a warm-up no longer than the run")
     expect(not flags.patience or flags.val_freq > 0, "patience val_freq", "validations, without which nothing can stop")
     return problems
+
+
+# Going on
+
+
+def check_continuation(before: dict, now: dict, path: str | Path) -> None:
+    """Refuse to go on from a checkpoint whose result other flags decided; warn of other changes.
+
+    Args:
+        before: the checkpoint, of which "flags", "contents" (digests of files), "backbone", "preprocessing", "classes"
+            and "step" are compared.
+        now: the same of this run, without "step".
+        path: the checkpoint's, for the message.
+
+    Raises:
+        CheckpointError: naming every such flag with both values.
+    """
+    changed = changed_flags(before.get("flags", {}), now["flags"])
+    refused = [text for name, text in changed.items() if name in DECISIVE_FLAGS]
+    refused += file_changes(before, now) + settled_changes(before, now)
+    if now["flags"]["steps"] < before["step"]:
+        refused.append(f"--steps {now['flags']['steps']}, of which {before['step']} are done")
+    if refused:
+        raise CheckpointError(
+            f"{path} was trained with other flags: {', '.join(refused)}. Give it those of before to go on, or begin "
+            "anew with --resume none (which replaces that run) or another --output_dir"
+        )
+    compared = DECISIVE_FLAGS | FREE_FLAGS | SETTLED_FLAGS | set(FILE_FLAGS)
+    warned = [text for name, text in changed.items() if name not in compared]
+    if warned:
+        warnings.warn(f"{path} was trained with other flags, and goes on with: {', '.join(warned)}", stacklevel=2)
+
+
+def file_changes(before: dict, now: dict) -> list[str]:
+    """Files whose content differs; where the checkpoint has no digests, files at another path."""
+    changes = []
+    for name in FILE_FLAGS:
+        old, new = before.get("flags", {}).get(name), now["flags"][name]
+        if old is None:
+            continue
+        if "contents" in before:
+            is_same = before["contents"].get(name) == now["contents"].get(name)
+        else:
+            is_same = Path(old).resolve() == Path(new).resolve()
+        if not is_same:
+            changes.append(f"--{name} {old} (its content has changed)" if old == new else f"--{name} {old} -> {new}")
+    return changes
+
+
+def settled_changes(before: dict, now: dict) -> list[str]:
+    """What flags, weights and store together have settled otherwise."""
+    names = {"--backbone": "name", "--feature_size": "feature_size"}
+    pairs = [(flag, *(side.get("backbone", {}).get(name) for side in (before, now))) for flag, name in names.items()]
+    pairs += [
+        (flag, *(side.get("preprocessing", {}).get(name) for side in (before, now))) for name, flag in FLAG_OF.items()
+    ]
+    changes = [
+        f"{flag} {told(old)} -> {told(new)}" for flag, old, new in pairs if old is not None and not agree(old, new)
+    ]
+    organs = [side.get("classes", {}).get("names") for side in (before, now)]
+    if organs[0] is not None and before["classes"] != now["classes"]:
+        changes.append("--classes " + " -> ".join(", ".join(names[1:]) for names in organs))
+    return changes

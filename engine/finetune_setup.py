@@ -120,4 +120,8 @@ def settle_network(name: str | None, feature_size: int | None, described: dict) 
         for flag, value, key in (("--backbone", name, "name"), ("--feature_size", feature_size, "feature_size"))
         if value is not None and described.get(key) not in (None, value)
     ]
-    return name or described.get("name", "swin_unetr"), feature_size or int(described.get("feature_size", 48)), warnings
+    if name is None:
+        name = described.get("name", "swin_unetr")
+    if feature_size is None:
+        feature_size = int(described.get("feature_size", 48))
+    return name, feature_size, warnings

@@ -74,13 +74,15 @@ class RunState:
 
 def warn_of_changed_flags(before: dict, now: dict, path: str) -> None:
     """Say which flags differ from those that the checkpoint was trained with."""
-    changed = [
-        f"--{name} {before[name]} -> {now[name]}"
-        for name in sorted(before.keys() & now.keys())
-        if name not in FREE_FLAGS and before[name] != now[name]
-    ]
+    changed = [told for name, told in changed_flags(before, now).items() if name not in FREE_FLAGS]
     if changed:
         warnings.warn(f"{path} was trained with other flags: {', '.join(changed)}", stacklevel=2)
+
+
+def changed_flags(before: dict, now: dict) -> dict[str, str]:
+    """Flags that differ, each with both values for people; a flag that only one side knows counts for nothing."""
+    names = sorted(before.keys() & now.keys())
+    return {name: f"--{name} {before[name]} -> {now[name]}" for name in names if before[name] != now[name]}
 
 
 def warn_of_changed_steps(before: dict, now: dict, path: str) -> None:

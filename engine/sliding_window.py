@@ -44,6 +44,8 @@ class WindowOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
             raise ValueError(f"--overlap {self.overlap}: expected a share from 0 to below 1")
+        if self.batch_size < 1:
+            raise ValueError(f"--window_batch {self.batch_size}: expected 1 or more")
 
 
 @torch.no_grad()

@@ -110,9 +110,12 @@ def load_pretrained(
         description=file.description,
     )
     if report.share < min_share or not fitting:
+        advice = "Does the network (--backbone, --feature_size) equal the one that the weights are for?"
+        encoder = wanted_keys(model, own, "encoder") if part == "whole" and kind_of(model) is not None else []
+        if encoder and set(report.loaded) == set(encoder) and not misshapen:
+            advice = "The file holds an encoder only: load it with --weights_part encoder"
         raise WeightsError(
-            f"{report.tell()}: that is {report.share:.0%}, less than the {min_share:.0%} that must fit. Does the "
-            "network (--backbone, --feature_size) equal the one that the weights are for?"
+            f"{report.tell()}: that is {report.share:.0%}, less than the {min_share:.0%} that must fit. {advice}"
         )
     model.load_state_dict(own | fitting)
     return report

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from datasets.data_list import Case, DataListError, load_data_list
-from datasets.file_grid import read_file_grid, write_label_like
+from datasets.file_grid import check_label_grid, read_file_grid, write_label_like
 from datasets.label_classes import LabelClasses
-from datasets.nifti import CTReadError, read_ct, read_label
+from datasets.nifti import read_ct, read_label
 from datasets.volume_store import VolumeStore
 from engine import distributed
 from engine.distributed import World
@@ -72,8 +72,8 @@ class FileGridCases:
         label = read_label(case.label)
         in_store = self.store is not None and name in self.store
         image = read_ct(case.image) if self.with_pictures or not in_store else None
-        if image is not None and image.shape != label.shape:
-            raise CTReadError(f"{case.label}: label has shape {label.shape}, its image {image.shape}")
+        if case.image.exists():  # else the store stands alone
+            check_label_grid(label, case.image)
         if in_store:
             stored = self.store.read(name)
             hu, affine = stored.array, stored.affine

@@ -8,10 +8,12 @@
         --json_list flare_labelled.json --store_dir store --output_dir results/scratch_1shot
 
 Voxel size, HU window, crop, backbone and feature size come from the weights' own description; flags that differ win
-with a warning. The same command again goes on where the run stopped (--resume auto). SIGTERM and SIGUSR1 write a
-checkpoint and end the run with exit code 75. best.pth serves scripts/predict.py and scripts/evaluate_segmentation.py.
+with a warning. The same command again goes on where the run stopped (--resume auto); with other flags that decide the
+result it is refused. SIGTERM and SIGUSR1 write a checkpoint and end the run with exit code 75. best.pth serves
+scripts/predict.py and scripts/evaluate_segmentation.py.
 """
 
+import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -28,12 +30,13 @@ from datasets.label_classes import BUILT_IN, LabelClasses, read_classes
 from datasets.loader import make_pair_loader
 from datasets.segmentation import SegmentationAugment, SegmentationCropDataset
 from datasets.splits import choose_labelled, hold_out
+from datasets.store_format import checksum_of
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
-from engine.checkpoint import find_resumable, load_checkpoint
-from engine.distributed import World
-from engine.finetune import BEST, KIND, FinetuneOptions, FinetuneRun, finetune
-from engine.finetune_flags import check_finetune_flags, make_finetune_flags
+from engine.checkpoint import find_resumable_together, load_checkpoint
+from engine.distributed import World, main_decides
+from engine.finetune import BEST, KIND, FinetuneOptions, FinetuneRun, finetune, holds_best
+from engine.finetune_flags import check_continuation, check_finetune_flags, make_finetune_flags
 from engine.finetune_setup import Preprocessing, settle_network, settle_preprocessing
 from engine.flags import RunInfo, run_main
 from engine.logging import make_log
@@ -157,8 +160,27 @@ def open_store(plan: Plan, flags, world: World) -> VolumeStore:
 # The network and everything that changes
 
 
-def start_run(flags, plan: Plan, world: World) -> tuple[FinetuneRun, str]:
-    """Build the network, load what it starts from, and resume where there is something to resume."""
+def find_start(flags, description: dict, world: World) -> tuple[dict, Path] | None:
+    """The checkpoint to go on from and its path, None to begin anew; nothing is written.
+
+    Raises:
+        CheckpointError: it is of another kind, or flags that decide the result have changed.
+    """
+    if flags.resume == "none":
+        return None
+    if flags.resume == "auto":
+        found = find_resumable_together(flags.output_dir, KIND, world)
+    else:
+        found = load_checkpoint(flags.resume, KIND), Path(flags.resume)
+    if found is not None:
+        check_continuation(found[0], description, found[1])
+    return found
+
+
+def start_run(
+    flags, plan: Plan, description: dict, resumed: tuple[dict, Path] | None, world: World
+) -> tuple[FinetuneRun, str]:
+    """Build the network, load what it starts from, and go on from `resumed` where there is such a checkpoint."""
     torch.manual_seed(flags.seed)
     kind = SEGMENTERS[plan.backbone]
     network = kind.build(1, len(plan.classes), plan.feature_size, flags.use_checkpoint)
@@ -173,17 +195,16 @@ def start_run(flags, plan: Plan, world: World) -> tuple[FinetuneRun, str]:
         network,
         make_optimizer(network, flags, plan, world),
         make_scaler(pick_precision(flags.precision, world.device), world.device),
-        describe_run(flags, plan),
+        description,
         frozen_keys=loaded if flags.freeze_encoder_steps > 0 else [],
     )
-    resumed = None
-    if flags.resume not in ("auto", "none"):
-        resumed = load_checkpoint(flags.resume, KIND), flags.resume
-    elif flags.resume == "auto":
-        resumed = find_resumable(flags.output_dir, KIND)
     if resumed is not None:
         run.restore(*resumed)
         started = f"resumed at step {run.step} from {resumed[1]}"
+        run.is_stopped = 0 < flags.patience <= run.num_without_gain  # more --patience goes on
+        if run.best_step and not main_decides(world, lambda: holds_best(flags.output_dir, resumed[1])):
+            run.forget_best()
+            started += f"; its {BEST} is not in {flags.output_dir}: the best weights are those from here on"
     return run, started
 
 
@@ -200,9 +221,8 @@ def make_optimizer(network: nn.Module, flags, plan: Plan, world: World) -> torch
     return torch.optim.AdamW(groups, lr=flags.lr, fused=True if world.device.type == "cuda" else None)
 
 
-def describe_run(flags, plan: Plan) -> dict:
+def describe_run(flags, plan: Plan, info: RunInfo) -> dict:
     """What a user of the finetuned network must know, and where it comes from, in plain values."""
-    info = RunInfo.collect(flags)
     described = {} if plan.weights is None else plan.weights.description
     return {
         "backbone": {"name": plan.backbone, "feature_size": plan.feature_size, "in_channels": 1},
@@ -214,10 +234,20 @@ def describe_run(flags, plan: Plan) -> dict:
         },
         "training_cases": [case.name for case in plan.training],
         "validation_cases": [case.name for case in plan.held_out],
+        "contents": {
+            "weights": None if plan.weights is None else checksum_of(Path(flags.weights).read_bytes()),
+            "json_list": list_digest(flags.json_list),
+        },
         "flags": info.flags,
         "commit": info.commit,
         "versions": info.versions,
     }
+
+
+def list_digest(json_list: str) -> str:
+    """A digest of what a run takes from a data list; other sections and its layout do not count."""
+    content = json.loads(Path(json_list).read_text())
+    return checksum_of(json.dumps([content.get(name) for name in ("training", "validation")]).encode())
 
 
 def describe_start(flags, plan: Plan, run: FinetuneRun, store: VolumeStore, started: str, world: World) -> str:
@@ -255,10 +285,13 @@ def make_options(flags, world: World) -> FinetuneOptions:
 
 def start_and_train(flags, plan: Plan, world: World) -> bool:
     """Open the volumes, find where to start, train, and judge; True when the run is complete."""
+    info = RunInfo.collect(flags)
+    description = describe_run(flags, plan, info)
+    resumed = find_start(flags, description, world)
     if world.is_main:
-        RunInfo.collect(flags).write(flags.output_dir)
+        info.write(flags.output_dir)
     store = open_store(plan, flags, world)
-    run, started = start_run(flags, plan, world)
+    run, started = start_run(flags, plan, description, resumed, world)
     options = make_options(flags, world)
     log = make_log(world, flags.output_dir, options.num_steps, run.step)
     log.say(describe_start(flags, plan, run, store, started, world))
@@ -332,13 +365,14 @@ def evaluate_best(flags, plan: Plan, store: VolumeStore, precision: str, world: 
     best, folder = Path(flags.output_dir) / BEST, Path(flags.output_dir) / EVALUATION
     segmenter = open_segmenter(best, world.device)
     options = segmenter.window_options(flags.overlap, flags.window_batch, precision)
+    trained = load_checkpoint(best, KIND)
     description = {
         "checkpoint": str(best),
         "section": flags.section,
-        "weights": flags.weights,
-        "labelled training cases": len(plan.training),
-        "fold": flags.fold,
-        "seed": flags.seed,
+        "weights": trained["pretrained"]["path"],
+        "labelled training cases": len(trained["training_cases"]),
+        "fold": trained["flags"]["fold"],
+        "seed": trained["flags"]["seed"],
     }
     judge_on_files(segmenter, plan.judged, store, options, world, flags.nsd_mm, folder, description)
     if world.is_main:

@@ -17,7 +17,7 @@ stage "phantom CT" python scripts/make_phantom_dataset.py --out_dir "$out/data" 
 stage "data list" python scripts/create_json.py --data_dir "$out/data" --output "$out/data.json" --cases unlabelled --num_validation 6
 stage "volume store" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/data.json" \
     --store_dir "$out/store" --spacing_mm 3 3 3
-stage "train SAM" python scripts/train_sam.py --config configs/sam_quickstart.yaml --data_dir "$out/data" \
+stage "train SAM" --own "$out/sam" python scripts/train_sam.py --config configs/sam_quickstart.yaml --data_dir "$out/data" \
     --json_list "$out/data.json" --store_dir "$out/store" --output_dir "$out/sam"
 stage "embed" python scripts/generate_sam_embeddings.py --checkpoint_file "$out/sam/checkpoint_best.pth" --store_dir "$out/store" \
     --embed_dir "$out/embeddings"
@@ -25,8 +25,8 @@ stage "evaluate matching" python scripts/evaluate_matching.py --checkpoint_file 
     --json_list "$out/data.json" --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" \
     --output "$out/matching.json"
 stage "mine pairs" python scripts/mine_pairs.py --embed_dir "$out/embeddings" --num_points 64 --num_partners 8
-stage "pretrain Alice" python main_ddp.py --config configs/quickstart.yaml --data_dir "$out/data" --json_list "$out/data.json" \
-    --store_dir "$out/store" --embed_dir "$out/embeddings" --output_dir "$out/alice"
+stage "pretrain Alice" --own "$out/alice" python main_ddp.py --config configs/quickstart.yaml --data_dir "$out/data" \
+    --json_list "$out/data.json" --store_dir "$out/store" --embed_dir "$out/embeddings" --output_dir "$out/alice"
 stage "extract weights" python extract_backbone_weights.py "$out/alice/checkpoint.pth" "$out/alice_teacher.pth" --checkpoint_key teacher
 
 # What is it good for? A U-Net at 6 mm is quick enough to pretrain, and to finetune with one labelled patient, with and without.
@@ -35,8 +35,8 @@ for list in data labelled; do
     stage "6 mm store, $list" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/$list.json" \
         --store_dir "$out/store_6mm" --spacing_mm 6
 done
-stage "pretrain U-Net" python main_ddp.py --config configs/quickstart_unet.yaml --data_dir "$out/data" --json_list "$out/data.json" \
-    --store_dir "$out/store_6mm" --spacing_mm 6 --embed_dir "$out/embeddings" --output_dir "$out/alice_unet"
+stage "pretrain U-Net" --own "$out/alice_unet" python main_ddp.py --config configs/quickstart_unet.yaml --data_dir "$out/data" \
+    --json_list "$out/data.json" --store_dir "$out/store_6mm" --spacing_mm 6 --embed_dir "$out/embeddings" --output_dir "$out/alice_unet"
 stage "extract student" python extract_backbone_weights.py "$out/alice_unet/checkpoint.pth" "$out/alice_unet.safetensors" \
     --checkpoint_key student
 budget=(--config configs/finetune_quickstart.yaml --backbone unet --feature_size 16 --roi_x 32 --roi_y 32 --roi_z 32 --spacing_mm 6

@@ -1,12 +1,14 @@
 """Look at paired crops before training on them: a sheet of query and key crops in three planes, and pair statistics.
 
-    python scripts/show_pairs.py --store_dir store --embed_dir embeddings --output pairs.png
+    python scripts/show_pairs.py --store_dir store --embed_dir embeddings --data_dir DATA --json_list DATA.json \\
+        --output pairs.png
     python scripts/show_pairs.py --store_dir store --pairing iou --iou_range 0.3 0.6 --output pairs.png
     python scripts/show_pairs.py --store_dir store --embed_dir embeddings --output pairs.png \\
         --view student --roi_x 64 --roi_y 64 --roi_z 64 --num_pairs 4 --seed 3
 
 In a row of `--pairing sam` both crops should show the same anatomy of two patients around the yellow cross. The
-statistics (JSON on stdout) are of the first `--num_counted` pairs of a training run with this seed. Takes some seconds.
+statistics (JSON on stdout) are of the first `--num_counted` pairs of a training run with this seed and list; without
+--json_list, of one that trains with every case of the store. Takes some seconds.
 """
 
 import json
@@ -20,6 +22,7 @@ import jsonargparse
 
 from datasets.augment import AugmentOptions
 from datasets.correspondences import CorrespondenceTable
+from datasets.data_list import load_data_list
 from datasets.pair_sheet import draw_pair_sheet
 from datasets.pair_statistics import PairStatistics
 from datasets.pairings import PAIRINGS, PairingOptions
@@ -33,6 +36,8 @@ def make_flags() -> jsonargparse.ArgumentParser:
     parser = make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--store_dir", type=str, required=True, help="volume store (scripts/prepare_volumes.py)")
+    data.add_argument("--data_dir", type=str, default="", help="folder that the data list's paths start from")
+    data.add_argument("--json_list", type=str, default="", help="list whose training section to draw from; empty = all")
     data.add_argument("--embed_dir", type=str, default="", help="folder of the correspondence table, for --pairing sam")
     data.add_argument("--table_file", type=str, default="", help="correspondences.npy; empty = the one in --embed_dir")
     data.add_argument("--output", type=str, required=True, help="picture to write (.png, .pdf)")
@@ -67,8 +72,12 @@ def open_pairs(flags: jsonargparse.Namespace) -> PairedCropDataset:
         if not (flags.table_file or flags.embed_dir):
             raise ValueError("--pairing sam needs --embed_dir or --table_file (see scripts/mine_pairs.py)")
         table = CorrespondenceTable.load(flags.table_file or flags.embed_dir)
+    store, names = VolumeStore(flags.store_dir), None
+    if flags.json_list:
+        listed = load_data_list(flags.json_list, flags.data_dir, "training", must_exist=False)
+        names = [case.name for case in listed if case.name in store]
     return PairedCropDataset(
-        VolumeStore(flags.store_dir),
+        store,
         table,
         flags.pairing,
         roi=(flags.roi_z, flags.roi_y, flags.roi_x),
@@ -82,6 +91,7 @@ def open_pairs(flags: jsonargparse.Namespace) -> PairedCropDataset:
         jitter_mm=flags.jitter_mm,
         augment=AugmentOptions() if flags.augment else AugmentOptions.off(),
         seed=flags.seed,
+        case_names=names,
     )
 
 

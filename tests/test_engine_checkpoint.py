@@ -9,6 +9,7 @@ import torch
 from engine import checkpoint as ck
 from engine.background_save import BackgroundSaver
 from engine.distributed import World
+from engine.run_state import warn_of_changed_flags
 
 
 def state(step: int) -> dict:
@@ -183,3 +184,9 @@ def test_one_checkpoint_after_the_other_and_failures_are_known(tmp_path, monkeyp
     with pytest.warns(UserWarning, match="No space left"):
         saver.save(state(4))
         assert not saver.wait()
+
+
+def test_changed_flags_are_told_with_both_values_unless_they_are_free():
+    before, now = {"lr": 0.1, "num_workers": 1, "gone": 1}, {"lr": 0.2, "num_workers": 2, "new": 1}
+    with pytest.warns(UserWarning, match=r"run.pth was trained with other flags: --lr 0.1 -> 0.2$"):
+        warn_of_changed_flags(before, now, "run.pth")

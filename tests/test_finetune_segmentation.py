@@ -2,17 +2,24 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 
+import engine.checkpoint
 import engine.finetune
 import scripts.evaluate_segmentation
 import scripts.finetune_segmentation as command
-from engine.checkpoint import LATEST, CheckpointError, load_checkpoint
+from datasets.nifti import CTReadError
+from engine.checkpoint import LATEST, PREVIOUS, CheckpointError, load_checkpoint
+from engine.distributed import World
+from engine.flags import flags_as_dict
 from engine.run_folder import LOCK
 from engine.signals import EXIT_INTERRUPTED
 from engine.weights import save_weights
@@ -108,6 +115,105 @@ def test_a_finished_run_is_left_as_it_is(finished, corpus):
     assert same(before["model"], load_checkpoint(finished / LATEST)["model"])
 
 
+CHANGES = {
+    "num_labelled": (1, "--num_labelled 0 -> 1"),
+    "fold": (1, "--fold 0 -> 1"),
+    "seed": (1, "--seed 0 -> 1"),
+    "lr": (1e-3, "--lr 0.005 -> 0.001"),
+    "layer_decay": (0.5, "--layer_decay 1.0 -> 0.5"),
+    "weight_decay": (0.1, "--weight_decay 0.01 -> 0.1"),
+    "class_weights": ("rare", "--class_weights none -> rare"),
+    "a_max": (250, "--a_max 225 -> 250"),
+    "feature_size": (16, "--feature_size 8 -> 16"),
+    "steps": (3, "--steps 3, of which 4 are done"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_run_does_not_go_on_in_the_same_folder(name, finished, corpus):
+    value, expected = CHANGES[name]
+    before = {path: path.read_bytes() for path in finished.iterdir() if path.is_file() and path.name != LOCK}
+    with pytest.raises(CheckpointError, match="--resume none") as refused:
+        command.main(finetune_arguments(corpus, finished, **{name: value}))
+    assert expected in str(refused.value)
+    assert all(path.read_bytes() == content for path, content in before.items()), "nothing is written"
+
+
+def test_other_weights_and_other_lists_are_refused_and_moved_ones_go_on(weights, finished, corpus, tmp_path, capfd):
+    with pytest.raises(CheckpointError, match=f"--freeze_encoder_steps 0 -> 1, --weights none -> {weights}"):
+        command.main(finetune_arguments(corpus, finished, weights=weights, freeze_encoder_steps=1, spacing_mm=4))
+    flags = {"weights": weights, "val_freq": 1, "num_labelled": 1, "steps": 1}
+    command.main(finetune_arguments(corpus, tmp_path, **flags))
+    moved = shutil.copy(weights, tmp_path / "moved.safetensors")
+    lists = json.loads((corpus / "list.json").read_text())
+    (tmp_path / "list.json").write_text(json.dumps(lists | {"test": lists["validation"]}))
+    command.main(
+        finetune_arguments(corpus, tmp_path, **flags | {"weights": moved, "json_list": tmp_path / "list.json"})
+    )
+    assert "resumed at step 1" in capfd.readouterr().out
+    summary = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert summary["description"]["weights"] == str(weights), "what best.pth was trained from"
+    save_weights({"embed.conv1.conv.weight": torch.zeros(2)}, {}, moved)
+    with pytest.raises(CheckpointError, match="--weights .* -> .*moved"):
+        command.main(finetune_arguments(corpus, tmp_path, **flags | {"weights": moved}, backbone="unet"))
+    (tmp_path / "list.json").write_text(json.dumps(lists | {"validation": lists["validation"][:1]}))
+    with pytest.raises(CheckpointError, match="--json_list .* -> .*list.json"):
+        command.main(finetune_arguments(corpus, tmp_path, **flags | {"json_list": tmp_path / "list.json"}))
+
+
+def test_a_checkpoint_without_digests_is_compared_by_paths(finished, corpus, tmp_path):
+    state = load_checkpoint(finished / LATEST)
+    del state["contents"]
+    torch.save(state, tmp_path / LATEST)
+    command.main(finetune_arguments(corpus, tmp_path, evaluate="false"))
+    elsewhere = shutil.copy(corpus / "list.json", tmp_path / "list.json")
+    with pytest.raises(CheckpointError, match="--json_list"):
+        command.main(finetune_arguments(corpus, tmp_path, evaluate="false", json_list=elsewhere))
+
+
+def test_every_rank_goes_on_from_what_rank_0_chose(finished, corpus, monkeypatch):
+    flags = command.make_flags().parse_args(finetune_arguments(corpus, finished))
+    description = load_checkpoint(finished / LATEST) | {"flags": flags_as_dict(flags)}
+    monkeypatch.setattr(engine.checkpoint, "main_decides", lambda world, decide: str(finished / PREVIOUS))
+    state, path = command.find_start(flags, description, World(rank=1, size=2))
+    assert path == finished / PREVIOUS and state["step"] < 4
+
+
+def test_how_to_compute_does_not_come_from_the_file():
+    network = torch.nn.Linear(2, 2)
+    run = engine.finetune.FinetuneRun(network, torch.optim.AdamW(network.parameters()), torch.amp.GradScaler("cpu"))
+    state = run.as_checkpoint()
+    state["optimizer"]["param_groups"][0] |= {"fused": True, "foreach": False}
+    run.restore(state, "elsewhere.pth")
+    assert run.optimizer.param_groups[0]["fused"] is None and run.optimizer.param_groups[0]["foreach"] is None
+
+
+def test_more_steps_go_on_with_a_warning(finished, corpus, tmp_path):
+    for name in (LATEST, "best.pth"):
+        shutil.copy(finished / name, tmp_path / name)
+    with pytest.warns(UserWarning, match=r"goes on with: --steps 4 -> 5"):
+        command.main(finetune_arguments(corpus, tmp_path, steps=5, evaluate="false", num_workers=1, save_freq=7))
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 5
+
+
+def test_a_checkpoint_of_another_folder_leaves_a_best_one_here(finished, corpus, tmp_path, monkeypatch, capfd):
+    """The best Dice so far belongs to weights that lie in the other folder, and may never be reached again."""
+    command.main(finetune_arguments(corpus, tmp_path / "done", resume=finished / LATEST))
+    assert load_checkpoint(tmp_path / "done" / "best.pth")["step"] == 4, "nothing left to train: the last weights"
+    assert (tmp_path / "done" / "evaluation" / "results.md").exists()
+
+    class Judged:
+        dice = 0.0
+
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: Judged())
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "best.pth").write_text("of another run")
+    flags = {"steps": 6, "evaluate": "false", "resume": finished / LATEST}
+    command.main(finetune_arguments(corpus, tmp_path / "more", **flags))
+    assert load_checkpoint(tmp_path / "more" / "best.pth")["step"] == 6
+    assert "the best weights are those from here on" in capfd.readouterr().out
+
+
 def test_training_learns_the_organs(corpus, tmp_path):
     flags = {"steps": 24, "val_freq": 24, "evaluate": "false", "augment": "false", "lr": 5e-2, "save_freq": 24}
     command.main(finetune_arguments(corpus, tmp_path, **flags))
@@ -178,6 +284,9 @@ def test_early_stop_after_patience(corpus, tmp_path, monkeypatch, capfd):
     assert load_checkpoint(tmp_path / LATEST)["progress"]["is_stopped"]
     command.main(finetune_arguments(corpus, tmp_path, **flags))
     assert load_checkpoint(tmp_path / LATEST)["step"] == 3, "a stopped run stays stopped"
+    with pytest.warns(UserWarning, match="--patience 2 -> 3"):
+        command.main(finetune_arguments(corpus, tmp_path, **flags | {"patience": 3, "steps": 4}))
+    assert load_checkpoint(tmp_path / "best.pth")["step"] == 4, "more patience goes on"
 
 
 def test_best_exists_even_where_no_organ_counts(corpus, tmp_path, monkeypatch):
@@ -231,3 +340,22 @@ def test_evaluation_command_equals_the_runs_own(finished, corpus, tmp_path):
     assert json.loads((tmp_path / "joined" / "results.json").read_text())["num_runs"] == 2
     with pytest.raises(ValueError, match="--checkpoint_file"):
         scripts.evaluate_segmentation.main(["--output_dir", str(tmp_path)])
+
+
+def test_a_label_beside_its_image_is_no_wrong_prediction(finished, corpus, tmp_path):
+    """Its origin lost, a label would be judged elsewhere; one with other axes at the same place is fine."""
+    content = json.loads((corpus / "list.json").read_text())
+    first = content["validation"][0]
+    label = nib.load(corpus / first["label"])
+    turned = label.as_reoriented(nib.orientations.axcodes2ornt(("L", "P", "S")))
+    lost = nib.Nifti1Image(np.asarray(label.dataobj), np.diag([3.0, 3.0, 4.0, 1.0]))
+    paths = ["--data_dir", str(corpus), "--checkpoint_file", str(finished / "best.pth"), "--device", "cpu"]
+    paths += ["--overlap", "0", "--nsd_mm", "0", "--no_pictures", "--store_dir", str(corpus / "store")]
+    for name, image in (("turned", turned), ("lost", lost)):
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+        entry = first | {"label": str(tmp_path / f"{name}.nii.gz")}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"training": [], "validation": [entry]}))
+    flags = ["--output_dir", str(tmp_path / "out"), "--json_list"]
+    scripts.evaluate_segmentation.main([*paths, *flags, str(tmp_path / "turned.json")])
+    with pytest.raises(CTReadError, match=f"lost.nii.gz: label lies 100.0 mm beside its image .*{first['image']}"):
+        scripts.evaluate_segmentation.main([*paths, *flags, str(tmp_path / "lost.json")])

@@ -38,13 +38,15 @@ def test_without_weights_the_store_and_then_the_defaults_decide():
 def test_network_comes_from_the_weights():
     assert settle_network(None, None, {"name": "unet", "feature_size": 24}) == ("unet", 24, [])
     assert settle_network(None, None, {}) == ("swin_unetr", 48, [])
+    assert settle_network(None, 0, {"feature_size": 24})[1] == 0, "a flag that was given is not unset"
     name, size, warnings = settle_network("swin_unetr", 24, {"name": "unet", "feature_size": 24})
     assert (name, size) == ("swin_unetr", 24) and warnings == ["--backbone swin_unetr differs from the weights' unet"]
 
 
 def test_all_mistakes_are_told_together(tmp_path):
     words = ["--data_dir", str(tmp_path / "no"), "--weights", "none.pth", "--steps", "0", "--overlap", "1"]
-    words += ["--layer_decay", "0", "--min_lr", "1", "--val_freq", "0", "--patience", "3"]
+    words += ["--layer_decay", "0", "--min_lr", "1", "--val_freq", "0", "--patience", "3", "--feature_size", "0"]
+    words += ["--seed", "-1", "--fold", "-1", "--num_labelled", "-1", "--clip_grad", "-1"]
     with pytest.raises(ValueError) as told:
         check_finetune_flags(make_flags().parse_args(words))
     for part in (
@@ -57,5 +59,10 @@ def test_all_mistakes_are_told_together(tmp_path):
         "--layer_decay 0.0",
         "--min_lr 1.0, --lr 0.0003",
         "--patience 3, --val_freq 0",
+        "--feature_size 0: expected 1 or more",
+        "--seed -1: expected 0 or more",
+        "--fold -1: expected 0 or more",
+        "--num_labelled -1: expected 0 (all) or more",
+        "--clip_grad -1.0: expected 0 (off) or more",
     ):
         assert part in str(told.value), part

@@ -72,6 +72,12 @@ def test_slices_equal_the_obvious_sum_over_the_whole_volume(shape, batch_size):
     torch.testing.assert_close(slices.sum(0), torch.ones(shape), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "value"), [("overlap", 1.0), ("batch_size", 0)])
+def test_options_out_of_range_name_their_flag(name, value):
+    with pytest.raises(ValueError, match={"overlap": "--overlap 1.0", "batch_size": "--window_batch 0"}[name]):
+        WindowOptions((8, 8, 8), **{name: value})
+
+
 def test_constant_blending_agrees_with_monai():
     """Where windows fit without overlap, blending cannot matter: the same network gives the same classes."""
     hu = hu_volume((16, 24, 20))

@@ -13,7 +13,7 @@ from models import load_pretrained
 from models.backbones import BACKBONES
 from models.pretrained import fit_input_channels
 from models.segmenters import SEGMENTERS, freeze, kind_of, layer_groups
-from models.weights_file import WeightsError, read_weights_file
+from models.weights_file import WeightsError, WeightsFile, read_weights_file
 
 FEATURES = 12
 DESCRIPTION = {
@@ -76,8 +76,11 @@ def test_whole_network_loads_and_an_encoder_alone_is_refused_for_it(files, sourc
     )
     untouched = swin(seed=5)
     before = {key: value.clone() for key, value in untouched.state_dict().items()}
-    with pytest.raises(WeightsError, match="137 of 157 keys.*87%.*--feature_size"):
+    with pytest.raises(WeightsError, match="137 of 157 keys.*87%.*an encoder only: .*--weights_part encoder"):
         load_pretrained(untouched, files["encoder.pth"], part="whole")
+    without_some = {key: value for key, value in source.items() if not key.startswith("swinViT")}
+    with pytest.raises(WeightsError, match="--feature_size"):
+        load_pretrained(untouched, WeightsFile("decoder.pth", without_some), part="whole")
     assert all(torch.equal(value, before[key]) for key, value in untouched.state_dict().items())
 
 

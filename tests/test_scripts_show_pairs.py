@@ -6,11 +6,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import main_ddp
 from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.crops import centre_mm
 from datasets.data_list import Case
 from datasets.volume_store import VolumeStore, build_store
-from scripts.show_pairs import main
+from scripts.show_pairs import main, make_flags, open_pairs
 from tests.fakes import spl_affine, world_volume
 
 SMALL = ["--roi_x", "32", "--roi_y", "16", "--roi_z", "16", "--mask_block", "8", "--num_pairs", "2"]
@@ -56,6 +57,23 @@ def test_sam_sheet_and_statistics(folder, capsys):
     assert facts["num_pairs"] == 20 and facts["num_sam"] == facts["num_fallback"] == 10  # b is never a query
     assert 0.7 <= facts["mean_score_sam"] <= 1.0
     assert json.loads((output.parent / "pairs.run.json").read_text())["flags"]["roi_x"] == 32
+
+
+def test_pairs_are_those_of_the_lists_training_cases(folder, capsys):
+    """As main_ddp.py draws them: held-out cases of the store take no part."""
+    entries = [{"image": f"{name}.nii.gz", "name": name} for name in ("b", "a")]
+    (folder / "list.json").write_text(json.dumps({"training": entries[:1], "validation": entries[1:]}))
+    words = ["--store_dir", f"{folder}/store", "--pairing", "iou", "--output", f"{folder}/listed.png", *SMALL]
+    words += ["--json_list", f"{folder}/list.json", "--data_dir", str(folder)]
+    main(words)
+    assert json.loads(capsys.readouterr().out)["num_cases"] == 1
+    shown = open_pairs(make_flags().parse_args(words))
+    flags = main_ddp.make_flags().parse_args(["--pairing", "iou", *SMALL[:8]])
+    trained = main_ddp.make_dataset(flags, shown.store, None, ["b"], flags.seed)
+    for index in range(5):
+        one, other = shown.draw_pair(index), trained.draw_pair(index)
+        assert one.query_name == other.query_name == "b"
+        assert np.array_equal(one.query_mm, other.query_mm) and np.array_equal(one.key_mm, other.key_mm)
 
 
 def test_iou_sheet_of_student_views(folder, capsys):

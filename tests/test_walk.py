@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -81,6 +82,56 @@ def test_quickstart_finetunes_twice_alike():
     budget = re.search(r"budget=\((.*?)\)", script, flags=re.DOTALL).group(1).replace('"$out', '"OUT').replace('"', "")
     flags = importlib.import_module("scripts.finetune_segmentation").make_flags().parse_args(budget.split())
     assert flags.num_labelled == 1 and flags.val_freq == 0 and flags.class_weights == "rare"
+
+
+STAGES = """set -euo pipefail
+source scripts/stage.sh
+out="$1"
+stage "train" --own "$out/run" bash -c 'ls "$1/run" > "$1/found"; touch "$1/run/checkpoint.pth"; exit "$2"' \\
+    command "$out" "$2" "$out/recipe.yaml"
+"""
+
+
+def test_a_changed_stage_begins_anew_and_a_killed_one_goes_on(tmp_path):
+    """What its command finds in its folder: nothing at first and after a change, its checkpoint after a failure."""
+
+    def found(recipe: str, status: int = 0) -> str:
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        (tmp_path / "found").unlink(missing_ok=True)
+        words = ["bash", "-c", STAGES, "stages", str(tmp_path)]
+        done = subprocess.run([*words, str(status)], cwd=REPOSITORY, capture_output=True, text=True)
+        assert (done.returncode == 0) == (status == 0), done.stderr
+        return (tmp_path / "found").read_text() if (tmp_path / "found").exists() else done.stdout
+
+    assert found("steps: 1") == ""
+    assert "train: reused" in found("steps: 1")
+    (tmp_path / "run" / "tensorboard").mkdir()
+    (tmp_path / "run" / "tensorboard" / "events").touch()
+    assert found("steps: 2", status=9) == "", "emptied"
+    assert found("steps: 2", status=9) == "checkpoint.pth\n", "goes on"
+    assert found("steps: 1") == "", "what was done once has been emptied since"
+
+
+def test_a_stage_empties_no_folder_that_it_did_not_begin(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("steps: 1")
+    for begun in (None, "another stage\n1\n"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "mine.txt").touch()
+        if begun:
+            (tmp_path / "run" / ".stage_begun").write_text(begun)
+        words = ["bash", "-c", STAGES, "stages", str(tmp_path), "0"]
+        done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+        assert (
+            done.returncode != 0 and f"{tmp_path}/run holds files that the stage 'train' did not begin" in done.stderr
+        )
+        assert (tmp_path / "run" / "mine.txt").exists() and not (tmp_path / "stages" / "train.json").exists()
+
+
+def test_quickstart_stages_that_resume_own_their_folders():
+    script = (REPOSITORY / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
+    lines = [line for line in script.splitlines() if re.search(r"^stage .*(train_sam|main_ddp)\.py", line)]
+    owned = [re.search(r'--own ("\S+") python .*--output_dir ("\S+")', line).groups() for line in lines]
+    assert len(owned) == 3 and all(own == written for own, written in owned)
 
 
 @pytest.mark.parametrize("name", PICTURES)
