@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint import CheckpointError, load_strictly, save_checkpoint, sync_folder, write_synced
-from engine.distributed import World, all_max, seed_step
+from engine.distributed import World, all_max, seed_step, wait_for_main
 from engine.logging import Clock, Meters, RunLog, SilentLog
 from engine.optim import clip_gradients, load_optimizer
 from engine.precision import autocast
@@ -209,7 +209,13 @@ def finetune(
             # Save
             is_end = is_last or run.is_stopped
             if world.is_main and (is_end or is_due or is_asked_to_stop or run.step % options.save_freq == 0):
-                save_checkpoint(run.as_checkpoint(), output_dir)
+                is_saved = save_checkpoint(run.as_checkpoint(), output_dir)
+                if (is_end or is_asked_to_stop) and not is_saved:
+                    raise CheckpointError(
+                        f"step {run.step} could not be saved, and the run ends here (see the warning)"
+                    )
+            if is_asked_to_stop or is_end:
+                wait_for_main(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
             if is_asked_to_stop and not is_end:
                 log.say(f"asked to stop: step {run.step} is saved")
                 return False

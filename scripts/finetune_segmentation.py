@@ -46,7 +46,7 @@ from engine.run_folder import claimed
 from engine.schedules import CosineSchedule
 from engine.segmentation_eval import evaluate
 from engine.segmentation_report import TABLE
-from engine.signals import EXIT_INTERRUPTED
+from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
 from engine.sliding_window import WindowOptions
 from losses.segmentation import make_dice_ce, rare_class_weights
 from models.pretrained import LoadReport, load_pretrained
@@ -380,4 +380,5 @@ def evaluate_best(flags, plan: Plan, store: VolumeStore, precision: str, world: 
 
 
 if __name__ == "__main__":
+    stop_early_when_asked()
     run_main(main)

@@ -109,6 +109,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, corpus, tmp_path
     assert [line["loss"] for line in log_of(tmp_path)] == [line["loss"] for line in log_of(finished)]
 
 
+def test_a_last_checkpoint_that_cannot_be_written_is_no_success(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.finetune, "save_checkpoint", lambda *_: False)
+    with pytest.raises(CheckpointError, match="could not be saved, and the run ends here"):
+        command.main(finetune_arguments(corpus, tmp_path, steps=1))
+
+
 def test_a_finished_run_is_left_as_it_is(finished, corpus):
     before = load_checkpoint(finished / LATEST)
     command.main(finetune_arguments(corpus, finished, evaluate="false"))
