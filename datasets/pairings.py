@@ -177,6 +177,7 @@ class SamPairing:
         self.selection = self._select()
         position = {name: index for index, name in enumerate(table.case_names)}
         self.table_case = [position.get(name, -1) for name in self.names]
+        self._warn_of_cases_without_rows()
         self._check_places()
 
     def draw(self, rng: np.random.Generator, case: int) -> PairDraw:
@@ -214,6 +215,16 @@ class SamPairing:
                 len(self.names), self.options.min_score, self.options.max_cycle_mm, len(self.table),
             )  # fmt: skip
         return selection
+
+    def _warn_of_cases_without_rows(self) -> None:
+        """Few held-out cases among many others: partners drawn from all hardly ever are held-out ones too."""
+        if len(self.selection.rows) and self.num_cases_without_rows > len(self.names) / 4:
+            logger.warning(
+                "%d of these %d cases have no usable correspondence with another of them, so that their pairs are "
+                "fallbacks from one volume; mine with scripts/mine_pairs.py --json_list, which pairs the cases of a "
+                "section among themselves, or lower --min_score",
+                self.num_cases_without_rows, len(self.names),
+            )  # fmt: skip
 
     def _check_places(self) -> None:
         """Raise when matched points do not lie in the volumes that they name: the table is of other data or axes."""

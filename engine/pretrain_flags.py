@@ -301,7 +301,8 @@ def table_problems(flags) -> list[str]:
     return [
         f"{where}, which --pairing sam needs. Make it with `python scripts/generate_sam_embeddings.py "
         f"--checkpoint_file SAM.pth --data_dir {flags.data_dir} --json_list {flags.json_list} --embed_dir {folder}` "
-        f"and then `python scripts/mine_pairs.py --embed_dir {folder}`; or choose --pairing iou or random"
+        f"and then `python scripts/mine_pairs.py --embed_dir {folder} --json_list {flags.json_list}`; or choose "
+        "--pairing iou or random"
     ]
 
 

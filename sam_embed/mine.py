@@ -111,11 +111,29 @@ def partners_on(circle: Sequence[str], query: str, num_partners: int) -> list[st
     return [circle[(at + step) % len(circle)] for step in range(1, min(num_partners, len(circle) - 1) + 1)]
 
 
+def circles_of(names: Sequence[str], groups: Sequence[Sequence[str]], seed: int) -> dict[str, list[str]]:
+    """Case -> the circle of its group; that of all cases for one that is alone in its group, or in none."""
+    circle_by_name = dict.fromkeys(names, circle_of(names, seed))
+    for group in groups:
+        if len(set(group)) > 1:
+            circle_by_name |= dict.fromkeys(group, circle_of(group, seed))
+    return circle_by_name
+
+
 def mine_case(
-    cache: EmbeddingCache, names: Sequence[str], query: str, options: MiningOptions, device: torch.device | str = "cpu"
+    cache: EmbeddingCache,
+    names: Sequence[str],
+    query: str,
+    options: MiningOptions,
+    device: torch.device | str = "cpu",
+    circle: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Rows (`ROW_DTYPE`) of one query case, sorted by key case; case numbers index `names`."""
-    circle = circle_of(names, options.seed)
+    """Rows (`ROW_DTYPE`) of one query case, sorted by key case; case numbers index `names`.
+
+    Args:
+        circle: cases that partners are taken from, in order; None = `circle_of` all.
+    """
+    circle = circle or circle_of(names, options.seed)
     partners = partners_on(circle, query, options.num_partners)
     if circle.index(query) % 2:
         partners.reverse()  # there and back: a cache too small for all partners still holds the last ones
@@ -157,7 +175,9 @@ def lies_in_body(embedding: Embedding, points_mm: np.ndarray) -> np.ndarray:
     return known & embedding.body.cpu().numpy()[tuple(np.clip(index, 0, last).T)]
 
 
-def _settings_digest(options: MiningOptions, sources: Mapping[str, str], fingerprint: str) -> str:
+def _settings_digest(
+    options: MiningOptions, sources: Mapping[str, str], fingerprint: str, groups: Sequence[Sequence[str]]
+) -> str:
     """Changes with everything that decides the rows, so that old files are not mistaken for new ones.
 
     Args:
@@ -168,6 +188,7 @@ def _settings_digest(options: MiningOptions, sources: Mapping[str, str], fingerp
         "sources": dict(sources),
         "fingerprint": fingerprint,
         "partners": "those that follow on the circle",
+        "groups": [sorted(group) for group in groups],
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -198,6 +219,7 @@ def mine_corpus(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    groups: Sequence[Sequence[str]] = (),
 ) -> CorrespondenceTable | None:
     """Mine this rank's share of the cases; rank 0 then waits for the others and joins everything into one table.
 
@@ -209,6 +231,8 @@ def mine_corpus(
         provenance: plain values to state in the table beside the options.
         cache_mb: embeddings kept in memory, beside the two in use.
         device: where to match.
+        groups: parts of `names` (sections of a data list) whose cases are paired among themselves, so that held-out
+            cases meet held-out ones; empty = all with all.
 
     Returns:
         The table on rank 0, None elsewhere.
@@ -217,15 +241,17 @@ def mine_corpus(
     if len(names) < 2:
         raise ValueError(f"{embed_dir}: mining needs at least 2 embedded cases, found {len(names)} (--embed_dir)")
     fingerprint = _one_fingerprint(Path(embed_dir), names)
-    digest = _settings_digest(options, {name: stored_source(embed_dir, name) for name in names}, fingerprint)
+    sources = {name: stored_source(embed_dir, name) for name in names}
+    digest = _settings_digest(options, sources, fingerprint, groups)
     shards = {name: Path(output_dir) / SHARD_FOLDER / f"{name}.{digest}.npy" for name in names}
     cache = EmbeddingCache(embed_dir, cache_mb)
-    circle = circle_of(names, options.seed)
+    circle_by_name = circles_of(names, groups, options.seed)
+    circle = sorted(names, key=lambda name: (circle_by_name[name][0], circle_by_name[name].index(name)))
     arc = circle[len(circle) * rank // world_size : len(circle) * (rank + 1) // world_size]
     for name in tqdm(arc, desc="mining", unit="case", disable=rank > 0):
         if not shards[name].exists():
             buffer = io.BytesIO()
-            np.save(buffer, mine_case(cache, names, name, options, device))
+            np.save(buffer, mine_case(cache, names, name, options, device, circle_by_name[name]))
             write_bytes(shards[name], buffer.getbuffer())
     if rank > 0:
         return None

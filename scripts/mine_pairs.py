@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 scripts/mine_pairs.py --embed_dir embeddings --num_points 400 --num_partners 16
 
 Every row is a point of one case and its match in another, in world mm, with score and cycle error. Each embedding is
-read about once. May be stopped, even killed, and run again. To mine the training cases only, pass --json_list and
---sections training.
+read about once. May be stopped, even killed, and run again. With --json_list the partners of a case are of its own
+section: held-out cases are paired with held-out ones, which the validation of pretraining needs.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import jsonargparse
 from datasets.data_list import load_data_list
 from engine.distributed import pick_device
 from engine.flags import RunInfo, git_commit, make_parser, run_main
+from sam_embed.case_source import SECTIONS
 from sam_embed.embedding_store import embedded_cases, load_embedding
 from sam_embed.mine import MiningOptions, mine_corpus
 
@@ -33,7 +34,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     data.add_argument("--embed_dir", type=str, required=True, help="folder by scripts/generate_sam_embeddings.py")
     data.add_argument("--output_dir", type=str | None, default=None, help="folder of the table; default: --embed_dir")
     data.add_argument("--json_list", type=str | None, default=None, help="mine only this list's cases; default: all")
-    data.add_argument("--sections", type=str, nargs="+", default=["training"], help="sections of the list")
+    data.add_argument("--sections", type=str, nargs="+", default=list(SECTIONS), help="sections of the list")
     mining = parser.add_argument_group("mining")
     defaults = MiningOptions()
     mining.add_argument("--num_points", type=int, default=defaults.num_points, help="query points per case")
@@ -65,13 +66,19 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def choose_cases(flags: jsonargparse.Namespace, rank: int = 0) -> list[str]:
-    """Embedded cases, of which only those that the list names where there is one; rank 0 prints what is left out."""
+def choose_cases(flags: jsonargparse.Namespace, rank: int = 0) -> list[list[str]]:
+    """Groups of cases to pair among themselves: the list's sections as far as embedded, or all embedded cases.
+
+    Rank 0 prints what is left out.
+    """
     embedded = embedded_cases(flags.embed_dir)
     if flags.json_list is None:
-        return embedded
-    sections = [load_data_list(flags.json_list, ".", section, must_exist=False) for section in flags.sections]
-    listed = {case.name for section in sections for case in section}
+        return [embedded]
+    sections = [
+        {case.name for case in load_data_list(flags.json_list, ".", section, must_exist=False)}
+        for section in flags.sections
+    ]
+    listed = set().union(*sections)
     absent = sorted(listed - set(embedded))
     if absent and rank == 0:
         print(
@@ -79,14 +86,15 @@ def choose_cases(flags: jsonargparse.Namespace, rank: int = 0) -> list[str]:
             f"{', '.join(absent[:5])}; scripts/generate_sam_embeddings.py makes them or says why it cannot",
             file=sys.stderr,
         )
-    return [name for name in embedded if name in listed]
+    return [[name for name in embedded if name in section] for section in sections]
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     options = MiningOptions(**{field.name: flags[field.name] for field in dataclasses.fields(MiningOptions)})
-    names = choose_cases(flags, rank)
+    groups = choose_cases(flags, rank)
+    names = sorted(set().union(*groups))
     output_dir = flags.output_dir or flags.embed_dir
     provenance = {"commit": git_commit()}
     if names:
@@ -95,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         RunInfo.collect(flags).write(output_dir, "mine_run.json")
     device = pick_device(flags.device, int(os.environ.get("LOCAL_RANK", 0)))
     table = mine_corpus(
-        flags.embed_dir, names, output_dir, options, provenance, flags.cache_mb, rank, world_size, device
+        flags.embed_dir, names, output_dir, options, provenance, flags.cache_mb, rank, world_size, device, groups
     )
     if table is not None:
         print(json.dumps({"table": str(output_dir), **table.summary()}, indent=1))

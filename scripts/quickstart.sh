@@ -24,7 +24,8 @@ stage "embed" python scripts/generate_sam_embeddings.py --checkpoint_file "$out/
 stage "evaluate matching" python scripts/evaluate_matching.py --checkpoint_file "$out/sam/checkpoint_best.pth" --store_dir "$out/store" \
     --json_list "$out/data.json" --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" \
     --output "$out/matching.json"
-stage "mine pairs" python scripts/mine_pairs.py --embed_dir "$out/embeddings" --num_points 64 --num_partners 8
+stage "mine pairs" python scripts/mine_pairs.py --embed_dir "$out/embeddings" --json_list "$out/data.json" \
+    --num_points 64 --num_partners 8
 stage "pretrain Alice" --own "$out/alice" python main_ddp.py --config configs/quickstart.yaml --data_dir "$out/data" \
     --json_list "$out/data.json" --store_dir "$out/store" --embed_dir "$out/embeddings" --output_dir "$out/alice"
 stage "extract weights" python extract_backbone_weights.py "$out/alice/checkpoint.pth" "$out/alice_teacher.pth" --checkpoint_key teacher

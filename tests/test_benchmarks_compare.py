@@ -131,7 +131,7 @@ def test_true_pairs_send_landmarks_to_landmarks(compared):
     records = [json.loads((compared.phantoms / "landmarks" / f"{t.name}.json").read_text()) for t in truths]
     marks = [record["landmarks_mm"] for record in records]
     shared = [name for name in marks[0] if name in marks[1]]
-    rows = true_pairs.rows_of(0, truths, np.array([marks[0][name] for name in shared]), 1, seed=0)
+    rows = true_pairs.rows_of(0, truths, np.array([marks[0][name] for name in shared]), 1, seed=0, group=(0, 1))
     assert len(rows) == len(shared) > 20
     assert np.abs(rows["key_mm"] - np.array([marks[1][name] for name in shared])).max() < 0.05
 

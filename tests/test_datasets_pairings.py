@@ -155,6 +155,17 @@ def test_rows_of_cases_that_the_store_lacks_are_not_used(caplog):
     }
 
 
+def test_held_out_cases_without_rows_among_themselves_are_told(caplog):
+    store = make_store(4)
+    rows = make_table(store).rows
+    few = CorrespondenceTable.from_rows(store.names, rows[(rows["query_case"] == 0) & (rows["key_case"] == 1)])
+    make_dataset("sam", store, few)
+    assert "3 of these 4 cases have no usable correspondence" in caplog.text and "--json_list" in caplog.text
+    caplog.clear()
+    make_dataset("sam", store, make_table(store))
+    assert not caplog.text
+
+
 def test_no_good_row_at_all_warns_and_still_trains(caplog):
     with caplog.at_level(logging.WARNING):
         dataset = make_dataset(min_score=0.99)

@@ -1,6 +1,7 @@
 """Mining: right matches, spread points, the same table whoever mines, resumed runs, complaints."""
 
 import dataclasses
+import itertools
 import json
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from sam_embed.mine import (
     SHARD_FOLDER,
     MiningOptions,
     circle_of,
+    circles_of,
     draw_points,
     lies_in_body,
     mine_case,
@@ -200,6 +202,21 @@ def test_command_writes_the_table(embed_dir, tmp_path, capsys):
     assert table.provenance["spacing_mm"] == [8.0, 8.0, 8.0] and (tmp_path / "mine_run.json").exists()
 
 
+def test_held_out_cases_are_paired_with_held_out_ones(embed_dir, tmp_path):
+    """Else a validation section of 20 beside 2,000 training cases would have no pair of two held-out cases."""
+    named = {"training": NAMES[:2], "validation": NAMES[2:]}
+    listed = {section: [{"image": f"{name}.nii.gz"} for name in names] for section, names in named.items()}
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    command = ["--embed_dir", str(embed_dir), "--output_dir", str(tmp_path), "--num_points", "5"]
+    mine_pairs.main([*command, "--json_list", str(tmp_path / "list.json")])
+    table = CorrespondenceTable.load(tmp_path)
+    pairs = {(table.case_names[row["query_case"]], table.case_names[row["key_case"]]) for row in table.rows}
+    assert pairs == {pair for names in named.values() for pair in itertools.permutations(names, 2)}
+    circles = circles_of(NAMES, [NAMES[:3], NAMES[3:]], 0)
+    assert circles[NAMES[0]] == circle_of(NAMES[:3], 0)
+    assert circles[NAMES[3]] == circle_of(NAMES, 0), "alone in its section: with whom there is"
+
+
 def test_listed_cases_without_embedding_are_left_out_and_named(embed_dir, tmp_path, capsys):
     listed = {"training": [{"image": f"patient{seed}.nii.gz"} for seed in (9, 2, 0, 1)]}
     (tmp_path / "list.json").write_text(json.dumps(listed))
@@ -209,7 +226,7 @@ def test_listed_cases_without_embedding_are_left_out_and_named(embed_dir, tmp_pa
     assert CorrespondenceTable.load(tmp_path).case_names == ["patient0", "patient1", "patient2"]
     told = capsys.readouterr().err
     assert "1 of 4 listed cases have no embedding" in told and "patient9; scripts/generate_sam_embeddings.py" in told
-    assert mine_pairs.choose_cases(mine_pairs.make_flags().parse_args(command), rank=1) == NAMES[:3]
+    assert mine_pairs.choose_cases(mine_pairs.make_flags().parse_args(command), rank=1) == [NAMES[:3], []]
     assert not capsys.readouterr().err
     (tmp_path / "list.json").write_text(json.dumps({"training": listed["training"][:2]}))
     with pytest.raises(ValueError, match="at least 2 embedded cases, found 1"):

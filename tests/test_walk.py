@@ -42,7 +42,10 @@ def walked(tmp_path_factory):
     run("scripts.generate_sam_embeddings", f"{sam} --embed_dir {out}/embeddings")
     judged = f"--json_list {out}/data.json --sections validation --landmark_dir {out}/data/landmarks"
     run("scripts.evaluate_matching", f"{sam} {judged} --embed_dir {out}/embeddings --output {out}/matching.json")
-    run("scripts.mine_pairs", f"--embed_dir {out}/embeddings --num_points 16 --num_partners 4")
+    run(
+        "scripts.mine_pairs",
+        f"--embed_dir {out}/embeddings --json_list {out}/data.json --num_points 16 --num_partners 4",
+    )
     trained = f"--store_dir {out}/store --spacing_mm 6 6 6 --embed_dir {out}/embeddings --output_dir {out}/alice"
     run("main_ddp", f"{SMALL_ALICE} {lists} {trained}")
     for key in ("teacher", "student"):

@@ -3,14 +3,15 @@
     python -m benchmarks.comparison.true_pairs --landmark_dir phantom/landmarks --store_dir store \\
         --json_list phantom.json --output_dir pairs_true
 
-Points spread over the body of every case, away from its surface, as in mining; partners are other cases at random. The
-key's place comes from the two patients' deformations (`datasets.phantom_truth`); points that the key's scan does not
-show are left out. Every row has score 1 and cycle error 0.
+Points spread over the body of every case, away from its surface, as in mining; partners are other cases of the same
+section of the list at random. The key's place comes from the two patients' deformations (`datasets.phantom_truth`);
+points that the key's scan does not show are left out. Every row has score 1 and cycle error 0.
 """
 
 import multiprocessing
 import sys
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -65,10 +66,12 @@ def prepare(
     return load_truth(landmark_dir, [name])[name], draw_points(store, name, num_points, border_mm, seed)
 
 
-def rows_of(query: int, truths: list[PhantomTruth], points_mm: np.ndarray, num_partners: int, seed: int) -> np.ndarray:
-    """The rows (`ROW_DTYPE`) of one query case."""
+def rows_of(
+    query: int, truths: list[PhantomTruth], points_mm: np.ndarray, num_partners: int, seed: int, group: Sequence[int]
+) -> np.ndarray:
+    """The rows (`ROW_DTYPE`) of one query case; its partners are of `group`, numbers in `truths`."""
     rng = np.random.default_rng([seed + 1, zlib.crc32(truths[query].name.encode())])
-    others = [number for number in range(len(truths)) if number != query]
+    others = [number for number in group if number != query]
     atlas_mm, parts = truths[query].to_atlas(points_mm), []
     for key in sorted(rng.permutation(others)[:num_partners].tolist()):
         key_mm = truths[key].from_atlas(atlas_mm)
@@ -82,12 +85,11 @@ def rows_of(query: int, truths: list[PhantomTruth], points_mm: np.ndarray, num_p
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
-    cases = [
-        case
+    sections = [
+        {case.name for case in load_data_list(flags.json_list, ".", part, must_exist=False)}
         for part in ("training", "validation")
-        for case in load_data_list(flags.json_list, ".", part, must_exist=False)
     ]
-    names = sorted(case.name for case in cases)
+    names = sorted(set().union(*sections))
     if len(names) < 2 or min(flags.num_points, flags.num_partners) < 1:
         raise ValueError(f"{flags.json_list}: true pairs need two cases, --num_points and --num_partners of 1 or more")
     store = VolumeStore(flags.store_dir, names)
@@ -106,8 +108,12 @@ def main(argv: list[str] | None = None) -> None:
     else:
         prepared = [job(name) for name in names]
     truths = [truth for truth, _ in prepared]
-    numbered = enumerate(prepared)
-    rows = np.concatenate([rows_of(n, truths, points, flags.num_partners, flags.seed) for n, (_, points) in numbered])
+    parts = []
+    for number, (truth, points) in enumerate(prepared):
+        group = [n for section in sections if truth.name in section for n, name in enumerate(names) if name in section]
+        group = group if len(group) > 1 else range(len(names))  # alone in its section
+        parts.append(rows_of(number, truths, points, flags.num_partners, flags.seed, group))
+    rows = np.concatenate(parts)
     RunInfo.collect(flags).write(flags.output_dir, "true_pairs_run.json")
     provenance = {"commit": git_commit(), "embedder": "none: the phantoms' own deformations", "seed": flags.seed}
     table = CorrespondenceTable.write(flags.output_dir, names, rows, provenance)
