@@ -168,6 +168,15 @@ def test_a_job_is_done_again_after_what_it_reads(tmp_path):
     assert small_job(tmp_path, "x", after=(first,)).key != small_job(tmp_path, "x", after=(second,)).key
 
 
+def test_a_job_is_done_again_when_a_recipe_that_it_names_changes(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    keys = []
+    for text in ("lr: 1", "lr: 2"):
+        recipe.write_text(text)
+        keys.append(jobs.Job("stage/job", (jobs.Call("main_ddp", ("--config", str(recipe))),)).key)
+    assert keys[0] != keys[1]
+
+
 # Statistics and flags
 
 

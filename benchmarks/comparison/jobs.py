@@ -69,9 +69,11 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Changes with everything that decides the result, not with how many processes make it."""
+        """Changes with everything that decides the result, recipes included, not with how many processes make it."""
         decisive = [[call.module, *without_flags(call.words, INDECISIVE)] for call in self.calls]
-        told = json.dumps([decisive, [job.key for job in self.after]])
+        recipes = [Path(word) for call in self.calls for word in call.words if word.endswith(".yaml")]
+        contents = [path.read_text() for path in recipes if path.is_file()]
+        told = json.dumps([decisive, contents, [job.key for job in self.after]])
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
