@@ -246,7 +246,8 @@ def mine_corpus(
     shards = {name: Path(output_dir) / SHARD_FOLDER / f"{name}.{digest}.npy" for name in names}
     cache = EmbeddingCache(embed_dir, cache_mb)
     circle_by_name = circles_of(names, groups, options.seed)
-    circle = sorted(names, key=lambda name: (circle_by_name[name][0], circle_by_name[name].index(name)))
+    circles = {id(circle): circle for circle in circle_by_name.values()}.values()
+    circle = [name for circle in circles for name in circle if circle_by_name[name] is circle]
     arc = circle[len(circle) * rank // world_size : len(circle) * (rank + 1) // world_size]
     for name in tqdm(arc, desc="mining", unit="case", disable=rank > 0):
         if not shards[name].exists():
