@@ -55,6 +55,12 @@ def draw_starts(rng: np.random.Generator, first: np.ndarray, last: np.ndarray, n
     return rng.integers(first, last, size=(num, 3), endpoint=True)
 
 
+def draw_centre(rng: np.random.Generator, record, roi: Sequence[int]) -> np.ndarray:
+    """The centre (world mm [3]) of a crop that lies anywhere in the case's body box."""
+    first, last = body_start_range(record, roi, 0.0)
+    return centre_mm(record, draw_starts(rng, first, last, 1)[0], roi)
+
+
 def crop_iou(start_a: np.ndarray, start_b: np.ndarray, roi: Sequence[int]) -> np.ndarray:
     """Intersection over union of two crops of one size on one grid; broadcasts over leading axes, in [0, 1]."""
     size = np.asarray(roi)
@@ -65,11 +71,11 @@ def crop_iou(start_a: np.ndarray, start_b: np.ndarray, roi: Sequence[int]) -> np
 def shared_shift_mm(
     query, query_mm: np.ndarray, key, key_mm: np.ndarray, roi: Sequence[int], max_outside: float
 ) -> np.ndarray:
-    """The smallest world shift (mm, [3]) that brings two matched crops inside their volumes, the same for both.
+    """The smallest world shift (mm, [3]) that brings two matched crops inside their bodies' boxes, the same for both.
 
-    Matched points near a scan's end would give crops of mostly padding. Moving both crops by one vector keeps them at
-    the same anatomy. Along each axis at most `max_outside` of the crop may overhang the volume; where no shift serves
-    both volumes, the shift lies halfway, so that both overhang alike.
+    Matched points near the skin or a scan's end would give crops of much air. Moving both crops by one vector keeps
+    them at the same anatomy. Along each axis at most `max_outside` of the crop may overhang the box; where no shift
+    serves both cases, the shift lies halfway, so that both overhang alike.
 
     Args:
         query, key: records of the two cases.
@@ -89,7 +95,7 @@ def _shift_limits_mm(
     record, point_mm: np.ndarray, roi: Sequence[int], max_outside: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """How far (mm along the volume's axes D, H, W, [3] each) a crop around this point may and must move."""
-    first, last = start_range(np.zeros(3), np.asarray(record.shape), roi, max_outside)
+    first, last = body_start_range(record, roi, max_outside)
     spacing = np.linalg.norm(np.asarray(record.affine)[:3, :3], axis=0)
     half = (np.asarray(roi) - 1) / 2
     index = world_to_index(record.affine, np.asarray(point_mm, dtype=np.float64))

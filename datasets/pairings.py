@@ -4,6 +4,10 @@
 - `iou`: two crops of one volume whose intersection over union lies in a range, the positives of the IoU-based peers;
 - `random`: random crops of two different volumes, the control that any pairing must beat.
 
+All rules draw the first crop alike, anywhere in the box of the body: they differ in the second alone. (Crops centred at
+matched points, as published, overhang the body; masked image modelling on such crops taught a U-Net far less than on
+crops within: benchmarks/RESULTS.md.)
+
 A rule is a class with `draw(rng, case) -> PairDraw`; adding one takes a class and a line in `PAIRINGS`. Every draw is a
 function of the generator alone. A rule that cannot keep its promise falls back and says so (`is_fallback`).
 """
@@ -15,12 +19,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from datasets.correspondences import CorrespondenceTable, Selection
-from datasets.crops import body_start_range, centre_mm, crop_iou, draw_starts, shared_shift_mm
+from datasets.crops import body_start_range, centre_mm, crop_iou, draw_centre, draw_starts, shared_shift_mm
 from datasets.geometry import world_to_index
 
 PAIR_KINDS = ("sam", "iou", "random")  # `pair_kind` in a sample is an index into this
 FIRST_DRAWS = 4  # 4 first crops with 30 second crops each: the 120 draws of the published rule
 SECOND_DRAWS = 30
+NEAR_MM = 1e-3  # points so near to each other are one
+SMALL_BODY_OVERHANG = 0.25  # of the side: how far crops of a body too small for the wanted IoU may overhang it
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +72,18 @@ class PairingOptions:
             pairs of held-out phantoms right within 15 mm (`scripts/evaluate_matching.py`, figures in RESULTS.md).
         max_cycle_mm: largest cycle error that `sam` accepts, mm (inf = any, also unmeasured).
         iou_range: smallest and largest IoU of two crops of one volume, in [0, 1].
-        jitter_mm: both points of a match move by one random vector of up to this many mm along each axis (0 = off).
-        max_outside: share of a crop's side that may overhang the volume where that can be avoided, in [0, 1].
+        jitter_mm: how far, along each world axis, the two crops of a match may lie off its two points, mm; both lie off
+            by the same vector. 0 = centred at them, as published.
+        max_outside: share of a crop's side by which the two crops of a match may overhang the bodies' boxes where one
+            vector can bring both inside, in [0, 1]; 1 = they stay where they are.
     """
 
     roi: tuple[int, int, int]
     min_score: float = 0.65
     max_cycle_mm: float = 18.0
     iou_range: tuple[float, float] = (0.3, 0.6)
-    jitter_mm: float = 10.0
-    max_outside: float = 0.25
+    jitter_mm: float = 30.0
+    max_outside: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.iou_range
@@ -109,7 +117,7 @@ class IouPairing:
         low, high = self.options.iou_range
         first, last = body_start_range(record, roi, 0.0)
         if crop_iou(first, last, roi) > low:  # a small body: without overhang no two crops lie far enough apart
-            first, last = body_start_range(record, roi, self.options.max_outside)
+            first, last = body_start_range(record, roi, SMALL_BODY_OVERHANG)
         # An IoU of at least `low` takes an overlap of 2 low / (1 + low) of the side along every axis. Second crops
         # farther away can only be refused, so they are not drawn: the accepted ones are distributed as if they were.
         reach = np.floor(np.asarray(roi) * (1 - 2 * low / (1 + low))).astype(np.int64) if low > 0 else last - first
@@ -148,16 +156,16 @@ class RandomPairing:
         other = (case + int(rng.integers(1, num))) % num if num > 1 else case
         points = []
         for index in (case, other):
-            record = self.store.record(self.names[index])
-            first, last = body_start_range(record, self.options.roi, 0.0)
-            points.append(centre_mm(record, draw_starts(rng, first, last, 1)[0], self.options.roi))
+            points.append(draw_centre(rng, self.store.record(self.names[index]), self.options.roi))
         return PairDraw(self.names[case], self.names[other], points[0], points[1], 0.0, other == case, "random")
 
 
 class SamPairing:
     """The same anatomy in two patients: a row of the correspondence table that passes both thresholds.
 
-    A case without such a row gives an `iou` pair of its own, counted as a fallback.
+    The query crop is drawn anywhere in the body; of the rows whose point lies nearest to its centre, one at random says
+    where that place is in another patient, and the key crop lies as far off its point as the query crop off its own. A
+    case without a row gives an `iou` pair of its own, counted as a fallback.
     """
 
     def __init__(
@@ -186,12 +194,20 @@ class SamPairing:
         candidates = self.selection.of_case(table_case) if table_case >= 0 else ()
         if len(candidates) == 0:
             return replace(self.fallback.draw(rng, case), is_fallback=True)
-        row = self.table.rows[int(candidates[rng.integers(len(candidates))])]
-        query, key = (self.store.record(self.table.case_names[row[side]]) for side in ("query_case", "key_case"))
-        jitter = rng.uniform(-1.0, 1.0, size=3) * self.options.jitter_mm
-        query_mm, key_mm = row["query_mm"] + jitter, row["key_mm"] + jitter
+        query = self.store.record(self.names[case])
+        centre = draw_centre(rng, query, self.options.roi)
+        row = self._nearest_row(rng, candidates, centre)
+        key = self.store.record(self.table.case_names[row["key_case"]])
+        offset = np.clip(centre - row["query_mm"], -self.options.jitter_mm, self.options.jitter_mm)
+        query_mm, key_mm = row["query_mm"] + offset, row["key_mm"] + offset
         shift = shared_shift_mm(query, query_mm, key, key_mm, self.options.roi, self.options.max_outside)
         return PairDraw(query.name, key.name, query_mm + shift, key_mm + shift, float(row["score"]), False, "sam")
+
+    def _nearest_row(self, rng: np.random.Generator, candidates: np.ndarray, centre_mm: np.ndarray) -> np.void:
+        """One of the rows with the query point nearest to a place: a point has a row for each of its partners."""
+        squared = ((self.table.rows["query_mm"][candidates] - centre_mm) ** 2).sum(axis=1)
+        nearest = candidates[squared <= squared.min() + NEAR_MM**2]
+        return self.table.rows[int(nearest[rng.integers(len(nearest))])]
 
     @property
     def num_usable_rows(self) -> int:

@@ -74,7 +74,12 @@ def add_view_flags(group, pairings: list[str], min_score: float, max_cycle_mm: f
         help="largest cycle error of one, mm; 1e6 = any",
     )
     add("--iou_range", type=float, nargs=2, default=[0.3, 0.6], help="IoU of two crops of one volume, low high")
-    add("--jitter_mm", type=float, default=10.0, help="random shift of both crops of a pair, mm; 0 = off")
+    add(
+        "--jitter_mm",
+        type=float,
+        default=30.0,
+        help="how far the crops of a matched pair may lie off its points along each axis, mm; 0 = centred at them",
+    )
     add_switch(group, "--augment", True, "intensity augmentation, another one for every view")
 
 

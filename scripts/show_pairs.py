@@ -46,7 +46,9 @@ def make_flags() -> jsonargparse.ArgumentParser:
     pairs.add_argument("--min_score", type=float, default=PairingOptions.min_score, help="lowest score; -1 = any")
     pairs.add_argument("--max_cycle_mm", type=float, default=PairingOptions.max_cycle_mm, help="largest, mm; 1e6 = any")
     pairs.add_argument("--iou_range", type=float, nargs=2, default=[0.3, 0.6], help="IoU of two crops of one volume")
-    pairs.add_argument("--jitter_mm", type=float, default=10.0, help="random shift of both crops, mm; 0 = off")
+    pairs.add_argument(
+        "--jitter_mm", type=float, default=PairingOptions.jitter_mm, help="how far crops lie off their points, mm"
+    )
     pairs.add_argument("--seed", type=int, default=0, help="decides every choice")
     pairs.add_argument("--num_counted", type=int, default=1000, help="pairs that the statistics count")
     views = parser.add_argument_group("views")

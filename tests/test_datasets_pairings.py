@@ -62,14 +62,20 @@ def test_sam_crops_show_the_same_place_of_two_cases():
         assert np.abs(indices[0] - indices[1]).max() < 1.5  # 5 % other spacing along one axis
 
 
-def test_jitter_moves_both_points_alike_and_changes_between_samples():
-    store = make_store(2)
+def one_row(store: FakeStore, start: tuple[int, int, int] = (12, 10, 8)) -> CorrespondenceTable:
+    """A match between the crops of case0 and case1 that begin at one voxel."""
     rows = np.zeros(1, ROW_DTYPE)
     rows["key_case"] = 1
-    rows["query_mm"] = centre_mm(store.record("case0"), np.array([12, 10, 8]), ROI)
-    rows["key_mm"] = centre_mm(store.record("case1"), np.array([12, 10, 8]), ROI)
+    rows["query_mm"] = centre_mm(store.record("case0"), np.array(start), ROI)
+    rows["key_mm"] = centre_mm(store.record("case1"), np.array(start), ROI)
     rows["score"] = 0.9
-    dataset = make_dataset("sam", store, CorrespondenceTable.from_rows(store.names, rows), jitter_mm=6.0)
+    return CorrespondenceTable.from_rows(store.names, rows)
+
+
+def test_both_crops_lie_off_their_points_by_one_vector_that_jitter_mm_bounds():
+    store = make_store(2)
+    table = one_row(store)
+    dataset = make_dataset("sam", store, table, jitter_mm=6.0)
     moved = []
     for index in range(60):
         draw = dataset.draw_pair(index)
@@ -77,21 +83,75 @@ def test_jitter_moves_both_points_alike_and_changes_between_samples():
             continue
         if draw.query_name == "case1":
             draw = draw.swapped()
-        assert np.allclose(draw.query_mm - rows["query_mm"][0], draw.key_mm - rows["key_mm"][0], atol=1e-4)
-        moved.append(draw.query_mm - rows["query_mm"][0])
+        offset = draw.query_mm - table.rows["query_mm"][0]
+        assert np.allclose(offset, draw.key_mm - table.rows["key_mm"][0], atol=1e-4)
+        moved.append(offset)
     assert 4.0 < np.abs(moved).max() <= 6.0 and np.ptp(moved, axis=0).min() > 6.0
 
 
-def test_max_outside_bounds_the_padding_where_both_volumes_allow_it():
+def test_query_crops_lie_anywhere_in_the_body_as_random_ones_do():
+    """The control: with matches everywhere, the rules differ in their second crop alone."""
+    store = make_store(4)
+    table = make_table(store, num=4000)
+    draws = {
+        name: [
+            make_dataset(name, store, table).pairing.draw(np.random.default_rng(seed), seed % 4) for seed in range(200)
+        ]
+        for name in ("sam", "random")
+    }
+    for sam, random in zip(draws["sam"], draws["random"]):
+        assert sam.query_name == random.query_name and not sam.is_fallback
+    starts = {
+        name: np.array([start_at(store.record(draw.query_name), draw.query_mm, ROI) for draw in of_rule])
+        for name, of_rule in draws.items()
+    }
+    for name in draws:
+        assert (starts[name].min(0) >= 0).all() and (starts[name].max(0) <= np.array([40, 44, 48]) - ROI).all()
+    for share in (0.1, 0.5, 0.9):
+        assert np.abs(np.quantile(starts["sam"], share, 0) - np.quantile(starts["random"], share, 0)).max() <= 3
+    for draw in draws["sam"]:
+        indices = [
+            world_to_index(store.record(name).affine, point)
+            for name, point in ((draw.query_name, draw.query_mm), (draw.key_name, draw.key_mm))
+        ]
+        assert np.abs(indices[0] - indices[1]).max() < 1.5  # the same anatomy; 5 % other spacing along one axis
+
+
+def test_a_place_is_looked_up_at_its_nearest_point_with_any_of_its_partners():
+    store = make_store(4)
+    points = {case: [centre_mm(store.record(f"case{case}"), np.array(s), ROI) for s in ((4, 4, 4), (20, 16, 12))]
+              for case in range(4)}  # fmt: skip
+    rows = np.zeros(6, ROW_DTYPE)
+    for number, row in enumerate(rows):
+        row["query_mm"], row["key_case"] = points[0][number % 2], 1 + number // 2
+        row["key_mm"], row["score"] = points[1 + number // 2][number % 2], 0.7 + 0.01 * (number % 2)
+    dataset = make_dataset("sam", store, CorrespondenceTable.from_rows(store.names, rows))
+    partners = set()
+    for seed in range(100):
+        draw = dataset.pairing.draw(np.random.default_rng(seed), 0)
+        far = [np.linalg.norm(draw.query_mm - point) for point in points[0]]
+        if abs(far[0] - far[1]) > 20:  # the shift into the key's body moves a crop by a voxel or two
+            assert draw.score == pytest.approx(0.7 + 0.01 * int(far[1] < far[0]))
+        partners.add(draw.key_name)
+    assert partners == {"case1", "case2", "case3"}
+
+
+def test_max_outside_bounds_the_air_where_both_bodies_allow_it():
     store = make_store()
-    dataset = make_dataset("sam", store, max_outside=0.25, jitter_mm=20.0)
-    for index in range(60):
-        draw = dataset.draw_pair(index)
-        for name, point in ((draw.query_name, draw.query_mm), (draw.key_name, draw.key_mm)):
-            record = store.record(name)
-            start = start_at(record, point, ROI)
-            overhang = np.maximum(-start, 0) + np.maximum(start + ROI - record.shape, 0)
-            assert (overhang <= 0.25 * np.array(ROI) + 1.5).all()  # half a voxel of rounding, and the other spacing
+    body = np.array([[4, 6, 5], [36, 40, 44]])
+    bare = store.record
+    store.record = lambda name: replace(bare(name), body_start=body[0], body_stop=body[1])
+    for max_outside in (0.0, 0.25):
+        dataset = make_dataset("sam", store, max_outside=max_outside, jitter_mm=0.0)
+        overhang = []
+        for index in range(60):
+            draw = dataset.draw_pair(index)
+            for name, point in ((draw.query_name, draw.query_mm), (draw.key_name, draw.key_mm)):
+                start = start_at(store.record(name), point, ROI)
+                overhang.append(np.maximum(body[0] - start, 0) + np.maximum(start + ROI - body[1], 0))
+        slack = max_outside * np.array(ROI)
+        assert (overhang <= slack + 1.5).all()  # half a voxel of rounding, and the other spacing
+        assert max_outside == 0 or (np.max(overhang, axis=0) > slack - 2).all()
 
 
 def test_query_cases_are_balanced_and_pairs_go_both_ways():
