@@ -4,7 +4,7 @@
     python -m benchmarks.compare_pretraining --preset cpu --output_dir results/comparison_cpu
     python -m benchmarks.compare_pretraining --preset gpu --output_dir results/comparison --stages data,sam,pretrain
 
-Arms: from scratch, with the finetuning of all others and (cpu) with the settings that suit it best; masked image
+Arms: from scratch (and, with --scratch_flags, from scratch with settings of its own); masked image
 modelling alone; Alice with random, IoU and SAM pairs; Alice without CASA; and Alice with the phantoms' true
 correspondences, the upper bound of SAM pairs. All pretrain on the same unlabelled phantoms, for as many steps of as
 many pairs. Then each is finetuned with 1, 4 and 15 (cpu: 1 and 4) labelled phantoms, three times, with the same cases,

@@ -237,6 +237,21 @@ def test_scratch_has_a_second_finetuning_with_settings_of_its_own(tmp_path):
     assert ends["sam_1shot_seed0"][-1] == ends["scratch_1shot_seed0"][-1] == "--layer_decay=0.5"
 
 
+def test_flags_of_pretrained_weights_do_not_reach_scratch(tmp_path):
+    words = (
+        "--arms",
+        "scratch,scratch_own,mim",
+        "--scratch_flags=--lr=0.5",
+        "--weights_flags=--freeze_encoder_steps=7",
+    )
+    frozen = {
+        j.name.split("/")[1]: "--freeze_encoder_steps=7" in j.calls[0].words for j in plan_of(tmp_path, *words).finetune
+    }
+    assert {name.rsplit("_", 2)[0]: value for name, value in frozen.items()} == {
+        **{"scratch": False, "scratch_own": False, "mim": True}
+    }
+
+
 def test_a_case_without_organs_counts_for_nothing():
     found = compare(scores_of(scratch=[[0.1, np.nan, 0.3]], sam=[[0.2, np.nan, 0.5]]), "sam", "scratch", 1)
     assert found.num_cases == 2 and found.gain == pytest.approx(0.15)

@@ -289,7 +289,7 @@ class Plan:
         }
         start = words(weights="none")
         if arm not in UNTRAINED:
-            start = words(weights=self.weights(arm), weights_part=s.weights_part)
+            start = (*words(weights=self.weights(arm), weights_part=s.weights_part), *shlex.split(s.weights_flags))
         further = shlex.split(f"{s.finetune_flags} {s.scratch_flags if arm == SCRATCH_OWN else ''}")
         train = words(
             config=REPOSITORY / "configs" / "finetune_comparison.yaml",
