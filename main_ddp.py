@@ -124,7 +124,7 @@ def open_data(flags, world: World) -> Data:
     probed = probe_cases(flags)
     if world.is_main:
         fill_store(cases["training"] + cases["validation"] + probed[0] + probed[1], store_dir, flags)
-    distributed.wait_for_main(world)
+    distributed.wait_for_all(world)
     spacing = None if flags.spacing_mm is None else parse_spacing(flags.spacing_mm) or "native"
     store = VolumeStore(store_dir, expected_spacing_mm=spacing)
     names = {section: [case.name for case in listed if case.name in store] for section, listed in cases.items()}
@@ -298,7 +298,7 @@ def find_start(flags, run: RunState, world: World) -> str:
         run.teacher.update(run.student, 0.0)
         told = f"started from the weights of {report.tell()}"
     if is_new:
-        distributed.wait_for_main(world)  # --checkpoint_file may be one of those
+        distributed.wait_for_all(world)  # --checkpoint_file may be one of those
         if world.is_main:
             set_aside(flags.output_dir)
     return told

@@ -145,8 +145,8 @@ def has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def wait_for_main(world: World) -> None:
-    """All ranks wait here until rank 0 arrives, however long its work takes (the usual timeout does not apply)."""
+def wait_for_all(world: World) -> None:
+    """Ranks wait here for the last one, however long its work takes (the usual timeout does not apply)."""
     if has_group() and world.size > 1:
         group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
         dist.barrier(group=group)

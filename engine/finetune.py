@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint import CheckpointError, load_strictly, save_checkpoint, sync_folder, write_synced
-from engine.distributed import World, all_max, seed_step, wait_for_main
+from engine.distributed import World, all_max, seed_step, wait_for_all
 from engine.logging import Clock, Meters, RunLog, SilentLog
 from engine.optim import clip_gradients, load_optimizer
 from engine.precision import autocast
@@ -215,7 +215,7 @@ def finetune(
                         f"step {run.step} could not be saved, and the run ends here (see the warning)"
                     )
             if is_asked_to_stop or is_end:
-                wait_for_main(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
+                wait_for_all(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
             if is_asked_to_stop and not is_end:
                 log.say(f"asked to stop: step {run.step} is saved")
                 return False

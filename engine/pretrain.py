@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint import CheckpointError
-from engine.distributed import World, all_max, gather_objects, seed_step, wait_for_main
+from engine.distributed import World, all_max, gather_objects, seed_step, wait_for_all
 from engine.logging import Clock, Meters, RunLog, SilentLog
 from engine.optim import clip_gradients, set_schedule
 from engine.run_state import RunState
@@ -195,7 +195,7 @@ def pretrain(
                         f"step {run.step} could not be saved, and the run ends here (see the warning)"
                     )
             if is_asked_to_stop or is_last:
-                wait_for_main(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
+                wait_for_all(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
             if is_asked_to_stop and not is_last:
                 log.say(f"asked to stop: step {run.step} is saved")
                 return False

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.distributed import World, wait_for_main
+from engine.distributed import World, wait_for_all
 from engine.precision import autocast
 from engine.sliding_window import pad_to, window_starts
 from engine.validation import evaluating
@@ -304,5 +304,5 @@ def watch_probe(
             for network, ending in ((student, ""), (teacher, "_teacher")):
                 found = probe_encoder(network.backbone.encode, voxels, options, world.device)
                 told |= {f"probe_{name}_balanced{ending}": scores.balanced_accuracy for name, scores in found.items()}
-    wait_for_main(world)
+    wait_for_all(world)
     return told

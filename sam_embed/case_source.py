@@ -49,13 +49,13 @@ def open_cases(
     if store_dir is not None:
         store = VolumeStore(store_dir)
         names = store.names if listed is None else _stored_cases(store, [case.name for case in listed], rank)
-        return CaseSource(list(names), store.read, lambda name: _record_identity(store.record(name)))
+        return CaseSource(list(names), store.read, lambda name: record_identity(store.record(name)))
     cases = find_cases(data_dir) if listed is None else listed
     image_of = {case.name: case.image for case in cases}
     return CaseSource(list(image_of), lambda name: read_ct(image_of[name]), lambda name: _file_identity(image_of[name]))
 
 
-def _record_identity(record: CaseRecord) -> str:
+def record_identity(record: CaseRecord) -> str:
     """Voxels and place of a stored case: a corrected header may move the same voxels elsewhere."""
     return f"store:{record.checksum}:{zlib.crc32(record.affine.tobytes()):08x}"
 

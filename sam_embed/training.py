@@ -1,4 +1,4 @@
-"""What `scripts/train_sam.py` composes: volumes in memory, averaged weights, the run's state, validation.
+"""What `scripts/train_sam.py` composes: averaged weights, the run's state, validation.
 
 Yan et al., "SAM", TMI 2022, Sec. III-A. Training sees volumes only. Landmarks, where there are any, judge the held-out
 cases and touch no weight.
@@ -8,76 +8,23 @@ Shapes: B volumes, C channels, (D, H, W) voxels.
 
 import copy
 import itertools
-import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets.geometry import body_mask, index_to_world, mask_box, resample
+from datasets.geometry import body_mask, index_to_world, resample
 from datasets.nifti import Volume
-from datasets.volume_store import VolumeStore
 from sam_embed.checkpoint import CheckpointError, EmbedderInfo, embedder_checkpoint
 from sam_embed.embed import embed_volume
 from sam_embed.embedding_store import Embedding
 from sam_embed.evaluate import CLOSE_MM, Landmarks, evaluate_pairs, summarise
 from sam_embed.match import cycle_error_mm, match_points
 from sam_embed.network import AnatomicalEmbedder
-from sam_embed.views import TrainingVolume
 
 NUM_CYCLE_POINTS = 60
-
-
-class NoPatientError(ValueError):
-    """A volume of nothing but air; the message names it."""
-
-
-def to_training_volume(volume: Volume, name: str, info: EmbedderInfo) -> TrainingVolume:
-    """The body of a volume on SAM's grid, int16 HU, with its body mask.
-
-    Raises:
-        NoPatientError: nothing in the volume is denser than -500 HU.
-    """
-    array, _ = resample(volume.array, volume.affine, info.spacing_mm)
-    inside = body_mask(array, info.spacing_mm)
-    if not inside.any():
-        raise NoPatientError(f"{volume.path}: no patient in it (nothing is denser than -500 HU)")
-    start, stop = mask_box(inside)
-    cut = tuple(slice(int(low), int(high)) for low, high in zip(start, stop))
-    hu = torch.from_numpy(np.ascontiguousarray(array[cut]))
-    return TrainingVolume(name, hu, torch.from_numpy(np.ascontiguousarray(inside[cut])), tuple(info.spacing_mm))
-
-
-def load_training_volumes(
-    store: VolumeStore, info: EmbedderInfo, num_threads: int = 1, rank: int = 0
-) -> list[TrainingVolume]:
-    """The volumes of a store on SAM's grid, in the store's order. At 4 mm a trunk takes about 1.5 MB.
-
-    Those without a patient are left out; rank 0 prints which.
-
-    Raises:
-        NoPatientError: none is left.
-    """
-
-    def load(name: str) -> TrainingVolume | None:
-        try:
-            return to_training_volume(store.read(name), name, info)
-        except NoPatientError as error:
-            if rank == 0:
-                print(f"left out {name}: {error}", file=sys.stderr)
-            return None
-
-    with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        volumes = [volume for volume in pool.map(load, store.names) if volume is not None]
-    if not volumes:
-        raise NoPatientError(
-            f"{store.store_dir}: none of its {len(store)} training volumes shows a patient (nothing is denser than "
-            "-500 HU); check that the files of --json_list are CT in HU"
-        )
-    return volumes
 
 
 def embed_views(network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ labels.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -212,7 +213,7 @@ def make_pair(volume: TrainingVolume, options: ViewOptions, rng: torch.Generator
 
 
 class ViewPairDataset(torch.utils.data.Dataset):
-    """View pairs of in-memory volumes; item i is a pure function of (seed, i), whoever asks for it.
+    """View pairs of volumes; item i is a pure function of (seed, i), whoever asks for it.
 
     Each run of `len(volumes)` consecutive items holds every volume once, so that the volumes of a batch differ.
 
@@ -223,7 +224,7 @@ class ViewPairDataset(torch.utils.data.Dataset):
         seed: another seed gives other views.
     """
 
-    def __init__(self, volumes: list[TrainingVolume], options: ViewOptions, info: EmbedderInfo, seed: int) -> None:
+    def __init__(self, volumes: Sequence[TrainingVolume], options: ViewOptions, info: EmbedderInfo, seed: int) -> None:
         if not volumes:
             raise ValueError("no training volumes: the data list is empty or none of its volumes was read")
         self.volumes = volumes

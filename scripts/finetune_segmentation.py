@@ -152,7 +152,7 @@ def open_store(plan: Plan, flags, world: World) -> VolumeStore:
         if report.failed:
             told = "; ".join(f"{name}: {reason}" for name, reason in report.failed.items())
             raise ValueError(f"{store_dir}: {len(report.failed)} cases cannot be used: {told}")
-    distributed.wait_for_main(world)
+    distributed.wait_for_all(world)
     names = [case.name for case in plan.all_cases]
     return VolumeStore(store_dir, names, expected_spacing_mm=spacing_mm or "native")
 
@@ -361,7 +361,7 @@ def wrap(network: nn.Module, world: World) -> nn.Module:
 
 def evaluate_best(flags, plan: Plan, store: VolumeStore, precision: str, world: World) -> None:
     """Judge best.pth on the original grids; tables and picture go to OUTPUT_DIR/evaluation."""
-    distributed.wait_for_main(world)
+    distributed.wait_for_all(world)
     best, folder = Path(flags.output_dir) / BEST, Path(flags.output_dir) / EVALUATION
     segmenter = open_segmenter(best, world.device)
     options = segmenter.window_options(flags.overlap, flags.window_batch, precision)

@@ -46,10 +46,10 @@ from sam_embed.training import (
     Validator,
     WeightAverage,
     embed_views,
-    load_training_volumes,
     main_error,
     share_done,
 )
+from sam_embed.training_volumes import TrainingVolumes, default_grid_dir, make_training_volumes
 from sam_embed.view_intensity import IntensityOptions
 from sam_embed.views import ViewOptions, ViewPairDataset
 
@@ -77,6 +77,7 @@ def add_data_flags(group) -> None:
     add("--json_list", type=str, required=True, help="data list, see scripts/create_json.py")
     add("--store_dir", type=str, required=True, help="volume store; what is missing in it is built")
     add("--store_spacing_mm", type=str | float, nargs="+", default=["native"], help="of a store built here")
+    add("--grid_dir", type=str, default="", help="the volumes on SAM's grid, made once; empty = in the store's folder")
     add("--landmark_dir", type=str, default="", help="<case>.json files that judge held-out cases; none: cycle error")
     add("--output_dir", type=str, required=True, help="checkpoints, log.txt, TensorBoard, run.json")
 
@@ -150,7 +151,7 @@ def add_running_flags(group) -> None:
     precisions = ["auto", "fp32", "bf16", "fp16"]
     add("--precision", type=str, choices=precisions, default="auto", help="auto = bf16 on CUDA that has it, else fp32")
     add("--num_workers", type=int, default=0, help="processes that make views, per rank; 0 = the training process")
-    add("--load_threads", type=int, default=2, help="threads that load the volumes at the start")
+    add("--load_threads", type=int, default=2, help="threads that bring the volumes to SAM's grid, once, per rank")
     add("--log_freq", type=int, default=10, help="steps between log lines")
     add("--val_freq", type=int, default=0, help="steps between validations; 0 = at the end only")
     add("--val_cases", type=int, default=4, help="held-out cases to match with each other; 0 = no validation")
@@ -221,7 +222,7 @@ def open_store(flags: jsonargparse.Namespace, world: World, cases: Sequence[Case
     """The store's cases among these; rank 0 builds what is missing. What is stored needs no file any more."""
     if world.is_main:
         fill_store(flags, cases)
-    distributed.wait_for_main(world)
+    distributed.wait_for_all(world)
     store = VolumeStore(flags.store_dir)
     return VolumeStore(flags.store_dir, [case.name for case in cases if case.name in store])
 
@@ -341,7 +342,7 @@ def validate_and_save(
         is_best = judge(run, validator, log)
         run.is_judged = True
         save_checkpoint(run.as_checkpoint(), flags.output_dir, BEST if is_best else None)
-    distributed.wait_for_main(world)
+    distributed.wait_for_all(world)
 
 
 def judge(run: SamRun, validator: Validator | None, log) -> bool:
@@ -385,7 +386,10 @@ def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
             f"--data_dir, which is {flags.data_dir}"
         )
     validator, told = build_validator(flags, world)
-    volumes = load_training_volumes(store, info, flags.load_threads, world.rank)
+    grid_dir = flags.grid_dir or default_grid_dir(flags.store_dir, info.spacing_mm)
+    make_training_volumes(store, info, grid_dir, flags.load_threads, world.rank, world.size)
+    distributed.wait_for_all(world)
+    volumes = TrainingVolumes(store, info, grid_dir, world.rank)
     dataset = ViewPairDataset(volumes, options, info, flags.seed)
     batches = make_pair_loader(
         dataset,

@@ -11,15 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from datasets import geometry
-from datasets.data_list import Case
-from datasets.nifti import write_nifti
-from datasets.volume_store import VolumeStore, build_store
+from datasets.volume_store import VolumeStore
 from engine.checkpoint import load_checkpoint
 from engine.distributed import World
 from engine.signals import EXIT_INTERRUPTED
@@ -204,17 +200,6 @@ def test_a_signal_to_the_whole_group_saves_although_loading_processes_hear_it_to
         os.killpg(process.pid, 0)  # no loading process is left
 
 
-def test_training_volumes_are_the_body_on_the_grid(corpus, tmp_path):
-    train_sam.main(arguments(corpus, tmp_path, steps=1))  # builds the store
-    store = VolumeStore(corpus / "store", ["torso1"])
-    info = EmbedderInfo(spacing_mm=(12.0, 12.0, 12.0))
-    (volume,) = training.load_training_volumes(store, info)
-    assert volume.hu.dtype == torch.int16
-    assert volume.hu.shape == volume.body.shape
-    assert volume.hu.shape[0] == 24  # 36 slices of 8 mm, all of them body
-    assert volume.body.any(dim=0).any(dim=1).all()  # cut to the body
-
-
 def test_a_finished_store_needs_no_files(corpus, tmp_path, capsys):
     """Nor does a missing file of a held-out case switch validation off."""
     copy = tmp_path / "copy"
@@ -272,28 +257,6 @@ def test_a_validation_that_failed_at_the_end_does_not_forget_the_best(corpus, tm
     train_sam.main(arguments(corpus, tmp_path, **flags))
     assert validated(tmp_path) == (3, 5.0, True)
     assert validated(tmp_path, train_sam.BEST) == (1, 5.0, True)
-
-
-def test_volumes_of_air_are_left_out_and_bodies_are_outlined_once(tmp_path, monkeypatch, capsys):
-    for name, inside in (("air", -990), ("patient", 40), ("more_air", -990)):
-        hu = np.full((6, 24, 32), -1000, np.int16)
-        hu[:, 4:18, 5:29] = inside
-        write_nifti(tmp_path / f"{name}.nii.gz", hu, np.diag([-8.0, -8.0, 8.0, 1.0])[:, [2, 1, 0, 3]])
-    cases = [Case(name, tmp_path / f"{name}.nii.gz") for name in ("air", "patient", "more_air")]
-    build_store(cases, tmp_path / "store", progress=False)
-    calls, body_mask = [], geometry.body_mask
-    for module in (geometry, training):
-        monkeypatch.setattr(module, "body_mask", lambda *words: calls.append(words) or body_mask(*words))
-    info = EmbedderInfo(spacing_mm=(8.0, 8.0, 8.0))
-    (volume,) = training.load_training_volumes(VolumeStore(tmp_path / "store"), info)
-    assert volume.name == "patient" and volume.hu.shape == volume.body.shape == (6, 14, 24) and len(calls) == 3
-    told = capsys.readouterr().err.splitlines()
-    assert sorted(line.partition(":")[0] for line in told) == ["left out air", "left out more_air"]
-    assert all("no patient in it" in line for line in told)
-    training.load_training_volumes(VolumeStore(tmp_path / "store"), info, rank=1)
-    assert not capsys.readouterr().err
-    with pytest.raises(ValueError, match="none of its 2 training volumes shows a patient.*--json_list"):
-        training.load_training_volumes(VolumeStore(tmp_path / "store", ["air", "more_air"]), info)
 
 
 @pytest.mark.parametrize(
