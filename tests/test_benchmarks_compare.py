@@ -62,7 +62,12 @@ def test_report_holds_every_arm(compared):
         "steps",
     }
     assert found["pretraining"]["true"]["values"]["pair_score"] == 1.0
-    assert set(found["seconds"]) == {"data", "sam", "pretrain", "finetune"}
+    assert set(found["seconds"]) == {"data", "sam", "pretrain", "probe", "finetune"}
+    assert list(found["probes"]) == ["sam", "true", "untrained"]
+    for by_probe in found["probes"].values():
+        assert set(by_probe) == {"knn", "linear"} and all(
+            0 <= v <= 1 and len(by_probe[p]) == 2 for p in by_probe for v in by_probe[p]
+        )
     text = (folder / "comparison.md").read_text()
     assert all(ARMS[arm].title in text for arm in ("scratch", "sam", "true")) and "by 5 Dice points" in text
     assert (folder / "dice_over_labels.png").stat().st_size > 10_000
@@ -88,7 +93,7 @@ def test_weights_of_the_whole_network_arrive(compared):
 
 def test_a_second_run_does_nothing_again(compared):
     before = {path: path.read_text() for path in (compared.root / "jobs").glob("*/*.json")}
-    assert len(before) == 6 + 4 + 2 + 6
+    assert len(before) == 6 + 4 + 2 + 2 + 6
     compare_pretraining.main([*TINY, "--output_dir", str(compared.root)])
     assert {path: path.read_text() for path in (compared.root / "jobs").glob("*/*.json")} == before
 
@@ -98,7 +103,7 @@ def test_changed_flags_change_what_depends_on_them(compared):
 
     def undone(*more: str) -> set[str]:
         plan = plan_of(compared.root, *more)
-        stages = ("data", "sam", "pretrain", "finetune")
+        stages = ("data", "sam", "pretrain", "probe", "finetune")
         return {
             job.stage for stage in stages for batch in plan.batches(stage) for job in batch if not records.is_done(job)
         }
@@ -106,9 +111,9 @@ def test_changed_flags_change_what_depends_on_them(compared):
     assert undone() == set()
     assert undone("--finetune_workers", "3", "--pretrain_workers", "1") == set()
     assert undone("--finetune_lr", "1e-4") == {"finetune"}
-    assert undone("--pretrain_flags=--teacher_temp 0.05") == {"pretrain", "finetune"}
-    assert undone("--num_points", "13") == {"sam", "pretrain", "finetune"}
-    assert undone("--data_seed", "8") == {"data", "sam", "pretrain", "finetune"}
+    assert undone("--pretrain_flags=--teacher_temp 0.05") == {"pretrain", "probe", "finetune"}
+    assert undone("--num_points", "13") == {"sam", "pretrain", "probe", "finetune"}
+    assert undone("--data_seed", "8") == {"data", "sam", "pretrain", "probe", "finetune"}
 
 
 def test_true_pairs_are_true(compared):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from benchmarks.comparison.arms import ARMS
 from benchmarks.comparison.figure import draw
 from benchmarks.comparison.jobs import Records, read_records
 from benchmarks.comparison.results import (
+    PROBES,
     Comparison,
     PretrainingEnd,
     Scores,
@@ -17,6 +19,7 @@ from benchmarks.comparison.results import (
     points,
     pretraining_ends,
     read_dice,
+    read_probes,
     verdicts,
 )
 from benchmarks.comparison.stages import Plan
@@ -30,7 +33,7 @@ FIGURE, TABLES, SUMMARY = "dice_over_labels.png", "comparison.md", "comparison.j
 def write_report(plan: Plan, records: Records, command: str) -> dict:
     """Write the three files to `plan.root/report`; returns the summary."""
     scores, folder = read_dice(plan, records), plan.root / "report"
-    comparisons, ends = compare_all(scores), pretraining_ends(plan)
+    comparisons, ends, probes = compare_all(scores), pretraining_ends(plan), read_probes(plan, records)
     seconds = stage_seconds(records)
     told = verdicts(comparisons)
     summary = {
@@ -41,6 +44,7 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
         "dice": {arm: {str(k): dice_summary(scores, arm, k) for k in scores.shots} for arm in scores.arms},
         "test_cases": scores.cases,
         "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons],
+        "probes": probes,
         "pretraining": {arm: dataclasses.asdict(end) for arm, end in ends.items()},
         "seconds": seconds,
     }
@@ -58,6 +62,10 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
         "and new layers; the test cases are the same), in parentheses every seed; p of the two-sided paired t test "
         "over seeds, not corrected for the number of tests:",
         comparison_table(comparisons, scores.shots),
+        f"Frozen encoders: balanced accuracy in percent over voxels of the organs and background, taught by "
+        f"{min(plan.settings.shots)} labelled, judged on the same held-out phantoms; mean ± std over "
+        f"{len(plan.settings.seeds)} splits:",
+        probe_table(probes),
         "How the pretrainings ended (means of the last epoch; `start_`: of the first; a uniform distribution has "
         "entropy log K and costs log K in the cls and token losses):",
         monitor_table(ends),
@@ -84,15 +92,23 @@ def dice_summary(scores: Scores, arm: str, shots: int) -> dict:
 
 def dice_table(scores: Scores) -> str:
     """One row an arm, one column a number of labelled cases."""
-    lines = []
-    for arm in scores.arms:
-        cells = []
-        for shots in scores.shots:
-            by_seed = 100 * scores.by_seed(arm, shots)
-            spread = f" ± {by_seed.std(ddof=1):.1f}" if len(by_seed) > 1 else ""
-            cells.append(f"{by_seed.mean():.1f}{spread}")
-        lines.append([ARMS[arm].title, *cells])
+    lines = [[ARMS[arm].title, *(percent(scores.by_seed(arm, shots)) for shots in scores.shots)] for arm in scores.arms]
     return markdown(["", *(f"{shots} labelled" for shots in scores.shots)], lines)
+
+
+def probe_table(probes: dict[str, dict[str, list[float]]]) -> str:
+    """One row an arm, one column a probe."""
+    if not probes:
+        return "Not probed (`--stages probe`)."
+    titles = {arm: ARMS[arm].title if arm in ARMS else "untrained networks" for arm in probes}
+    lines = [[titles[arm], *(percent(probes[arm][probe]) for probe in PROBES)] for arm in probes]
+    return markdown(["", "k-NN", "linear"], lines)
+
+
+def percent(shares: Sequence[float]) -> str:
+    """Mean ± std of shares, in percent."""
+    values = 100 * np.asarray(shares)
+    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def comparison_table(comparisons: list[Comparison], shots: tuple[int, ...]) -> str:

@@ -17,6 +17,8 @@ from engine.segmentation_metrics import case_means, nan_mean
 from engine.segmentation_report import CASES, read_scores
 
 CONFIDENCE = 0.95
+UNTRAINED_NETWORKS = "untrained"
+PROBES = ("knn", "linear")
 WANTED_GAIN = 0.05  # of pretraining over scratch with one labelled case, Dice
 MONITORS = (
     *("loss", "loss_cls", "loss_tokens", "loss_recon", "teacher_entropy", "teacher_kl_uniform", "feature_std"),
@@ -110,6 +112,23 @@ def compare(scores: Scores, better: str, worse: str, shots: int) -> Comparison:
         better, worse, shots, float(differences.mean()), tuple(by_seed.tolist()), float(low), float(high),
         int((by_case > 0).sum()), len(by_case), float(p),
     )  # fmt: skip
+
+
+def read_probes(plan: Plan, records: Records) -> dict[str, dict[str, list[float]]]:
+    """What frozen encoders know: arm (and `UNTRAINED_NETWORKS`) -> probe -> balanced accuracy in [0, 1] of every split.
+
+    Empty where the probe stage has not been run with these flags.
+    """
+    if not plan.probe or not all(records.is_done(job) for job in plan.probe):
+        return {}
+    arm_of = {str(plan.weights(arm)): arm for arm in plan.pretrain} | {"random": UNTRAINED_NETWORKS}  # their mean
+    found: dict[str, dict[str, list[float]]] = {arm: {probe: [] for probe in PROBES} for arm in arm_of.values()}
+    for seed in plan.settings.seeds:
+        judged = json.loads(plan.probe_file(seed).read_text())["results"]
+        for name, arm in arm_of.items():
+            for probe in PROBES:
+                found[arm][probe].append(judged[name][probe]["balanced_accuracy"])
+    return found
 
 
 def compare_all(scores: Scores) -> list[Comparison]:

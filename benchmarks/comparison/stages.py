@@ -11,7 +11,7 @@ from benchmarks.comparison.arms import ARMS, SCRATCH_OWN, UNTRAINED
 from benchmarks.comparison.jobs import REPOSITORY, Call, Job, words
 from benchmarks.comparison.settings import Settings
 
-LEARNING_STAGES = ("pretrain", "finetune")
+LEARNING_STAGES = ("pretrain", "probe", "finetune")
 STEPS_PER_EPOCH = 20
 MAX_SHARDS = 8
 BATCHES_AHEAD = 2  # that each loading process holds
@@ -67,6 +67,10 @@ class Plan:
     def run_folder(self, *parts: object) -> Path:
         return self.root.joinpath(*map(str, parts))
 
+    def probe_file(self, seed: int) -> Path:
+        """What the probes of one labelled split found."""
+        return self.run_folder("probe", f"seed{seed}", "probe.json")
+
     def evaluation(self, arm: str, shots: int, seed: int) -> Path:
         """Where one finetuning is judged."""
         return self.run_folder("finetune", arm, f"{shots}shot", f"seed{seed}", "evaluation")
@@ -79,6 +83,7 @@ class Plan:
             "data": lambda: [[self.make_phantoms], list(self.make_lists.values()), list(self.make_stores.values())],
             "sam": lambda: [self.train_sam, [self.make_true_pairs, *self.embed], self.mine],
             "pretrain": lambda: [list(self.pretrain.values())],
+            "probe": lambda: [self.probe],
             "finetune": lambda: [self.finetune],
         }
         return made[stage]()
@@ -272,6 +277,30 @@ class Plan:
     def weights(self, arm: str) -> Path:
         """The extracted weights of an arm; the name says of which module."""
         return self.run_folder("pretrain", arm, f"{self.settings.weights_from}.safetensors")
+
+    @cached_property
+    def probe(self) -> list[Job]:
+        """Frozen encoders beside untrained ones, taught by the fewest labelled cases: a job for each split."""
+        return [self._probe(seed) for seed in self.settings.seeds] if self.pretrain else []
+
+    def _probe(self, seed: int) -> Job:
+        output = self.probe_file(seed)
+        flags = words(
+            weights=[self.weights(arm) for arm in self.pretrain],
+            data_dir=self.phantoms,
+            json_list=self.list_of("labelled"),
+            store_dir=self.store,
+            num_labelled=min(self.settings.shots),
+            fold=seed,
+            num_voxels=200,
+            overlap=0.25,
+            window_batch=8,
+            device=self.device,
+            num_workers=0,
+            output=output,
+        )
+        after = (self.make_stores["labelled"], *self.pretrain.values())
+        return Job(f"probe/seed{seed}", (Call("scripts.probe_features", flags),), output.parent, after)
 
     @cached_property
     def finetune(self) -> list[Job]:
