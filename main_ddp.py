@@ -38,7 +38,7 @@ from datasets.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
 from engine.background_save import BackgroundSaver
-from engine.checkpoint import find_resumable_together, set_aside
+from engine.checkpoint import find_wanted, set_aside, tell_resumed
 from engine.collapse import CollapseWatch
 from engine.distributed import World
 from engine.flags import RunInfo, run_main
@@ -281,23 +281,16 @@ def make_run(
 
 def find_start(flags, run: RunState, world: World) -> str:
     """Resume, start from given weights, or start afresh; returns one line that says which."""
-    given = None if flags.resume in ("auto", "none") else flags.resume
-    is_new = flags.resume == "none" and not distributed.was_restarted()
-    found = None if is_new else find_resumable_together(flags.output_dir, KIND, world, given)
+    found = find_wanted(flags.resume, flags.output_dir, KIND, world)
     if found is not None:
         run.restore(*found)
-        told = f"resumed at step {run.step} from {found[1]}"
-        if given and found[1] != Path(given):
-            told += f", which is further than --resume {given}"
-        if flags.resume == "none":
-            told += ": the job was restarted, --resume none held for its first start"
-        return told
+        return tell_resumed(flags.resume, found)
     told = "started from random weights"
     if flags.checkpoint_file:
         report = start_from(run.student, flags.checkpoint_file)
         run.teacher.update(run.student, 0.0)
         told = f"started from the weights of {report.tell()}"
-    if is_new:
+    if flags.resume == "none":
         distributed.wait_for_all(world)  # --checkpoint_file may be one of those
         if world.is_main:
             set_aside(flags.output_dir)

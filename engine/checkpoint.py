@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from engine.distributed import World, main_decides
+from engine.distributed import World, main_decides, was_restarted
 
 LATEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
@@ -214,6 +214,31 @@ def find_resumable_together(
             f"rank {world.rank} cannot read what rank 0 resumes from: {error}. Every node needs --output_dir, and the "
             "file of --resume, on a disk that all of them see"
         ) from error
+
+
+def find_wanted(resume: str, output_dir: str | Path, kind: str, world: World) -> tuple[dict, Path] | None:
+    """The checkpoint that a run with `--resume` goes on from and its path, the same on all ranks; None to begin anew.
+
+    Args:
+        resume: "auto" = the folder's own; "none" = none, until Slurm or torchrun restarts the run; or a file, until the
+            folder has a checkpoint that is further. A restarted run has the words of its first start.
+
+    Raises:
+        CheckpointError: as for `find_resumable_together`.
+    """
+    if resume == "none" and not was_restarted():
+        return None
+    return find_resumable_together(output_dir, kind, world, None if resume in ("auto", "none") else resume)
+
+
+def tell_resumed(resume: str, found: tuple[dict, Path]) -> str:
+    """One line about what `find_wanted` found."""
+    told = f"resumed at step {found[0]['step']} from {found[1]}"
+    if resume == "none":
+        return told + ": the job was restarted, --resume none held for its first start"
+    if resume != "auto" and found[1] != Path(resume):
+        return told + f", which is further than --resume {resume}"
+    return told
 
 
 def set_aside(output_dir: str | Path) -> None:

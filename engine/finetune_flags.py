@@ -133,7 +133,13 @@ def add_judging_flags(group) -> None:
 def add_running_flags(group) -> None:
     add = group.add_argument
     add("--output_dir", type=str, default="", help="checkpoint.pth, best.pth, log.txt, TensorBoard, run.json, results")
-    add("--resume", type=str, default="auto", help="auto = go on if OUTPUT_DIR has a checkpoint; none; or a file")
+    add(
+        "--resume",
+        type=str,
+        default="auto",
+        help="auto = go on if OUTPUT_DIR has a checkpoint; none = begin anew, until Slurm or torchrun restarts it; or "
+        "a file, until OUTPUT_DIR has a checkpoint that is further",
+    )
     add("--save_freq", type=int, default=500, help="steps between checkpoints")
     add("--log_freq", type=int, default=20, help="steps between log lines")
     add("--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one")

@@ -33,7 +33,7 @@ from datasets.splits import choose_labelled, hold_out
 from datasets.store_format import checksum_of
 from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
-from engine.checkpoint import find_resumable_together, load_checkpoint
+from engine.checkpoint import find_wanted, load_checkpoint, set_aside, tell_resumed
 from engine.distributed import World, main_decides
 from engine.finetune import BEST, KIND, FinetuneOptions, FinetuneRun, finetune, holds_best
 from engine.finetune_flags import check_continuation, check_finetune_flags, make_finetune_flags
@@ -166,12 +166,7 @@ def find_start(flags, description: dict, world: World) -> tuple[dict, Path] | No
     Raises:
         CheckpointError: it is of another kind, or flags that decide the result have changed.
     """
-    if flags.resume == "none":
-        return None
-    if flags.resume == "auto":
-        found = find_resumable_together(flags.output_dir, KIND, world)
-    else:
-        found = load_checkpoint(flags.resume, KIND), Path(flags.resume)
+    found = find_wanted(flags.resume, flags.output_dir, KIND, world)
     if found is not None:
         check_continuation(found[0], description, found[1])
     return found
@@ -200,7 +195,7 @@ def start_run(
     )
     if resumed is not None:
         run.restore(*resumed)
-        started = f"resumed at step {run.step} from {resumed[1]}"
+        started = tell_resumed(flags.resume, resumed)
         run.is_stopped = 0 < flags.patience <= run.num_without_gain  # more --patience goes on
         if run.best_step and not main_decides(world, lambda: holds_best(flags.output_dir, resumed[1])):
             run.forget_best()
@@ -292,6 +287,10 @@ def start_and_train(flags, plan: Plan, world: World) -> bool:
         info.write(flags.output_dir)
     store = open_store(plan, flags, world)
     run, started = start_run(flags, plan, description, resumed, world)
+    if resumed is None and flags.resume == "none":
+        distributed.wait_for_all(world)  # --weights may be one of those
+        if world.is_main:
+            set_aside(flags.output_dir)
     options = make_options(flags, world)
     log = make_log(world, flags.output_dir, options.num_steps, run.step)
     log.say(describe_start(flags, plan, run, store, started, world))

@@ -27,7 +27,7 @@ from datasets.data_list import Case, load_data_list
 from datasets.loader import make_pair_loader
 from datasets.volume_store import VolumeStore, build_store, parse_spacing
 from engine import distributed
-from engine.checkpoint import find_resumable_together, load_checkpoint, save_checkpoint
+from engine.checkpoint import find_wanted, save_checkpoint, set_aside, tell_resumed
 from engine.distributed import World, all_max
 from engine.flags import RunInfo, add_switch, make_parser, run_main
 from engine.logging import Clock, Meters, make_log
@@ -157,7 +157,13 @@ def add_running_flags(group) -> None:
     add("--val_cases", type=int, default=4, help="held-out cases to match with each other; 0 = no validation")
     add("--memory_mb", type=float, default=4096.0, help="working memory of a held-out volume's first layers, MB")
     add("--save_freq", type=int, default=200, help="steps between checkpoints; 0 = at the end only")
-    add("--resume", type=str, default="auto", help="auto = go on if OUTPUT_DIR has a checkpoint; none; or a file")
+    add(
+        "--resume",
+        type=str,
+        default="auto",
+        help="auto = go on if OUTPUT_DIR has a checkpoint; none = begin anew, until Slurm or torchrun restarts it; or "
+        "a file, until OUTPUT_DIR has a checkpoint that is further",
+    )
     add("--dist_timeout_min", type=float, default=30.0, help="minutes that a rank waits for the others")
 
 
@@ -206,16 +212,13 @@ def build_run(flags: jsonargparse.Namespace, world: World, info: EmbedderInfo, d
 
 def resume(run: SamRun, flags: jsonargparse.Namespace, world: World) -> str:
     """Restore the run that `--resume` names, if any; returns a line for the user."""
-    if flags.resume == "none":
-        return "starting anew"
-    if flags.resume != "auto":
-        run.restore(load_checkpoint(flags.resume, KIND), flags.resume)
-        return f"resumed {flags.resume} at step {run.step}"
-    found = find_resumable_together(flags.output_dir, KIND, world)
+    found = find_wanted(flags.resume, flags.output_dir, KIND, world)
     if found is None:
+        if flags.resume == "none" and world.is_main:
+            set_aside(flags.output_dir)
         return "starting anew"
     run.restore(found[0], str(found[1]))
-    return f"resumed {found[1]} at step {run.step}"
+    return tell_resumed(flags.resume, found)
 
 
 def open_store(flags: jsonargparse.Namespace, world: World, cases: Sequence[Case]) -> VolumeStore:

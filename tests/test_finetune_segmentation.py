@@ -220,6 +220,30 @@ def test_a_checkpoint_of_another_folder_leaves_a_best_one_here(finished, corpus,
     assert "the best weights are those from here on" in capfd.readouterr().out
 
 
+def test_a_requeued_job_goes_on_whatever_its_first_words_were(finished, corpus, tmp_path, monkeypatch, capfd):
+    """Slurm repeats the words of the first start: the file, or none, must not throw the work since away."""
+    flags = {"steps": 4, "evaluate": "false"}
+    for words, told in ((finished / LATEST, "which is further than --resume"), ("none", "held for its first start")):
+        folder = tmp_path / str(words).replace("/", "_")
+        folder.mkdir()
+        if words == "none":
+            shutil.copy(finished / LATEST, folder / LATEST)  # of an older run, which is not this one's start
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(command, "train", lambda *_: False)  # killed before its first checkpoint
+                with pytest.raises(SystemExit):
+                    command.main(finetune_arguments(corpus, folder, resume=words, **flags))
+            assert not (folder / LATEST).exists() and (folder / (LATEST + ".before")).exists()
+            command.main(finetune_arguments(corpus, folder, resume=words, **flags))
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+            command.main(finetune_arguments(corpus, folder, resume=words, **flags))
+        else:
+            with pytest.warns(UserWarning, match="--steps 4 -> 5"):
+                command.main(finetune_arguments(corpus, folder, resume=words, **(flags | {"steps": 5})))
+            capfd.readouterr()
+            command.main(finetune_arguments(corpus, folder, resume=words, **(flags | {"steps": 5})))
+        assert told in capfd.readouterr().out
+
+
 def test_training_learns_the_organs(corpus, tmp_path):
     flags = {"steps": 24, "val_freq": 24, "evaluate": "false", "augment": "false", "lr": 5e-2, "save_freq": 24}
     command.main(finetune_arguments(corpus, tmp_path, **flags))

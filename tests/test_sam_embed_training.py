@@ -274,6 +274,19 @@ def test_mistakes_are_named(corpus, tmp_path, changed, word):
         train_sam.main(arguments(corpus, tmp_path, **changed))
 
 
+def test_a_requeued_job_goes_on_whatever_its_first_words_were(corpus, tmp_path, monkeypatch, capsys):
+    train_sam.main(arguments(corpus, tmp_path / "first", steps=1))
+    given = tmp_path / "first" / "checkpoint.pth"
+    for steps in (2, 3):
+        train_sam.main(arguments(corpus, tmp_path / "run", steps=steps, resume=given))
+    assert f"resumed at step 2 from {tmp_path / 'run' / 'checkpoint.pth'}, which is further" in capsys.readouterr().out
+    train_sam.main(arguments(corpus, tmp_path / "run", steps=1, resume="none"))
+    assert weights(tmp_path / "run")["step"] == 1 and (tmp_path / "run" / "checkpoint.pth.before").exists()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train_sam.main(arguments(corpus, tmp_path / "run", steps=2, resume="none"))
+    assert "resumed at step 1" in capsys.readouterr().out
+
+
 def test_a_run_of_another_network_is_not_resumed(corpus, tmp_path):
     train_sam.main(arguments(corpus, tmp_path, steps=1))
     with pytest.raises(ValueError, match="--resume none"):
