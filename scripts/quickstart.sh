@@ -44,5 +44,5 @@ budget=(--config configs/finetune_quickstart.yaml --backbone unet --feature_size
     --num_labelled 1 --resume none --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm")
 stage "finetune scratch" python scripts/finetune_segmentation.py "${budget[@]}" --weights none --output_dir "$out/finetune_scratch"
 stage "finetune Alice" python scripts/finetune_segmentation.py "${budget[@]}" --weights "$out/alice_unet.safetensors" \
-    --output_dir "$out/finetune_alice"
+    --freeze_encoder_steps 200 --output_dir "$out/finetune_alice"   # new layers first, then all
 python scripts/quickstart_report.py --quickstart_dir "$out"
