@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.files import write_bytes
+from datasets.files import FileWriteError, write_bytes
 from datasets.geometry import body_mask, mask_box, resample
 from datasets.nifti import Volume
 from datasets.volume_store import VolumeStore
@@ -78,7 +78,10 @@ def make_training_volumes(
             tensors = {"hu": made.hu, "body": _to_bits(made.body)}
         except NoPatientError:
             tensors = {"hu": torch.zeros(0, 0, 0, dtype=torch.int16), "body": torch.zeros(0, dtype=torch.uint8)}
-        write_bytes(_path(Path(grid_dir), name), save(tensors, metadata=_header(store, name, info)))
+        try:
+            write_bytes(_path(Path(grid_dir), name), save(tensors, metadata=_header(store, name, info)))
+        except FileWriteError as error:
+            raise type(error)(f"{error}; --grid_dir chooses another folder") from error
 
     counts = {"initial": len(share) - len(missing), "total": len(share)}
     bar = tqdm(desc="SAM's grid", unit="case", disable=rank > 0 or not missing, **counts)

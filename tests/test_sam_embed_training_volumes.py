@@ -9,6 +9,7 @@ import torch
 
 from datasets import geometry
 from datasets.data_list import Case
+from datasets.files import FileWriteError
 from datasets.nifti import write_nifti
 from datasets.volume_store import VolumeStore, build_store
 from sam_embed import training_volumes
@@ -86,6 +87,12 @@ def test_a_file_lost_on_the_way_is_named(tmp_path):
     (grid / "b.safetensors").unlink()
     with pytest.raises(ValueError, match="b.safetensors: cannot be read any more.*start again"):
         volumes[1]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_with_its_flag(tmp_path):
+    (tmp_path / "grid").write_text("a file where the folder should be")
+    with pytest.raises(FileWriteError, match="grid.*--grid_dir chooses another folder"):
+        make_training_volumes(make_store(tmp_path), INFO, tmp_path / "grid")
 
 
 def test_volumes_of_air_are_left_out_and_bodies_are_outlined_once(tmp_path, monkeypatch, capsys):
