@@ -76,12 +76,14 @@ def test_summary_holds_every_part(walked):
 
 
 def test_quickstart_finetunes_twice_alike():
-    """Scratch and pretrained differ in the weights and the folder alone."""
+    """Scratch and pretrained differ in the weights, the folder, and that loaded weights stand still at first."""
     script = (REPOSITORY / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
     lines = [line for line in script.splitlines() if "finetune_segmentation.py" in line]
     assert len(lines) == 2
-    words = [line.split("finetune_segmentation.py")[1].split() for line in lines]
-    assert all(one[0] == '"${budget[@]}"' and one[1::2] == ["--weights", "--output_dir"] for one in words)
+    words = [line.split("finetune_segmentation.py")[1].partition("#")[0].split() for line in lines]
+    assert all(one[0] == '"${budget[@]}"' for one in words)
+    assert words[0][1::2] == ["--weights", "--output_dir"] and words[0][2] == "none"
+    assert words[1][1::2] == ["--weights", "--freeze_encoder_steps", "--output_dir"]
     budget = re.search(r"budget=\((.*?)\)", script, flags=re.DOTALL).group(1).replace('"$out', '"OUT').replace('"', "")
     flags = importlib.import_module("scripts.finetune_segmentation").make_flags().parse_args(budget.split())
     assert flags.num_labelled == 1 and flags.val_freq == 0 and flags.class_weights == "rare"
