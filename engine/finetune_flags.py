@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.checkpoint import CheckpointError
 from engine.finetune_setup import FLAG_OF, agree, told
-from engine.flags import add_switch, make_parser
+from engine.flags import add_resume, add_switch, make_parser
 from engine.run_state import changed_flags
 
 # A run that goes on keeps these: its result would else be told under flags that it was not trained with.
@@ -133,13 +133,7 @@ def add_judging_flags(group) -> None:
 def add_running_flags(group) -> None:
     add = group.add_argument
     add("--output_dir", type=str, default="", help="checkpoint.pth, best.pth, log.txt, TensorBoard, run.json, results")
-    add(
-        "--resume",
-        type=str,
-        default="auto",
-        help="auto = go on if OUTPUT_DIR has a checkpoint; none = begin anew, until Slurm or torchrun restarts it; or "
-        "a file, until OUTPUT_DIR has a checkpoint that is further",
-    )
+    add_resume(group)
     add("--save_freq", type=int, default=500, help="steps between checkpoints")
     add("--log_freq", type=int, default=20, help="steps between log lines")
     add("--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one")

@@ -51,6 +51,17 @@ def make_parser(description: str) -> jsonargparse.ArgumentParser:
     return parser
 
 
+def add_resume(group) -> None:
+    """`--resume`, as `engine.checkpoint.find_wanted` understands it."""
+    group.add_argument(
+        "--resume",
+        type=str,
+        default="auto",
+        help="auto = go on if OUTPUT_DIR has a checkpoint; none = begin anew, until Slurm or torchrun restarts it; or "
+        "a file, until OUTPUT_DIR has a checkpoint that is further",
+    )
+
+
 def add_switch(group, name: str, default: bool, help: str) -> None:
     """A boolean flag: `--name`, `--no_name` and `--name true|false` all work."""
     group.add_argument(name, action=jsonargparse.ActionYesNo(), nargs="?", default=default, help=help)

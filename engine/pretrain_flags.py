@@ -7,7 +7,7 @@ patient's left), roi_y along H (posterior), roi_z along D (superior).
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.flags import add_switch, make_parser
+from engine.flags import add_resume, add_switch, make_parser
 from engine.schedules import peak_lr
 from losses.alice import CENTRING_CHOICES, RECON_CHOICES
 
@@ -209,13 +209,7 @@ def add_running_flags(group) -> None:
 def add_output_flags(group) -> None:
     add = group.add_argument
     add("--output_dir", type=str, default="", help="checkpoints, log.txt, TensorBoard, pictures, run.json")
-    add(
-        "--resume",
-        type=str,
-        default="auto",
-        help="auto = go on if OUTPUT_DIR has a checkpoint; none = begin anew, until Slurm or torchrun restarts it; or "
-        "a file, until OUTPUT_DIR has a checkpoint that is further",
-    )
+    add_resume(group)
     add("--saveckp_freq", type=int, default=1, help="epochs between checkpoints")
     add("--keep_freq", type=int, default=0, help="epochs between numbered checkpoints that stay; 0 = none")
     add("--log_freq", type=int, default=10, help="steps between log lines")

@@ -29,7 +29,7 @@ from datasets.volume_store import VolumeStore, build_store, parse_spacing
 from engine import distributed
 from engine.checkpoint import find_wanted, save_checkpoint, set_aside, tell_resumed
 from engine.distributed import World, all_max
-from engine.flags import RunInfo, add_switch, make_parser, run_main
+from engine.flags import RunInfo, add_resume, add_switch, make_parser, run_main
 from engine.logging import Clock, Meters, make_log
 from engine.optim import clip_gradients, make_optimizer
 from engine.precision import autocast, make_scaler, pick_precision
@@ -157,13 +157,7 @@ def add_running_flags(group) -> None:
     add("--val_cases", type=int, default=4, help="held-out cases to match with each other; 0 = no validation")
     add("--memory_mb", type=float, default=4096.0, help="working memory of a held-out volume's first layers, MB")
     add("--save_freq", type=int, default=200, help="steps between checkpoints; 0 = at the end only")
-    add(
-        "--resume",
-        type=str,
-        default="auto",
-        help="auto = go on if OUTPUT_DIR has a checkpoint; none = begin anew, until Slurm or torchrun restarts it; or "
-        "a file, until OUTPUT_DIR has a checkpoint that is further",
-    )
+    add_resume(group)
     add("--dist_timeout_min", type=float, default=30.0, help="minutes that a rank waits for the others")
 
 
