@@ -4,9 +4,12 @@ import dataclasses
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from scipy.stats import ttest_1samp
 
 from benchmarks import compare_pretraining
@@ -23,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = [
     *("--preset", "smoke", "--arms", "scratch,sam,true", "--shots", "1", "--seeds", "0", "1", "--num_parallel", "0"),
     *("--num_cpus", "1", "--device", "cpu", "--pretrain_steps", "2", "--finetune_steps", "2"),
+    *("--pretrain_seeds", "3", "4"),
 ]
 
 
@@ -69,6 +73,7 @@ def test_report_holds_every_arm(compared):
             0 <= v <= 1 and len(by_probe[p]) == 2 for p in by_probe for v in by_probe[p]
         )
     text = (folder / "comparison.md").read_text()
+    assert "2 pretrainings an arm;" in text
     assert all(ARMS[arm].title in text for arm in ("scratch", "sam", "true")) and "by 5 Dice points" in text
     assert (folder / "dice_over_labels.png").stat().st_size > 10_000
 
@@ -85,6 +90,31 @@ def test_only_the_weights_differ_between_finetunings(compared):
     assert differing == {"output_dir", "weights", "weights_part"}
 
 
+def test_each_seed_finetunes_a_pretraining_of_its_own(compared):
+    loaded, seeds = [], []
+    for seed in (0, 1):
+        flags = json.loads((compared.evaluation("sam", 1, seed).parent / "run.json").read_text())["flags"]
+        loaded.append(load_file(flags["weights"]))
+        pretraining = json.loads((Path(flags["weights"]).parent / "run.json").read_text())["flags"]
+        seeds.append(pretraining["seed"])
+    assert seeds == [3, 4]
+    assert any(not torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
+
+
+def test_fewer_pretrainings_than_seeds_go_round(tmp_path):
+    plan = plan_of(tmp_path, "--seeds", "0", "5", "7", "--pretrain_seeds", "1", "2")
+    assert [plan.pretrain_seed(seed) for seed in (0, 5, 7)] == [1, 2, 1]
+    assert list(plan.pretrain) == [("sam", 1), ("true", 1), ("sam", 2), ("true", 2)]
+    job = next(job for job in plan.finetune if job.name == "finetune/true_1shot_seed7")
+    assert job.after[-1] is plan.pretrain["true", 1] and str(plan.weights("true", 7)) in job.calls[0].words
+
+
+def test_pretrainings_of_an_arm_are_told_as_their_mean():
+    ends = {seed: results.PretrainingEnd({"loss": loss}, 8, ["low"] * seed) for seed, loss in ((0, 1.0), (1, 2.0))}
+    assert results.mean_end(ends) == results.PretrainingEnd({"loss": 1.5}, 8, ["seed 1: low"])
+    assert results.mean_end({1: ends[1]}) == ends[1]
+
+
 def test_weights_of_the_whole_network_arrive(compared):
     for arm in ("sam", "true"):
         log = (compared.root / "jobs" / "finetune" / f"{arm}_1shot_seed0.log").read_text()
@@ -93,7 +123,7 @@ def test_weights_of_the_whole_network_arrive(compared):
 
 def test_a_second_run_does_nothing_again(compared):
     before = {path: path.read_text() for path in (compared.root / "jobs").glob("*/*.json")}
-    assert len(before) == 6 + 4 + 2 + 2 + 6
+    assert len(before) == 6 + 4 + 4 + 2 + 6
     compare_pretraining.main([*TINY, "--output_dir", str(compared.root)])
     assert {path: path.read_text() for path in (compared.root / "jobs").glob("*/*.json")} == before
 
@@ -299,6 +329,8 @@ def test_presets_can_be_settled_and_changed(preset):
     ("words", "told"),
     [
         (["--shots", "99"], "has fewer cases"),
+        (["--pretrain_seeds", "0", "1", "2", "3"], "at most as many as --seeds"),
+        (["--seeds", "0", "1", "0"], "--seeds 0 1 0: expected different numbers"),
         (["--arms", "sam,nonsense"], "--arms sam,nonsense: expected some of scratch"),
         (["--stages", ""], "expected some of data"),
         (["--sam_checkpoint", "nowhere.pth"], "no such file"),

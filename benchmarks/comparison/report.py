@@ -59,8 +59,8 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
         dice_table(scores),
         f"![Dice against the number of labels]({FIGURE})",
         "Paired differences in Dice points; in brackets the 95 % t interval over seeds (other labelled cases, crops "
-        "and new layers; the test cases are the same), in parentheses every seed; p of the two-sided paired t test "
-        "over seeds, not corrected for the number of tests:",
+        f"and new layers; {pretrainings_told(plan)}; the test cases are the same), in parentheses every seed; p of the "
+        "two-sided paired t test over seeds, not corrected for the number of tests:",
         comparison_table(comparisons, scores.shots),
         f"Frozen encoders: balanced accuracy in percent over voxels of the organs and background, taught by "
         f"{min(plan.settings.shots)} labelled, judged on the same held-out phantoms; mean ± std over "
@@ -77,6 +77,15 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
     write_text(folder / TABLES, "\n\n".join(parts) + "\n")
     draw(scores, len(plan.settings.seeds), folder / FIGURE)
     return summary
+
+
+def pretrainings_told(plan: Plan) -> str:
+    """What the seeds say, and do not say, of the luck of a pretraining."""
+    number = len(plan.settings.pretrain_seeds)
+    if number == 1:
+        return "but one pretraining an arm, whose luck is in no interval: `--pretrain_seeds`"
+    again = "" if number == len(plan.settings.seeds) else ", some finetuned more than once"
+    return f"{number} pretrainings an arm{again}"
 
 
 def dice_summary(scores: Scores, arm: str, shots: int) -> dict:

@@ -121,11 +121,12 @@ def read_probes(plan: Plan, records: Records) -> dict[str, dict[str, list[float]
     """
     if not plan.probe or not all(records.is_done(job) for job in plan.probe):
         return {}
-    arm_of = {str(plan.weights(arm)): arm for arm in plan.pretrain} | {"random": UNTRAINED_NETWORKS}  # their mean
-    found: dict[str, dict[str, list[float]]] = {arm: {probe: [] for probe in PROBES} for arm in arm_of.values()}
+    arms = (*plan.pretrained_arms, UNTRAINED_NETWORKS)
+    found: dict[str, dict[str, list[float]]] = {arm: {probe: [] for probe in PROBES} for arm in arms}
     for seed in plan.settings.seeds:
         judged = json.loads(plan.probe_file(seed).read_text())["results"]
-        for name, arm in arm_of.items():
+        for arm in arms:
+            name = "random" if arm == UNTRAINED_NETWORKS else str(plan.weights(arm, seed))  # their mean
             for probe in PROBES:
                 found[arm][probe].append(judged[name][probe]["balanced_accuracy"])
     return found
@@ -175,9 +176,10 @@ class PretrainingEnd:
     """How a pretraining went.
 
     Attributes:
-        values: monitors: means of the last epoch; of the first one as `start_*`; of the held-out pairs as `held_out_*`.
+        values: monitors: means of the last epoch; of the first one as `start_*`; of the held-out pairs as `held_out_*`;
+            of several pretrainings their mean.
         out_dim: K; the log of it is what a uniform distribution costs.
-        warnings: what `engine.collapse` says of the last epoch.
+        warnings: what `engine.collapse` says of the last epoch of each.
     """
 
     values: dict[str, float]
@@ -186,8 +188,20 @@ class PretrainingEnd:
 
 
 def pretraining_ends(plan: Plan) -> dict[str, PretrainingEnd]:
-    """How the pretraining of every arm ended."""
-    return {arm: read_end(plan.run_folder("pretrain", arm)) for arm in plan.pretrain}
+    """How the pretrainings of every arm ended."""
+    return {
+        arm: mean_end({seed: read_end(plan.pretrain_folder(arm, seed)) for seed in plan.settings.pretrain_seeds})
+        for arm in plan.pretrained_arms
+    }
+
+
+def mean_end(ends: dict[int, PretrainingEnd]) -> PretrainingEnd:
+    """The mean of an arm's pretrainings, by seed; warnings of several name theirs."""
+    first = next(iter(ends.values()))
+    values = {name: float(np.mean([end.values[name] for end in ends.values()])) for name in first.values}
+    prefix = {seed: f"seed {seed}: " if len(ends) > 1 else "" for seed in ends}
+    told = [prefix[seed] + warning for seed, end in ends.items() for warning in end.warnings]
+    return PretrainingEnd(values, first.out_dim, told)
 
 
 def read_end(folder: Path) -> PretrainingEnd:

@@ -32,6 +32,7 @@ class Settings:
     pretrain_steps: int = flag(1000, "optimiser steps of every pretraining; above 20, multiples of 20")
     pretrain_batch: int = flag(8, "pairs per step")
     pretrain_lr: float = flag(1e-3, "peak learning rate of pretraining")
+    pretrain_seeds: tuple = flag((0,), "of pretraining; the n-th of --seeds finetunes the n-th, then round again")
     pretrain_workers: int = flag(2, "loading processes of each pretraining; 0 = none")
     pretrain_flags: str = flag("", "further flags of every pretraining, in quotes")
     weights_from: str = flag("student", "what is finetuned: student (encoder and decoder) or teacher (encoder)")
@@ -112,6 +113,14 @@ def settle(flags) -> Settings:
     settings = Settings(**PRESETS[flags.preset] | given)
     if not settings.shots or not settings.seeds or min(settings.shots) < 1:
         raise ValueError(f"--shots {settings.shots} --seeds {settings.seeds}: expected at least one of each")
+    if not 0 < len(settings.pretrain_seeds) <= len(settings.seeds):
+        raise ValueError(
+            f"--pretrain_seeds {shown(settings.pretrain_seeds)}: expected one or more, at most as many as --seeds "
+            f"({shown(settings.seeds)}): each is finetuned"
+        )
+    for name in ("seeds", "pretrain_seeds", "shots"):
+        if len(set(getattr(settings, name))) < len(getattr(settings, name)):
+            raise ValueError(f"--{name} {shown(getattr(settings, name))}: expected different numbers")
     if max(settings.shots) > settings.num_labelled:
         raise ValueError(f"--shots {settings.shots}: --num_labelled {settings.num_labelled} has fewer cases")
     if settings.weights_from not in ("student", "teacher"):

@@ -230,12 +230,26 @@ class Plan:
             for rank in range(self.num_shards)
         ]
 
-    @cached_property
-    def pretrain(self) -> dict[str, Job]:
-        return {arm: self._pretrain(arm) for arm in self.arms if arm not in UNTRAINED}
+    @property
+    def pretrained_arms(self) -> tuple[str, ...]:
+        return tuple(arm for arm in self.arms if arm not in UNTRAINED)
 
-    def _pretrain(self, arm: str) -> Job:
-        s, folder = self.settings, self.run_folder("pretrain", arm)
+    @cached_property
+    def pretrain(self) -> dict[tuple[str, int], Job]:
+        """By arm and seed of the pretraining."""
+        seeds = self.settings.pretrain_seeds
+        return {(arm, seed): self._pretrain(arm, seed) for seed in seeds for arm in self.pretrained_arms}
+
+    def pretrain_seed(self, seed: int) -> int:
+        """The seed of the pretraining that a finetuning starts from: the n-th from the n-th, then round again."""
+        s = self.settings
+        return s.pretrain_seeds[s.seeds.index(seed) % len(s.pretrain_seeds)]
+
+    def pretrain_folder(self, arm: str, pretrain_seed: int) -> Path:
+        return self.run_folder("pretrain", arm, f"seed{pretrain_seed}")
+
+    def _pretrain(self, arm: str, pretrain_seed: int) -> Job:
+        s, folder = self.settings, self.pretrain_folder(arm, pretrain_seed)
         num_epochs = -(-s.pretrain_steps // STEPS_PER_EPOCH)
         flags = words(
             config=REPOSITORY / "configs" / "comparison.yaml",
@@ -254,6 +268,7 @@ class Plan:
             saveckp_freq=max(1, num_epochs // 8),
             num_workers=self.loaders(s.pretrain_workers, 6 * s.pretrain_batch),
             device=self.device,
+            seed=pretrain_seed,
         )
         after: list[Job] = [self.make_stores["unlabelled"]]
         if ARMS[arm].table == "sam":
@@ -263,9 +278,10 @@ class Plan:
         if ARMS[arm].table is not None:
             flags += words(table_file=self.tables(ARMS[arm].table) / "correspondences.npy")
         flags += (*ARMS[arm].flags, *shlex.split(s.pretrain_flags))
-        extract = (str(folder / "checkpoint.pth"), str(self.weights(arm)), "--checkpoint_key", s.weights_from)
+        weights = str(folder / f"{s.weights_from}.safetensors")
+        extract = (str(folder / "checkpoint.pth"), weights, "--checkpoint_key", s.weights_from)
         calls = (Call("main_ddp", flags), Call("extract_backbone_weights", extract))
-        return Job(f"pretrain/{arm}", calls, folder, tuple(after))
+        return Job(f"pretrain/{arm}_seed{pretrain_seed}", calls, folder, tuple(after))
 
     @property
     def _network(self) -> dict:
@@ -274,19 +290,23 @@ class Plan:
         sides = dict(zip(("roi_z", "roi_y", "roi_x"), s.roi))
         return {"backbone": s.backbone, "feature_size": s.feature_size, **sides}
 
-    def weights(self, arm: str) -> Path:
-        """The extracted weights of an arm; the name says of which module."""
-        return self.run_folder("pretrain", arm, f"{self.settings.weights_from}.safetensors")
+    def weights(self, arm: str, seed: int) -> Path:
+        """What a finetuning of an arm starts from: extracted weights; the name says of which module."""
+        return self.pretrain_folder(arm, self.pretrain_seed(seed)) / f"{self.settings.weights_from}.safetensors"
+
+    def pretraining_of(self, seed: int) -> dict[str, Job]:
+        """What makes those weights, by arm."""
+        return {arm: self.pretrain[arm, self.pretrain_seed(seed)] for arm in self.pretrained_arms}
 
     @cached_property
     def probe(self) -> list[Job]:
         """Frozen encoders beside untrained ones, taught by the fewest labelled cases: a job for each split."""
-        return [self._probe(seed) for seed in self.settings.seeds] if self.pretrain else []
+        return [self._probe(seed) for seed in self.settings.seeds] if self.pretrained_arms else []
 
     def _probe(self, seed: int) -> Job:
         output = self.probe_file(seed)
         flags = words(
-            weights=[self.weights(arm) for arm in self.pretrain],
+            weights=[self.weights(arm, seed) for arm in self.pretrained_arms],
             data_dir=self.phantoms,
             json_list=self.list_of("labelled"),
             store_dir=self.store,
@@ -299,7 +319,7 @@ class Plan:
             num_workers=0,
             output=output,
         )
-        after = (self.make_stores["labelled"], *self.pretrain.values())
+        after = (self.make_stores["labelled"], *self.pretraining_of(seed).values())
         return Job(f"probe/seed{seed}", (Call("scripts.probe_features", flags),), output.parent, after)
 
     @cached_property
@@ -318,7 +338,8 @@ class Plan:
         }
         start = words(weights="none")
         if arm not in UNTRAINED:
-            start = (*words(weights=self.weights(arm), weights_part=s.weights_part), *shlex.split(s.weights_flags))
+            start = words(weights=self.weights(arm, seed), weights_part=s.weights_part)
+            start += tuple(shlex.split(s.weights_flags))
         further = shlex.split(f"{s.finetune_flags} {s.scratch_flags if arm == SCRATCH_OWN else ''}")
         train = words(
             config=REPOSITORY / "configs" / "finetune_comparison.yaml",
@@ -338,7 +359,7 @@ class Plan:
         )
         judge = words(checkpoint_file=evaluation.parent / "best.pth", **shared, output_dir=evaluation)
         judge += ("--no_pictures", *words(nsd_mm=0, overlap=0.25, window_batch=8))
-        after = (self.make_stores["labelled"], *([] if arm in UNTRAINED else [self.pretrain[arm]]))
+        after = (self.make_stores["labelled"], *([] if arm in UNTRAINED else [self.pretraining_of(seed)[arm]]))
         calls = (
             Call("scripts.finetune_segmentation", (*train, *start, *further)),
             Call("scripts.evaluate_segmentation", judge),
