@@ -102,7 +102,8 @@ def add_training_flags(group) -> None:
         "--freeze_encoder_steps",
         type=int,
         default=0,
-        help="steps during which loaded encoder weights stand still; 0 = off, -1 = the whole run",
+        help="steps during which the encoder's loaded weights stand still (without --weights its random ones, as a "
+        "control); 0 = off, -1 = the whole run",
     )
     add("--clip_grad", type=float, default=1.0, help="largest joint gradient norm; 0 = off")
     add(
@@ -200,8 +201,6 @@ def number_problems(flags) -> list[str]:
     expect(0 <= flags.foreground_share <= 1, "foreground_share", "a share between 0 and 1")
     expect(0 < flags.layer_decay <= 1, "layer_decay", "above 0 and up to 1 (1 = off)")
     expect(flags.freeze_encoder_steps >= -1, "freeze_encoder_steps", "-1 (always), 0 (off) or more")
-    has_weights = flags.weights != "none"
-    expect(has_weights or flags.freeze_encoder_steps == 0, "freeze_encoder_steps weights", "weights to freeze")
     expect(flags.min_lr <= flags.lr, "min_lr lr", "an end not above the peak")
     expect(flags.warmup_steps <= flags.steps, "warmup_steps steps", "a warm-up no longer than the run")
     expect(not flags.patience or flags.val_freq > 0, "patience val_freq", "validations, without which nothing can stop")

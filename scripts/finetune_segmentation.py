@@ -16,6 +16,7 @@ scripts/predict.py and scripts/evaluate_segmentation.py.
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ from engine.segmentation_report import TABLE
 from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
 from engine.sliding_window import WindowOptions
 from losses.segmentation import make_dice_ce, rare_class_weights
-from models.pretrained import LoadReport, load_pretrained
+from models.pretrained import load_pretrained
 from models.segmenters import SEGMENTERS, count_parameters, freeze, layer_groups
 from models.weights_file import WeightsFile, read_weights_file
 from scripts.evaluate_segmentation import StoreGridCases, judge_on_files, labelled_cases
@@ -179,19 +180,22 @@ def start_run(
     torch.manual_seed(flags.seed)
     kind = SEGMENTERS[plan.backbone]
     network = kind.build(1, len(plan.classes), plan.feature_size, flags.use_checkpoint)
-    started, loaded = "started from random weights", []
     if plan.weights is not None:
         report = load_pretrained(network, plan.weights, flags.min_share, flags.weights_part)
-        started, loaded = f"started from {report.tell()}", encoder_keys(report, plan)
+        started, encoder = f"started from {report.tell()}", encoder_keys(report.loaded, plan)
+    else:
+        started, encoder = "started from random weights", encoder_keys(network.state_dict(), plan)
+        if flags.freeze_encoder_steps:
+            started += "; the encoder stands still all the same: a control, what freezing alone does (no --weights)"
     if flags.freeze_encoder_steps == -1:
-        freeze(network, loaded)
+        freeze(network, encoder)
     network.to(world.device)
     run = FinetuneRun(
         network,
         make_optimizer(network, flags, plan, world),
         make_scaler(pick_precision(flags.precision, world.device), world.device),
         description,
-        frozen_keys=loaded if flags.freeze_encoder_steps > 0 else [],
+        frozen_keys=encoder if flags.freeze_encoder_steps > 0 else [],
     )
     if resumed is not None:
         run.restore(*resumed)
@@ -203,9 +207,9 @@ def start_run(
     return run, started
 
 
-def encoder_keys(report: LoadReport, plan: Plan) -> list[str]:
-    """The loaded keys that belong to the encoder."""
-    return [key for key in report.loaded if key.startswith(SEGMENTERS[plan.backbone].encoder_key_prefixes)]
+def encoder_keys(keys: Iterable[str], plan: Plan) -> list[str]:
+    """Those of a network's keys that belong to the encoder."""
+    return [key for key in keys if key.startswith(SEGMENTERS[plan.backbone].encoder_key_prefixes)]
 
 
 def make_optimizer(network: nn.Module, flags, plan: Plan, world: World) -> torch.optim.AdamW:

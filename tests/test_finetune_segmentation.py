@@ -286,6 +286,19 @@ def test_encoder_waits_for_its_steps_and_then_moves(weights, corpus, tmp_path):
         assert torch.equal(now, given) == is_still
 
 
+@pytest.mark.parametrize(("freeze_encoder_steps", "is_still"), [(-1, True), (2, True), (1, False), (0, False)])
+def test_a_random_encoder_may_stand_still_as_a_control(corpus, tmp_path, capfd, freeze_encoder_steps, is_still):
+    flags = {"steps": 2, "val_freq": 0, "evaluate": "false", "freeze_encoder_steps": freeze_encoder_steps}
+    command.main(finetune_arguments(corpus, tmp_path, **flags))
+    torch.manual_seed(0)
+    fresh = SEGMENTERS["unet"].build(1, 4, 8).state_dict()
+    now = load_checkpoint(tmp_path / "best.pth")["model"]
+    encoder = [key for key in fresh if key.startswith(("embed.", "encoder."))]
+    assert all(torch.equal(now[key], fresh[key]) for key in encoder) == is_still
+    assert not torch.equal(now["out.conv.conv.weight"], fresh["out.conv.conv.weight"])
+    assert ("what freezing alone does" in capfd.readouterr().out) == (freeze_encoder_steps != 0)
+
+
 def test_rare_classes_weigh_more_where_asked(corpus, tmp_path, monkeypatch):
     given, flags = [], {"steps": 1, "val_freq": 0, "evaluate": "false"}
     plain = command.make_dice_ce
