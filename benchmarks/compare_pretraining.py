@@ -4,12 +4,14 @@
     python -m benchmarks.compare_pretraining --preset cpu --output_dir results/comparison_cpu
     python -m benchmarks.compare_pretraining --output_dir results/comparison --stages data,sam,pretrain,probe
 
-Arms: from scratch (and, with --scratch_flags, from scratch with settings of its own); masked image
-modelling alone; Alice with random, IoU and SAM pairs; Alice without CASA; and Alice with the phantoms' true
-correspondences, the upper bound of SAM pairs. All pretrain on the same unlabelled phantoms, for as many steps of as
-many pairs. Then each is finetuned with 1, 4 and 15 (cpu: 1 and 4) labelled phantoms, three times, with the same cases,
-crops, seeds and schedule for every arm, and judged on further phantoms; and the frozen encoders are probed, which
-chance moves less.
+Arms: from scratch (and, with --scratch_flags, once more with those); masked image modelling alone; Alice with random,
+IoU and SAM pairs; Alice without CASA; and Alice with the phantoms' true correspondences, the upper bound of SAM pairs.
+All pretrain on the same unlabelled phantoms, for as many steps of as many pairs. Then each is finetuned with 1, 4, 15
+(cpu: 1 and 4) labelled phantoms, three times, with the same cases, crops, seeds and schedule for every arm, and judged
+on further phantoms; and the frozen encoders are probed, which chance moves less.
+
+An arm is pretrained once, unless --pretrain_seeds names several: chance moves the Dice of one pretraining by a few
+points, and without further ones no interval shows that.
 
 Everything is done by the project's own commands; `OUTPUT_DIR/jobs` holds their words, seconds and logs. The same
 command again goes on where it was stopped, and does anew what its flags have changed. `report/` receives comparison.md,

@@ -306,7 +306,7 @@ def test_verdict_on_scratch(gain, word):
 def test_verdict_is_on_the_better_scratch():
     scores = scores_of(scratch=[[0.1, 0.3]], scratch_own=[[0.2, 0.4]], sam=[[0.22, 0.42]])
     told = verdicts([compare(scores, "sam", scratch, 1) for scratch in ("scratch", "scratch_own")])[0]
-    assert "from scratch, own settings" in told and "NO (+2.0" in told
+    assert "from scratch, --scratch_flags" in told and "NO (+2.0" in told
 
 
 @pytest.mark.parametrize(

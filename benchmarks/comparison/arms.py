@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 SCRATCH = "scratch"
-SCRATCH_OWN = "scratch_own"  # without what suits pretrained weights alone, as layer-wise decay: --scratch_flags
+SCRATCH_OWN = "scratch_own"  # --scratch_flags: what suits scratch better, or what else pretrained arms get, as freezing
 UNTRAINED = (SCRATCH, SCRATCH_OWN)
 
 
@@ -28,7 +28,7 @@ ALICE = ("--lambda1", "0.1", "--lambda2", "0.1")
 
 ARMS: dict[str, Arm] = {
     SCRATCH: Arm("from scratch"),
-    SCRATCH_OWN: Arm("from scratch, own settings"),
+    SCRATCH_OWN: Arm("from scratch, --scratch_flags"),
     "mim": Arm("masked image modelling", ("--pairing", "random", "--lambda1", "0", "--lambda2", "0")),
     "random": Arm("Alice, random pairs", ("--pairing", "random", *ALICE)),
     "iou": Arm("Alice, IoU pairs", ("--pairing", "iou", *ALICE)),

@@ -62,6 +62,7 @@ PRESETS: dict[str, dict] = {
         **{"finetune_steps": 1200, "finetune_workers": 0, "num_parallel": 2},
         "finetune_lr": 5e-3,  # scratch's best of 1e-3, 3e-3 (with layer-wise decay), 5e-3 and 1e-2
         "weights_flags": "--freeze_encoder_steps=600",  # new layers first, then all: Kumar et al., ICLR 2022
+        "scratch_flags": "--freeze_encoder_steps=600",  # what that alone does
         **{"sam_spacing_mm": 4.0, "data_seed": 10},  # tuned with 7; earlier protocols saw 8 and 9
     },
     "smoke": {
