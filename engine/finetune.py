@@ -1,12 +1,13 @@
 """The finetuning loop, in execution order.
 
-    schedule -> forward, backward -> clip -> finite check over ranks -> step -> log -> validate -> save
+    hold still -> schedule -> forward, backward -> clip -> finite check over ranks -> step -> log -> validate -> save
 
 Validation decides three things at once: which weights are the best so far, whether to stop early, and what the log
 tells. A run's folder holds `checkpoint.pth` and the one before it (everything, for an exact resume) and `best.pth`
 (network and description, for use).
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +120,7 @@ PROGRESS = ("step", "best_dice", "best_step", "num_without_gain", "is_stopped")
 
 def finetune(
     run: FinetuneRun,
-    wrapped: nn.Module,
+    wrap: Callable[[nn.Module], nn.Module],
     loss: nn.Module,
     batches: Iterator[dict],
     lr: Callable[[int], float],
@@ -132,7 +133,7 @@ def finetune(
     """Train from `run.step` to the end or to an early stop.
 
     Args:
-        wrapped: the network as it is trained (DDP, or the network itself).
+        wrap: puts DDP around the network, or gives it back as it is; asked again when the encoder begins to move.
         loss: (logits [B, C, D, H, W], channels [B, 1, D, H, W]) -> scalar.
         batches: of `SegmentationCropDataset`, on the CPU.
         lr: step -> learning rate of the last layers.
@@ -146,9 +147,17 @@ def finetune(
     """
     trained = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
     held = [p for name, p in run.network.named_parameters() if name in set(run.frozen_keys)]
-    meters, clock = Meters(), Clock()
+    meters, clock, wrapped = Meters(), Clock(), None
     with StopRequest() as stop:
         while run.step < options.num_steps and not run.is_stopped:
+            # Hold the encoder still, or let it go: what stands still costs no gradient. DDP wants to know it anew
+            if wrapped is None or run.step == options.num_freeze_steps:
+                for parameter in held:
+                    parameter.requires_grad_(run.step >= options.num_freeze_steps)
+                wrapped = None
+                gc.collect()  # the hooks of the DDP before
+                wrapped = wrap(run.network)
+
             # Schedule
             rate = lr(run.step)
             for group in run.optimizer.param_groups:
@@ -168,9 +177,6 @@ def finetune(
 
             # Clip
             run.scaler.unscale_(run.optimizer)
-            if run.step < options.num_freeze_steps:
-                for parameter in held:
-                    parameter.grad = None
             grad_norm = clip_gradients(trained, options.clip_grad)
 
             # Finite check over ranks; the one value read from the device in every step

@@ -342,7 +342,7 @@ def train(flags, plan: Plan, store: VolumeStore, run: FinetuneRun, options: Fine
     weights = rare_class_weights(dataset.count_voxels()).to(world.device) if flags.class_weights == "rare" else None
     return finetune(
         run,
-        wrap(run.network, world),
+        lambda network: wrap(network, world),
         make_dice_ce(weights),
         iter(loader),
         lr,

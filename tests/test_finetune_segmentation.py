@@ -365,10 +365,16 @@ def test_two_ranks_train_and_judge_together(finished, corpus, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(one_of_two_ranks, (port, finetune_arguments(corpus, tmp_path, steps=2, num_val_cases=0)), nprocs=2)
-    assert [line["step"] for line in log_of(tmp_path, "validation")] == [2]
+    flags = {"steps": 3, "num_val_cases": 0, "freeze_encoder_steps": 2, "clip_grad": 0, "log_freq": 1, "val_freq": 3}
+    mp.spawn(one_of_two_ranks, (port, finetune_arguments(corpus, tmp_path, batch_size=1, **flags)), nprocs=2)
+    assert [line["step"] for line in log_of(tmp_path, "validation")] == [3]
     summary = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert summary["num_cases"] == 2 and (tmp_path / "evaluation" / "worst_and_best.png").exists()
+    # One process on the joined batch, with the encoder still for two steps and moving in the third
+    command.main(finetune_arguments(corpus, tmp_path / "one", batch_size=2, evaluate="false", **flags))
+    for ours, theirs in zip(log_of(tmp_path), log_of(tmp_path / "one"), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
 def test_evaluation_command_equals_the_runs_own(finished, corpus, tmp_path):
