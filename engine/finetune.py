@@ -146,7 +146,8 @@ def finetune(
         NonFiniteLossError: on all ranks together, when the loss or a gradient is not finite.
     """
     trained = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
-    held = [p for name, p in run.network.named_parameters() if name in set(run.frozen_keys)]
+    frozen_keys = set(run.frozen_keys)
+    held = [p for name, p in run.network.named_parameters() if name in frozen_keys]
     meters, clock, wrapped = Meters(), Clock(), None
     with StopRequest() as stop:
         while run.step < options.num_steps and not run.is_stopped:

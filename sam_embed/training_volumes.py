@@ -105,8 +105,8 @@ class TrainingVolumes(Sequence[TrainingVolume]):
         """
         self.grid_dir, self.spacing_mm = Path(grid_dir), tuple(info.spacing_mm)
         self.names = [name for name in store.names if _num_slices(self.grid_dir, name)]
-        left_out = [name for name in store.names if name not in set(self.names)]
-        for name in left_out if rank == 0 else ():
+        left_out = set(store.names) - set(self.names)
+        for name in sorted(left_out) if rank == 0 else ():
             print(f"left out {name}: no patient in it (nothing is denser than -500 HU)", file=sys.stderr)
         if not self.names:
             raise NoPatientError(
