@@ -278,8 +278,8 @@ class Plan:
         if ARMS[arm].table is not None:
             flags += words(table_file=self.tables(ARMS[arm].table) / "correspondences.npy")
         flags += (*ARMS[arm].flags, *shlex.split(s.pretrain_flags))
-        weights = str(folder / f"{s.weights_from}.safetensors")
-        extract = (str(folder / "checkpoint.pth"), weights, "--checkpoint_key", s.weights_from)
+        weights = self.extracted(arm, pretrain_seed)
+        extract = (str(folder / "checkpoint.pth"), str(weights), "--checkpoint_key", s.weights_from)
         calls = (Call("main_ddp", flags), Call("extract_backbone_weights", extract))
         return Job(f"pretrain/{arm}_seed{pretrain_seed}", calls, folder, tuple(after))
 
@@ -290,9 +290,13 @@ class Plan:
         sides = dict(zip(("roi_z", "roi_y", "roi_x"), s.roi))
         return {"backbone": s.backbone, "feature_size": s.feature_size, **sides}
 
+    def extracted(self, arm: str, pretrain_seed: int) -> Path:
+        """The extracted weights of a pretraining; the name says of which module."""
+        return self.pretrain_folder(arm, pretrain_seed) / f"{self.settings.weights_from}.safetensors"
+
     def weights(self, arm: str, seed: int) -> Path:
-        """What a finetuning of an arm starts from: extracted weights; the name says of which module."""
-        return self.pretrain_folder(arm, self.pretrain_seed(seed)) / f"{self.settings.weights_from}.safetensors"
+        """What a finetuning of an arm starts from."""
+        return self.extracted(arm, self.pretrain_seed(seed))
 
     def pretraining_of(self, seed: int) -> dict[str, Job]:
         """What makes those weights, by arm."""
