@@ -13,7 +13,7 @@ NEVER_DECAYED = ("bias", "bias_table", "mask_token")
 def make_optimizer(
     module: nn.Module, lr: float, weight_decay: float, device: torch.device, fused: bool | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters of `module`; one kernel does a step where `fused` (None = on CUDA).
+    """AdamW over all trainable parameters of `module`; one kernel does a step where `fused` (None = not on a CPU).
 
     Group 0 decays; group 1 (biases, norms and other 1-D parameters, attention bias tables, the mask token) does not.
 
@@ -29,7 +29,7 @@ def make_optimizer(
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    is_fused = device.type == "cuda" if fused is None else fused
+    is_fused = device.type != "cpu" if fused is None else fused
     return torch.optim.AdamW(groups, lr=lr, fused=True if is_fused else None)
 
 

@@ -217,7 +217,7 @@ def make_optimizer(network: nn.Module, flags, plan: Plan, world: World) -> torch
     groups = layer_groups(network, SEGMENTERS[plan.backbone], flags.layer_decay, decays)
     for group in groups:
         group["weight_decay"] = flags.weight_decay if group["is_decayed"] else 0.0
-    return torch.optim.AdamW(groups, lr=flags.lr, fused=True if world.device.type == "cuda" else None)
+    return torch.optim.AdamW(groups, lr=flags.lr, fused=True if world.device.type != "cpu" else None)
 
 
 def describe_run(flags, plan: Plan, info: RunInfo) -> dict:

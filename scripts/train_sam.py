@@ -320,6 +320,7 @@ def train(
             elif is_save_due and world.is_main:
                 save_checkpoint(run.as_checkpoint(), flags.output_dir)
             if is_last or is_asked_to_stop:
+                distributed.wait_for_all(world)  # launchers end the others when the first one leaves, saving or not
                 return bool(is_last)
             clock.wait()
     return True
