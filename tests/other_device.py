@@ -1,9 +1,9 @@
 """A device that is not the CPU, on machines that have no other: what otherwise only a GPU would show.
 
 Its tensors lie on "other:0" and are computed by PyTorch's CPU kernels, so that in fp32 a run on it equals a run on the
-CPU up to rounding (fused kernels that the CPU alone has are taken apart). As on CUDA, an operator refuses tensors of two
-devices, NumPy gets none of them, and autocast casts what the installed PyTorch's `autocast_mode.h` lists for GPUs (more
-than it lists for CPUs).
+CPU up to rounding (fused kernels that the CPU alone has are taken apart). As on CUDA, an operator refuses tensors of
+two devices, NumPy gets none of them, and autocast casts what the installed PyTorch's `autocast_mode.h` lists for GPUs
+(more than it lists for CPUs).
 
     python -m tests.other_device RUNS.json
 
