@@ -23,8 +23,10 @@ import torch
 from engine.checkpoint import CheckpointError, load_checkpoint
 from engine.flags import add_switch, make_parser, run_main
 from engine.run_state import KIND
-from engine.weights import FORMATS, HEAD_PREFIX, compare, extract, save_weights, weights_file_name
+from engine.weights import FORMATS, HEAD_PREFIX, extract, save_weights, weights_file_name
 from models.backbones import BACKBONES, segmentation_network
+from models.pretrained import load_pretrained
+from models.weights_file import WeightsError, WeightsFile
 
 NUM_CLASSES = 14  # of the network that weights are compared with; its output layer is not exported
 
@@ -85,11 +87,17 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> 
     parts = {"encoder": BACKBONES[name].encoder_key_prefixes, "decoder": BACKBONES[name].decoder_key_prefixes}
     backbone_weights = {key: value for key, value in weights.items() if not key.startswith(HEAD_PREFIX)}
     network = segmentation_network(name, backbone["in_channels"], NUM_CLASSES, backbone["feature_size"])
-    report = compare(backbone_weights, network.state_dict())
-    told = f"{name}, feature size {backbone['feature_size']}: {report.tell(**parts)}"
-    if report.misshapen or report.unexpected or not report.matched:
-        raise CheckpointError(f"{path}: does not fit {told}")
-    matched, wanted = report.counts(parts["encoder"])
+    built = f"{name}, feature size {backbone['feature_size']}"
+    try:
+        report = load_pretrained(network, WeightsFile(path, backbone_weights), min_share=0.0, part="whole")
+    except WeightsError as error:
+        raise CheckpointError(f"{path}: does not fit {built}: no key has a name and shape of its own") from error
+    if report.misshapen or report.unexpected:
+        raise CheckpointError(f"does not fit {built}: {report.tell()}")
+    counts = {part: report.counts(prefixes) for part, prefixes in parts.items()}
+    shares = ", ".join(f"{part} {matched}/{wanted}" for part, (matched, wanted) in counts.items())
+    told = f"{built}: {shares} keys matched"
+    matched, wanted = counts["encoder"]
     if matched < wanted:
         modules = sorted({key.split(".")[0] for key in report.missing if key.startswith(parts["encoder"])})
         told += f" ({', '.join(modules)} not trained by this run's objectives)"

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.augment import AugmentOptions
 from datasets.correspondences import CorrespondenceTable
 from datasets.data_list import Case, load_data_list
+from datasets.geometry import CANONICAL_AXCODES
 from datasets.label_classes import read_classes
 from datasets.loader import make_pair_loader
 from datasets.masks import mask_grid, num_masked_blocks
@@ -258,7 +259,7 @@ def make_run(
         "versions": info.versions,
         "random": {"seed": flags.seed, "rule": "torch is seeded from (seed, step, rank) before each step"},
         "preprocessing": {
-            "axcodes": "SPL",
+            "axcodes": CANONICAL_AXCODES,
             "spacing_mm": list(data.store.spacing_mm) if data.store.spacing_mm else "native",
             "hu_min": flags.a_min,
             "hu_max": flags.a_max,

@@ -6,7 +6,7 @@ segmentation network shares, so that `model.load_state_dict(weights, strict=Fals
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -22,42 +22,6 @@ BACKBONE_PREFIX = "backbone.network."
 HEAD_PREFIX = "head."
 TASK_LAYER_PREFIX = "out."
 FORMATS = {"monai": ".pth", "safetensors": ".safetensors"}  # containers of the same names
-
-
-@dataclass(frozen=True)
-class MatchReport:
-    """How a set of weights meets a network's own keys."""
-
-    matched: list[str]
-    missing: list[str]
-    misshapen: list[str]
-    unexpected: list[str]
-
-    def counts(self, prefixes: tuple[str, ...]) -> tuple[int, int]:
-        """(matched, all) of the network's keys that start with one of `prefixes`."""
-        matched = sum(key.startswith(prefixes) for key in self.matched)
-        return matched, matched + sum(key.startswith(prefixes) for key in self.missing + self.misshapen)
-
-    def tell(self, **parts: tuple[str, ...]) -> str:
-        """One line: matched/all of every named part (name=prefixes), and what does not fit."""
-        counts = {name: self.counts(prefixes) for name, prefixes in parts.items()}
-        text = ", ".join(f"{name} {matched}/{wanted}" for name, (matched, wanted) in counts.items()) + " keys matched"
-        for name in ("misshapen", "unexpected"):
-            keys = getattr(self, name)
-            if keys:
-                text += f", {len(keys)} {name} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        return text
-
-
-def compare(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> MatchReport:
-    """Compare weights with a network's own state dict, by name and shape."""
-    both = [key for key in own if key in weights]
-    return MatchReport(
-        matched=[key for key in both if weights[key].shape == own[key].shape],
-        missing=[key for key in own if key not in weights],
-        misshapen=[key for key in both if weights[key].shape != own[key].shape],
-        unexpected=[key for key in weights if key not in own],
-    )
 
 
 def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[str, torch.Tensor]:

@@ -53,6 +53,11 @@ class LoadReport:
         num_wanted = len(self.loaded) + len(self.missing) + len(self.misshapen)
         return len(self.loaded) / max(1, num_wanted)
 
+    def counts(self, prefixes: tuple[str, ...]) -> tuple[int, int]:
+        """(loaded, wanted) of the network's keys that start with one of `prefixes`."""
+        loaded = sum(key.startswith(prefixes) for key in self.loaded)
+        return loaded, loaded + sum(key.startswith(prefixes) for key in self.missing + self.misshapen)
+
     def tell(self) -> str:
         """One line for people."""
         num_wanted = len(self.loaded) + len(self.missing) + len(self.misshapen)

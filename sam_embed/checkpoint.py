@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from datasets.files import write_bytes
+from datasets.geometry import CANONICAL_AXCODES
 from sam_embed.network import AnatomicalEmbedder
 
 KIND = "sam_embed"
@@ -40,7 +41,7 @@ class EmbedderInfo:
     hu_max: float = 3071.0
     scale_to: float = 255.0
     offset: float = -50.0
-    axcodes: str = "SPL"
+    axcodes: str = CANONICAL_AXCODES
     source: str = ""
     fingerprint: str = ""  # of the weights, so that stored embeddings of other weights are not mistaken for these
 
@@ -85,7 +86,8 @@ def load_embedder(checkpoint_file: str | Path) -> tuple[AnatomicalEmbedder, Embe
         checkpoint_file: our own checkpoint, a bare published state dict, or an mmcv file of SAM or UAE-S.
 
     Raises:
-        CheckpointError: no such file, not loadable without running code, or names and shapes that do not fit.
+        CheckpointError: no such file, not loadable without running code, names and shapes that do not fit, or a network
+            trained on another axis order.
     """
     content = _load_plain(Path(checkpoint_file))
     state_dict = _state_dict_of(content, checkpoint_file)
@@ -97,6 +99,12 @@ def load_embedder(checkpoint_file: str | Path) -> tuple[AnatomicalEmbedder, Embe
     preprocessing = dict(content.get("preprocessing", {})) if is_ours else {}
     if "spacing_mm" in preprocessing:
         preprocessing["spacing_mm"] = tuple(preprocessing["spacing_mm"])
+    axcodes = preprocessing.get("axcodes", CANONICAL_AXCODES)
+    if axcodes != CANONICAL_AXCODES:
+        raise CheckpointError(
+            f"{checkpoint_file}: trained on volumes in axis order {axcodes}, expected {CANONICAL_AXCODES} "
+            "(--checkpoint_file)"
+        )
     info = EmbedderInfo(
         **preprocessing, source=Path(checkpoint_file).name, fingerprint=weights_fingerprint(network.state_dict())
     )

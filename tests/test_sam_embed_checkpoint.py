@@ -47,6 +47,12 @@ def test_mmcv_file_of_the_published_network(tmp_path, semantic, prefix, is_zip):
     assert (loaded.semantic_head is not None) == semantic
 
 
+def test_another_axis_order_is_refused(tmp_path):
+    save_embedder(tmp_path / "sam.pth", small_network(), EmbedderInfo(axcodes="RAS"))
+    with pytest.raises(CheckpointError, match="sam.pth: trained on volumes in axis order RAS, expected SPL"):
+        load_embedder(tmp_path / "sam.pth")
+
+
 def test_wrong_weights_are_listed(tmp_path):
     weights = AnatomicalEmbedder().state_dict()
     del weights["backbone.conv1.conv.weight"]

@@ -12,7 +12,7 @@ from sam_embed import search
 from sam_embed.embedding_store import Embedding
 from sam_embed.match import best_voxels, cycle_error_mm, match_points, query_vectors, similarity_map
 from sam_embed.mine import MiningOptions, draw_points
-from sam_embed.published import published_match, published_similarity
+from tests.published_matching import published_match, published_similarity
 from tests.sam_fakes import patient_embedding
 from tests.shared import shared_file
 
