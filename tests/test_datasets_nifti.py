@@ -59,7 +59,7 @@ def test_slope_and_intercept(tmp_path):
     image = nib.Nifti1Image(stored, AFFINE)
     image.header.set_slope_inter(1, 0)
     nib.save(image, tmp_path / "ct.nii")
-    for slope, inter in ((1, -1024), (0.5, -1024), (2, -1000.25)):
+    for slope, inter in ((1, -1024), (0.5, -1024), (1.25, -1000.25)):
         patch_header(tmp_path / "ct.nii", scl_slope=slope, scl_inter=inter)
         expected = np.rint(np.clip(np.asarray(nib.load(tmp_path / "ct.nii").dataobj), -1024, 3071)).transpose(2, 1, 0)
         assert np.array_equal(read_ct(tmp_path / "ct.nii").array, expected)
@@ -73,8 +73,8 @@ def test_padding_and_metal_are_clamped(tmp_path):
 
 
 def test_unsigned_values_above_int16_do_not_wrap(tmp_path):
-    array = np.full((4, 4, 4), 40, np.uint16)
-    array[0] = 65000
+    array = np.full((10, 10, 10), 40, np.uint16)
+    array[0, 0, :9] = 65000
     assert read_ct(save(tmp_path / "ct.nii", array)).array.max() == 3071
 
 
@@ -167,6 +167,14 @@ def broken_only_padding(path):
     save(path, array)
 
 
+def broken_scaled(path):
+    save(path, np.random.default_rng(0).random((6, 7, 8)).astype(np.float32))
+
+
+def broken_units(path):
+    save(path, np.random.default_rng(0).integers(0, 9000, (6, 7, 8)).astype(np.uint16))
+
+
 def broken_nan(path):
     array = hounsfield().astype(np.float32)
     array[1, 2, 3] = np.nan
@@ -255,6 +263,8 @@ def broken_voxel_type(path):
         (broken_complex, "voxel type"),
         (broken_constant, "every voxel is -1000"),
         (broken_only_padding, "outside of -1024 to 3071 HU"),
+        (broken_scaled, r"no CT in HU \(scaled to \[0, 1\]\?\)"),
+        (broken_units, r"6\d% of voxels lie above 3071 \(up to 89\d\d\)"),
         (broken_nan, "1 of 336 voxels are not finite"),
         (broken_infinite, "2 of 336 voxels are not finite"),
         (broken_no_voxels, "no voxels"),
@@ -277,8 +287,8 @@ def test_unusable_files_are_named_with_the_reason(tmp_path, breaker, reason):
     path = tmp_path / "patient_7.nii.gz"
     breaker(path)
     for read in (read_ct, read_label):
-        if read is read_label and breaker in (broken_constant, broken_only_padding):
-            continue  # a constant label map is fine, and negative labels have their own test
+        if read is read_label and breaker in (broken_constant, broken_only_padding, broken_scaled, broken_units):
+            continue  # constant maps and high labels are fine; negative and broken ones have their own tests
         with pytest.raises(CTReadError, match=reason) as caught:
             read(path)
         assert "patient_7.nii.gz" in str(caught.value)
