@@ -60,8 +60,8 @@ def read_ct(path: str | Path) -> Volume:
 
     Raises:
         CTReadError: missing, truncated or damaged file, not NIfTI, not 3-D (a trailing axis of length 1 is dropped),
-            zero spacing, singular affine, no voxels, one value throughout, voxels that are not finite, or values in other
-            units, which would be cut off or rounded away.
+            zero spacing, singular affine, no voxels, one value throughout, voxels that are not finite, or values in
+            other units, which would be cut off or rounded away.
     """
     raw, affine = _read_voxels(path)
     low, high = _finite_range(raw, path)
@@ -69,13 +69,13 @@ def read_ct(path: str | Path) -> Volume:
         raise CTReadError(f"{path}: every voxel is {low:g}; expected a CT with contrast between air and tissue")
     if high - low < LEAST_SPAN and raw.dtype.kind == "f" and (raw != np.rint(raw)).any():
         raise CTReadError(
-            f"{path}: values lie in [{low:g}, {high:g}], which is no CT in HU (scaled to [0, 1]?) and would be rounded to "
-            "whole numbers; expected HU, or other units stretched to some hundreds"
+            f"{path}: values lie in [{low:g}, {high:g}], which is no CT in HU (scaled to [0, 1]?) and would be rounded "
+            "to whole numbers; expected HU, or other units stretched to some hundreds"
         )
     if high > HU_MAX and (above := float((raw > HU_MAX).mean())) > MOST_ABOVE:
         raise CTReadError(
-            f"{path}: {above:.0%} of voxels lie above {HU_MAX} (up to {high:g}) and would be cut off there; expected HU. "
-            f"Rescale other units (MR, raw scanner values) to {HU_MIN} to {HU_MAX}"
+            f"{path}: {above:.0%} of voxels lie above {HU_MAX} (up to {high:g}) and would be cut off there; expected "
+            f"HU. Rescale other units (MR, raw scanner values) to {HU_MIN} to {HU_MAX}"
         )
     array = _as_int16(raw, HU_MIN, HU_MAX)
     if array.min() == array.max():

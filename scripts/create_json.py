@@ -29,6 +29,8 @@ from datasets.nifti import CTReadError, read_ct, read_label_of
 from engine.flags import make_parser, run_main
 
 FLARE22_LABELS = LabelClasses.built_in("flare22").names
+NO_AIR_HU = -200  # a CT whose lowest value lies above shows no air: cropped, or not in HU
+NUM_NAMES_SHOWN = 3
 MAX_LABEL_VALUES = 64  # a volume of no more different values, none below zero, is no CT
 
 
@@ -49,21 +51,22 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict[str, str]]:
-    """The case as it can be used, and file -> reason for what cannot.
+def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict[str, str], bool]:
+    """The case as it can be used, file -> reason for what cannot, and whether the volume shows air.
 
     A label that cannot be used is taken off its case; None stands for a case without a usable image, or, where it
     `needs_label`, without a usable label.
     """
-    file = case.image
+    file, has_air = case.image, True
     try:
         image = read_ct(file)
+        has_air = bool(image.array.min() <= NO_AIR_HU)
         if num_values := few_whole_values(image.array):
             raise CTReadError(f"{file}: only {num_values} whole values, none below zero: it looks like a label map")
         if case.label is not None:
             file = case.label
             read_label_of(image, file)
-        return case, {}
+        return case, {}, has_air
     except CTReadError as error:
         reason = str(error).removeprefix(f"{file}: ")
     except MemoryError:
@@ -71,8 +74,8 @@ def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict
     except Exception as error:  # whatever one strange file does, thousands of others wait behind it
         reason = f"unexpected {type(error).__name__} ({error})"
     if file == case.image or needs_label:
-        return None, {str(file): reason}
-    return Case(case.name, case.image), {str(file): f"{reason}; {case.name} is listed without its label"}
+        return None, {str(file): reason}, has_air
+    return Case(case.name, case.image), {str(file): f"{reason}; {case.name} is listed without its label"}, has_air
 
 
 def few_whole_values(array: np.ndarray) -> int:
@@ -89,17 +92,29 @@ def few_whole_values(array: np.ndarray) -> int:
 
 def check_cases(
     cases: Sequence[Case], num_workers: int, needs_label: bool = False
-) -> tuple[list[Case], dict[str, str]]:
-    """The usable cases, and file -> reason for what cannot be used."""
-    usable, unreadable = [], {}
+) -> tuple[list[Case], dict[str, str], list[Case]]:
+    """The usable cases, file -> reason for what cannot be used, and those of the usable cases that show no air."""
+    usable, unreadable, airless = [], {}, []
     # Threads are enough: decompression, which takes nearly all of the time, leaves Python's lock.
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         checks = pool.map(partial(check_case, needs_label=needs_label), cases)
-        for case, problems in tqdm(checks, total=len(cases), desc="checking", unit="case"):
+        for case, problems, has_air in tqdm(checks, total=len(cases), desc="checking", unit="case"):
             unreadable.update(problems)
             if case is not None:
                 usable.append(case)
-    return usable, unreadable
+            if case is not None and not has_air:
+                airless.append(case)
+    return usable, unreadable, airless
+
+
+def tell_airless(airless: Sequence[Case], num_cases: int) -> str:
+    """What volumes without air may mean; found out too late, every crop of such a data set is one grey."""
+    shown = ", ".join(str(case.image) for case in airless[:NUM_NAMES_SHOWN])
+    shown += ", ..." if len(airless) > NUM_NAMES_SHOWN else ""
+    return (
+        f"note: {len(airless)} of {num_cases} volumes hold nothing below {NO_AIR_HU} HU, where air lies ({shown}): MR, "
+        "or scanner values 1024 above HU? --a_min and --a_max are in the files' own values"
+    )
 
 
 def choose(cases: Sequence[Case], which: str, data_dir: str) -> list[Case]:
@@ -120,9 +135,11 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     found = choose(find_cases(flags.data_dir), flags.cases, flags.data_dir)
     split_cases(found, flags.num_validation, flags.validation_fraction, flags.seed)  # complain before the long check
-    cases, unreadable = check_cases(found, flags.num_workers, needs_label=flags.cases == "labelled")
+    cases, unreadable, airless = check_cases(found, flags.num_workers, needs_label=flags.cases == "labelled")
     for file, reason in unreadable.items():
         print(f"left out {file}: {reason}", file=sys.stderr)
+    if airless:
+        print(tell_airless(airless, len(cases)), file=sys.stderr)
     if not cases:
         raise DataListError(f"{flags.data_dir}: none of {len(found)} cases can be read; the reasons are above")
     training, validation = split_cases(cases, flags.num_validation, flags.validation_fraction, flags.seed)

@@ -281,6 +281,19 @@ def test_create_json_refuses_labels_that_the_store_would_refuse(tmp_path, capsys
     assert build_store(find_cases(tmp_path), tmp_path / "store", progress=False).failed.keys() == {"b"}
 
 
+def test_create_json_notes_volumes_without_air(tmp_path, capsys):
+    """Scanner values that lack their offset: every one of them fits, and every window would show one grey."""
+    put_ct(tmp_path / "a.nii.gz")
+    words = ["--data_dir", str(tmp_path), "--output", str(tmp_path / "l.json")]
+    create_json.main(words)
+    assert "note:" not in capsys.readouterr().err
+    raw = np.random.default_rng(0).integers(0, 2000, size=(6, 7, 8)).astype(np.int16)
+    nib.save(nib.Nifti1Image(raw, np.eye(4)), tmp_path / "raw.nii.gz")
+    create_json.main(words)
+    told = capsys.readouterr().err
+    assert "note: 1 of 2 volumes hold nothing below -200 HU" in told and "raw.nii.gz" in told and "--a_min" in told
+
+
 def test_create_json_leaves_label_maps_out(tmp_path):
     put_ct(tmp_path / "a.nii.gz")
     put_ct(tmp_path / "a_organs.nii.gz", label=True)
