@@ -1,4 +1,4 @@
-"""Finetuning on a real labelled CT: the organs of the volume that it learns from, found again on the file's own grid."""
+"""Finetuning on a real labelled CT: the organs that it learns from are found again, on the file's own grid."""
 
 import json
 
