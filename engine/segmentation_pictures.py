@@ -4,6 +4,7 @@ Arrays are [D, H, W] in the canonical orientation. Only the planes that are show
 may be a candidate. Axial planes have anterior on top and the patient's left on the right; coronal ones the head on top.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 OPACITY = 0.55
+PANEL_INCHES = 2.5  # width of each of a row's six pictures
+MOST_ROW_INCHES = 6.0
+LEGEND_COLUMNS = 7
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,11 @@ def overlay_figure(
         names: of the channels, background first.
         hu_min, hu_max: HU that are black and white.
     """
-    figure = Figure(figsize=(15, 3.4 * len(views) + 0.8), layout="constrained")
-    axes = figure.subplots(len(views), 6, squeeze=False)
+    heights = [row_height(view) for _, view in views]
+    handles = [Patch(color=colour, label=name) for name, colour in zip(names, channel_colours(len(names)))][1:31]
+    num_lines = math.ceil(len(handles) / LEGEND_COLUMNS)
+    figure = Figure(figsize=(6 * PANEL_INCHES, sum(heights) + 0.2 * num_lines + 0.3), layout="constrained")
+    axes = figure.subplots(len(views), 6, squeeze=False, height_ratios=heights)
     colours = channel_colours(len(names))
     for row, (title, view) in zip(axes, views):
         for first, (plane, (hu, truth, predicted, aspect)) in zip((0, 3), view.planes.items()):
@@ -77,9 +84,15 @@ def overlay_figure(
                 axis.set_xticks([])
                 axis.set_yticks([])
         row[0].set_ylabel(title, fontsize=8)
-    handles = [Patch(color=colours[channel], label=name) for channel, name in enumerate(names) if channel]
-    figure.legend(handles=handles[:30], loc="outside lower center", ncols=7, fontsize=7)
+    figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7)
     return figure
+
+
+def row_height(view: CaseView) -> float:
+    """Inches that a row of `PANEL_INCHES` wide panels needs, with its titles; long scans are shown smaller."""
+    shapes = [(hu.shape, aspect) for hu, _, _, aspect in view.planes.values()]
+    tallest = max(height * aspect / width for (height, width), aspect in shapes)
+    return min(PANEL_INCHES * tallest, MOST_ROW_INCHES) + 0.3
 
 
 def channel_colours(num_channels: int) -> np.ndarray:
