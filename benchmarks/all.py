@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 
 from benchmarks import (
+    data_wait,
     embedding_speed,
     embedding_storage,
     matching,
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "embedding_speed": embedding_speed,
     "pretrain_step": pretrain_step,
     "step_overheads": step_overheads,
+    "data_wait": data_wait,
 }
 HEADER = ("what", "ours", "beside", "ratio", "wanted")
 

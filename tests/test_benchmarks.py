@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import all as all_benchmarks
-from benchmarks import matching, pairing, store_building
+from benchmarks import data_wait, matching, pairing, store_building
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_MATCHING = ["--quick", "--grid", "[32,48,48]", "--num_channels", "8", "--num_points", "12"]
@@ -63,6 +63,22 @@ def test_both_ways_of_building_a_store_write_the_same_volumes(tmp_path, monkeypa
     monkeypatch.setattr(store_building, "MAX_MEAN_DIFFERENCE_HU", -1.0)
     with pytest.raises(RuntimeError, match="differ by"):
         store_building.main(["--quick", "--num_cases=2", "--num_slices=20"])
+
+
+def test_a_real_run_tells_how_long_it_waited_for_data(tmp_path):
+    data_wait.main(["--quick", "--device=cpu", "--num_workers=0", "--output", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["num_periods"] == data_wait.PERIODS - 1, "the first one does not count"
+    assert 0 < found["data_wait_share"] <= found["data_wait_most"] <= 1 and found["num_workers"] == 0
+    assert found["pairs_per_s"] > 0 and found["one_process_pairs_per_s"] > 0
+    assert all(len(row) == len(all_benchmarks.HEADER) for row in data_wait.rows(found))
+
+
+def test_a_failed_run_is_no_figure():
+    words = ["--flags=--no_such_flag=1", "--num_steps=12", "--batch_size=1", "--num_workers=0"]
+    flags = data_wait.make_flags().parse_args(words)
+    with pytest.raises(RuntimeError, match="the run failed: (?s:.*)no_such_flag"):
+        data_wait.train(data_wait.Path("nowhere"), flags)
 
 
 def test_all_prints_one_table_and_saves_every_figure(tmp_path, capsys):
