@@ -41,11 +41,19 @@ def run_all(runs: list[tuple[str, list]], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    """Alice on both devices; the folder of the runs' folders."""
-    out = tmp_path_factory.mktemp("pretrained")
-    corpus = add_store_and_table(make_corpus(out))
-    labelled = make_stored_corpus(out / "labelled")
+def ran(tmp_path_factory) -> Path:
+    """Every command, on both devices; the folder of their folders. One process, as most of the time goes to imports."""
+    out = tmp_path_factory.mktemp("ran")
+    make_stored_corpus(out / "labelled")
+    for name in ("torsos", "few_torsos_bf16", "few_torsos_fp16"):
+        write_torsos(out / name, num_training=3, num_validation=2)
+    run_all([*pretraining(out), *finetuning(out), *matching(out), *in_half_precision(out)], out)
+    return out
+
+
+def pretraining(out: Path) -> list[tuple[str, list]]:
+    """Alice on both devices, with all that a run may do; once going on elsewhere; its student's weights."""
+    corpus, labelled = add_store_and_table(make_corpus(out)), out / "labelled"
     probed = {"data_dir": labelled, "json_list": labelled / "list.json", "store_dir": labelled / "store"}
     probed |= {"pairing": "random", "roi_x": 32, "probe_freq": 2, "probe_voxels": 5, "epochs": 2}
     runs = []
@@ -57,48 +65,52 @@ def pretrained(tmp_path_factory) -> Path:
     resumed = {"device": "cuda", "resume": out / "mean_cpu" / "checkpoint0001.pth"}
     runs.append(("main_ddp", smallest(corpus, out / "resumed", **EVERYTHING, **resumed)))
     extracted = [out / "probed_cpu" / LATEST, out / "student.safetensors", "--checkpoint_key=student"]
-    runs.append(("extract_backbone_weights", extracted))
-    run_all(runs, out)
-    return out
+    return [*runs, ("extract_backbone_weights", extracted)]
 
 
-@pytest.fixture(scope="module")
-def finetuned(pretrained, tmp_path_factory) -> Path:
-    """Probes, finetuning, evaluation and a prediction on both devices."""
-    out, labelled = tmp_path_factory.mktemp("finetuned"), pretrained / "labelled"
-    weights = pretrained / "student.safetensors"
+def finetuning(out: Path) -> list[tuple[str, list]]:
+    """Probes, finetuning with its evaluation, and a prediction."""
+    labelled, weights = out / "labelled", out / "student.safetensors"
     listed = [f"--data_dir={labelled}", f"--json_list={labelled / 'list.json'}", f"--store_dir={labelled / 'store'}"]
     changed = {"weights": weights, "feature_size": None, "spacing_mm": None, "freeze_encoder_steps": 2}
     changed |= {"layer_decay": 0.8, "roi_x": None, "roi_y": None, "roi_z": None, "backbone": None}
     runs = []
     for device in DEVICES:
-        on = f"--device={device}"
+        on, finetuned = f"--device={device}", out / f"finetuned_{device}"
         probe = [f"--weights={weights}", *listed, f"--output={out}/probe_{device}.json", "--num_voxels=5", on]
         runs.append(("scripts.probe_features", probe))
-        words = finetune_arguments(labelled, out / device, **(changed | {"device": device}))
+        words = finetune_arguments(labelled, finetuned, **(changed | {"device": device}))
         runs.append(("scripts.finetune_segmentation", words))
         found = [labelled / "images" / "case3_0000.nii.gz", out / f"{device}.nii.gz", on]
-        runs.append(("scripts.predict", [*found, f"--checkpoint_file={out / device / LATEST}"]))
-    run_all(runs, out)
-    return out
+        runs.append(("scripts.predict", [*found, f"--checkpoint_file={finetuned / LATEST}"]))
+    return runs
 
 
-@pytest.fixture(scope="module")
-def matched(tmp_path_factory) -> Path:
-    """SAM on both devices: training, embeddings, pairs."""
-    out = tmp_path_factory.mktemp("matched")
-    corpus = write_torsos(out / "torsos", num_training=3, num_validation=2)
-    runs = []
+def matching(out: Path) -> list[tuple[str, list]]:
+    """SAM: training with validation, embeddings, pairs."""
+    corpus, runs = out / "torsos", []
     for device in DEVICES:
         on, embeddings = f"--device={device}", f"--embed_dir={out}/embeddings_{device}"
         changed = {"device": device, "val_cases": 2, "val_freq": 4, "landmark_dir": corpus / "landmarks"}
-        runs.append(("scripts.train_sam", sam_arguments(corpus, out / device, **changed)))
-        sam = [f"--checkpoint_file={out}/cpu/{LATEST}", f"--store_dir={corpus}/store", on]
+        runs.append(("scripts.train_sam", sam_arguments(corpus, out / f"sam_{device}", **changed)))
+        sam = [f"--checkpoint_file={out}/sam_cpu/{LATEST}", f"--store_dir={corpus}/store", on]
         runs.append(("scripts.generate_sam_embeddings", [*sam, embeddings]))
         mined = ["--num_points=16", "--num_partners=2", f"--json_list={corpus}/list.json", embeddings, on]
         runs.append(("scripts.mine_pairs", mined))
-    run_all(runs, out)
-    return out
+    return runs
+
+
+def in_half_precision(out: Path) -> list[tuple[str, list]]:
+    """All three trainings in bf16 and fp16, and a SwinUNETR."""
+    swin = {"backbone": "swin_unetr", "feature_size": 12, "roi_z": 64, "roi_x": 32, "steps_per_epoch": 1, "epochs": 1}
+    runs = [("main_ddp", smallest(out, out / "swin_bf16", precision="bf16", device="cuda", **swin))]
+    for precision in ("bf16", "fp16"):
+        half, torsos = {"device": "cuda", "precision": precision}, out / f"few_torsos_{precision}"
+        runs.append(("main_ddp", smallest(out, out / f"alice_{precision}", **EVERYTHING, **half)))
+        words = finetune_arguments(out / "labelled", out / f"finetuned_{precision}", **half)
+        runs.append(("scripts.finetune_segmentation", words))
+        runs.append(("scripts.train_sam", sam_arguments(torsos, out / f"sam_{precision}", **half)))
+    return runs
 
 
 def assert_close(one: Path, other: Path, parts: tuple[str, ...]) -> None:
@@ -118,71 +130,60 @@ def losses(folder: Path, kind: str = "train") -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["mean", "sinkhorn", "probed"])
-def test_pretraining_equals_the_cpus(pretrained, name):
-    one, other = (pretrained / f"{name}_{device}" for device in DEVICES)
+def test_pretraining_equals_the_cpus(ran, name):
+    one, other = (ran / f"{name}_{device}" for device in DEVICES)
     assert_close(one, other, WEIGHTS)
     assert losses(other) == pytest.approx(losses(one), rel=1e-5) and len(losses(one)) == 4
     assert losses(other, "validation") == pytest.approx(losses(one, "validation"), rel=1e-5)
 
 
-def test_a_checkpoint_of_the_cpu_goes_on_elsewhere(pretrained):
-    assert_close(pretrained / "mean_cpu", pretrained / "resumed", WEIGHTS)
+def test_a_checkpoint_of_the_cpu_goes_on_elsewhere(ran):
+    assert_close(ran / "mean_cpu", ran / "resumed", WEIGHTS)
 
 
-def test_probes_while_pretraining_equal_the_cpus(pretrained):
-    told = [log_of(pretrained / f"probed_{device}", "probe") for device in DEVICES]
+def test_probes_while_pretraining_equal_the_cpus(ran):
+    told = [log_of(ran / f"probed_{device}", "probe") for device in DEVICES]
     assert [line["step"] for line in told[0]] == [0, 4]
     for ours, theirs in zip(*told):
         names = [name for name in ours if name.startswith("probe_")]
         assert len(names) == 4 and all(theirs[name] == pytest.approx(ours[name], abs=0.05) for name in names)
 
 
-def test_probes_of_weights_equal_the_cpus(finetuned):
-    ours, theirs = (json.loads((finetuned / f"probe_{device}.json").read_text())["results"] for device in DEVICES)
+def test_probes_of_weights_equal_the_cpus(ran):
+    ours, theirs = (json.loads((ran / f"probe_{device}.json").read_text())["results"] for device in DEVICES)
     for network, scores in ours.items():
         for probe in ("knn", "linear"):
             found, wanted = (of[probe]["balanced_accuracy"] for of in (theirs[network], scores))
             assert found == pytest.approx(wanted, abs=0.05), network
 
 
-def test_finetuning_equals_the_cpus(finetuned):
-    assert_close(finetuned / "cpu", finetuned / "cuda", ("model", "optimizer"))
-    assert losses(finetuned / "cuda") == pytest.approx(losses(finetuned / "cpu"), rel=1e-5)
+def test_finetuning_equals_the_cpus(ran):
+    assert_close(ran / "finetuned_cpu", ran / "finetuned_cuda", ("model", "optimizer"))
+    assert losses(ran / "finetuned_cuda") == pytest.approx(losses(ran / "finetuned_cpu"), rel=1e-5)
 
 
-def test_a_predicted_label_map_equals_the_cpus(finetuned):
-    ours, theirs = (np.asarray(nib.load(finetuned / f"{device}.nii.gz").dataobj) for device in DEVICES)
+def test_a_predicted_label_map_equals_the_cpus(ran):
+    ours, theirs = (np.asarray(nib.load(ran / f"{device}.nii.gz").dataobj) for device in DEVICES)
     assert (ours == theirs).mean() > 0.999 and len(np.unique(ours)) > 1
 
 
-def test_sam_equals_the_cpus(matched):
-    assert_close(matched / "cpu", matched / "cuda", ("state_dict", "raw_state_dict", "optimizer"))
-    tables = [CorrespondenceTable.load(matched / f"embeddings_{device}").rows for device in DEVICES]
+def test_sam_equals_the_cpus(ran):
+    assert_close(ran / "sam_cpu", ran / "sam_cuda", ("state_dict", "raw_state_dict", "optimizer"))
+    tables = [CorrespondenceTable.load(ran / f"embeddings_{device}").rows for device in DEVICES]
     assert len(tables[0]) == len(tables[1]) > 20
     np.testing.assert_allclose(tables[0]["query_mm"], tables[1]["query_mm"])
     assert np.isclose(tables[0]["score"], tables[1]["score"], atol=1e-3).mean() > 0.95
 
 
-def test_half_precision_runs_with_the_casts_of_a_gpu(pretrained, finetuned, tmp_path):
-    """fp16 with its loss scaling, and bf16; the losses stay beside those of fp32."""
-    on, corpus, labelled = {"device": "cuda"}, pretrained, pretrained / "labelled"
-    swin = {"backbone": "swin_unetr", "feature_size": 12, "roi_z": 64, "roi_x": 32, "steps_per_epoch": 1, "epochs": 1}
-    runs = [("main_ddp", smallest(corpus, tmp_path / "swin_bf16", precision="bf16", **on, **swin))]
-    for precision in ("bf16", "fp16"):
-        half = on | {"precision": precision}
-        runs.append(("main_ddp", smallest(corpus, tmp_path / f"alice_{precision}", **EVERYTHING, **half)))
-        words = finetune_arguments(labelled, tmp_path / f"finetuned_{precision}", **half)
-        runs.append(("scripts.finetune_segmentation", words))
-        torsos = write_torsos(tmp_path / f"torsos_{precision}", num_training=2, num_validation=0)
-        runs.append(("scripts.train_sam", sam_arguments(torsos, tmp_path / f"sam_{precision}", **half)))
-    run_all(runs, tmp_path)
-    for precision in ("bf16", "fp16"):
-        in_half, in_full = losses(tmp_path / f"alice_{precision}"), losses(pretrained / "mean_cpu")
-        assert in_half[0] == pytest.approx(in_full[0], rel=0.01) and in_half[0] != in_full[0]
-        for name in ("alice", "finetuned", "sam"):
-            assert all(math.isfinite(loss) for loss in losses(tmp_path / f"{name}_{precision}"))
-    scaled = load_checkpoint(tmp_path / "alice_fp16" / LATEST)["scaler"]
-    assert scaled["scale"] > 0
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_runs_with_the_casts_of_a_gpu(ran, precision):
+    """fp16 with its loss scaling; the losses stay beside those of fp32."""
+    in_half, in_full = losses(ran / f"alice_{precision}"), losses(ran / "mean_cpu")
+    assert in_half[0] == pytest.approx(in_full[0], rel=0.01) and in_half[0] != in_full[0]
+    names = [f"{name}_{precision}" for name in ("alice", "finetuned", "sam")] + ["swin_bf16"]
+    assert all(math.isfinite(loss) for name in names for loss in losses(ran / name))
+    scale = load_checkpoint(ran / f"alice_{precision}" / LATEST)["scaler"].get("scale", 0)
+    assert (scale > 0) == (precision == "fp16")
 
 
 REFUSED = """
