@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.library import Library, fallthrough_kernel
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -98,8 +99,9 @@ def refuse_two_devices(name: str, tensors: list[torch.Tensor]) -> None:
     """Raise RuntimeError where CUDA would; numbers (tensors without axes) may come from the CPU."""
     if name in TAKES_BOTH:
         return
-    looked_at = tensors[:1] + tensors[-1:] if name.startswith("index_put") or name == "_index_put_impl_" else tensors
-    looked_at = tensors[:1] if name == "index" and isinstance(tensors[0], OtherTensor) else looked_at
+    looked_at = tensors
+    if name in INDEXING and isinstance(tensors[0], OtherTensor):
+        looked_at = tensors[:1] if name == "index" else [tensors[0], tensors[-1]]  # what is indexed, and new values
     on_cpu = [tensor for tensor in looked_at if not isinstance(tensor, OtherTensor) and tensor.ndim]
     if on_cpu and any(isinstance(tensor, OtherTensor) for tensor in looked_at):
         shapes = [f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors]
@@ -126,12 +128,12 @@ def in_fp32(operator) -> Callable:
 def register() -> None:
     """Make the device known to PyTorch; once in a process."""
     SET_UP(NAME, backend_module=DeviceModule())
-    kernels = torch.library.Library("aten", "IMPL")
+    kernels = Library("aten", "IMPL")
     for name in ("empty_strided", "empty.memory_format", "copy_", "_copy_from"):
         operator = operator_named(*name.split("."))
         kernels.impl(name, lambda *args, _operator=operator, **kwargs: compute(_operator, args, kwargs), "PrivateUse1")
-    others = torch.library.Library("_", "IMPL")
-    others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    others = Library("_", "IMPL")
+    others.fallback(fallthrough_kernel, "AutocastPrivateUse1")
     for policy, names in autocast_lists().items():
         for name in names:
             operator = operator_named(*name)
