@@ -91,7 +91,7 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> 
     try:
         report = load_pretrained(network, WeightsFile(path, backbone_weights), min_share=0.0, part="whole")
     except WeightsError as error:
-        raise CheckpointError(f"{path}: does not fit {built}: no key has a name and shape of its own") from error
+        raise CheckpointError(f"{path}: does not fit {built}: none of its keys fits by name and shape") from error
     if report.misshapen or report.unexpected:
         raise CheckpointError(f"does not fit {built}: {report.tell()}")
     counts = {part: report.counts(prefixes) for part, prefixes in parts.items()}

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 import numpy as np
 
+from benchmarks.matching import timed
 from benchmarks.results import measure_and_show
 from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.data_list import find_cases, split_cases, write_data_list
@@ -140,12 +140,7 @@ def loading_time(folder: Path, store: VolumeStore, flags: jsonargparse.Namespace
     """Seconds that one process takes for one sample, median of 20."""
     table = CorrespondenceTable.load(folder / "embeddings")
     dataset = PairedCropDataset(store, table, "sam", (flags.roi,) * 3)
-    seconds = []
-    for index in range(20):
-        began = time.perf_counter()
-        dataset[index]
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return timed(dataset.__getitem__, range(20)).wall_s
 
 
 def rows(found: dict) -> list[tuple[str, str, str, str, str]]:

@@ -65,11 +65,11 @@ def overlay_figure(
         hu_min, hu_max: HU that are black and white.
     """
     heights = [row_height(view) for _, view in views]
-    handles = [Patch(color=colour, label=name) for name, colour in zip(names, channel_colours(len(names)))][1:31]
+    colours = channel_colours(len(names))
+    handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours)][1:31]
     num_lines = math.ceil(len(handles) / LEGEND_COLUMNS)
     figure = Figure(figsize=(6 * PANEL_INCHES, sum(heights) + 0.2 * num_lines + 0.3), layout="constrained")
     axes = figure.subplots(len(views), 6, squeeze=False, height_ratios=heights)
-    colours = channel_colours(len(names))
     for row, (title, view) in zip(axes, views):
         for first, (plane, (hu, truth, predicted, aspect)) in zip((0, 3), view.planes.items()):
             grey = np.clip((hu.astype(np.float32) - hu_min) / (hu_max - hu_min), 0, 1)[..., None].repeat(3, -1)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 
 from datasets.files import write_text
+from datasets.store_format import spacing_text
 from engine.finetune_setup import AXCODES, DEFAULTS, settle_network, settle_preprocessing
 from engine.flags import REPOSITORY, make_parser, run_main
 from models.nnunet import READER
@@ -144,14 +145,15 @@ def in_reader_order(plans: dict, values: list[float]) -> list[float]:
 def tell(made: dict, plans: dict, flags: jsonargparse.Namespace, target: Path) -> str:
     """What was written, and how to go on."""
     now, before = (each["configurations"][flags.configuration] for each in (made, plans))
+    spacing, patch = (in_reader_order(plans, before[name]) for name in ("spacing", "patch_size"))
     window = made["foreground_intensity_properties_per_channel"]["0"]
     low, high = window["percentile_00_5"], window["percentile_99_5"]
     dataset, names = number_of(plans["dataset_name"]), f"-p {flags.plans_name} -tr {TRAINER}"
     return "\n".join(
         [
             f"wrote {target}",
-            f"  spacing (mm): {rounded(now['spacing'])} instead of {rounded(before['spacing'])}",
-            f"  patch (voxels): {now['patch_size']} instead of {before['patch_size']}; {now['batch_size']} a step",
+            f"  spacing: {spacing_text(now['spacing'])} instead of {spacing_text(spacing)}",
+            f"  patch (voxels): {now['patch_size']} instead of {patch}; {now['batch_size']} a step",
             f"  input: {low:g} to {high:g} HU become 0 to 1; axes by {READER}",
             f"  network: {now['alice']['backbone']}, feature size {now['alice']['feature_size']}",
             "go on with:",
@@ -166,10 +168,6 @@ def tell(made: dict, plans: dict, flags: jsonargparse.Namespace, target: Path) -
 def number_of(dataset_name: str) -> int:
     """The number in nnU-Net's "Dataset001_Name"."""
     return int(dataset_name.removeprefix("Dataset").split("_")[0])
-
-
-def rounded(values: list[float]) -> str:
-    return " x ".join(f"{value:.3g}" for value in values)
 
 
 if __name__ == "__main__":

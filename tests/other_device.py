@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.library import Library, fallthrough_kernel
+from torch import library
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -128,12 +128,12 @@ def in_fp32(operator) -> Callable:
 def register() -> None:
     """Make the device known to PyTorch; once in a process."""
     SET_UP(NAME, backend_module=DeviceModule())
-    kernels = Library("aten", "IMPL")
+    kernels = library.Library("aten", "IMPL")
     for name in ("empty_strided", "empty.memory_format", "copy_", "_copy_from"):
         operator = operator_named(*name.split("."))
         kernels.impl(name, lambda *args, _operator=operator, **kwargs: compute(_operator, args, kwargs), "PrivateUse1")
-    others = Library("_", "IMPL")
-    others.fallback(fallthrough_kernel, "AutocastPrivateUse1")
+    others = library.Library("_", "IMPL")
+    others.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
     for policy, names in autocast_lists().items():
         for name in names:
             operator = operator_named(*name)

@@ -1,6 +1,7 @@
 """The benchmarks run, what they compare agrees, and their figures are figures; how fast is not tested."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_a_failed_run_is_no_figure():
     words = ["--flags=--no_such_flag=1", "--num_steps=12", "--batch_size=1", "--num_workers=0"]
     flags = data_wait.make_flags().parse_args(words)
     with pytest.raises(RuntimeError, match="the run failed: (?s:.*)no_such_flag"):
-        data_wait.train(data_wait.Path("nowhere"), flags)
+        data_wait.train(Path("nowhere"), flags)
 
 
 def test_all_prints_one_table_and_saves_every_figure(tmp_path, capsys):

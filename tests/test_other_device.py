@@ -45,8 +45,7 @@ def ran(tmp_path_factory) -> Path:
     """Every command, on both devices; the folder of their folders. One process, as most of the time goes to imports."""
     out = tmp_path_factory.mktemp("ran")
     make_stored_corpus(out / "labelled")
-    for name in ("torsos", "few_torsos_bf16", "few_torsos_fp16"):
-        write_torsos(out / name, num_training=3, num_validation=2)
+    write_torsos(out / "torsos", num_training=3, num_validation=2)
     run_all([*pretraining(out), *finetuning(out), *matching(out), *in_half_precision(out)], out)
     return out
 
@@ -105,11 +104,11 @@ def in_half_precision(out: Path) -> list[tuple[str, list]]:
     swin = {"backbone": "swin_unetr", "feature_size": 12, "roi_z": 64, "roi_x": 32, "steps_per_epoch": 1, "epochs": 1}
     runs = [("main_ddp", smallest(out, out / "swin_bf16", precision="bf16", device="cuda", **swin))]
     for precision in ("bf16", "fp16"):
-        half, torsos = {"device": "cuda", "precision": precision}, out / f"few_torsos_{precision}"
+        half = {"device": "cuda", "precision": precision}
         runs.append(("main_ddp", smallest(out, out / f"alice_{precision}", **EVERYTHING, **half)))
         words = finetune_arguments(out / "labelled", out / f"finetuned_{precision}", **half)
         runs.append(("scripts.finetune_segmentation", words))
-        runs.append(("scripts.train_sam", sam_arguments(torsos, out / f"sam_{precision}", **half)))
+        runs.append(("scripts.train_sam", sam_arguments(out / "torsos", out / f"sam_{precision}", **half)))
     return runs
 
 

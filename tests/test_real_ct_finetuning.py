@@ -5,7 +5,6 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from scripts import finetune_segmentation, predict
 from tests.shared import shared_file
@@ -20,17 +19,15 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def finetuned(tmp_path_factory):
-    """A small U-Net after 200 steps on one CT, and that CT's files; one thread, so that it is the same everywhere."""
+def finetuned(tmp_path_factory, one_thread):
+    """A small U-Net after 200 steps on one CT, and that CT's files."""
     image, label = shared_file("ct", f"{NAME}.nii.gz"), shared_file("ct", f"{NAME}_label.nii.gz")
-    out, threads = tmp_path_factory.mktemp("finetuned"), torch.get_num_threads()
+    out = tmp_path_factory.mktemp("finetuned")
     entry = {"image": image.name, "label": label.name}
     sections = {"training": [entry | {"name": "learnt"}], "validation": [entry | {"name": "judged"}]}
     (out / "list.json").write_text(json.dumps({"labels": ORGANS, **sections}))
     places = {"data_dir": image.parent, "json_list": out / "list.json", "store_dir": out / "store", "output_dir": out}
-    torch.set_num_threads(1)
     finetune_segmentation.main([f"--{name}={value}" for name, value in (SMALL | places).items()])
-    torch.set_num_threads(threads)
     return out, image, label
 
 

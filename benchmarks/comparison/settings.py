@@ -44,12 +44,8 @@ class Settings:
     finetune_lr: float = flag(1e-3, "peak learning rate of finetuning")
     finetune_workers: int = flag(1, "loading processes of each finetuning; 0 = none")
     finetune_flags: str = flag("", "further flags of every finetuning, in quotes")
-    weights_flags: str = (
-        flag(  # new layers first, then all: Kumar et al., ICLR 2022; half of the steps paid off on CPUs
-            "--freeze_encoder_steps=200",
-            "of those from pretrained weights, as freezing; in quotes; from scratch has none",
-        )
-    )
+    # New layers first, then all: Kumar et al., ICLR 2022. Half of the steps paid off on CPUs.
+    weights_flags: str = flag("--freeze_encoder_steps=200", "of those from pretrained weights alone; in quotes")
     scratch_flags: str = flag("", "of a second finetuning from scratch, on top of all others, in quotes; empty = none")
     num_parallel: int = flag(8, "pretrainings or finetunings side by side; 0 = one by one within this process")
     num_threads: int = flag(1, "CPU threads of each")
