@@ -22,7 +22,7 @@ import torch
 
 from engine.checkpoint import CheckpointError, load_checkpoint
 from engine.flags import add_switch, make_parser, run_main
-from engine.run_state import KIND
+from engine.run import KIND
 from engine.weights import FORMATS, HEAD_PREFIX, extract, save_weights, weights_file_name
 from models.backbones import BACKBONES, segmentation_network
 from models.pretrained import load_pretrained

@@ -25,42 +25,40 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets.augment import AugmentOptions
-from datasets.correspondences import CorrespondenceTable
-from datasets.data_list import Case, load_data_list
-from datasets.geometry import CANONICAL_AXCODES
-from datasets.label_classes import read_classes
-from datasets.loader import make_pair_loader
-from datasets.masks import mask_grid, num_masked_blocks
-from datasets.pair_sheet import pair_figure, samples_of
-from datasets.pairings import PAIRINGS, PairingOptions
-from datasets.pairs import PairedCropDataset
-from datasets.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
-from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
+from datasets.ct.geometry import CANONICAL_AXCODES
+from datasets.lists.data_list import Case, load_data_list
+from datasets.lists.label_classes import read_classes
+from datasets.samples.augment import AugmentOptions
+from datasets.samples.correspondences import CorrespondenceTable
+from datasets.samples.dataset import PairedCropDataset
+from datasets.samples.loader import make_pair_loader
+from datasets.samples.masks import mask_grid, num_masked_blocks
+from datasets.samples.pairings import PAIRINGS, PairingOptions
+from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
+from datasets.store.volumes import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
-from engine.background_save import BackgroundSaver
-from engine.checkpoint import find_wanted, set_aside, tell_resumed
-from engine.collapse import CollapseWatch
+from engine.checkpoint import BackgroundSaver, find_wanted, set_aside, tell_resumed
+from engine.device import autocast, compile_networks, make_scaler, pick_device, pick_precision, use_channels_last
 from engine.distributed import World
 from engine.flags import RunInfo, run_main
 from engine.logging import RunLog, SilentLog, make_log
+from engine.loop import Hooks, LoopOptions, Objective, Schedules, pretrain, validate
 from engine.optim import make_optimizer
-from engine.pictures import draw_pictures
-from engine.precision import autocast, compile_networks, make_scaler, pick_precision, use_channels_last
-from engine.pretrain import Hooks, LoopOptions, Objective, Schedules, pretrain
 from engine.pretrain_flags import check_flags, effective_batch, make_pretrain_flags, roi_of, weight_decay_end
-from engine.probe import ProbeOptions, watch_probe
 from engine.profiler import profiled
+from engine.run import KIND, RunState
 from engine.run_folder import claimed
-from engine.run_state import KIND, RunState
 from engine.schedules import CosineSchedule, LinearSchedule, peak_lr
 from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
-from engine.validation import validate
+from engine.watch.pictures import draw_pictures
+from engine.watch.probe import ProbeOptions, watch_probe
+from engine.watch.sample_sheet import pair_figure, samples_of
 from engine.weights import start_from
-from losses.alice import AliceLoss
-from models.alice import build_alice
+from losses.collapse import CollapseWatch
+from losses.distillation import AliceLoss
 from models.backbones import BACKBONES
-from models.casa import CASA_VARIANTS
+from models.methods.alice import build_alice
+from models.methods.casa import CASA_VARIANTS
 
 DEFAULT_SPACING_MM = (2.0, 1.5, 1.5)
 VALIDATION_SEED = 1_000_003
@@ -226,7 +224,7 @@ def check_mask_block(flags, token_vox: int) -> None:
 
 def precision_request(flags) -> tuple[str, torch.device]:
     """What is asked for with --precision and --use_fp16, and the device it has to run on."""
-    return "fp16" if flags.use_fp16 else flags.precision, distributed.pick_device(flags.device, 0)
+    return "fp16" if flags.use_fp16 else flags.precision, pick_device(flags.device, 0)
 
 
 def build_networks(flags) -> tuple[nn.Module, nn.Module]:

@@ -31,14 +31,14 @@ from tqdm import tqdm
 
 import main_ddp
 from benchmarks.results import measure_and_show
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.data_list import Case, load_data_list, write_data_list
-from datasets.geometry import index_to_world
-from datasets.loader import make_pair_loader
-from datasets.nifti import read_ct, write_nifti
-from datasets.pairs import PairedCropDataset
-from datasets.phantom import PhantomCase, case_files, write_case
-from datasets.volume_store import VolumeStore, build_store
+from datasets.ct.geometry import index_to_world
+from datasets.ct.nifti import read_ct, write_nifti
+from datasets.lists.data_list import Case, load_data_list, write_data_list
+from datasets.phantom.cases import PhantomCase, case_files, write_case
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.dataset import PairedCropDataset
+from datasets.samples.loader import make_pair_loader
+from datasets.store.volumes import VolumeStore, build_store
 from engine.distributed import World
 from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
 
@@ -230,7 +230,7 @@ def measure_broken(folder: Path, flags: jsonargparse.Namespace) -> dict:
     files = [folder / "store" / "cases" / f"{name}.b2nd" for name in broken]
     contents = [file.read_bytes() for file in files]
     told = logging.FileHandler(folder / "warnings.txt", mode="w")
-    logging.getLogger("datasets.pairs").addHandler(told)  # the forked workers write there too
+    logging.getLogger("datasets.samples.dataset").addHandler(told)  # the forked workers write there too
     try:
         files[0].write_bytes(contents[0][: len(contents[0]) // 2])
         files[1].unlink()
@@ -243,7 +243,7 @@ def measure_broken(folder: Path, flags: jsonargparse.Namespace) -> dict:
         lines = Path(told.baseFilename).read_text().splitlines()
         same = all(torch.equal(torch.cat([alone[i]["query_mm"], alone[i]["key_mm"]]), places[i]) for i in touched[:20])
     finally:
-        logging.getLogger("datasets.pairs").removeHandler(told)
+        logging.getLogger("datasets.samples.dataset").removeHandler(told)
         for file, content in zip(files, contents):
             file.write_bytes(content)
     return {

@@ -28,10 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.pretrain_step import TEACHER_TEMP, synthetic_batch
 from benchmarks.results import save
+from engine.device import autocast
 from engine.flags import git_commit, make_parser, run_main
-from engine.precision import autocast
-from losses.alice import AliceLoss
-from models.alice import AliceStudent, build_alice
+from losses.distillation import AliceLoss
+from models.methods.alice import AliceStudent, build_alice
 
 CPU = torch.device("cpu")
 TFLOP, GB = 1e12, 1e9
@@ -101,7 +101,7 @@ def fake(*modules: nn.Module) -> Iterator[None]:
 
 
 def step_cost(roi: tuple[int, int, int], num_pairs: int = 2, **options) -> StepCost:
-    """Walk through a step in bf16 of `models.alice.build_alice(**options)`; all figures per pair."""
+    """Walk through a step in bf16 of `models.methods.alice.build_alice(**options)`; all figures per pair."""
     student, teacher = build_alice(roi=roi, **options)
     loss = AliceLoss(out_dim=options.get("out_dim", 512))
     without_watching(student)

@@ -23,13 +23,13 @@ import numpy as np
 
 from benchmarks.matching import timed
 from benchmarks.results import measure_and_show
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.data_list import find_cases, split_cases, write_data_list
-from datasets.geometry import index_to_world
-from datasets.pairs import PairedCropDataset
-from datasets.phantom import PhantomCase, write_case
-from datasets.volume_store import VolumeStore, build_store
-from engine.distributed import pick_device
+from datasets.ct.geometry import index_to_world
+from datasets.lists.data_list import find_cases, split_cases, write_data_list
+from datasets.phantom.cases import PhantomCase, write_case
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.dataset import PairedCropDataset
+from datasets.store.volumes import VolumeStore, build_store
+from engine.device import pick_device
 from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
 
 SPACING_MM = (2.0, 1.5, 1.5)

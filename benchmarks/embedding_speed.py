@@ -28,13 +28,13 @@ from torch import Tensor
 
 from benchmarks.memory import peak_resident_bytes, reset_peak_resident, resident_bytes
 from benchmarks.results import show_and_save
-from datasets.phantom import PhantomCase, render
-from engine.allocator import keep_freed_memory
+from datasets.phantom.cases import PhantomCase, render
+from engine.device import keep_freed_memory
 from engine.flags import add_switch, git_commit, make_parser, run_main
 from sam_embed.checkpoint import load_embedder
-from sam_embed.embed import embed_tensor, for_inference, output_affine
-from sam_embed.embedding_store import Embedding
-from sam_embed.match import match_points
+from sam_embed.embeddings.embed import embed_tensor, for_inference, output_affine
+from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.matching.match import match_points
 from sam_embed.network import AnatomicalEmbedder
 
 TORSO, QUICK_TORSO = (250, 205, 205), (64, 64, 64)

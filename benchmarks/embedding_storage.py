@@ -26,17 +26,23 @@ import numpy as np
 import torch
 
 from benchmarks.matching import GRID_MM, QUICK_VOX, TORSO_VOX, random_embedding
-from datasets.files import write_text
-from datasets.nifti import Volume
-from engine.distributed import pick_device
+from datasets.ct.nifti import Volume
+from datasets.store.files import write_text
+from engine.device import pick_device
 from engine.flags import RunInfo, add_switch, git_commit, make_parser, run_main
 from sam_embed.case_source import CaseSource, open_cases
 from sam_embed.checkpoint import load_embedder
-from sam_embed.compact import FP16, Storage
-from sam_embed.corpus import embed_corpus
-from sam_embed.embed import for_inference
-from sam_embed.embedding_store import Embedding, EmbeddingCache, embedding_path, load_embedding, save_embedding
-from sam_embed.evaluate import evaluate_pairs, load_landmarks, summarise
+from sam_embed.embeddings.compact import FP16, Storage
+from sam_embed.embeddings.corpus import embed_corpus
+from sam_embed.embeddings.embed import for_inference
+from sam_embed.embeddings.embedding_store import (
+    Embedding,
+    EmbeddingCache,
+    embedding_path,
+    load_embedding,
+    save_embedding,
+)
+from sam_embed.judging.evaluate import evaluate_pairs, load_landmarks, summarise
 
 PUBLISHED_CHANNELS = 128
 PUBLISHED_STRIDES = ((2, 2, 2), (4, 16, 16))

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.results import show_and_save
-from datasets.geometry import index_to_world, world_to_index
+from datasets.ct.geometry import index_to_world, world_to_index
 from engine.flags import add_switch, git_commit, make_parser, run_main
-from sam_embed.embedding_store import Embedding
-from sam_embed.match import Matches, match_points
+from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.matching.match import Matches, match_points
 
 GRID_MM = 2.0
 TORSO_VOX = (250, 205, 205)  # the 2 mm grid of a 512x512x200 CT

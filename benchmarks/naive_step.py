@@ -9,8 +9,8 @@ import copy
 import torch
 from torch import Tensor
 
-from models.alice import AliceStudent, AliceTeacher
 from models.backbones.interface import Backbone
+from models.methods.alice import AliceStudent, AliceTeacher
 
 Maps = dict[int, Tensor]
 

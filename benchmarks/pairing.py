@@ -37,17 +37,17 @@ from benchmarks.matching import (
     timed,
 )
 from benchmarks.results import show_and_save
-from datasets.augment import window
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.crops import cut
-from datasets.data_list import Case
-from datasets.geometry import CANONICAL_AXCODES, index_to_world, world_to_index
-from datasets.pairs import PairedCropDataset
-from datasets.phantom import PhantomCase, case_files, write_case
-from datasets.volume_store import VolumeStore, build_store
+from datasets.ct.geometry import CANONICAL_AXCODES, index_to_world, world_to_index
+from datasets.lists.data_list import Case
+from datasets.phantom.cases import PhantomCase, case_files, write_case
+from datasets.samples.augment import window
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.crops import cut
+from datasets.samples.dataset import PairedCropDataset
+from datasets.store.volumes import VolumeStore, build_store
 from engine.flags import add_switch, git_commit, make_parser, run_main
-from sam_embed.embedding_store import Embedding
-from sam_embed.match import match_points
+from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.matching.match import match_points
 
 HU_MIN, HU_MAX = -125.0, 225.0
 NUM_CASES = 2

@@ -35,15 +35,21 @@ from tqdm import tqdm
 from benchmarks.memory import peak_resident_bytes, reset_peak_resident
 from benchmarks.naive_step import take_views_apart
 from benchmarks.results import save
-from datasets.files import write_text
-from engine.allocator import keep_freed_memory
-from engine.distributed import pick_device
+from datasets.store.files import write_text
+from engine.device import (
+    autocast,
+    compile_networks,
+    keep_freed_memory,
+    make_scaler,
+    pick_device,
+    pick_precision,
+    use_channels_last,
+)
 from engine.flags import add_switch, git_commit, make_parser, run_main
 from engine.optim import clip_gradients, make_optimizer
-from engine.precision import autocast, compile_networks, make_scaler, pick_precision, use_channels_last
-from losses.alice import AliceLoss
-from models.alice import build_alice
+from losses.distillation import AliceLoss
 from models.layers.window_attention import use_fast_window_attention
+from models.methods.alice import build_alice
 
 GB = 2**30
 TEACHER_TEMP, MOMENTUM, CLIP = 0.07, 0.996, 3.0
@@ -76,7 +82,7 @@ class Setting:
     use_checkpoint: bool = False
     is_compiled: bool = False
     is_naive: bool = False  # every view by itself, teacher with a decoder
-    keep_memory: bool = False  # `engine.allocator`; once on it stays on in this process
+    keep_memory: bool = False  # `engine.device`; once on it stays on in this process
 
 
 def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bool = False) -> list[Setting]:

@@ -30,19 +30,19 @@ import jsonargparse
 import numpy as np
 from scipy.spatial import cKDTree
 
-from datasets.data_list import Case, load_data_list, write_data_list
-from datasets.files import write_text
-from datasets.geometry import index_to_world, world_to_index
-from datasets.nifti import Volume, read_ct, read_label
-from datasets.pairings import PairingOptions
-from engine.distributed import pick_device
+from datasets.ct.geometry import index_to_world, world_to_index
+from datasets.ct.nifti import Volume, read_ct, read_label
+from datasets.lists.data_list import Case, load_data_list, write_data_list
+from datasets.samples.pairings import PairingOptions
+from datasets.store.files import write_text
+from engine.device import pick_device
 from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
 from sam_embed.checkpoint import load_embedder
-from sam_embed.corpus import embed_corpus
-from sam_embed.embed import for_inference
-from sam_embed.embedding_store import Embedding, load_embedding
-from sam_embed.match import cycle_error_mm, match_points
-from sam_embed.mine import MiningOptions, draw_points
+from sam_embed.embeddings.corpus import embed_corpus
+from sam_embed.embeddings.embed import for_inference
+from sam_embed.embeddings.embedding_store import Embedding, load_embedding
+from sam_embed.matching.match import cycle_error_mm, match_points
+from sam_embed.matching.mine import MiningOptions, draw_points
 
 CHEST, ABDOMEN = "chest_2mm", "abdomen_pelvis_3mm"
 UPPER_ABDOMENS = ("upper_abdomen_5mm_a", "upper_abdomen_5mm_b")

@@ -3,7 +3,7 @@
 import json
 from types import ModuleType
 
-from datasets.files import write_text
+from datasets.store.files import write_text
 
 
 def save(found: dict, output: str | None) -> None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
-from datasets.files import write_text
+from datasets.store.files import write_text
 from engine.flags import RunInfo, add_switch, git_commit, make_parser, run_main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -32,10 +32,10 @@ from benchmarks.pretrain_step import (
     synthetic_batch,
 )
 from benchmarks.results import measure_and_show
-from datasets.masks import draw_mask, mask_grid, num_masked_blocks
+from datasets.samples.masks import draw_mask, mask_grid, num_masked_blocks
+from engine.device import autocast
 from engine.flags import add_switch, git_commit, make_parser, run_main
-from engine.precision import autocast
-from losses.alice import AliceLoss
+from losses.distillation import AliceLoss
 from models.backbones.interface import upsample_mask
 
 

@@ -27,9 +27,9 @@ from monai.transforms import Orientation, Spacing
 
 from benchmarks.results import measure_and_show
 from benchmarks.volume_store import source_volume
-from datasets.data_list import Case, write_data_list
-from datasets.nifti import write_nifti
-from datasets.volume_store import VolumeStore
+from datasets.ct.nifti import write_nifti
+from datasets.lists.data_list import Case, write_data_list
+from datasets.store.volumes import VolumeStore
 from engine.flags import add_switch, git_commit, make_parser, run_main
 
 SPACING_MM = (2.0, 1.5, 1.5)  # D, H, W: main_ddp.py's default

@@ -26,9 +26,9 @@ from monai.transforms import LoadImage
 from scipy import ndimage
 
 from benchmarks.results import save
-from datasets.data_list import Case
-from datasets.nifti import read_ct, write_nifti
-from datasets.volume_store import VolumeStore, build_store
+from datasets.ct.nifti import read_ct, write_nifti
+from datasets.lists.data_list import Case
+from datasets.store.volumes import VolumeStore, build_store
 from engine.flags import add_switch, git_commit, make_parser, run_main
 
 SHAPE_VOX = (200, 512, 512)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from engine.allocator import keep_freed_memory
+from engine.device import keep_freed_memory, make_cpu_repeatable, pick_device
 
 LONG_WAIT = timedelta(days=2)
 
@@ -34,26 +34,6 @@ class World:
     def is_main(self) -> bool:
         """True on the one rank that writes files."""
         return self.rank == 0
-
-
-def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """`auto` (CUDA where there is one), `cpu` or `cuda`; the CUDA device is the one of this local rank.
-
-    Raises:
-        ValueError: CUDA is asked for and absent, or this machine has fewer devices than processes.
-    """
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is {wanted}; expected auto, cpu or cuda")
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch sees no CUDA device here; use --device cpu or auto")
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"local rank {local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
-            "start at most that many processes (--nproc_per_node)"
-        )
-    return torch.device("cuda", local_rank)
 
 
 def planned_size() -> int:
@@ -122,16 +102,6 @@ def store_of_this_start(rank: int, size: int, timeout: timedelta) -> dist.Store:
             raise TimeoutError(f"ranks {sorted(missing)} did not start within {timeout} (--dist_timeout_min)")
         time.sleep(0.02)
     return dist.PrefixStore(own, store)
-
-
-def make_cpu_repeatable() -> None:
-    """Same flags, seed and number of threads give the same numbers on a CPU.
-
-    Gradients of indexing (relative position biases, gathered points) are otherwise added by several threads in the
-    order in which they happen to arrive.
-    """
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # writes NaN into every new tensor, for debugging
 
 
 def stop() -> None:

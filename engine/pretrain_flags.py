@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.flags import add_resume, add_switch, make_parser
 from engine.schedules import peak_lr
-from losses.alice import CENTRING_CHOICES, RECON_CHOICES
+from losses.distillation import CENTRING_CHOICES, RECON_CHOICES
 
 WEIGHT_DECAY_END = 0.4
 
@@ -220,7 +220,12 @@ def add_output_flags(group) -> None:
 
 def add_probe_flags(group) -> None:
     add = group.add_argument
-    add("--probe_freq", type=int, default=0, help="epochs between frozen probes of organs (engine/probe.py); 0 = none")
+    add(
+        "--probe_freq",
+        type=int,
+        default=0,
+        help="epochs between frozen probes of organs; 0 = none",
+    )
     add(
         "--probe_json_list",
         type=str,

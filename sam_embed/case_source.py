@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.data_list import Case, find_cases, load_data_list
-from datasets.nifti import Volume, read_ct
-from datasets.volume_store import CaseRecord, VolumeStore
+from datasets.ct.nifti import Volume, read_ct
+from datasets.lists.data_list import Case, find_cases, load_data_list
+from datasets.store.volumes import CaseRecord, VolumeStore
 
 SECTIONS = ("training", "validation")
 

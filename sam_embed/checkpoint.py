@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.files import write_bytes
-from datasets.geometry import CANONICAL_AXCODES
+from datasets.ct.geometry import CANONICAL_AXCODES
+from datasets.store.files import write_bytes
 from sam_embed.network import AnatomicalEmbedder
 
 KIND = "sam_embed"

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.geometry import body_mask, index_to_world, mask_box, resample
-from datasets.nifti import Volume
+from datasets.ct.geometry import body_mask, index_to_world, mask_box, resample
+from datasets.ct.nifti import Volume
 from sam_embed.checkpoint import EmbedderInfo
 
 BODY_MARGIN_MM = 8.0  # of air kept around the body, so that skin is seen against air

@@ -23,9 +23,9 @@ import jsonargparse
 import numpy as np
 from tqdm import tqdm
 
-from datasets.data_list import Case, DataListError, find_cases, split_cases, write_data_list
-from datasets.label_classes import LabelClasses
-from datasets.nifti import CTReadError, read_ct, read_label_of
+from datasets.ct.nifti import CTReadError, read_ct, read_label_of
+from datasets.lists.data_list import Case, DataListError, find_cases, split_cases, write_data_list
+from datasets.lists.label_classes import LabelClasses
 from engine.flags import make_parser, run_main
 
 FLARE22_LABELS = LabelClasses.built_in("flare22").names

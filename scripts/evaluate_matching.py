@@ -23,23 +23,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.files import write_text
-from datasets.phantom_truth import load_truth, states_seeds
-from engine.distributed import pick_device
+from datasets.phantom.truth import load_truth, states_seeds
+from datasets.store.files import write_text
+from engine.device import pick_device
 from engine.flags import RunInfo, add_switch, make_parser, run_main
-from sam_embed.baselines import Body, find_body
 from sam_embed.case_source import SECTIONS, CaseSource, open_cases
 from sam_embed.checkpoint import load_embedder
-from sam_embed.corpus import embed_corpus
-from sam_embed.embed import for_inference
-from sam_embed.embedding_store import EmbeddingCache
-from sam_embed.evaluate import PairErrors, errors_by_landmark, evaluate_pairs, load_landmarks, summarise
-from sam_embed.judge import Judged, judge_landmarks, judge_rows
-from sam_embed.match import on_device
-from sam_embed.mine import MiningOptions, mine_case
-from sam_embed.trust import WANTED_SHARE, trust_report
-from sam_embed.trust_figure import save_trust_figure
-from sam_embed.trust_text import trust_lines
+from sam_embed.embeddings.corpus import embed_corpus
+from sam_embed.embeddings.embed import for_inference
+from sam_embed.embeddings.embedding_store import EmbeddingCache
+from sam_embed.judging.baselines import Body, find_body
+from sam_embed.judging.evaluate import PairErrors, errors_by_landmark, evaluate_pairs, load_landmarks, summarise
+from sam_embed.judging.judge import Judged, judge_landmarks, judge_rows
+from sam_embed.judging.trust import WANTED_SHARE, trust_report
+from sam_embed.judging.trust_figure import save_trust_figure
+from sam_embed.judging.trust_text import trust_lines
+from sam_embed.matching.match import on_device
+from sam_embed.matching.mine import MiningOptions, mine_case
 
 
 def make_flags() -> jsonargparse.ArgumentParser:

@@ -17,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 import numpy as np
 
-from datasets.correspondences import CorrespondenceTable
-from datasets.files import write_text
-from datasets.phantom_truth import load_truth
+from datasets.phantom.truth import load_truth
+from datasets.samples.correspondences import CorrespondenceTable
+from datasets.store.files import write_text
 from engine.flags import RunInfo, make_parser, run_main
-from sam_embed.judge import judge_rows
-from sam_embed.trust import WANTED_SHARE, trust_report
-from sam_embed.trust_figure import save_trust_figure
-from sam_embed.trust_text import mined_lines
+from sam_embed.judging.judge import judge_rows
+from sam_embed.judging.trust import WANTED_SHARE, trust_report
+from sam_embed.judging.trust_figure import save_trust_figure
+from sam_embed.judging.trust_text import mined_lines
 
 
 def make_flags() -> jsonargparse.ArgumentParser:

@@ -12,130 +12,16 @@ and organ. An organ that neither truth nor prediction has counts for nothing, on
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 
-from datasets.data_list import Case, DataListError, load_data_list
-from datasets.file_grid import check_label_grid, read_file_grid, write_label_like
-from datasets.label_classes import LabelClasses
-from datasets.nifti import read_ct, read_label
-from datasets.volume_store import VolumeStore
 from engine import distributed
-from engine.distributed import World
+from engine.device import pick_precision
 from engine.flags import RunInfo, add_switch, make_parser, run_main
-from engine.precision import pick_precision
-from engine.segmentation_eval import Evaluation, EvaluationCase, evaluate
-from engine.segmentation_pictures import save_overlay
-from engine.segmentation_report import TABLE, write_joined, write_report
-from engine.sliding_window import WindowOptions
-from scripts.predict import Segmenter, on_network_grid, open_segmenter
-
-OVERLAY = "worst_and_best.png"
-
-
-@dataclass(frozen=True)
-class StoreGridCases:
-    """Cases judged on the volume store's grid: quick, for validation during training."""
-
-    store: VolumeStore
-    classes: LabelClasses
-
-    def __call__(self, name: str) -> EvaluationCase:
-        volume, label = self.store.read(name), self.store.read_label(name)
-        truth = self.classes.to_classes(label.array)
-        return EvaluationCase(name, volume.array, volume.affine, truth, label.affine, label.spacing_mm)
-
-
-@dataclass(frozen=True)
-class FileGridCases:
-    """Cases judged on the voxels of their label files; volumes come from the store where it has them.
-
-    Attributes:
-        cases: name -> files.
-        store: at the network's spacing, or None.
-        with_pictures: whether to read the images for pictures.
-    """
-
-    cases: dict[str, Case]
-    classes: LabelClasses
-    spacing_mm: tuple[float, float, float] | None
-    store: VolumeStore | None = None
-    with_pictures: bool = True
-
-    def __call__(self, name: str) -> EvaluationCase:
-        case = self.cases[name]
-        label = read_label(case.label)
-        in_store = self.store is not None and name in self.store
-        image = read_ct(case.image) if self.with_pictures or not in_store else None
-        if case.image.exists():  # else the store stands alone
-            check_label_grid(label, case.image)
-        if in_store:
-            stored = self.store.read(name)
-            hu, affine = stored.array, stored.affine
-        else:
-            hu, affine = on_network_grid(image, self.spacing_mm)
-        truth = self.classes.to_classes(label.array)
-        shown = image.array if self.with_pictures else None
-        return EvaluationCase(name, hu, affine, truth, label.affine, label.spacing_mm, shown)
-
-
-def labelled_cases(json_list: str, data_dir: str, section: str) -> list[Case]:
-    """The cases of a section that have labels.
-
-    Raises:
-        DataListError: there are none.
-    """
-    cases = [case for case in load_data_list(json_list, data_dir, section) if case.label is not None]
-    if not cases:
-        raise DataListError(f"{json_list}: no case of {section!r} has a label (--section)")
-    return cases
-
-
-def usable_store(store_dir: str, spacing_mm: tuple[float, float, float] | None) -> VolumeStore | None:
-    """The store of `store_dir` at the network's spacing; None where no folder is named."""
-    return VolumeStore(store_dir, expected_spacing_mm=spacing_mm or "native") if store_dir else None
-
-
-def prediction_writer(folder: Path, cases: dict[str, Case], classes: LabelClasses) -> Callable[[str, np.ndarray], None]:
-    """Writes label maps `folder/<case>.nii.gz` on the labels' own grids."""
-
-    def write(name: str, predicted: np.ndarray) -> None:
-        write_label_like(folder / f"{name}.nii.gz", classes.to_values(predicted), read_file_grid(cases[name].label))
-
-    return write
-
-
-def judge_on_files(
-    segmenter: Segmenter,
-    cases: list[Case],
-    store: VolumeStore | None,
-    options: WindowOptions,
-    world: World,
-    nsd_mm: float,
-    output_dir: str | Path,
-    description: dict,
-    with_pictures: bool = True,
-    save_predictions: bool = False,
-) -> Evaluation:
-    """Evaluate on the files' own grids; rank 0 writes cases.csv, results.md, results.json and the overlay picture."""
-    output_dir, by_name = Path(output_dir), {case.name: case for case in cases}
-    load = FileGridCases(by_name, segmenter.classes, segmenter.preprocessing.spacing_mm, store, with_pictures)
-    writer = prediction_writer(output_dir / "predictions", by_name, segmenter.classes) if save_predictions else None
-    names = segmenter.classes.names
-    judged = evaluate(
-        segmenter.network, load, list(by_name), names, options, world, nsd_mm, writer, progress=len(cases) > 1
-    )
-    if world.is_main:
-        write_report(output_dir, judged.scores, description | {"NSD tolerance in mm": nsd_mm})
-        views = judged.worst_and_best()
-        if views:
-            save_overlay(output_dir / OVERLAY, views, names)
-    return judged
+from engine.segmentation.report import TABLE, write_joined
+from engine.segmentation.segmenter import judge_on_files, labelled_cases, open_segmenter, usable_store
 
 
 def make_flags():

@@ -26,37 +26,34 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets.data_list import Case, load_data_list
-from datasets.label_classes import BUILT_IN, LabelClasses, read_classes
-from datasets.loader import make_pair_loader
-from datasets.segmentation import SegmentationAugment, SegmentationCropDataset
-from datasets.splits import choose_labelled, hold_out
-from datasets.store_format import checksum_of
-from datasets.volume_store import VolumeStore, build_store, parse_spacing, spacing_text
+from datasets.lists.data_list import Case, load_data_list
+from datasets.lists.label_classes import BUILT_IN, LabelClasses, read_classes
+from datasets.lists.splits import choose_labelled, hold_out
+from datasets.samples.labelled import SegmentationAugment, SegmentationCropDataset
+from datasets.samples.loader import make_pair_loader
+from datasets.store.format import checksum_of
+from datasets.store.volumes import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
 from engine.checkpoint import find_wanted, load_checkpoint, set_aside, tell_resumed
+from engine.device import make_scaler, pick_precision
 from engine.distributed import World, main_decides
-from engine.finetune import BEST, KIND, FinetuneOptions, FinetuneRun, finetune, holds_best
-from engine.finetune_flags import check_continuation, check_finetune_flags, make_finetune_flags
-from engine.finetune_setup import Preprocessing, settle_network, settle_preprocessing
 from engine.flags import RunInfo, run_main
 from engine.logging import make_log
 from engine.optim import decays
-from engine.precision import make_scaler, pick_precision
 from engine.run_folder import claimed
 from engine.schedules import CosineSchedule
-from engine.segmentation_eval import evaluate
-from engine.segmentation_report import TABLE
+from engine.segmentation.evaluation import evaluate
+from engine.segmentation.flags import check_continuation, check_finetune_flags, make_finetune_flags
+from engine.segmentation.loop import BEST, KIND, FinetuneOptions, FinetuneRun, finetune, holds_best
+from engine.segmentation.report import TABLE
+from engine.segmentation.segmenter import EVALUATION, StoreGridCases, judge_on_files, labelled_cases, open_segmenter
+from engine.segmentation.setup import Preprocessing, settle_network, settle_preprocessing
+from engine.segmentation.sliding_window import WindowOptions
 from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
-from engine.sliding_window import WindowOptions
 from losses.segmentation import make_dice_ce, rare_class_weights
 from models.pretrained import load_pretrained
 from models.segmenters import SEGMENTERS, count_parameters, freeze, layer_groups
 from models.weights_file import WeightsFile, read_weights_file
-from scripts.evaluate_segmentation import StoreGridCases, judge_on_files, labelled_cases
-from scripts.predict import open_segmenter
-
-EVALUATION = "evaluation"
 
 
 def make_flags():

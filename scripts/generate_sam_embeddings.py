@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 import torch
 
-from engine.distributed import pick_device
+from engine.device import pick_device
 from engine.flags import RunInfo, add_switch, make_parser, run_main
 from sam_embed.case_source import SECTIONS, open_cases
 from sam_embed.checkpoint import load_embedder
-from sam_embed.compact import add_storage_flags, storage_of
-from sam_embed.corpus import embed_corpus
-from sam_embed.embed import PRECISIONS, for_inference
-from sam_embed.embedding_store import stored_form
+from sam_embed.embeddings.compact import add_storage_flags, storage_of
+from sam_embed.embeddings.corpus import embed_corpus
+from sam_embed.embeddings.embed import PRECISIONS, for_inference
+from sam_embed.embeddings.embedding_store import stored_form
 
 
 def make_flags() -> jsonargparse.ArgumentParser:

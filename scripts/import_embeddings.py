@@ -19,15 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 from tqdm import tqdm
 
-from datasets.data_list import unique_names
-from datasets.nifti import CTReadError
-from datasets.store_format import StoreError
+from datasets.ct.nifti import CTReadError
+from datasets.lists.data_list import unique_names
+from datasets.store.format import StoreError
 from engine.flags import RunInfo, add_switch, make_parser, run_main
 from sam_embed.case_source import SECTIONS, CaseSource, open_cases
 from sam_embed.checkpoint import load_embedder
-from sam_embed.compact import FP16, Storage, add_storage_flags, storage_of
-from sam_embed.embedding_store import is_embedded, save_embedding
-from sam_embed.published_pickle import PublishedPickleError, read_published, to_embedding
+from sam_embed.embeddings.compact import FP16, Storage, add_storage_flags, storage_of
+from sam_embed.embeddings.embedding_store import is_embedded, save_embedding
+from sam_embed.embeddings.published_pickle import PublishedPickleError, read_published, to_embedding
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pk", ".p", ".pth", ".pt")
 UNKNOWN_WEIGHTS = "imported"  # pickles do not say which weights made them

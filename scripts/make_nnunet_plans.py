@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
-from datasets.files import write_text
-from datasets.store_format import spacing_text
-from engine.finetune_setup import AXCODES, DEFAULTS, settle_network, settle_preprocessing
+from datasets.store.files import write_text
+from datasets.store.format import spacing_text
 from engine.flags import REPOSITORY, make_parser, run_main
+from engine.segmentation.setup import AXCODES, DEFAULTS, settle_network, settle_preprocessing
 from models.nnunet import READER
 from models.pretrained import PARTS
 from models.segmenters import SEGMENTERS

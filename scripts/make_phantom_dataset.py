@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.phantom import list_cases, write_dataset
+from datasets.phantom.cases import list_cases, write_dataset
 from engine.flags import RunInfo, add_switch, make_parser, run_main
 
 

@@ -19,12 +19,12 @@ import json
 
 import jsonargparse
 
-from datasets.data_list import load_data_list
-from engine.distributed import pick_device
+from datasets.lists.data_list import load_data_list
+from engine.device import pick_device
 from engine.flags import RunInfo, git_commit, make_parser, run_main
 from sam_embed.case_source import SECTIONS
-from sam_embed.embedding_store import embedded_cases, load_embedding
-from sam_embed.mine import MiningOptions, mine_corpus
+from sam_embed.embeddings.embedding_store import embedded_cases, load_embedding
+from sam_embed.matching.mine import MiningOptions, mine_corpus
 
 
 def make_flags() -> jsonargparse.ArgumentParser:

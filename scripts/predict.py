@@ -8,65 +8,18 @@ slab as thick as a window; nothing grows with the number of organs times the vol
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import torch
-from torch import nn
 
-from datasets.file_grid import read_file_grid, write_label_like
-from datasets.geometry import resample
-from datasets.label_classes import LabelClasses
-from datasets.nifti import Volume, read_ct
-from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly
-from engine.distributed import pick_device
-from engine.finetune import KIND
-from engine.finetune_setup import Preprocessing
+from datasets.ct.file_grid import read_file_grid, write_label_like
+from datasets.ct.nifti import read_ct
+from engine.device import pick_device, pick_precision
 from engine.flags import make_parser, run_main
-from engine.precision import pick_precision
-from engine.sliding_window import WindowOptions, segment_volume
-from models.segmenters import SEGMENTERS
-
-
-@dataclass(frozen=True)
-class Segmenter:
-    """A finetuned network, what its channels mean, and how it wants its input."""
-
-    network: nn.Module
-    classes: LabelClasses
-    preprocessing: Preprocessing
-
-    def window_options(self, overlap: float, batch_size: int, precision: str) -> WindowOptions:
-        """How to slide it."""
-        known = self.preprocessing
-        return WindowOptions(known.roi, known.hu_min, known.hu_max, overlap, batch_size, precision)
-
-
-def open_segmenter(checkpoint_file: str | Path, device: torch.device) -> Segmenter:
-    """Read best.pth or checkpoint.pth of a finetuning run; the network comes in evaluation mode.
-
-    Raises:
-        CheckpointError: not such a file.
-    """
-    state = load_checkpoint(checkpoint_file, KIND)
-    backbone, classes = state["backbone"], LabelClasses.from_dict(state["classes"])
-    if backbone["name"] not in SEGMENTERS:
-        known = ", ".join(SEGMENTERS)
-        raise CheckpointError(f"{checkpoint_file}: its network is {backbone['name']!r}; known are {known}")
-    kind = SEGMENTERS[backbone["name"]]
-    network = kind.build(backbone["in_channels"], len(classes), backbone["feature_size"])
-    load_strictly(network, state["model"], "network", checkpoint_file)
-    return Segmenter(network.to(device).eval(), classes, Preprocessing.from_dict(state["preprocessing"]))
-
-
-def on_network_grid(volume: Volume, spacing_mm: tuple[float, float, float] | None) -> tuple[np.ndarray, np.ndarray]:
-    """HU and affine at the network's spacing, made as the volume store makes them."""
-    if spacing_mm is None:
-        return volume.array, volume.affine
-    return resample(volume.array, volume.affine, spacing_mm)
+from engine.segmentation.segmenter import on_network_grid, open_segmenter
+from engine.segmentation.sliding_window import segment_volume
 
 
 def make_flags():

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
-from datasets.data_list import Case, DataListError, load_data_list
-from datasets.volume_store import BuildReport, StoreError, build_store, parse_spacing, spacing_text
+from datasets.lists.data_list import Case, DataListError, load_data_list
+from datasets.store.volumes import BuildReport, StoreError, build_store, parse_spacing, spacing_text
 from engine.flags import RunInfo, add_switch, available_cpus, make_parser, run_main
 
 

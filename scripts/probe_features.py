@@ -20,18 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from datasets.files import write_text
-from datasets.label_classes import BUILT_IN, read_classes
-from datasets.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
-from datasets.volume_store import VolumeStore, build_store, parse_spacing
+from datasets.lists.label_classes import BUILT_IN, read_classes
+from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
+from datasets.store.files import write_text
+from datasets.store.volumes import VolumeStore, build_store, parse_spacing
 from engine.checkpoint import load_checkpoint
-from engine.distributed import pick_device
-from engine.finetune_setup import Preprocessing, settle_network, settle_preprocessing
+from engine.device import pick_device, pick_precision
 from engine.flags import RunInfo, make_parser, run_main
-from engine.precision import pick_precision
-from engine.probe import ProbeOptions, probe_encoder
-from engine.probe_report import RANDOM_PREFIX, probe_table, with_random_mean
-from engine.run_state import KIND
+from engine.run import KIND
+from engine.segmentation.setup import Preprocessing, settle_network, settle_preprocessing
+from engine.watch.probe import ProbeOptions, probe_encoder
+from engine.watch.probe_report import RANDOM_PREFIX, probe_table, with_random_mean
 from engine.weights import extract
 from models.backbones import BACKBONES
 from models.pretrained import load_pretrained

@@ -15,19 +15,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
-from datasets.correspondences import CorrespondenceTable
-from datasets.data_list import load_data_list
-from datasets.files import write_text
-from datasets.pair_sheet import draw_pair_sheet
-from datasets.pairs import PairedCropDataset
-from datasets.volume_store import VolumeStore
+from datasets.lists.data_list import load_data_list
+from datasets.samples.correspondences import CorrespondenceTable
+from datasets.samples.dataset import PairedCropDataset
+from datasets.store.files import write_text
+from datasets.store.volumes import VolumeStore
 from engine.flags import RunInfo, git_commit, make_parser, run_main
-from engine.segmentation_report import SUMMARY
-from sam_embed.embedding_store import load_embedding
-from sam_embed.evaluate import evaluate_pairs, load_landmarks
-from sam_embed.match_figure import draw_landmark_matches
-from scripts.evaluate_segmentation import OVERLAY
-from scripts.finetune_segmentation import EVALUATION
+from engine.segmentation.report import SUMMARY
+from engine.segmentation.segmenter import EVALUATION, OVERLAY
+from engine.watch.sample_sheet import draw_pair_sheet
+from sam_embed.embeddings.embedding_store import load_embedding
+from sam_embed.judging.evaluate import evaluate_pairs, load_landmarks
+from sam_embed.judging.match_figure import draw_landmark_matches
 
 METHODS = {"sam": "SAM", "body_box": "body box", "body_affine": "affine fit"}
 LOSSES = ("loss", "loss_cls", "loss_tokens", "loss_recon")

@@ -22,18 +22,18 @@ import jsonargparse
 import numpy as np
 import torch
 
-from datasets.files import write_text
-from datasets.geometry import index_to_world
-from datasets.nifti import Volume, read_ct
-from datasets.volume_store import VolumeStore
-from engine.distributed import pick_device
+from datasets.ct.geometry import index_to_world
+from datasets.ct.nifti import Volume, read_ct
+from datasets.store.files import write_text
+from datasets.store.volumes import VolumeStore
+from engine.device import pick_device
 from engine.flags import RunInfo, make_parser, run_main
 from sam_embed.checkpoint import load_embedder
-from sam_embed.embed import embed_volume, for_inference
-from sam_embed.embedding_store import Embedding
-from sam_embed.match import cycle_error_mm, inside, match_points, similarity_map
-from sam_embed.match_figure import draw_match, save_figure
-from sam_embed.mine import MiningOptions, draw_points, lies_in_body
+from sam_embed.embeddings.embed import embed_volume, for_inference
+from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.judging.match_figure import draw_match, save_figure
+from sam_embed.matching.match import cycle_error_mm, inside, match_points, similarity_map
+from sam_embed.matching.mine import MiningOptions, draw_points, lies_in_body
 
 
 def make_flags() -> jsonargparse.ArgumentParser:

@@ -20,15 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
-from datasets.augment import AugmentOptions
-from datasets.correspondences import CorrespondenceTable
-from datasets.data_list import load_data_list
-from datasets.pair_sheet import draw_pair_sheet
-from datasets.pair_statistics import PairStatistics
-from datasets.pairings import PAIRINGS, PairingOptions
-from datasets.pairs import PairedCropDataset
-from datasets.volume_store import VolumeStore
+from datasets.lists.data_list import load_data_list
+from datasets.samples.augment import AugmentOptions
+from datasets.samples.correspondences import CorrespondenceTable
+from datasets.samples.dataset import PairedCropDataset, PairStatistics
+from datasets.samples.pairings import PAIRINGS, PairingOptions
+from datasets.store.volumes import VolumeStore
 from engine.flags import RunInfo, add_switch, make_parser, run_main
+from engine.watch.sample_sheet import draw_pair_sheet
 
 
 def make_flags() -> jsonargparse.ArgumentParser:

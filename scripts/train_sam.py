@@ -23,25 +23,25 @@ import jsonargparse
 import torch
 from torch import nn
 
-from datasets.data_list import Case, load_data_list
-from datasets.loader import make_pair_loader
-from datasets.volume_store import VolumeStore, build_store, parse_spacing
+from datasets.lists.data_list import Case, load_data_list
+from datasets.samples.loader import make_pair_loader
+from datasets.store.volumes import VolumeStore, build_store, parse_spacing
 from engine import distributed
 from engine.checkpoint import find_wanted, save_checkpoint, set_aside, tell_resumed
+from engine.device import autocast, make_scaler, pick_precision
 from engine.distributed import World, all_max
 from engine.flags import RunInfo, add_resume, add_switch, make_parser, run_main
 from engine.logging import Clock, Meters, make_log
 from engine.optim import clip_gradients, make_optimizer
-from engine.precision import autocast, make_scaler, pick_precision
 from engine.run_folder import claimed
 from engine.schedules import CosineSchedule
 from engine.signals import EXIT_INTERRUPTED, StopRequest
 from models.layers.convolution import use_steady_convolutions
 from sam_embed.checkpoint import EmbedderInfo
-from sam_embed.contrastive import LEVELS, LevelOptions, SamLoss
-from sam_embed.evaluate import load_landmarks
+from sam_embed.judging.evaluate import load_landmarks
 from sam_embed.network import AnatomicalEmbedder
-from sam_embed.training import (
+from sam_embed.training.contrastive import LEVELS, LevelOptions, SamLoss
+from sam_embed.training.run import (
     SamRun,
     Validator,
     WeightAverage,
@@ -49,9 +49,9 @@ from sam_embed.training import (
     main_error,
     share_done,
 )
-from sam_embed.training_volumes import TrainingVolumes, default_grid_dir, make_training_volumes
-from sam_embed.view_intensity import IntensityOptions
-from sam_embed.views import ViewOptions, ViewPairDataset
+from sam_embed.training.training_volumes import TrainingVolumes, default_grid_dir, make_training_volumes
+from sam_embed.training.view_intensity import IntensityOptions
+from sam_embed.training.views import ViewOptions, ViewPairDataset
 
 KIND = "sam_embed"
 BEST = "checkpoint_best.pth"

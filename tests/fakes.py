@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.pairs import PairedCropDataset
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.dataset import PairedCropDataset
 
 ROI = (16, 24, 32)
 

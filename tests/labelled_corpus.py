@@ -6,8 +6,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from datasets.data_list import load_data_list
-from datasets.volume_store import build_store
+from datasets.lists.data_list import load_data_list
+from datasets.store.volumes import build_store
 
 NAMES = {"0": "background", "1": "liver", "2": "spleen", "5": "aorta"}
 HU = {0: 20, 1: 110, 2: 180, 5: 220}

@@ -173,21 +173,21 @@ def signal_at_step_and_write_slowly(step: int, seconds: float) -> None:
 
 def signal_at_step(step: int, number: int = signal.SIGTERM) -> None:
     """The process signals itself at the start of a step."""
-    import engine.pretrain
+    import engine.loop
 
-    plain = engine.pretrain.seed_step
+    plain = engine.loop.seed_step
 
     def seed_and_signal(seed: int, now: int, rank: int) -> None:
         plain(seed, now, rank)
         if now == step:
             os.kill(os.getpid(), number)
 
-    engine.pretrain.seed_step = seed_and_signal
+    engine.loop.seed_step = seed_and_signal
 
 
 def poison_sample(index: int) -> None:
     """The reconstruction target of one sample holds a NaN."""
-    from datasets.pairs import PairedCropDataset
+    from datasets.samples.dataset import PairedCropDataset
 
     plain = PairedCropDataset.__getitem__
 

@@ -181,16 +181,17 @@ def is_castable(leaf: object) -> bool:
 
 def main(path: str) -> None:
     """Run the modules of a file of runs, in order."""
+    import engine.device as device_module
     import engine.distributed as distributed
 
     register()
-    distributed.make_cpu_repeatable()
-    plain = distributed.pick_device
+    device_module.make_cpu_repeatable()
+    plain = device_module.pick_device
 
     def pick_device(wanted: str, local_rank: int) -> torch.device:
         return torch.device(NAME, 0) if wanted == "cuda" else plain(wanted, local_rank)
 
-    distributed.pick_device = pick_device
+    device_module.pick_device = distributed.pick_device = pick_device
     for module, words in json.loads(Path(path).read_text()):
         print(f"== {module} {' '.join(words)}", flush=True)
         with Factories():

@@ -1,9 +1,9 @@
 """The published way to match voxels, number for number, for comparison with results of the published pipeline.
 
-It differs from `sam_embed.match` in three places: a query point takes the vector of the voxel it falls in; the coarse
-map is stretched over the fine grid as if both covered the same box (`align_corners=False`); and a fine voxel i is put
-half an input voxel beyond its first one, at 2 i + 0.5. One published defect is not reproduced: it clips x by the size
-of y.
+It differs from `sam_embed.matching.match` in three places: a query point takes the vector of the voxel it falls in;
+the coarse map is stretched over the fine grid as if both covered the same box (`align_corners=False`); and a fine
+voxel i is put half an input voxel beyond its first one, at 2 i + 0.5. One published defect is not reproduced: it clips
+x by the size of y.
 """
 
 import numpy as np

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets.geometry import index_to_world
-from datasets.nifti import Volume
-from sam_embed.embedding_store import Embedding
+from datasets.ct.geometry import index_to_world
+from datasets.ct.nifti import Volume
+from sam_embed.embeddings.embedding_store import Embedding
 
 WAVELENGTHS_MM = (900.0, 300.0, 110.0)
 AFFINE = np.array([[0, 0, -8.0, 130], [0, -8.0, 0, 90], [8.0, 0, 0, -700], [0, 0, 0, 1]])

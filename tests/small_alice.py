@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from models.alice import AliceStudent, AliceTeacher, StudentOutputs, TeacherOutputs, build_alice
 from models.backbones import BACKBONES
 from models.backbones.interface import Size3, upsample_mask
+from models.methods.alice import AliceStudent, AliceTeacher, StudentOutputs, TeacherOutputs, build_alice
 
 ROI = (64, 32, 32)
 OUT_DIM = 32

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.geometry import index_to_world
-from datasets.nifti import write_nifti
+from datasets.ct.geometry import index_to_world
+from datasets.ct.nifti import write_nifti
 
 SPACING_MM = 8.0
 SHAPE = (36, 24, 32)

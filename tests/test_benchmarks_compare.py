@@ -17,10 +17,10 @@ from benchmarks.comparison import jobs, results, settings, true_pairs
 from benchmarks.comparison.arms import ARMS, SCRATCH, SCRATCH_OWN
 from benchmarks.comparison.results import Scores, compare, verdicts
 from benchmarks.comparison.stages import Plan
-from datasets.correspondences import CorrespondenceTable
-from datasets.phantom import list_cases, write_dataset
-from datasets.phantom_truth import load_truth, true_place
-from datasets.volume_store import VolumeStore
+from datasets.phantom.cases import list_cases, write_dataset
+from datasets.phantom.truth import load_truth, true_place
+from datasets.samples.correspondences import CorrespondenceTable
+from datasets.store.volumes import VolumeStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = [

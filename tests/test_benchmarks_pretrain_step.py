@@ -11,8 +11,8 @@ from benchmarks import all as all_benchmarks
 from benchmarks import pretrain_step, step_overheads
 from benchmarks.naive_step import take_views_apart
 from benchmarks.pretrain_step import Setting, ladder, memory_grid, setting_of
-from losses.alice import AliceLoss
-from models.alice import build_alice
+from losses.distillation import AliceLoss
+from models.methods.alice import build_alice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = (64, 32, 32)

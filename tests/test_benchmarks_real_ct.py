@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import real_ct_matching as benchmark
-from datasets.data_list import Case, load_data_list, write_data_list
+from datasets.lists.data_list import Case, load_data_list, write_data_list
 from sam_embed.checkpoint import EmbedderInfo, save_embedder
 from sam_embed.network import AnatomicalEmbedder
 from scripts import train_sam

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from datasets.augment import AugmentOptions, ViewAugmenter, gaussian_blur, window
+from datasets.samples.augment import AugmentOptions, ViewAugmenter, gaussian_blur, window
 
 NAMES = ("window", "gamma", "blur", "noise", "contrast", "brightness")
 

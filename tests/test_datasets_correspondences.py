@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from datasets.correspondences import (
+from datasets.samples.correspondences import (
     HEADER_FILE,
     ROW_DTYPE,
     ROWS_FILE,
@@ -50,7 +50,7 @@ def test_rows_of_a_case_are_exactly_its_queries(tmp_path):
 @pytest.mark.parametrize("max_cycle_mm", [np.inf, 10.0])
 @pytest.mark.parametrize("allowed", [None, np.array([True, False, True, True])])
 def test_select_equals_the_obvious_loop(allowed, max_cycle_mm, monkeypatch):
-    monkeypatch.setattr("datasets.correspondences._ROWS_PER_CHUNK", 17)  # several chunks, cases across their borders
+    monkeypatch.setattr("datasets.samples.correspondences._ROWS_PER_CHUNK", 17)  # several chunks
     table = CorrespondenceTable.from_rows(NAMES, make_rows())
     selection = table.select(0.4, max_cycle_mm, allowed)
     for case in range(4):

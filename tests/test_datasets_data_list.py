@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from monai.data import load_decathlon_datalist
 
-from datasets.data_list import (
+from datasets.ct.nifti import read_ct
+from datasets.lists.data_list import (
     Case,
     DataListError,
     find_cases,
@@ -17,8 +18,7 @@ from datasets.data_list import (
     unique_names,
     write_data_list,
 )
-from datasets.nifti import read_ct
-from datasets.volume_store import build_store
+from datasets.store.volumes import build_store
 from scripts import create_json
 
 

@@ -12,7 +12,7 @@ from monai.transforms import Orientation
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from datasets.geometry import (
+from datasets.ct.geometry import (
     CANONICAL_AXCODES,
     body_box,
     body_mask,
@@ -23,7 +23,7 @@ from datasets.geometry import (
     to_canonical,
     world_to_index,
 )
-from datasets.nifti import read_ct
+from datasets.ct.nifti import read_ct
 from tests.shared import shared_file
 
 PAIRS = ("RL", "AP", "SI")
@@ -185,7 +185,7 @@ def test_resampling_to_the_same_spacing_changes_nothing():
 def test_slabs_give_the_same_numbers_as_the_whole(monkeypatch):
     array = np.random.default_rng(0).integers(-1000, 1000, size=(40, 20, 20)).astype(np.int16)
     whole, _ = resample(array, np.diag([2.5, 1, 1, 1.0]), (1.1, 1.3, 1.3))
-    monkeypatch.setattr("datasets.geometry.SLAB_VOX", 1000)
+    monkeypatch.setattr("datasets.ct.geometry.SLAB_VOX", 1000)
     slabs, _ = resample(array, np.diag([2.5, 1, 1, 1.0]), (1.1, 1.3, 1.3))
     assert np.array_equal(whole, slabs)
 

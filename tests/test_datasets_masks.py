@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.masks import draw_mask, mask_grid, num_masked_blocks, upsample_mask
+from datasets.samples.masks import draw_mask, mask_grid, num_masked_blocks, upsample_mask
 
 
 @pytest.mark.parametrize("roi", [(96, 96, 96), (32, 64, 48)])

@@ -6,8 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from datasets.geometry import index_to_world, world_to_index
-from datasets.nifti import CTReadError, read_ct, read_label, write_nifti
+from datasets.ct.geometry import index_to_world, world_to_index
+from datasets.ct.nifti import CTReadError, read_ct, read_label, write_nifti
 from tests.shared import shared_file
 
 AFFINE = np.array([[-0.8, 0, 0, 100], [0, -0.9, 0, 120], [0, 0, 2.5, -300], [0, 0, 0, 1.0]])  # LPS

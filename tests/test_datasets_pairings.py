@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.crops import centre_mm, crop_iou, cut, start_at
-from datasets.geometry import world_to_index
-from datasets.loader import make_pair_loader
-from datasets.pair_statistics import PairStatistics
-from datasets.pairings import PAIR_KINDS, IouPairing, PairingOptions
+from datasets.ct.geometry import world_to_index
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.crops import centre_mm, crop_iou, cut, start_at
+from datasets.samples.dataset import PairStatistics
+from datasets.samples.loader import make_pair_loader
+from datasets.samples.pairings import PAIR_KINDS, IouPairing, PairingOptions
 from tests.fakes import ROI, FakeStore, make_dataset, make_store, make_table
 
 EXACT = {"max_outside": 0.0, "jitter_mm": 0.0}
@@ -261,7 +261,7 @@ def test_iou_pairs_lie_in_the_range(iou_range):
 def test_iou_gives_up_after_120_draws_and_takes_random_crops(monkeypatch):
     counted = []
     real = IouPairing.draw.__globals__["draw_starts"]
-    monkeypatch.setattr("datasets.pairings.draw_starts", lambda *args: counted.append(args[-1]) or real(*args))
+    monkeypatch.setattr("datasets.samples.pairings.draw_starts", lambda *args: counted.append(args[-1]) or real(*args))
     store = make_store(1)
     pairing = IouPairing(store, store.names, PairingOptions(ROI, iou_range=(0.9999, 0.99999)))
     draw = pairing.draw(np.random.default_rng(0), 0)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.augment import AugmentOptions, window
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.crops import centre_mm, cut
-from datasets.data_list import Case
-from datasets.loader import make_pair_loader
-from datasets.pair_sheet import draw_pair_sheet, samples_of
-from datasets.pairings import PAIR_KINDS
-from datasets.pairs import BrokenVolumeError, PairedCropDataset
-from datasets.volume_store import VolumeStore, build_store
+from datasets.lists.data_list import Case
+from datasets.samples.augment import AugmentOptions, window
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.crops import centre_mm, cut
+from datasets.samples.dataset import BrokenVolumeError, PairedCropDataset
+from datasets.samples.loader import make_pair_loader
+from datasets.samples.pairings import PAIR_KINDS
+from datasets.store.volumes import VolumeStore, build_store
+from engine.watch.sample_sheet import draw_pair_sheet, samples_of
 from tests.fakes import ROI, make_dataset, make_store, make_table, spl_affine, world_volume
 
 TENSORS = {"query", "key", "query_student", "query_teacher", "key_student", "key_teacher"}

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from datasets.phantom import (
+from datasets.phantom.cases import (
     PhantomCase,
     atlas_coordinates,
     case_files,
@@ -17,9 +17,9 @@ from datasets.phantom import (
     write_case,
     write_dataset,
 )
-from datasets.phantom_deform import MIN_DETERMINANT
-from datasets.phantom_landmarks import ORGAN_LANDMARKS, atlas_landmarks
-from datasets.phantom_patient import LABEL_HU_RANGE, ORIENTATIONS, PHASES, SCAN_RANGES, TISSUE_HU
+from datasets.phantom.deform import MIN_DETERMINANT
+from datasets.phantom.landmarks import ORGAN_LANDMARKS, atlas_landmarks
+from datasets.phantom.patient import LABEL_HU_RANGE, ORIENTATIONS, PHASES, SCAN_RANGES, TISSUE_HU
 from scripts.make_phantom_dataset import main
 
 TINY = 2.5

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from datasets.loader import make_pair_loader
-from datasets.sampler import StepSampler
+from datasets.samples.loader import StepSampler, make_pair_loader
 
 
 def joined(batch_size: int, world_size: int = 1, accumulation: int = 1, num_steps: int = 3, start_step: int = 0):
@@ -87,8 +86,8 @@ UNDER_SIGNALS = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 from tests.test_datasets_sampler import Echo
-from datasets import loader
-from datasets.loader import make_pair_loader
+from datasets.samples import loader
+from datasets.samples.loader import make_pair_loader
 set_up_worker = loader._set_up_worker
 loader._set_up_worker = lambda number: (time.sleep(number), set_up_worker(number))
 signal.signal(signal.SIGTERM, lambda *a: None); signal.signal(signal.SIGUSR1, lambda *a: None)

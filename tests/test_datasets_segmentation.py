@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.data_list import Case, DataListError, load_data_list
-from datasets.file_grid import read_file_grid, write_label_like
-from datasets.label_classes import BTCV, FLARE22, LabelClasses, read_classes
-from datasets.nifti import read_label
-from datasets.segmentation import SegmentationAugment, SegmentationCropDataset
-from datasets.splits import choose_labelled, fold_order, hold_out
-from datasets.volume_store import VolumeStore, build_store
+from datasets.ct.file_grid import read_file_grid, write_label_like
+from datasets.ct.nifti import read_label
+from datasets.lists.data_list import Case, DataListError, load_data_list
+from datasets.lists.label_classes import BTCV, FLARE22, LabelClasses, read_classes
+from datasets.lists.splits import choose_labelled, fold_order, hold_out
+from datasets.samples.labelled import SegmentationAugment, SegmentationCropDataset
+from datasets.store.volumes import VolumeStore, build_store
 from tests.labelled_corpus import make_labelled_corpus
 
 ROI = (16, 24, 20)

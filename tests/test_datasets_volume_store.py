@@ -14,12 +14,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from datasets.data_list import Case, find_cases, write_data_list
-from datasets.files import DiskFullError, FileWriteError, exclusive
-from datasets.geometry import resample
-from datasets.nifti import read_ct, read_label
-from datasets.store_format import read_region, write_index
-from datasets.volume_store import StoreError, VolumeStore, build_store, parse_spacing
+from datasets.ct.geometry import resample
+from datasets.ct.nifti import read_ct, read_label
+from datasets.lists.data_list import Case, find_cases, write_data_list
+from datasets.store.files import DiskFullError, FileWriteError, exclusive
+from datasets.store.format import read_region, write_index
+from datasets.store.volumes import StoreError, VolumeStore, build_store, parse_spacing
 from scripts import prepare_volumes
 from tests.shared import shared_file
 
@@ -211,12 +211,12 @@ def test_what_nobody_foresaw_in_one_case_leaves_the_others(tmp_path, cases, monk
             raise OverflowError("too large")
         return read_ct(path)
 
-    monkeypatch.setattr("datasets.store_build.read_ct", read)
+    monkeypatch.setattr("datasets.store.build.read_ct", read)
     report = build_store(cases, tmp_path / "store", progress=False)
     assert report.built == ["case0", "case2"]
     reason = f"{cases[1].image}: unexpected OverflowError while storing it (too large)"
     assert report.failed == {"case1": reason}
-    monkeypatch.setattr("datasets.store_build.read_ct", _interrupt)
+    monkeypatch.setattr("datasets.store.build.read_ct", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_store(cases, tmp_path / "store", progress=False)
 
@@ -331,7 +331,7 @@ def test_dataloader_workers_share_a_store(store):
 def test_crops_start_no_threads_and_keep_no_files_open(store):
     code = f"""
 import os
-from datasets.volume_store import VolumeStore
+from datasets.store.volumes import VolumeStore
 count = lambda: (len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")))
 store = VolumeStore({str(store.store_dir)!r})
 before = count()
@@ -378,8 +378,8 @@ def test_an_outdated_or_broken_index_does_no_harm(store):
 
 BUILD = """
 import sys
-from datasets.data_list import find_cases
-from datasets.volume_store import build_store
+from datasets.lists.data_list import find_cases
+from datasets.store.volumes import build_store
 if __name__ == "__main__":
     print("ready", flush=True)
     report = build_store(find_cases(sys.argv[1]), sys.argv[2], (2.0, 1.0, 1.0), progress=False)
@@ -490,7 +490,7 @@ def test_a_finished_store_is_left_untouched(store, cases):
 
 def test_a_killed_worker_is_explained(tmp_path, cases, monkeypatch):
     # A case that kills its process stands for one that runs out of memory.
-    monkeypatch.setattr("datasets.store_build._store_case", _die)
+    monkeypatch.setattr("datasets.store.build._store_case", _die)
     with pytest.raises(StoreError, match="lower --num_workers"):
         build_store(cases, tmp_path / "store", num_workers=2, progress=False)
 

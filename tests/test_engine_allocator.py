@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.allocator import SET_BY_USER
+from engine.device import SET_BY_USER
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import resource, sys, torch
-from engine.allocator import keep_freed_memory
+from engine.device import keep_freed_memory
 print(keep_freed_memory() if sys.argv[1] == "raised" else "left")
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from engine import checkpoint as ck
-from engine.background_save import BackgroundSaver
+from engine.checkpoint import BackgroundSaver
 from engine.distributed import World
-from engine.run_state import warn_of_changed_flags
+from engine.run import warn_of_changed_flags
 
 
 def state(step: int) -> dict:

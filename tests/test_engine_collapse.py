@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.collapse import NUM_READINGS, CollapseWatch, collapse_warnings
+from losses.collapse import NUM_READINGS, CollapseWatch, collapse_warnings
 
 # Means over 30 steps of the runs that the thresholds were found by, K = 128: entropy, KL, feature_std, CASA's cosines.
 NAMES = ("teacher_entropy", "teacher_kl_uniform", "feature_std", "casa_cos_right", "casa_cos_shuffled")

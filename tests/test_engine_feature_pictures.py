@@ -5,7 +5,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from engine.feature_pictures import (
+from engine.logging import RunLog
+from engine.run import RunState
+from engine.watch.feature_pictures import (
     MOST_TIMES_UNIFORM,
     attention_figure,
     enlarge,
@@ -13,9 +15,7 @@ from engine.feature_pictures import (
     look,
     principal_colours,
 )
-from engine.logging import RunLog
-from engine.pictures import draw_pictures, sheets
-from engine.run_state import RunState
+from engine.watch.pictures import draw_pictures, sheets
 from tests.fakes import make_store
 from tests.small_alice import ROI, run_alice, small_alice, small_batch
 

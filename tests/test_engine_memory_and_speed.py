@@ -8,9 +8,9 @@ from torch import nn
 
 import main_ddp
 from engine.checkpoint import LATEST
+from engine.device import pick_precision, use_channels_last
 from engine.optim import load_optimizer, make_optimizer
-from engine.precision import pick_precision, use_channels_last
-from losses.alice import AliceLoss
+from losses.distillation import AliceLoss
 from tests.small_alice import OUT_DIM, run_alice, small_alice, small_batch
 from tests.tiny_run import add_store_and_table, arguments, log_of, make_corpus
 

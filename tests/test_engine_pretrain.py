@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from engine.checkpoint import CheckpointError
+from engine.device import make_scaler, pick_precision
 from engine.distributed import World
 from engine.logging import RunLog
+from engine.loop import MAX_SKIPPED_IN_A_ROW, Hooks, LoopOptions, NonFiniteLossError, Schedules, pretrain, validate
 from engine.optim import clip_gradients, decays, make_optimizer
-from engine.precision import make_scaler, pick_precision
-from engine.pretrain import MAX_SKIPPED_IN_A_ROW, Hooks, LoopOptions, NonFiniteLossError, Schedules, pretrain
-from engine.run_state import RunState, warn_of_changed_steps
-from engine.validation import validate
+from engine.run import RunState, warn_of_changed_steps
 from tests.tiny_run import log_of
 
 CPU = torch.device("cpu")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.data_list import DataListError
-from datasets.label_classes import LabelClasses
-from datasets.probe_voxels import choose_probe_voxels, draw_voxels, split_probe_cases
-from datasets.volume_store import VolumeStore
-from engine.probe import (
+from datasets.lists.data_list import DataListError
+from datasets.lists.label_classes import LabelClasses
+from datasets.samples.probe_voxels import choose_probe_voxels, draw_voxels, split_probe_cases
+from datasets.store.volumes import VolumeStore
+from engine.watch.probe import (
     ProbeOptions,
     central_corners,
     fit_logistic,

@@ -11,10 +11,10 @@ from safetensors import safe_open
 import extract_backbone_weights
 import main_ddp
 from engine.checkpoint import CheckpointError
+from engine.device import make_scaler
 from engine.flags import REPOSITORY
 from engine.optim import make_optimizer
-from engine.precision import make_scaler
-from engine.run_state import RunState
+from engine.run import RunState
 from engine.weights import start_from
 from models.backbones import segmentation_network
 from models.weights_file import read_weights_file

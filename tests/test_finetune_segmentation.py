@@ -13,10 +13,10 @@ import torch
 import torch.multiprocessing as mp
 
 import engine.checkpoint
-import engine.finetune
+import engine.segmentation.loop
 import scripts.evaluate_segmentation
 import scripts.finetune_segmentation as command
-from datasets.nifti import CTReadError
+from datasets.ct.nifti import CTReadError
 from engine.checkpoint import LATEST, PREVIOUS, CheckpointError, load_checkpoint
 from engine.distributed import World
 from engine.flags import flags_as_dict
@@ -88,18 +88,18 @@ def test_evaluation_names_organs_cases_and_the_run(finished):
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(finished, corpus, tmp_path, monkeypatch, capfd):
-    plain = engine.finetune.seed_step
+    plain = engine.segmentation.loop.seed_step
 
     def signal_at_second_step(seed: int, step: int, rank: int) -> None:
         plain(seed, step, rank)
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(engine.finetune, "seed_step", signal_at_second_step)
+    monkeypatch.setattr(engine.segmentation.loop, "seed_step", signal_at_second_step)
     with pytest.raises(SystemExit) as ended:
         command.main(finetune_arguments(corpus, tmp_path, evaluate="false"))
     assert ended.value.code == EXIT_INTERRUPTED and load_checkpoint(tmp_path / LATEST)["step"] == 3
-    monkeypatch.setattr(engine.finetune, "seed_step", plain)
+    monkeypatch.setattr(engine.segmentation.loop, "seed_step", plain)
     command.main(finetune_arguments(corpus, tmp_path, evaluate="false"))
     assert "resumed at step 3" in capfd.readouterr().out
     for name in (LATEST, "best.pth"):
@@ -110,7 +110,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, corpus, tmp_path
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_no_success(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.finetune, "save_checkpoint", lambda *_: False)
+    monkeypatch.setattr(engine.segmentation.loop, "save_checkpoint", lambda *_: False)
     with pytest.raises(CheckpointError, match="could not be saved, and the run ends here"):
         command.main(finetune_arguments(corpus, tmp_path, steps=1))
 
@@ -187,7 +187,9 @@ def test_every_rank_goes_on_from_what_rank_0_chose(finished, corpus, monkeypatch
 
 def test_how_to_compute_does_not_come_from_the_file():
     network = torch.nn.Linear(2, 2)
-    run = engine.finetune.FinetuneRun(network, torch.optim.AdamW(network.parameters()), torch.amp.GradScaler("cpu"))
+    run = engine.segmentation.loop.FinetuneRun(
+        network, torch.optim.AdamW(network.parameters()), torch.amp.GradScaler("cpu")
+    )
     state = run.as_checkpoint()
     state["optimizer"]["param_groups"][0] |= {"fused": True, "foreach": False}
     run.restore(state, "elsewhere.pth")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from engine.finetune_flags import check_finetune_flags
-from engine.finetune_setup import Preprocessing, settle_network, settle_preprocessing
+from engine.segmentation.flags import check_finetune_flags
+from engine.segmentation.setup import Preprocessing, settle_network, settle_preprocessing
 from scripts.finetune_segmentation import make_flags
 
 DESCRIBED = {"axcodes": "SPL", "spacing_mm": [3.0, 2.0, 2.0], "hu_min": -175.0, "hu_max": 250.0, "roi": [64, 96, 96]}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from monai.inferers import sliding_window_inference
 
-from engine.segmentation_metrics import OrganScore, case_means, score_case
-from engine.segmentation_pictures import case_view, richest_plane, save_overlay
-from engine.segmentation_report import join_reports, read_scores, summarise, write_joined, write_report
-from engine.sliding_window import (
+from engine.segmentation.metrics import OrganScore, case_means, score_case
+from engine.segmentation.pictures import case_view, richest_plane, save_overlay
+from engine.segmentation.report import join_reports, read_scores, summarise, write_joined, write_report
+from engine.segmentation.sliding_window import (
     WindowOptions,
     axis_map,
     blend_weights,

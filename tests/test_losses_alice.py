@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.alice import AliceLoss
+from losses.distillation import AliceLoss
 from tests.shared import shared_file
 
 PUBLISHED = {"lambda1": 1.0, "lambda2": 1.0, "lambda3": 10.0, "out_dim": 512, "recon_on": "all"}

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from losses.alice import CENTRING_CHOICES, AliceLoss
+from losses.distillation import CENTRING_CHOICES, AliceLoss
 from tests.small_alice import OUT_DIM, run_alice, small_alice, small_batch
 
 NUM_RANKS = 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from losses.alice import AliceLoss
+from losses.distillation import AliceLoss
 from losses.sinkhorn import NUM_ITERATIONS, balanced_probabilities
 from tests.small_alice import OUT_DIM, run_alice, small_alice, small_batch
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-import engine.pretrain
+import engine.loop
 import main_ddp
 from engine.checkpoint import LATEST, load_checkpoint
 from engine.flags import REPOSITORY
@@ -82,19 +82,19 @@ def test_log_holds_terms_monitors_and_pair_statistics(finished):
 def test_interrupted_in_the_middle_of_an_epoch_and_resumed_equals_uninterrupted(
     finished, corpus, tmp_path, monkeypatch, capfd
 ):
-    plain = engine.pretrain.seed_step
+    plain = engine.loop.seed_step
 
     def signal_at_second_step(seed: int, step: int, rank: int) -> None:
         plain(seed, step, rank)
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(engine.pretrain, "seed_step", signal_at_second_step)
+    monkeypatch.setattr(engine.loop, "seed_step", signal_at_second_step)
     with pytest.raises(SystemExit) as ended:
         main_ddp.main(arguments(corpus, tmp_path))
     assert ended.value.code == EXIT_INTERRUPTED == 75
     assert load_checkpoint(tmp_path / LATEST)["step"] == 2
-    monkeypatch.setattr(engine.pretrain, "seed_step", plain)
+    monkeypatch.setattr(engine.loop, "seed_step", plain)
     main_ddp.main(arguments(corpus, tmp_path, num_workers=2))
     assert "resumed at step 2" in capfd.readouterr().out
     ours, theirs = (torch.load(folder / LATEST, weights_only=True) for folder in (tmp_path, finished))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-import engine.pretrain
+import engine.loop
 import main_ddp
 from engine.checkpoint import LATEST, load_checkpoint
 from tests.labelled_corpus import make_stored_corpus
@@ -61,19 +61,19 @@ def test_a_probed_run_equals_one_without_probes_and_logs_four_numbers(corpus, wi
 
 
 def test_interrupted_and_resumed_with_probes_equals_uninterrupted_without(corpus, without, tmp_path, monkeypatch):
-    plain = engine.pretrain.seed_step
+    plain = engine.loop.seed_step
 
     def signal_at_third_step(seed: int, step: int, rank: int) -> None:
         plain(seed, step, rank)
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(engine.pretrain, "seed_step", signal_at_third_step)
+    monkeypatch.setattr(engine.loop, "seed_step", signal_at_third_step)
     argv = arguments(corpus, tmp_path, epochs=2, steps_per_epoch=2, **PROBED)
     with pytest.raises(SystemExit):
         main_ddp.main(argv)
     assert load_checkpoint(tmp_path / LATEST)["step"] == 3
-    monkeypatch.setattr(engine.pretrain, "seed_step", plain)
+    monkeypatch.setattr(engine.loop, "seed_step", plain)
     main_ddp.main(argv)
     assert_same_run(tmp_path, without)
     assert [line["step"] for line in log_of(tmp_path, "probe")] == [0, 2, 4]

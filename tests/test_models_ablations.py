@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from losses.alice import AliceLoss
-from models.alice import build_alice, pool_tokens
+from losses.distillation import AliceLoss
+from models.methods.alice import build_alice, pool_tokens
 
 SIZES = {"swin_unetr": (64, 32, 32), "nnformer": (32, 16, 16), "unet": (32, 16, 16)}
 SMALL = {

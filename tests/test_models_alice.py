@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from losses.alice import AliceLoss
-from models.alice import build_alice
+from losses.distillation import AliceLoss
 from models.backbones.interface import flatten_tokens
+from models.methods.alice import build_alice
 from tests.small_alice import OUT_DIM, ROI, SMALL, run_alice, small_alice, small_batch
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.casa import CASA_VARIANTS, FigureCASA, PublishedCASA, relative_entropy
+from models.methods.casa import CASA_VARIANTS, FigureCASA, PublishedCASA, relative_entropy
 from tests.golden_fill import fill_by_name
 from tests.shared import shared_file
 

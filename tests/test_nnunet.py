@@ -11,7 +11,7 @@ import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from datasets.nifti import read_ct
+from datasets.ct.nifti import read_ct
 from engine.flags import REPOSITORY
 from engine.weights import save_weights
 from models.nnunet import FLIPPED, READER, SegmenterInNNUNet

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.correspondences import CorrespondenceTable
+from datasets.samples.correspondences import CorrespondenceTable
 from engine.checkpoint import LATEST, load_checkpoint
 from engine.flags import REPOSITORY
 from tests.labelled_corpus import finetune_arguments, make_stored_corpus

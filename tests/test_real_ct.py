@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.data_list import Case
-from datasets.pairs import PairedCropDataset
-from datasets.volume_store import VolumeStore, build_store
+from datasets.lists.data_list import Case
+from datasets.samples.dataset import PairedCropDataset
+from datasets.store.volumes import VolumeStore, build_store
 from sam_embed.checkpoint import EmbedderInfo
-from sam_embed.corpus import embed_corpus
-from sam_embed.embedding_store import load_embedding
-from sam_embed.match import match_points
-from sam_embed.mine import MiningOptions, mine_corpus
+from sam_embed.embeddings.corpus import embed_corpus
+from sam_embed.embeddings.embedding_store import load_embedding
+from sam_embed.matching.match import match_points
+from sam_embed.matching.mine import MiningOptions, mine_corpus
 from sam_embed.network import AnatomicalEmbedder
 from tests.shared import shared_file
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.geometry import index_to_world, world_to_index
-from sam_embed.consensus import consensus, fit_local_maps, neighbourhood
-from sam_embed.embedding_store import EmbeddingCache, save_embedding
-from sam_embed.match import match_points
-from sam_embed.mine import MiningOptions, draw_points, mine_case
+from datasets.ct.geometry import index_to_world, world_to_index
+from sam_embed.embeddings.embedding_store import EmbeddingCache, save_embedding
+from sam_embed.matching.consensus import consensus, fit_local_maps, neighbourhood
+from sam_embed.matching.match import match_points
+from sam_embed.matching.mine import MiningOptions, draw_points, mine_case
 from tests.sam_fakes import AFFINE, SHAPE, patient_embedding, to_atlas, to_patient
 
 OFFSETS = np.concatenate([np.zeros((1, 3)), neighbourhood(20.0)])

@@ -8,7 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from sam_embed.contrastive import (
+from sam_embed.network import OutputGrid
+from sam_embed.training.contrastive import (
     EXCLUDED,
     Level,
     LevelOptions,
@@ -20,7 +21,6 @@ from sam_embed.contrastive import (
     too_near,
     voxel_points,
 )
-from sam_embed.network import OutputGrid
 
 FINE = OutputGrid((2.0, 2.0, 2.0), (0.5, 0.0, 0.0))
 COARSE = OutputGrid((4.0, 4.0, 4.0), (0.5, 0.0, 0.0))

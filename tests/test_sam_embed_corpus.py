@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets.data_list import Case
-from datasets.files import FileWriteError
-from datasets.nifti import Volume, write_nifti
-from datasets.volume_store import build_store
-from sam_embed import corpus as corpus_module
+from datasets.ct.nifti import Volume, write_nifti
+from datasets.lists.data_list import Case
+from datasets.store.files import FileWriteError
+from datasets.store.volumes import build_store
 from sam_embed.case_source import open_cases
 from sam_embed.checkpoint import EmbedderInfo
-from sam_embed.corpus import embed_corpus
-from sam_embed.embedding_store import embedded_cases
+from sam_embed.embeddings import corpus as corpus_module
+from sam_embed.embeddings.corpus import embed_corpus
+from sam_embed.embeddings.embedding_store import embedded_cases
 from sam_embed.network import AnatomicalEmbedder
 from tests.sam_fakes import patient_volume
 

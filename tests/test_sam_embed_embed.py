@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets.geometry import index_to_world
-from datasets.nifti import Volume
+from datasets.ct.geometry import index_to_world
+from datasets.ct.nifti import Volume
 from sam_embed.checkpoint import EmbedderInfo
-from sam_embed.embed import embed_tensor, embed_volume, for_inference, output_affine
-from sam_embed.embedding_store import (
+from sam_embed.embeddings.embed import embed_tensor, embed_volume, for_inference, output_affine
+from sam_embed.embeddings.embedding_store import (
     EmbeddingCache,
     EmbeddingError,
     embedded_cases,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from datasets.geometry import index_to_world
-from datasets.nifti import write_nifti
-from sam_embed.baselines import find_body, fit_affine, match_by_affine, match_by_box
+from datasets.ct.geometry import index_to_world
+from datasets.ct.nifti import write_nifti
 from sam_embed.checkpoint import EmbedderInfo, save_embedder
-from sam_embed.evaluate import errors_by_landmark, evaluate_pairs, load_landmarks, summarise
-from sam_embed.match_figure import AXIAL, CORONAL, draw_landmark_matches, for_display, place_on, show_plane
+from sam_embed.judging.baselines import find_body, fit_affine, match_by_affine, match_by_box
+from sam_embed.judging.evaluate import errors_by_landmark, evaluate_pairs, load_landmarks, summarise
+from sam_embed.judging.match_figure import AXIAL, CORONAL, draw_landmark_matches, for_display, place_on, show_plane
 from sam_embed.network import AnatomicalEmbedder
 from scripts import evaluate_matching, generate_sam_embeddings, show_matches
 from tests.sam_fakes import (

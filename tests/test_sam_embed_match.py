@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets.geometry import index_to_world
-from sam_embed import search
-from sam_embed.embedding_store import Embedding
-from sam_embed.match import best_voxels, cycle_error_mm, match_points, query_vectors, similarity_map
-from sam_embed.mine import MiningOptions, draw_points
+from datasets.ct.geometry import index_to_world
+from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.matching import search
+from sam_embed.matching.match import best_voxels, cycle_error_mm, match_points, query_vectors, similarity_map
+from sam_embed.matching.mine import MiningOptions, draw_points
 from tests.published_matching import published_match, published_similarity
 from tests.sam_fakes import patient_embedding
 from tests.shared import shared_file

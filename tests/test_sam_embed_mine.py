@@ -14,10 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.geometry import index_to_world, world_to_index
-from sam_embed.embedding_store import Embedding, EmbeddingCache, embedding_path, load_embedding, save_embedding
-from sam_embed.mine import (
+from datasets.ct.geometry import index_to_world, world_to_index
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from sam_embed.embeddings.embedding_store import (
+    Embedding,
+    EmbeddingCache,
+    embedding_path,
+    load_embedding,
+    save_embedding,
+)
+from sam_embed.matching.mine import (
     SHARD_FOLDER,
     MiningOptions,
     circle_of,
@@ -97,7 +103,7 @@ def test_ranks_and_resumed_runs_give_the_same_table(embed_dir, tmp_path, monkeyp
     whole = mine_corpus(embed_dir, NAMES, tmp_path / "whole", OPTIONS)
     assert mine_corpus(embed_dir, NAMES, tmp_path / "shared", OPTIONS, rank=1, world_size=2) is None
     mined = []
-    monkeypatch.setattr("sam_embed.mine.mine_case", lambda *args: mined.append(args[2]) or mine_case(*args))
+    monkeypatch.setattr("sam_embed.matching.mine.mine_case", lambda *args: mined.append(args[2]) or mine_case(*args))
     shared = mine_corpus(embed_dir, NAMES, tmp_path / "shared", OPTIONS, rank=0, world_size=2)
     assert mined == circle_of(NAMES, OPTIONS.seed)[:2]  # what the other process has done is not done again
     np.testing.assert_array_equal(whole.rows, shared.rows)
@@ -131,9 +137,9 @@ def test_a_corpus_is_read_about_once_and_never_held(num_kept, most_reads, tmp_pa
     reads = CountedReads(num_cases=200)
     one_mb = reads(None, "case000").num_bytes / 2**20
     reads.num_reads = 0
-    monkeypatch.setattr("sam_embed.embedding_store.load_embedding", reads)
-    monkeypatch.setattr("sam_embed.mine.stored_fingerprint", lambda *_: "counted")
-    monkeypatch.setattr("sam_embed.mine._mine_pair", lambda *_: np.zeros(1, dtype=ROW_DTYPE))
+    monkeypatch.setattr("sam_embed.embeddings.embedding_store.load_embedding", reads)
+    monkeypatch.setattr("sam_embed.matching.mine.stored_fingerprint", lambda *_: "counted")
+    monkeypatch.setattr("sam_embed.matching.mine._mine_pair", lambda *_: np.zeros(1, dtype=ROW_DTYPE))
     options = MiningOptions(num_points=1, num_partners=8)
     table = mine_corpus("nowhere", reads.names, tmp_path, options, cache_mb=(num_kept + 0.5) * one_mb)
     assert len(table) == 200 * 8
@@ -143,9 +149,9 @@ def test_a_corpus_is_read_about_once_and_never_held(num_kept, most_reads, tmp_pa
 
 def test_ranks_read_their_own_part_of_the_corpus(tmp_path, monkeypatch):
     reads = CountedReads(num_cases=200)
-    monkeypatch.setattr("sam_embed.embedding_store.load_embedding", reads)
-    monkeypatch.setattr("sam_embed.mine.stored_fingerprint", lambda *_: "counted")
-    monkeypatch.setattr("sam_embed.mine._mine_pair", lambda *_: np.zeros(1, dtype=ROW_DTYPE))
+    monkeypatch.setattr("sam_embed.embeddings.embedding_store.load_embedding", reads)
+    monkeypatch.setattr("sam_embed.matching.mine.stored_fingerprint", lambda *_: "counted")
+    monkeypatch.setattr("sam_embed.matching.mine._mine_pair", lambda *_: np.zeros(1, dtype=ROW_DTYPE))
     mine_corpus("nowhere", reads.names, tmp_path, MiningOptions(1, 8), rank=3, world_size=4)
     assert len(list((tmp_path / SHARD_FOLDER).iterdir())) == 50
     assert reads.num_reads == 50 + 8

@@ -9,15 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets.geometry import index_to_world
-from datasets.nifti import Volume, write_nifti
+from datasets.ct.geometry import index_to_world
+from datasets.ct.nifti import Volume, write_nifti
 from sam_embed.checkpoint import EmbedderInfo
-from sam_embed.compact import Storage
-from sam_embed.embed import embed_volume
-from sam_embed.embedding_store import embedded_cases, embedding_path, load_embedding, stored_form
-from sam_embed.match import match_points
-from sam_embed.network import AnatomicalEmbedder
-from sam_embed.published_pickle import (
+from sam_embed.embeddings.compact import Storage
+from sam_embed.embeddings.embed import embed_volume
+from sam_embed.embeddings.embedding_store import embedded_cases, embedding_path, load_embedding, stored_form
+from sam_embed.embeddings.published_pickle import (
     COARSE_GRID,
     FINE_GRID,
     PublishedEmbedding,
@@ -26,6 +24,8 @@ from sam_embed.published_pickle import (
     read_published,
     to_embedding,
 )
+from sam_embed.matching.match import match_points
+from sam_embed.network import AnatomicalEmbedder
 from scripts import import_embeddings
 from tests.golden_fill import fill_by_name
 

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 from benchmarks import all as all_benchmarks
 from benchmarks import embedding_storage
-from datasets.nifti import CTReadError, write_nifti
-from datasets.store_format import StoreError
-from sam_embed import compact_codes
+from datasets.ct.nifti import CTReadError, write_nifti
+from datasets.store.format import StoreError
 from sam_embed.checkpoint import EmbedderInfo, save_embedder
-from sam_embed.compact import FP16, Storage, pack, unpack
-from sam_embed.corpus import embed_corpus
-from sam_embed.embedding_store import (
+from sam_embed.embeddings import compact_codes
+from sam_embed.embeddings.compact import FP16, Storage, pack, unpack
+from sam_embed.embeddings.corpus import embed_corpus
+from sam_embed.embeddings.embedding_store import (
     Embedding,
     EmbeddingError,
     embedding_path,
@@ -27,7 +27,7 @@ from sam_embed.embedding_store import (
     stored_fingerprint,
     stored_form,
 )
-from sam_embed.match import match_points
+from sam_embed.matching.match import match_points
 from sam_embed.network import AnatomicalEmbedder
 from tests.sam_fakes import (
     AFFINE,

@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch import nn
 
-from datasets.volume_store import VolumeStore
+from datasets.store.volumes import VolumeStore
 from engine.checkpoint import load_checkpoint
 from engine.distributed import World
 from engine.signals import EXIT_INTERRUPTED
 from models.layers.convolution import SteadyConv3d
-from sam_embed import training
 from sam_embed.checkpoint import EmbedderInfo, load_embedder
-from sam_embed.evaluate import load_landmarks
+from sam_embed.judging.evaluate import load_landmarks
 from sam_embed.network import AnatomicalEmbedder
-from sam_embed.training import Validator, WeightAverage, share_done
+from sam_embed.training import run as training
+from sam_embed.training.run import Validator, WeightAverage, share_done
 from scripts import train_sam
 from tests.small_torsos import write_torsos
 

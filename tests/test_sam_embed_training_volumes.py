@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import geometry
-from datasets.data_list import Case
-from datasets.files import FileWriteError
-from datasets.nifti import write_nifti
-from datasets.volume_store import VolumeStore, build_store
-from sam_embed import training_volumes
+from datasets.ct import geometry
+from datasets.ct.nifti import write_nifti
+from datasets.lists.data_list import Case
+from datasets.store.files import FileWriteError
+from datasets.store.volumes import VolumeStore, build_store
 from sam_embed.checkpoint import EmbedderInfo
-from sam_embed.training_volumes import TrainingVolumes, make_training_volumes, to_training_volume
-from sam_embed.views import ViewOptions, ViewPairDataset
+from sam_embed.training import training_volumes
+from sam_embed.training.training_volumes import TrainingVolumes, make_training_volumes, to_training_volume
+from sam_embed.training.views import ViewOptions, ViewPairDataset
 
 INFO = EmbedderInfo(spacing_mm=(8.0, 8.0, 8.0))
 

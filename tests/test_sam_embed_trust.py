@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.phantom import PhantomCase, render, write_case
-from datasets.phantom_landmarks import ORGAN_LANDMARKS, atlas_landmarks
-from datasets.phantom_structures import (
+from datasets.phantom.cases import PhantomCase, render, write_case
+from datasets.phantom.landmarks import ORGAN_LANDMARKS, atlas_landmarks
+from datasets.phantom.structures import (
     OTHER,
     REGIONS,
     region_of_landmark,
@@ -18,11 +17,11 @@ from datasets.phantom_structures import (
     structure_of_landmark,
     structures_at,
 )
-from datasets.phantom_truth import PhantomTruthError, load_truth, states_seeds, true_place
+from datasets.phantom.truth import PhantomTruthError, load_truth, states_seeds, true_place
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
 from sam_embed.checkpoint import EmbedderInfo, save_embedder
-from sam_embed.judge import Judged, judge_rows
-from sam_embed.network import AnatomicalEmbedder
-from sam_embed.trust import (
+from sam_embed.judging.judge import Judged, judge_rows
+from sam_embed.judging.trust import (
     CYCLE_GRID_MM,
     MIN_KEPT_SHARE,
     SCORE_GRID,
@@ -32,8 +31,9 @@ from sam_embed.trust import (
     trust_report,
     try_thresholds,
 )
-from sam_embed.trust_figure import save_trust_figure
-from sam_embed.trust_text import mined_lines
+from sam_embed.judging.trust_figure import save_trust_figure
+from sam_embed.judging.trust_text import mined_lines
+from sam_embed.network import AnatomicalEmbedder
 from scripts import evaluate_matching, evaluate_pairs
 from tests.sam_fakes import compact_options
 

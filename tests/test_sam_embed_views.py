@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from sam_embed import view_intensity, views
 from sam_embed.checkpoint import EmbedderInfo
-from sam_embed.view_intensity import IntensityOptions
-from sam_embed.views import TrainingVolume, ViewOptions, ViewPairDataset
-from sam_embed.warp import Warp
+from sam_embed.training import view_intensity, views
+from sam_embed.training.view_intensity import IntensityOptions
+from sam_embed.training.views import TrainingVolume, ViewOptions, ViewPairDataset
+from sam_embed.training.warp import Warp
 
 SPACING_MM = (3.0, 2.0, 2.5)
 SHAPE = (40, 44, 36)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.data_list import Case
-from datasets.nifti import write_nifti
-from datasets.volume_store import build_store
+from datasets.ct.nifti import write_nifti
+from datasets.lists.data_list import Case
+from datasets.store.volumes import build_store
 from sam_embed.checkpoint import EmbedderInfo, save_embedder
 from sam_embed.network import AnatomicalEmbedder
 from scripts import show_matches

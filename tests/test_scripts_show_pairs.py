@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import main_ddp
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.crops import centre_mm
-from datasets.data_list import Case
-from datasets.volume_store import VolumeStore, build_store
+from datasets.lists.data_list import Case
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.crops import centre_mm
+from datasets.store.volumes import VolumeStore, build_store
 from scripts.show_pairs import main, make_flags, open_pairs
 from tests.fakes import spl_affine, world_volume
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.volume_store import VolumeStore, build_store
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.store.volumes import VolumeStore, build_store
 
 SPACING_MM = (2.0, 2.0, 2.0)
 # SwinUNETR's deepest stage needs more than one token, hence the 64.
@@ -45,7 +45,7 @@ def make_corpus(folder: Path, num_training: int = 3, num_validation: int = 2) ->
 
 def add_store_and_table(folder: Path) -> Path:
     """The volume store, and a table whose matches are points of the same place of the grid."""
-    from datasets.data_list import load_data_list
+    from datasets.lists.data_list import load_data_list
 
     cases = [c for section in ("training", "validation") for c in load_data_list(folder / "list.json", folder, section)]
     build_store(cases, folder / "store", SPACING_MM, progress=False)

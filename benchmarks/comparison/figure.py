@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.comparison.arms import ARMS, SCRATCH, SCRATCH_OWN
 from benchmarks.comparison.results import Scores
-from datasets.files import write_bytes
+from datasets.store.files import write_bytes
 
 STYLES = {
     SCRATCH: ("#777777", "o", "--"),

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.files import write_text
+from datasets.store.files import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_LOG_LINES = 15

@@ -23,9 +23,9 @@ from benchmarks.comparison.results import (
     verdicts,
 )
 from benchmarks.comparison.stages import Plan
-from datasets.files import write_text
+from datasets.store.files import write_text
 from engine.flags import git_commit
-from engine.segmentation_report import without_nan
+from engine.segmentation.report import without_nan
 
 FIGURE, TABLES, SUMMARY = "dice_over_labels.png", "comparison.md", "comparison.json"
 

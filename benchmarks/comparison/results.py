@@ -12,9 +12,9 @@ from scipy.stats import t as student_t
 from benchmarks.comparison.arms import ARMS, CLAIMS, UNTRAINED
 from benchmarks.comparison.jobs import Records
 from benchmarks.comparison.stages import Plan
-from engine.collapse import collapse_warnings
-from engine.segmentation_metrics import case_means, nan_mean
-from engine.segmentation_report import CASES, read_scores
+from engine.segmentation.metrics import case_means, nan_mean
+from engine.segmentation.report import CASES, read_scores
+from losses.collapse import collapse_warnings
 
 CONFIDENCE = 0.95
 UNTRAINED_NETWORKS = "untrained"
@@ -179,7 +179,7 @@ class PretrainingEnd:
         values: monitors: means of the last epoch; of the first one as `start_*`; of the held-out pairs as `held_out_*`;
             of several pretrainings their mean.
         out_dim: K; the log of it is what a uniform distribution costs.
-        warnings: what `engine.collapse` says of the last epoch of each.
+        warnings: what `losses.collapse` says of the last epoch of each.
     """
 
     values: dict[str, float]

@@ -4,7 +4,7 @@
         --json_list phantom.json --output_dir pairs_true
 
 Points spread over the body of every case, away from its surface, as in mining; partners are other cases of the same
-section of the list at random. The key's place comes from the two patients' deformations (`datasets.phantom_truth`);
+section of the list at random. The key's place comes from the two patients' deformations (`datasets.phantom.truth`);
 points that the key's scan does not show are left out. Every row has score 1 and cycle error 0.
 """
 
@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from scipy import ndimage
 
-from datasets.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.data_list import load_data_list
-from datasets.geometry import body_mask, index_to_world
-from datasets.phantom_truth import PhantomTruth, load_truth
-from datasets.volume_store import VolumeStore
+from datasets.ct.geometry import body_mask, index_to_world
+from datasets.lists.data_list import load_data_list
+from datasets.phantom.truth import PhantomTruth, load_truth
+from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.store.volumes import VolumeStore
 from engine.flags import RunInfo, git_commit, make_parser, run_main
 
 COARSE = 2  # the body's depth is measured on every second voxel

@@ -1,0 +1,1 @@
+"""Volumes as files: NIfTI, geometry, the grid of a file."""

@@ -1,0 +1,82 @@
+"""The voxel grid of a NIfTI file as it is on disk: does a label lie on it, and writing label maps that do.
+
+Inside the project volumes are canonical; a user's viewer and scripts want a prediction with the input file's own axis
+order, shape and affine.
+"""
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from datasets.ct.geometry import CANONICAL_AXCODES, to_canonical
+from datasets.ct.nifti import CTReadError, Volume, check_same_grid
+from datasets.store.files import write_bytes
+
+
+@dataclass(frozen=True)
+class FileGrid:
+    """A file's first three axes: shape [X, Y, Z], affine [4, 4] and the codes that say what its world is."""
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    world_code: int
+
+    def canonical(self) -> tuple[tuple[int, int, int], np.ndarray]:
+        """Shape (D, H, W) and affine of this file's volume once it is turned; no voxel is read."""
+        turned, affine = to_canonical(np.broadcast_to(np.uint8(0), self.shape), self.affine)
+        return turned.shape, affine
+
+    def from_canonical(self, array: np.ndarray) -> np.ndarray:
+        """Turn a canonical array [D, H, W] back to the file's axes [X, Y, Z].
+
+        Raises:
+            ValueError: the array is not this file's volume turned.
+        """
+        orientations = nib.orientations
+        back = orientations.ornt_transform(
+            orientations.axcodes2ornt(tuple(CANONICAL_AXCODES)), orientations.io_orientation(self.affine)
+        )
+        turned = orientations.apply_orientation(array, back)
+        if turned.shape != self.shape:
+            raise ValueError(f"an array of {array.shape} becomes {turned.shape}, expected the file's {self.shape}")
+        return turned
+
+
+def read_file_grid(path: str | Path) -> FileGrid:
+    """The grid of an image file, from its header.
+
+    Raises:
+        CTReadError: not a readable NIfTI file.
+    """
+    try:
+        image = nib.load(path)
+        world_code = int(image.header["sform_code"]) or int(image.header["qform_code"])
+        return FileGrid(tuple(image.shape[:3]), np.asarray(image.affine, dtype=np.float64), world_code)
+    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CTReadError(f"{path}: not readable as NIfTI ({error})") from error
+
+
+def check_label_grid(label: Volume, image: str | Path) -> None:
+    """As `datasets.ct.nifti.check_same_grid`, by the image's header alone."""
+    check_same_grid(label, *read_file_grid(image).canonical(), image)
+
+
+def write_label_like(path: str | Path, labels: np.ndarray, grid: FileGrid) -> None:
+    """Write a canonical label map [D, H, W] on a file's own grid. Whole file or none appears at `path`.
+
+    Raises:
+        ValueError: another suffix than .nii or .nii.gz, or labels of another volume.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: expected a name ending in .nii or .nii.gz")
+    image = nib.Nifti1Image(np.ascontiguousarray(grid.from_canonical(labels)), grid.affine)
+    image.header.set_xyzt_units("mm")
+    code = grid.world_code or 1
+    image.set_sform(grid.affine, code)
+    image.set_qform(grid.affine, code)
+    content = image.to_bytes()
+    write_bytes(path, gzip.compress(content, compresslevel=5, mtime=0) if path.name.endswith(".gz") else content)

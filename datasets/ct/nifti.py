@@ -1,0 +1,279 @@
+"""Reading and writing CT as NIfTI: one canonical orientation, int16 HU, and errors that name the file and the reason.
+
+Files come in any orientation, integer or float, with or without scl_slope, padded with -3024 outside the field of view.
+What comes out is always [D, H, W] in "SPL" (see `datasets.ct.geometry`), clamped to [-1024, 3071] HU.
+"""
+
+import gzip
+import io
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from datasets.ct.geometry import index_to_world, spacing_of, to_canonical
+from datasets.store.files import write_bytes
+
+HU_MIN, HU_MAX = -1024, 3071
+# Metal fills less of a CT than this share; a CT spans more HU. What breaks either is in other units.
+MOST_ABOVE = 0.01
+LEAST_SPAN = 20
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+class CTReadError(ValueError):
+    """A file that cannot be used as CT or label; the message names the file, what it holds and what was expected."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A volume in the canonical orientation.
+
+    Attributes:
+        array: [D, H, W]; int16 HU of a CT, uint8 or int16 of labels.
+        affine: float64 [4, 4], array index (d, h, w) -> world RAS+ mm.
+        path: the file it was read from.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    path: str
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along (D, H, W)."""
+        return spacing_of(self.affine)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.array.shape
+
+
+def read_ct(path: str | Path) -> Volume:
+    """Read one CT volume from `.nii` or `.nii.gz`.
+
+    Returns:
+        int16 HU [D, H, W], clamped to [-1024, 3071] (so that padding with -3024 becomes air).
+
+    Raises:
+        CTReadError: missing, truncated or damaged file, not NIfTI, not 3-D (a trailing axis of length 1 is dropped),
+            zero spacing, singular affine, no voxels, one value throughout, voxels that are not finite, or values in
+            other units, which would be cut off or rounded away.
+    """
+    raw, affine = _read_voxels(path)
+    low, high = _finite_range(raw, path)
+    if low == high:
+        raise CTReadError(f"{path}: every voxel is {low:g}; expected a CT with contrast between air and tissue")
+    if high - low < LEAST_SPAN and raw.dtype.kind == "f" and (raw != np.rint(raw)).any():
+        raise CTReadError(
+            f"{path}: values lie in [{low:g}, {high:g}], which is no CT in HU (scaled to [0, 1]?) and would be rounded "
+            "to whole numbers; expected HU, or other units stretched to some hundreds"
+        )
+    if high > HU_MAX and (above := float((raw > HU_MAX).mean())) > MOST_ABOVE:
+        raise CTReadError(
+            f"{path}: {above:.0%} of voxels lie above {HU_MAX} (up to {high:g}) and would be cut off there; expected "
+            f"HU. Rescale other units (MR, raw scanner values) to {HU_MIN} to {HU_MAX}"
+        )
+    array = _as_int16(raw, HU_MIN, HU_MAX)
+    if array.min() == array.max():
+        raise CTReadError(
+            f"{path}: all values lie in [{low:g}, {high:g}], outside of {HU_MIN} to {HU_MAX} HU; expected a CT in HU"
+        )
+    return Volume(*_canonical(array, affine), str(path))
+
+
+def read_label(path: str | Path) -> Volume:
+    """Read one label map: whole numbers from 0 to 32767, as uint8 where they fit and int16 otherwise.
+
+    Raises:
+        CTReadError: as `read_ct`, and for values that are no labels; a map of zeros is fine.
+    """
+    raw, affine = _read_voxels(path)
+    low, high = _finite_range(raw, path)
+    if low < 0 or high > np.iinfo(np.int16).max:
+        raise CTReadError(f"{path}: label values run from {low:g} to {high:g}, expected 0 to 32767")
+    array = raw.astype(np.uint8 if high <= 255 else np.int16)
+    if np.issubdtype(raw.dtype, np.floating) and not np.allclose(array, raw, rtol=0, atol=1e-3):
+        # A float label a hair below its whole number (scl_slope arithmetic) would be cut, so round before judging.
+        array = np.rint(raw).astype(array.dtype)
+        if not np.allclose(array, raw, rtol=0, atol=1e-3):
+            raise CTReadError(f"{path}: label values are not whole numbers; is this an image?")
+    return Volume(*_canonical(array, affine), str(path))
+
+
+def read_label_of(image: Volume, path: str | Path) -> Volume:
+    """Read the label map of an image.
+
+    Raises:
+        CTReadError: as `read_label`, and for a map that does not lie on the image's grid.
+    """
+    label = read_label(path)
+    check_same_grid(label, image.shape, image.affine, image.path)
+    return label
+
+
+def check_same_grid(label: Volume, shape: tuple[int, int, int], affine: np.ndarray, image_path: str | Path) -> None:
+    """Check that a label's voxels are those of its image.
+
+    Raises:
+        CTReadError: another shape, or a corner further than half a voxel beside the image's; less is rounding.
+    """
+    if label.shape != shape:
+        raise CTReadError(f"{label.path}: label has shape {label.shape}, its image {image_path} has {shape}")
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape])).reshape(3, -1).T
+    apart_mm = np.abs(index_to_world(label.affine, corners) - index_to_world(affine, corners)).max()
+    if apart_mm > min(spacing_of(affine)) / 2:
+        raise CTReadError(
+            f"{label.path}: label lies {apart_mm:.1f} mm beside its image {image_path}; write it with that affine"
+        )
+
+
+def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None:
+    """Write a canonical array [D, H, W] so that every reader puts its voxels at the same world place.
+
+    The file's axes are (W, H, D), i.e. LPS like most converted DICOM. Whole file or none appears at `path`.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        array: [D, H, W]; bool and 64-bit integers are stored in a smaller integer type.
+        affine: [4, 4], array index -> world mm.
+
+    Raises:
+        ValueError: another suffix, or an array that is not 3-D.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: expected a name ending in .nii or .nii.gz")
+    if array.ndim != 3:
+        raise ValueError(f"{path}: expected an array [D, H, W], received shape {array.shape}")
+    if array.dtype == bool:
+        array = array.astype(np.uint8)
+    elif array.dtype in (np.int64, np.uint64):
+        array = array.astype(np.int16 if np.abs(array).max(initial=0) <= np.iinfo(np.int16).max else np.int32)
+    file_affine = np.asarray(affine, dtype=np.float64)[:, [2, 1, 0, 3]]
+    content = nib.Nifti1Image(array.transpose(2, 1, 0), file_affine).to_bytes()
+    # No time stamp inside, so that the same volume gives the same file.
+    write_bytes(path, gzip.compress(content, compresslevel=5, mtime=0) if path.name.endswith(".gz") else content)
+
+
+def _read_voxels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """The scaled voxels [X, Y, Z] in file order and the checked affine."""
+    content = _read_bytes(Path(path))
+    header = _read_header(content, path)
+    shape = _three_axes(header.get_data_shape(), path)
+    affine = _checked_affine(header, path)
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise CTReadError(f"{path}: voxel type {dtype} is not a real number; expected integers or floats")
+    offset, num_bytes = int(header.get_data_offset()), math.prod(shape) * dtype.itemsize
+    if offset < 0:
+        raise CTReadError(f"{path}: damaged NIfTI header (vox_offset is {offset}, expected the voxels' first byte)")
+    if len(content) < offset + num_bytes:
+        raise CTReadError(
+            f"{path}: truncated; shape {shape} of {dtype} needs {offset + num_bytes} bytes, received {len(content)}"
+        )
+    raw = np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
+    slope, intercept = header.get_slope_inter()
+    if slope is not None and (slope, intercept) != (1, 0):
+        # float32 is exact for every HU; 64 bits are kept where the file itself has more than 24 bits of mantissa.
+        wide = np.float64 if dtype.itemsize > 4 else np.float32
+        raw = raw.astype(wide) * wide(slope) + wide(intercept)
+    return raw, affine
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The file's content, decompressed if it is gzip whatever its name; gzip's own checksum is checked."""
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise CTReadError(f"{path}: expected a file ending in .nii or .nii.gz")
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content.startswith(GZIP_MAGIC) else content
+    except FileNotFoundError as error:
+        raise CTReadError(f"{path}: no such file") from error
+    except EOFError as error:
+        raise CTReadError(f"{path}: truncated; the compressed stream ends early ({len(content)} bytes)") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise CTReadError(f"{path}: damaged gzip file ({error})") from error
+    except OSError as error:
+        raise CTReadError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _read_header(content: bytes, path: str | Path) -> nib.Nifti1Header:
+    """The NIfTI-1 or NIfTI-2 header of a single-file image."""
+    if not content:
+        raise CTReadError(f"{path}: the file is empty (0 bytes)")
+    for kind, magic_at in ((nib.Nifti1Header, 344), (nib.Nifti2Header, 4)):
+        if content[magic_at : magic_at + 4] in (b"n+1\0", b"n+2\0"):
+            try:
+                # Unchecked: nibabel's check would quietly turn a zero spacing into 1 mm.
+                header = kind.from_fileobj(io.BytesIO(content), check=False)
+                # All raise on what does not exist: codes, a NaN for an offset, a shape that no file has.
+                header.get_data_dtype(), header.get_slope_inter(), header.get_data_shape(), header.get_data_offset()
+                return header
+            except KeyError as error:
+                raise CTReadError(f"{path}: unknown voxel type code {error} in the header") from error
+            except (
+                nib.spatialimages.HeaderDataError,
+                nib.wrapstruct.WrapStructError,
+                ValueError,
+                OverflowError,
+            ) as error:
+                raise CTReadError(f"{path}: damaged NIfTI header ({error})") from error
+    raise CTReadError(f"{path}: not a NIfTI file; the header does not say n+1 or n+2")
+
+
+def _three_axes(shape: tuple[int, ...], path: str | Path) -> tuple[int, int, int]:
+    """The shape without trailing axes of length 1 beyond the third."""
+    kept = tuple(int(size) for size in shape)
+    while len(kept) > 3 and kept[-1] == 1:
+        kept = kept[:-1]
+    if len(kept) != 3:
+        raise CTReadError(f"{path}: shape {tuple(shape)} is {len(kept)}-D, expected one 3-D volume")
+    if min(kept) < 1:
+        raise CTReadError(f"{path}: shape {kept} holds no voxels")
+    return kept
+
+
+def _checked_affine(header: nib.Nifti1Header, path: str | Path) -> np.ndarray:
+    """The affine nibabel would use (sform, else qform, else the spacing), if it can place voxels in the world."""
+    pixdim_mm = [float(value) for value in header["pixdim"][1:4]]
+    if not all(math.isfinite(value) and value != 0 for value in pixdim_mm):
+        raise CTReadError(f"{path}: voxel spacing {tuple(pixdim_mm)} mm, expected three lengths above zero")
+    try:
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    except (nib.spatialimages.HeaderDataError, ValueError) as error:
+        raise CTReadError(f"{path}: unusable orientation in the header ({error})") from error
+    spacing = spacing_of(affine)
+    if not np.isfinite(affine).all():
+        raise CTReadError(f"{path}: the affine is not finite: {affine.tolist()}")
+    if min(spacing) < 1e-6:
+        raise CTReadError(f"{path}: the affine has a voxel spacing of zero: {spacing} mm")
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
+        raise CTReadError(f"{path}: singular affine, two axes point the same way: {affine[:3, :3].tolist()}")
+    return affine
+
+
+def _finite_range(raw: np.ndarray, path: str | Path) -> tuple[float, float]:
+    """Lowest and highest value; NaN and infinities show up in one of the two, without a mask as big as the volume."""
+    low, high = float(raw.min()), float(raw.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        num_bad = int(np.count_nonzero(~np.isfinite(raw)))
+        raise CTReadError(f"{path}: {num_bad} of {raw.size} voxels are not finite (NaN or infinite)")
+    return low, high
+
+
+def _as_int16(raw: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Rounded and clamped to [low, high]."""
+    if raw.dtype.kind == "f":
+        return np.rint(np.clip(raw, low, high)).astype(np.int16)
+    info = np.iinfo(raw.dtype)
+    return np.clip(raw, max(low, info.min), min(high, info.max)).astype(np.int16)
+
+
+def _canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turned to SPL, contiguous and writable."""
+    turned, turned_affine = to_canonical(array, affine)
+    return np.require(turned, requirements=["C", "W", "O"]), turned_affine

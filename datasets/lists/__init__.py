@@ -1,0 +1,1 @@
+"""Data lists, label classes and splits."""

@@ -1,0 +1,337 @@
+"""Which cases there are: finding CT files in the layouts people have, and Decathlon data lists (JSON).
+
+A list has `training` and `validation` sections of {"image": ..., "label": ..., "name": ...}, paths relative to the data
+folder; MONAI reads it too. In unlabelled lists an entry may also be just the image's path.
+"""
+
+import json
+import os
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.store.files import write_text
+
+SUFFIXES = (".nii.gz", ".nii")
+CHANNEL_SUFFIX = "_0000"  # nnU-Net and FLARE name the first channel of an image so, and the label without it
+# File names that say what a file is, not whose: the case is then named after its folder.
+IMAGE_STEMS = ("ct", "image", "imaging", "img", "volume", "scan")
+LABEL_STEMS = ("label", "labels", "seg", "segmentation", "mask")
+LABEL_ENDINGS = tuple(f"{joint}{stem}" for stem in LABEL_STEMS for joint in "_-.")
+LABEL_FOLDERS = ("seg", "segs", "segmentation", "segmentations", "mask", "masks", "annotations", "gt")
+IMAGE_FOLDERS = (*IMAGE_STEMS, "imgs", "volumes", "scans")
+# Numbered by kind, as `volume-0` and `segmentation-0` (LiTS), `labels-1` (CT-ORG) or `img0001` and `label0001` (BTCV).
+IMAGE_START = re.compile(rf"(?:{'|'.join(IMAGE_STEMS)})(?:[-_. ]+(?=.)|(?=\d))", re.IGNORECASE)
+LABEL_START = re.compile(rf"(?:{'|'.join(LABEL_STEMS)})(?:[-_. ]+(?=.)|(?=\d))", re.IGNORECASE)
+
+
+class DataListError(ValueError):
+    """A data folder or data list that cannot be used; the message names it and says what to change."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One CT volume: a name unique in its list, the image file, and the label file if there is one."""
+
+    name: str
+    image: Path
+    label: Path | None = None
+
+
+def find_cases(data_dir: str | Path) -> list[Case]:
+    """All CT volumes below a folder, sorted by name.
+
+    Understood are FLARE22 / nnU-Net / Decathlon folders (`images*/X_0000.nii.gz` or `X.nii.gz`, the label `X.nii.gz` in
+    a folder that has "label", "seg" or the like as a word of its name), one folder per case (`<case>/ct.nii.gz`,
+    `<case>/label.nii.gz`; other NIfTI files beside a `ct.nii.gz` are not images), and any other tree of `.nii` and
+    `.nii.gz` files, where `X_label`, `X_seg` or `label_X` is the label of `X`, and `segmentation-0` or `label0` that of
+    `volume-0` or `img0`. Names starting with a dot are skipped.
+
+    Raises:
+        DataListError: the folder is missing or holds no image, or a case has two labels.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise DataListError(f"{data_dir}: no such folder (--data_dir)")
+    images, labels = _sort_files(sorted(_nifti_files(data_dir)), data_dir)
+    if not images:
+        raise DataListError(
+            f"{data_dir}: no images found below it. Expected .nii or .nii.gz files that are not named like labels, and "
+            f"outside of folders named label*, {', '.join(LABEL_FOLDERS)} ({len(labels)} label files were seen). "
+            "Is --data_dir right?"
+        )
+    by_stem, by_number = defaultdict(list), defaultdict(list)
+    for label in labels:
+        number = _without_start(label, LABEL_START)
+        for stem in {_subject(label), _without_ending(label), number}:
+            by_stem[stem].append(label)
+        if number != _plain_stem(label):
+            by_number[number].append(label)
+    names = unique_names([image.relative_to(data_dir).as_posix() for image in images])
+    cases = []
+    for name, image in zip(names, images):
+        label = _label_of(image, by_stem[_subject(image)], data_dir)
+        if label is None and (number := _without_start(image, IMAGE_START)) != _plain_stem(image):
+            label = _label_of(image, by_number[number], data_dir)
+        cases.append(Case(name, image, label))
+    return sorted(cases, key=lambda case: case.name)
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """Case names of image paths (relative, with `/`): the file's stem, or its folder for `ct.nii.gz` and the like.
+
+    Where two would be the same, the folders above are put in front, as in `siteA__case1`.
+    """
+    subjects = [_subject(Path(path)) for path in paths]
+    counts = defaultdict(int)
+    for subject in subjects:
+        counts[subject.lower()] += 1  # some file systems do not tell upper from lower case
+    names = [
+        subject if counts[subject.lower()] == 1 else "__".join(_stem(path).lstrip("./").split("/"))
+        for path, subject in zip(paths, subjects)
+    ]
+    if len({name.lower() for name in names}) < len(names):
+        seen, twice = set(), set()
+        for name in names:
+            (twice if name.lower() in seen else seen).add(name.lower())
+        raise DataListError(
+            f"several images are called {', '.join(sorted(twice)[:5])}; rename one or keep one format of it"
+        )
+    return names
+
+
+def split_cases(
+    cases: Sequence[Case], num_validation: int | None, validation_fraction: float, seed: int
+) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases, drawn by `seed` alone (not by the order of `cases`), each sorted by name.
+
+    Args:
+        cases: all of them.
+        num_validation: how many to hold out; None takes `validation_fraction` of them, at least one.
+        validation_fraction: from 0 to below 1; 0 holds none out.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise DataListError(f"--validation_fraction must be from 0 to below 1, received {validation_fraction}")
+    if num_validation is None:
+        num_validation = max(1, round(validation_fraction * len(cases))) if validation_fraction else 0
+    if not 0 <= num_validation < len(cases):
+        raise DataListError(
+            f"--num_validation {num_validation} leaves no training case of {len(cases)}; expected 0 to {len(cases) - 1}"
+        )
+    shuffled = sorted(cases, key=lambda case: case.name)
+    random.Random(seed).shuffle(shuffled)
+    by_name = [
+        sorted(part, key=lambda case: case.name) for part in (shuffled[num_validation:], shuffled[:num_validation])
+    ]
+    return by_name[0], by_name[1]
+
+
+def write_data_list(
+    path: str | Path,
+    data_dir: str | Path,
+    training: Sequence[Case],
+    validation: Sequence[Case] = (),
+    labels: dict[str, str] | None = None,
+    unreadable: dict[str, str] | None = None,
+    name: str = "",
+) -> None:
+    """Write a Decathlon list.
+
+    Args:
+        path: the JSON file.
+        data_dir: what image and label paths are made relative to; files outside of it keep their absolute path.
+        training, validation: the two sections.
+        labels: label value -> what it is.
+        unreadable: file -> reason, for files that were left out.
+        name: of the data set; empty takes the folder's.
+    """
+    content = {
+        "name": name or Path(data_dir).resolve().name,
+        "description": f"{len(training)} training and {len(validation)} validation cases",
+        "modality": {"0": "CT"},
+        "labels": labels or {"0": "background"},
+        "training": [_entry(case, Path(data_dir)) for case in training],
+        "validation": [_entry(case, Path(data_dir)) for case in validation],
+        "unreadable": unreadable or {},
+    }
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def load_data_list(
+    json_list: str | Path, data_dir: str | Path, section: str = "training", must_exist: bool = True
+) -> list[Case]:
+    """The cases of one section, in the list's order.
+
+    Args:
+        json_list: a Decathlon list.
+        data_dir: what its paths are relative to.
+        section: "training", "validation" or another key; a list without "validation" has no such cases.
+        must_exist: check that every file is there.
+
+    Raises:
+        DataListError: no such list or section, an entry without image, clashing names, or missing files.
+    """
+    json_list, data_dir = Path(json_list), Path(data_dir)
+    content = _load_json(json_list)
+    sections = {key: value for key, value in content.items() if isinstance(value, list)}
+    if section not in sections and section != "validation":
+        raise DataListError(f"{json_list}: no section {section!r}; it has {', '.join(sorted(sections)) or 'none'}")
+    cases = _named_cases(sections, section, json_list, data_dir)
+    if must_exist:
+        files = [file for case in cases for file in (case.image, case.label) if file is not None]
+        missing = [str(file) for file in files if not file.exists()]
+        if missing:
+            raise DataListError(
+                f"{json_list}: {len(missing)} of {len(files)} files are missing, first {', '.join(missing[:3])}. Paths "
+                f"are relative to --data_dir, which is {data_dir}."
+            )
+    return cases
+
+
+def _nifti_files(folder: Path) -> Iterable[Path]:
+    """All .nii and .nii.gz files below a folder, following links to folders but no hidden names."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in files if name.endswith(SUFFIXES) and not name.startswith("."))
+
+
+def _sort_files(files: Sequence[Path], data_dir: Path) -> tuple[list[Path], list[Path]]:
+    """Images and labels; what lies beside a `ct.nii.gz` and is neither is dropped."""
+    case_folders = {file.parent for file in files if _plain_stem(file).lower() in IMAGE_STEMS}
+    subjects = {(file.parent, _plain_stem(file)) for file in files}
+    images, labels = [], []
+    for file in files:
+        stem = _plain_stem(file).lower()
+        beside_image = _without_ending(file) != _plain_stem(file) and (file.parent, _without_ending(file)) in subjects
+        if stem in LABEL_STEMS or LABEL_START.match(stem) or beside_image or _label_folder(file, data_dir):
+            labels.append(file)
+        elif file.parent not in case_folders or stem in IMAGE_STEMS:
+            images.append(file)
+    return images, labels
+
+
+def _label_folder(file: Path, data_dir: Path) -> Path | None:
+    """The folder of labels that a file lies in: the outermost below `data_dir` that is named like one."""
+    folders = file.relative_to(data_dir).parents[:-1]  # the nearest first
+    for position, folder in reversed(list(enumerate(folders))):
+        named_so = folder.name.lower() in LABEL_FOLDERS or _starts_like_label(folder.name.lower())
+        # `liver_segmentation/imagesTr/X` and `ct_with_labels/volume-0` only speak of labels.
+        speaks_of_labels = any(word in LABEL_FOLDERS or _starts_like_label(word) for word in _words(folder.name))
+        if named_so or (speaks_of_labels and not _says_image(file, [nearer.name for nearer in folders[:position]])):
+            return data_dir / folder
+    return None
+
+
+def _starts_like_label(word: str) -> bool:
+    return word.startswith("label") and not word.startswith(("labelled", "labeled"))
+
+
+def _says_image(file: Path, folder_names: Sequence[str]) -> bool:
+    """Whether a file's own name, or one of these folders', says that it is an image."""
+    stem = _plain_stem(file)
+    if _without_ending(file) != stem:
+        return False
+    if _stem(file.name) != stem or stem.lower() in IMAGE_STEMS or IMAGE_START.match(stem):
+        return True
+    return any(word in IMAGE_FOLDERS or word.startswith("images") for name in folder_names for word in _words(name))
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z]+", name.lower())
+
+
+def _label_of(image: Path, named_alike: Sequence[Path], data_dir: Path) -> Path | None:
+    """The label of an image among those named like it: one from the same part of the tree, the nearest."""
+    candidates = [label for label in named_alike if ((_label_folder(label, data_dir) or label).parent) in image.parents]
+    if not candidates:
+        return None
+    shared = [len(os.path.commonpath([image, label])) for label in candidates]
+    best = [label for label, length in zip(candidates, shared) if length == max(shared)]
+    if len(best) > 1:
+        raise DataListError(f"{image}: has several labels: {', '.join(map(str, best))}; move all but one elsewhere")
+    return best[0]
+
+
+def _subject(file: Path) -> str:
+    """Whose file it is: its stem without channel number, or its folder where the stem says only what it is."""
+    stem = _plain_stem(file)
+    if stem.lower() in IMAGE_STEMS + LABEL_STEMS and file.parent.name:
+        return file.parent.name
+    return stem
+
+
+def _without_ending(file: Path) -> str:
+    """The stem of `X_label.nii.gz` without what says that it is a label."""
+    stem = _plain_stem(file)
+    ending = next((ending for ending in LABEL_ENDINGS if stem.lower().endswith(ending)), "")
+    return stem[: len(stem) - len(ending)]
+
+
+def _without_start(file: Path, start: re.Pattern) -> str:
+    """The stem of `volume-0.nii` without the word that says what it is."""
+    stem = _plain_stem(file)
+    found = start.match(stem)
+    return stem[found.end() :] if found else stem
+
+
+def _plain_stem(file: Path) -> str:
+    return _stem(file.name).removesuffix(CHANNEL_SUFFIX)
+
+
+def _stem(name: str) -> str:
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _entry(case: Case, data_dir: Path) -> dict[str, str]:
+    """A list entry; keys that do not apply are left out."""
+    files = {"image": case.image, "label": case.label}
+    return {key: _relative(file, data_dir) for key, file in files.items() if file is not None} | {"name": case.name}
+
+
+def _relative(file: Path, data_dir: Path) -> str:
+    try:
+        return file.relative_to(data_dir).as_posix()
+    except ValueError:
+        return str(file.resolve())
+
+
+def _load_json(json_list: Path) -> dict:
+    try:
+        content = json.loads(json_list.read_text())
+    except FileNotFoundError as error:
+        raise DataListError(f"{json_list}: no such data list. Write one with scripts/create_json.py.") from error
+    except (OSError, ValueError) as error:
+        raise DataListError(f"{json_list}: not a JSON data list ({error})") from error
+    if not isinstance(content, dict):
+        raise DataListError(
+            f"{json_list}: expected an object with a 'training' section, received a {type(content).__name__}"
+        )
+    return content
+
+
+def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_dir: Path) -> list[Case]:
+    """The cases of a section; entries without a name get one that is unique among all sections."""
+    entries = [(key, entry) for key in sorted(sections) for entry in sections[key]]
+    plain = [entry if isinstance(entry, dict) else {"image": entry} for _, entry in entries]
+    for entry, (key, received) in zip(plain, entries):
+        if not isinstance(entry.get("image"), str):
+            raise DataListError(f"{json_list}: an entry of {key!r} has no 'image' path: {received!r}")
+    unnamed = [entry["image"] for entry in plain if "name" not in entry]
+    unnamed = list(dict.fromkeys(unnamed))  # an image may stand in two sections
+    given = dict(zip(unnamed, unique_names(unnamed)))
+    cases, image_of = [], {}
+    for entry, (key, _) in zip(plain, entries):
+        label = entry.get("label")
+        name = entry.get("name") or given[entry["image"]]
+        if image_of.setdefault(name, entry["image"]) != entry["image"]:
+            raise DataListError(f"{json_list}: {image_of[name]} and {entry['image']} are both called {name!r}")
+        if key == section:
+            cases.append(Case(name, data_dir / entry["image"], data_dir / label if label else None))
+    if len({case.name for case in cases}) < len(cases):
+        raise DataListError(f"{json_list}: two entries of {section!r} have the same name or image")
+    return cases

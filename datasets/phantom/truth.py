@@ -1,0 +1,97 @@
+"""Phantom CT, the truth about any point: where it lies in another patient, and what it is part of.
+
+A phantom's landmark file states the seed its patient was drawn from. The patient is drawn again, and its deformation
+gives the atlas place of every point, the inverse of another patient's the true place there (Newton, to 1e-6 mm).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.phantom.cases import PhantomCase
+from datasets.phantom.landmarks import atlas_landmarks
+from datasets.phantom.patient import Patient, Scan
+
+MAX_DRIFT_MM = 0.1  # landmark files are rounded to 0.001 mm
+
+
+class PhantomTruthError(ValueError):
+    """No truth for a case: its landmark file is missing, no phantom's, or of another version of the generator."""
+
+
+@dataclass(frozen=True)
+class PhantomTruth:
+    """One phantom case drawn again: the patient and the scan."""
+
+    name: str
+    patient: Patient
+    scan: Scan
+
+    def to_atlas(self, points_mm: np.ndarray) -> np.ndarray:
+        """Atlas mm [N, 3] of world points [N, 3] of this case."""
+        return self.patient.deformation.to_atlas(points_mm)
+
+    def from_atlas(self, atlas_mm: np.ndarray) -> np.ndarray:
+        """World mm [N, 3] in this case of atlas points [N, 3]."""
+        return self.patient.deformation.to_world(atlas_mm)
+
+    def is_scanned(self, points_mm: np.ndarray) -> np.ndarray:
+        """bool [N]: which world points [N, 3] lie within the scan's outermost voxels."""
+        index = (np.asarray(points_mm) - self.scan.origin_mm) / self.scan.spacing_mm
+        return ((index >= -0.5) & (index <= np.array(self.scan.shape) - 0.5)).all(axis=-1)
+
+
+def true_place(query: PhantomTruth, key: PhantomTruth, points_mm: np.ndarray) -> np.ndarray:
+    """World mm [N, 3] in the key patient of the places that are points [N, 3] in the query patient."""
+    return key.from_atlas(query.to_atlas(points_mm))
+
+
+def load_truth(landmark_dir: str | Path, names: Sequence[str]) -> dict[str, PhantomTruth]:
+    """The patients behind some phantom cases, drawn again from the seeds in `<landmark_dir>/<case>.json`.
+
+    Raises:
+        PhantomTruthError: a file is missing or states no seed, or today's generator draws another patient from it.
+    """
+    return {name: _draw_again(Path(landmark_dir) / f"{name}.json", name) for name in names}
+
+
+def states_seeds(landmark_dir: str | Path, names: Sequence[str]) -> bool:
+    """Whether the landmark files of all these cases say what phantom they belong to."""
+    return all("seed" in _record(Path(landmark_dir) / f"{name}.json") for name in names)
+
+
+def _record(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PhantomTruthError(f"{path}: not readable as a landmark file ({error}); see --landmark_dir") from error
+    if not isinstance(record, dict):
+        raise PhantomTruthError(f"{path}: expected a JSON object, got {type(record).__name__}; see --landmark_dir")
+    return record
+
+
+def _draw_again(path: Path, name: str) -> PhantomTruth:
+    """Draw the patient, and compare its landmarks with the file's."""
+    record = _record(path)
+    if "seed" not in record or "landmarks_mm" not in record:
+        raise PhantomTruthError(
+            f"{path}: states no seed, so the truth between landmarks is unknown; it needs files by "
+            "scripts/make_phantom_dataset.py (--landmark_dir)"
+        )
+    seed, labelled, index = record["seed"]
+    case = PhantomCase(name, seed, index, bool(labelled), record.get("full_size", False), record.get("scan_range"))
+    patient, scan, _ = case.sample()
+    atlas = atlas_landmarks()
+    known = [landmark for landmark in record["landmarks_mm"] if landmark in atlas]
+    stated = np.array([record["landmarks_mm"][landmark] for landmark in known], dtype=float).reshape(-1, 3)
+    drawn = patient.deformation.to_world(np.array([atlas[landmark] for landmark in known]).reshape(-1, 3))
+    drift_mm = float(np.abs(drawn - stated).max(initial=0.0))
+    if not known or drift_mm > MAX_DRIFT_MM:
+        raise PhantomTruthError(
+            f"{path}: its landmarks lie up to {drift_mm:.1f} mm from those that seed {record['seed']} gives now, so "
+            "the phantom is of another version; make it again (scripts/make_phantom_dataset.py)"
+        )
+    return PhantomTruth(name, patient, scan)

@@ -1,0 +1,168 @@
+"""Crops with labels for finetuning: class-balanced, augmented, and a pure function of (seed, index).
+
+MONAI's RandCropByPosNegLabel needs whole volumes in memory; here the store gives just the crop. A foreground crop
+first draws an organ, all organs of the case alike, then a voxel of it, so that an adrenal gland is seen as often as the
+liver. Flips are off: left and right kidney are different labels.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from monai.transforms import RandAffined
+from torch.utils.data import Dataset
+
+from datasets.lists.label_classes import LabelClasses
+from datasets.samples.augment import AugmentOptions, ViewAugmenter
+from datasets.store.volumes import VolumeStore
+
+Size3 = tuple[int, int, int]
+AFFINE_MARGIN = 1.3  # of a crop that is rotated and scaled: what turns into view was read, not made up
+VOXELS_PER_CLASS = 2000  # kept per case and organ to centre crops on
+INTENSITY = AugmentOptions(noise_std=0.05, window_prob=0.3, window_jitter_hu=20.0)
+
+
+@dataclass(frozen=True)
+class SegmentationAugment:
+    """Strengths of the augmentation of a crop and its labels.
+
+    Attributes:
+        affine_prob: probability of rotation and scaling (0 = off).
+        rotate_deg: largest rotation about each axis, degrees.
+        scale: sizes change by up to this share.
+        intensity: of the image alone.
+    """
+
+    affine_prob: float = 0.5
+    rotate_deg: float = 12.0
+    scale: float = 0.15
+    intensity: AugmentOptions = field(default_factory=lambda: INTENSITY)
+
+    @classmethod
+    def off(cls) -> "SegmentationAugment":
+        """No augmentation at all."""
+        return cls(affine_prob=0.0, intensity=AugmentOptions.off())
+
+
+class SegmentationCropDataset(Dataset):
+    """Endless crops of labelled cases; sample i depends on (seed, i) alone.
+
+    Args:
+        store: must hold the labels of `case_names`.
+        case_names: the cases to draw from, all alike.
+        classes: label values and channels.
+        roi: (D, H, W) of a crop in voxels of the store.
+        hu_min, hu_max: the window that becomes [0, 1].
+        foreground_share: share of crops centred near an organ's voxel; the others lie anywhere in the body.
+        augment: see `SegmentationAugment`.
+        seed: decides everything.
+
+    Raises:
+        ValueError: no cases, a case without label, or a share that is none.
+    """
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        case_names: Sequence[str],
+        classes: LabelClasses,
+        roi: Size3,
+        hu_min: float = -125.0,
+        hu_max: float = 225.0,
+        foreground_share: float = 0.8,
+        augment: SegmentationAugment | None = None,
+        seed: int = 0,
+    ) -> None:
+        unlabelled = [name for name in case_names if not store.record(name).has_label]
+        if not case_names or unlabelled:
+            raise ValueError(f"{store.store_dir}: no labels for {', '.join(unlabelled[:5]) or 'any case'}")
+        if not 0 <= foreground_share <= 1:
+            raise ValueError(f"--foreground_share {foreground_share}: expected a share between 0 and 1")
+        self.store, self.case_names, self.classes = store, list(case_names), classes
+        self.roi, self.foreground_share, self.seed = tuple(roi), foreground_share, seed
+        self.augment = augment or SegmentationAugment()
+        self._augment_view = ViewAugmenter(self.augment.intensity, hu_min, hu_max)
+        self._voxels: dict[str, dict[int, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self.case_names)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Sample `index` (any number from 0 on).
+
+        Returns:
+            "image" float32 [1, D, H, W] in [0, 1]; "label" uint8 [1, D, H, W], channels; "case" int64, position in
+            `case_names`.
+        """
+        rng = np.random.default_rng([self.seed, index])
+        case = int(rng.integers(len(self.case_names)))
+        name = self.case_names[case]
+        centre = self._draw_centre(name, rng)
+        if rng.random() < self.augment.affine_prob:
+            hu, label = self._turned_crop(name, centre, int(rng.integers(2**31)))
+        else:
+            hu, label = self._crop(name, centre, self.roi)
+        view_seed = np.random.SeedSequence([self.seed, index, 1])
+        return {
+            "image": self._augment_view(hu, view_seed),
+            "label": torch.from_numpy(label)[None],
+            "case": torch.tensor(case),
+        }
+
+    def count_voxels(self) -> np.ndarray:
+        """Voxels of every channel, background included, over all cases [C]."""
+        labels = (self.classes.to_classes(self.store.read_label(name).array) for name in self.case_names)
+        return sum(np.bincount(label.ravel(), minlength=len(self.classes)) for label in labels)
+
+    def class_voxels(self, name: str) -> dict[int, np.ndarray]:
+        """Channel -> int32 [n, 3], up to `VOXELS_PER_CLASS` of its voxels (d, h, w), for the organs of a case."""
+        if name not in self._voxels:
+            label = self.classes.to_classes(self.store.read_label(name).array)
+            rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+            occupied = np.flatnonzero(label)
+            present = label.ravel()[occupied]
+            self._voxels[name] = {}
+            for channel in np.unique(present).tolist():
+                own = occupied[present == channel]
+                own = own if len(own) <= VOXELS_PER_CLASS else rng.choice(own, VOXELS_PER_CLASS, replace=False)
+                self._voxels[name][channel] = np.stack(np.unravel_index(own, label.shape), axis=1).astype(np.int32)
+        return self._voxels[name]
+
+    def _draw_centre(self, name: str, rng: np.random.Generator) -> np.ndarray:
+        """The middle voxel of a crop: up to a quarter of the crop beside an organ's voxel, or anywhere in the body."""
+        voxels = self.class_voxels(name)
+        if voxels and rng.random() < self.foreground_share:
+            channel = sorted(voxels)[int(rng.integers(len(voxels)))]
+            chosen = voxels[channel][int(rng.integers(len(voxels[channel])))]
+            return chosen + np.rint(rng.uniform(-0.25, 0.25, 3) * self.roi).astype(int)
+        record = self.store.record(name)
+        return rng.integers(record.body_start, np.maximum(record.body_stop, np.asarray(record.body_start) + 1))
+
+    def _crop(self, name: str, centre: np.ndarray, size: Size3) -> tuple[np.ndarray, np.ndarray]:
+        """HU and channels around a voxel; moved inside where the volume is large enough for the crop itself."""
+        shape, roi = np.array(self.store.record(name).shape), np.array(self.roi)
+        start = np.asarray(centre) - roi // 2
+        start = np.where(shape > roi, np.clip(start, 0, np.maximum(shape - roi, 0)), (shape - roi) // 2)
+        start = start - (np.array(size) - roi) // 2
+        label = self.classes.to_classes(self.store.label_crop(name, start, size))
+        return self.store.crop(name, start, size), label
+
+    def _turned_crop(self, name: str, centre: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """A rotated and scaled crop, cut from a larger one."""
+        size = tuple(int(np.ceil(side * AFFINE_MARGIN)) for side in self.roi)
+        hu, label = self._crop(name, centre, size)
+        turn = RandAffined(
+            keys=("image", "label"),
+            spatial_size=self.roi,
+            prob=1.0,
+            rotate_range=[np.deg2rad(self.augment.rotate_deg)] * 3,
+            scale_range=[self.augment.scale] * 3,
+            mode=("bilinear", "nearest"),
+            padding_mode="border",
+        )
+        turn.set_random_state(seed=seed)
+        turned = turn({"image": torch.from_numpy(hu)[None].float(), "label": torch.from_numpy(label)[None].float()})
+        image, label = (turned[key].as_subclass(torch.Tensor)[0].numpy() for key in ("image", "label"))
+        return image, label.astype(np.uint8)

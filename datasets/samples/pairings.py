@@ -1,0 +1,274 @@
+"""Pairing rules: which two places make the two views Q and K of one sample.
+
+- `sam` (Alice, ICCV 2023, figure 2): the same anatomy in two patients, from the correspondence table;
+- `iou`: two crops of one volume whose intersection over union lies in a range, the positives of the IoU-based peers;
+- `random`: random crops of two different volumes, the control that any pairing must beat.
+
+All rules draw the first crop alike, anywhere in the box of the body: they differ in the second alone. (Crops centred at
+matched points, as published, overhang the body; masked image modelling on such crops taught a U-Net far less than on
+crops within: benchmarks/RESULTS.md.)
+
+A rule is a class with `draw(rng, case) -> PairDraw`; adding one takes a class and a line in `PAIRINGS`. Every draw is a
+function of the generator alone. A rule that cannot keep its promise falls back and says so (`is_fallback`).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from datasets.ct.geometry import world_to_index
+from datasets.samples.correspondences import CorrespondenceTable, Selection
+from datasets.samples.crops import body_start_range, centre_mm, crop_iou, draw_centre, draw_starts, shared_shift_mm
+
+PAIR_KINDS = ("sam", "iou", "random")  # `pair_kind` in a sample is an index into this
+FIRST_DRAWS = 4  # 4 first crops with 30 second crops each: the 120 draws of the published rule
+SECOND_DRAWS = 30
+NEAR_MM = 1e-3  # points so near to each other are one
+SMALL_BODY_OVERHANG = 0.25  # of the side: how far crops of a body too small for the wanted IoU may overhang it
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PairDraw:
+    """Where the two crops of one sample lie.
+
+    Attributes:
+        query_name, key_name: cases.
+        query_mm, key_mm: crop centres, world mm float64 [3].
+        score: similarity of the match (`sam`), the crops' IoU (pairs within one volume), or 0 (`random`).
+        is_fallback: the rule could not be kept, and a lesser pair stands in.
+        kind: what kind of pair this is in truth, a name in `PAIR_KINDS`.
+    """
+
+    query_name: str
+    key_name: str
+    query_mm: np.ndarray
+    key_mm: np.ndarray
+    score: float
+    is_fallback: bool
+    kind: str
+
+    def swapped(self) -> "PairDraw":
+        """The same pair with query and key exchanged."""
+        return replace(
+            self,
+            query_name=self.key_name,
+            key_name=self.query_name,
+            query_mm=self.key_mm,
+            key_mm=self.query_mm,
+        )
+
+
+@dataclass(frozen=True)
+class PairingOptions:
+    """What the rules need to know besides the volumes.
+
+    Attributes:
+        roi: crop size (D, H, W) in voxels.
+        min_score: lowest match score that `sam` accepts, in [-1, 1]. This default and the next make 95 % of the mined
+            pairs of held-out phantoms right within 15 mm (`scripts/evaluate_matching.py`, figures in RESULTS.md).
+        max_cycle_mm: largest cycle error that `sam` accepts, mm (inf = any, also unmeasured).
+        iou_range: smallest and largest IoU of two crops of one volume, in [0, 1].
+        jitter_mm: how far, along each world axis, the two crops of a match may lie off its two points, mm; both lie off
+            by the same vector. 0 = centred at them, as published.
+        max_outside: share of a crop's side by which the two crops of a match may overhang the bodies' boxes where one
+            vector can bring both inside, in [0, 1]; 1 = they stay where they are.
+    """
+
+    roi: tuple[int, int, int]
+    min_score: float = 0.65
+    max_cycle_mm: float = 18.0
+    iou_range: tuple[float, float] = (0.3, 0.6)
+    jitter_mm: float = 30.0
+    max_outside: float = 0.0
+
+    def __post_init__(self) -> None:
+        low, high = self.iou_range
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"--iou_range is {low} {high}, expected 0 <= low <= high <= 1")
+        if self.jitter_mm < 0 or not 0.0 <= self.max_outside <= 1.0 or self.max_cycle_mm < 0:
+            raise ValueError(
+                f"expected --jitter_mm >= 0, --max_cycle_mm >= 0 and --max_outside in [0, 1], got {self.jitter_mm}, "
+                f"{self.max_cycle_mm} and {self.max_outside}"
+            )
+
+
+class IouPairing:
+    """Two overlapping crops of one volume (the IoU-based positives of the peers, 3-D).
+
+    The first crop lies anywhere in the body; the second is redrawn up to 30 times until the IoU lies in the range, then
+    the first is drawn anew, up to 120 draws in all; after that two random crops of the volume stand in as a fallback.
+    (In a large volume hardly one crop in a thousand overlaps another, so the second is drawn from its neighbourhood.)
+    """
+
+    def __init__(
+        self, store, names: Sequence[str], options: PairingOptions, table: CorrespondenceTable | None = None
+    ) -> None:
+        self.store = store
+        self.names = list(names)
+        self.options = options
+
+    def draw(self, rng: np.random.Generator, case: int) -> PairDraw:
+        """A pair within `names[case]`."""
+        record, roi = self.store.record(self.names[case]), self.options.roi
+        low, high = self.options.iou_range
+        first, last = body_start_range(record, roi, 0.0)
+        if crop_iou(first, last, roi) > low:  # a small body: without overhang no two crops lie far enough apart
+            first, last = body_start_range(record, roi, SMALL_BODY_OVERHANG)
+        # An IoU of at least `low` takes an overlap of 2 low / (1 + low) of the side along every axis. Second crops
+        # farther away can only be refused, so they are not drawn: the accepted ones are distributed as if they were.
+        reach = np.floor(np.asarray(roi) * (1 - 2 * low / (1 + low))).astype(np.int64) if low > 0 else last - first
+        for _ in range(FIRST_DRAWS):
+            start = draw_starts(rng, first, last, 1)[0]
+            near = np.maximum(first, start - reach), np.minimum(last, start + reach)
+            seconds = draw_starts(rng, *near, SECOND_DRAWS)
+            iou = crop_iou(start, seconds, roi)
+            hits = np.flatnonzero((iou >= low) & (iou <= high))
+            if len(hits):
+                return self._pair(record, start, seconds[hits[0]], False)
+        start, second = draw_starts(rng, first, last, 2)
+        return self._pair(record, start, second, True)
+
+    def _pair(self, record, start: np.ndarray, second: np.ndarray, is_fallback: bool) -> PairDraw:
+        roi = self.options.roi
+        points = centre_mm(record, np.stack([start, second]), roi)
+        iou = float(crop_iou(start, second, roi))
+        kind = "random" if is_fallback else "iou"
+        return PairDraw(record.name, record.name, points[0], points[1], iou, is_fallback, kind)
+
+
+class RandomPairing:
+    """Random crops of two different volumes; with a single volume both come from it, counted as a fallback."""
+
+    def __init__(
+        self, store, names: Sequence[str], options: PairingOptions, table: CorrespondenceTable | None = None
+    ) -> None:
+        self.store = store
+        self.names = list(names)
+        self.options = options
+
+    def draw(self, rng: np.random.Generator, case: int) -> PairDraw:
+        """A pair of `names[case]` and any other case."""
+        num = len(self.names)
+        other = (case + int(rng.integers(1, num))) % num if num > 1 else case
+        points = []
+        for index in (case, other):
+            points.append(draw_centre(rng, self.store.record(self.names[index]), self.options.roi))
+        return PairDraw(self.names[case], self.names[other], points[0], points[1], 0.0, other == case, "random")
+
+
+class SamPairing:
+    """The same anatomy in two patients: a row of the correspondence table that passes both thresholds.
+
+    The query crop is drawn anywhere in the body; of the rows whose point lies nearest to its centre, one at random says
+    where that place is in another patient, and the key crop lies as far off its point as the query crop off its own. A
+    case without a row gives an `iou` pair of its own, counted as a fallback.
+    """
+
+    def __init__(
+        self, store, names: Sequence[str], options: PairingOptions, table: CorrespondenceTable | None = None
+    ) -> None:
+        if table is None:
+            raise ValueError(
+                "--pairing sam needs a correspondence table; mine one (scripts/mine_pairs.py) and give its folder as "
+                "--embed_dir, or choose --pairing iou or random"
+            )
+        table.check_cases(store.names)
+        self.store = store
+        self.names = list(names)
+        self.options = options
+        self.table = table
+        self.fallback = IouPairing(store, names, options)
+        self.selection = self._select()
+        position = {name: index for index, name in enumerate(table.case_names)}
+        self.table_case = [position.get(name, -1) for name in self.names]
+        self._warn_of_cases_without_rows()
+        self._check_places()
+
+    def draw(self, rng: np.random.Generator, case: int) -> PairDraw:
+        """A matched pair whose query (before a possible exchange) is `names[case]`."""
+        table_case = self.table_case[case]
+        candidates = self.selection.of_case(table_case) if table_case >= 0 else ()
+        if len(candidates) == 0:
+            return replace(self.fallback.draw(rng, case), is_fallback=True)
+        query = self.store.record(self.names[case])
+        centre = draw_centre(rng, query, self.options.roi)
+        row = self._nearest_row(rng, candidates, centre)
+        key = self.store.record(self.table.case_names[row["key_case"]])
+        offset = np.clip(centre - row["query_mm"], -self.options.jitter_mm, self.options.jitter_mm)
+        query_mm, key_mm = row["query_mm"] + offset, row["key_mm"] + offset
+        shift = shared_shift_mm(query, query_mm, key, key_mm, self.options.roi, self.options.max_outside)
+        return PairDraw(query.name, key.name, query_mm + shift, key_mm + shift, float(row["score"]), False, "sam")
+
+    def _nearest_row(self, rng: np.random.Generator, candidates: np.ndarray, centre_mm: np.ndarray) -> np.void:
+        """One of the rows with the query point nearest to a place: a point has a row for each of its partners."""
+        squared = ((self.table.rows["query_mm"][candidates] - centre_mm) ** 2).sum(axis=1)
+        nearest = candidates[squared <= squared.min() + NEAR_MM**2]
+        return self.table.rows[int(nearest[rng.integers(len(nearest))])]
+
+    @property
+    def num_usable_rows(self) -> int:
+        """Rows that pass the thresholds and whose two cases are both in use."""
+        return len(self.selection.rows)
+
+    @property
+    def num_cases_without_rows(self) -> int:
+        """Cases in use that can only give fallback pairs."""
+        counts = self.selection.num_per_case
+        return sum(1 for case in self.table_case if case < 0 or counts[case] == 0)
+
+    def _select(self) -> Selection:
+        used = set(self.names)
+        allowed = np.array([name in used for name in self.table.case_names])
+        selection = self.table.select(self.options.min_score, self.options.max_cycle_mm, allowed)
+        if len(selection.rows) == 0:
+            logger.warning(
+                "no correspondence of these %d cases passes --min_score %g and --max_cycle_mm %g (of %d rows in all): "
+                "every pair will be a fallback from one volume",
+                len(self.names), self.options.min_score, self.options.max_cycle_mm, len(self.table),
+            )  # fmt: skip
+        return selection
+
+    def _warn_of_cases_without_rows(self) -> None:
+        """Few held-out cases among many others: partners drawn from all hardly ever are held-out ones too."""
+        if len(self.selection.rows) and self.num_cases_without_rows > len(self.names) / 4:
+            logger.warning(
+                "%d of these %d cases have no usable correspondence with another of them, so that their pairs are "
+                "fallbacks from one volume; mine with scripts/mine_pairs.py --json_list, which pairs the cases of a "
+                "section among themselves, or lower --min_score",
+                self.num_cases_without_rows, len(self.names),
+            )  # fmt: skip
+
+    def _check_places(self) -> None:
+        """Raise when matched points do not lie in the volumes that they name: the table is of other data or axes."""
+        rows = self.selection.rows
+        sample = self.table.rows[rows[:: max(1, len(rows) // 500)]] if len(rows) else []
+        num_outside = 0
+        for row in sample:
+            for side in ("query", "key"):
+                record = self.store.record(self.table.case_names[row[f"{side}_case"]])
+                index = world_to_index(record.affine, row[f"{side}_mm"])
+                num_outside += bool(((index < -1) | (index > np.asarray(record.shape))).any())
+        if num_outside > 0.02 * 2 * len(sample):
+            raise ValueError(
+                f"{self.table.path or 'correspondence table'}: {num_outside} of {2 * len(sample)} checked points lie "
+                "outside of the volumes that they name; the table was mined from other files or in other axes: "
+                "mine again from this --store_dir"
+            )
+
+
+PAIRINGS: dict[str, type] = {"sam": SamPairing, "iou": IouPairing, "random": RandomPairing}
+
+
+def make_pairing(name: str, store, names: Sequence[str], options: PairingOptions, table: CorrespondenceTable | None):
+    """The rule called `name` over the cases `names`.
+
+    Raises:
+        ValueError: no such rule, or the rule lacks what it needs.
+    """
+    if name not in PAIRINGS:
+        raise ValueError(f"--pairing is {name!r}, expected one of {', '.join(PAIRINGS)}")
+    return PAIRINGS[name](store, names, options, table)

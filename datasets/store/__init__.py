@@ -1,0 +1,1 @@
+"""The volume store: one chunked, compressed array a case."""

@@ -1,0 +1,266 @@
+"""Building a volume store from NIfTI files: in parallel, resumable, safe to kill and to run several times at once.
+
+Every case is made under its own lock (on file systems without locks two builders may both make it, with one result);
+its files are written aside and renamed, its manifest comes last. So whatever ends the run, the next one keeps the
+finished cases and makes the others. Cases are taken in another order by every process that builds, so that several of
+them share the work instead of waiting for each other.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets.ct.geometry import body_box, resample, spacing_of
+from datasets.ct.nifti import CTReadError, read_ct, read_label_of
+from datasets.lists.data_list import Case
+from datasets.store.files import FileWriteError, exclusive, remove_asides, write_bytes, write_text
+from datasets.store.format import (
+    CaseRecord,
+    StoreError,
+    array_file,
+    check_file,
+    checksum_of,
+    compress,
+    create_settings,
+    files_of,
+    label_file,
+    manifest_file,
+    read_manifest,
+    read_records,
+    write_index,
+)
+
+
+@dataclass
+class BuildReport:
+    """What a build did: names of the cases stored now, those found finished, and reasons of those that failed."""
+
+    built: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def build_store(
+    cases: Sequence[Case],
+    store_dir: str | Path,
+    spacing_mm: tuple[float, float, float] | None = None,
+    num_workers: int = 1,
+    verify: bool = False,
+    progress: bool = True,
+) -> BuildReport:
+    """Store every case that is not stored yet.
+
+    Args:
+        cases: what to store; names become file names.
+        store_dir: made if missing.
+        spacing_mm: (D, H, W) in mm that all volumes are resampled to; None keeps each one's own.
+        num_workers: processes; 1 does it in this one.
+        verify: compare finished cases with their checksums, and store damaged ones again.
+        progress: show a bar.
+
+    Returns:
+        What was done. A case that cannot be read does not stop the others: it is in `failed` and in failures.json.
+
+    Raises:
+        StoreError: the store has another spacing, names clash or are no file names, or a worker was killed.
+        FileWriteError, DiskFullError: the folder cannot be written to, or is full; what is finished stays.
+    """
+    store_dir = Path(store_dir)
+    _check_names([case.name for case in cases])
+    create_settings(store_dir, spacing_mm)
+    report, order = BuildReport(), list(cases)
+    if not verify:
+        records = read_records(store_dir)
+        report.reused = [case.name for case in cases if _is_current(case, records.get(case.name), store_dir)]
+        finished = set(report.reused)
+        order = [case for case in cases if case.name not in finished]
+    if not order and (store_dir / "index.json").exists():
+        return report  # nothing to write, so a finished store may lie in a folder that cannot be written to
+    random.Random(os.getpid()).shuffle(order)
+    try:
+        results = _run(order, store_dir, spacing_mm, num_workers, verify)
+        for name, reason in tqdm(
+            results, total=len(order), desc="volumes", unit="case", disable=not (progress and order)
+        ):
+            if reason in ("built", "reused"):
+                getattr(report, reason).append(name)
+            else:
+                report.failed[name] = reason
+    finally:
+        write_index(store_dir)
+    _write_failures(store_dir, cases, report.failed)
+    for names in (report.built, report.reused):
+        names.sort()
+    return report
+
+
+def _check_names(names: list[str]) -> None:
+    """File names that no two cases share, and that no other file of the store can have."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise StoreError(f"case names must be unique, received several of: {', '.join(twice[:5])}")
+    for name in names:
+        if not name or name.startswith(".") or name.endswith(".label") or Path(name).name != name:
+            raise StoreError(f"case name {name!r} cannot be a file name in a store (no / or leading . or final .label)")
+
+
+def _run(
+    cases: list[Case], store_dir: Path, spacing_mm: tuple | None, num_workers: int, verify: bool
+) -> Iterator[tuple[str, str]]:
+    """Pairs (name, outcome) as the cases finish."""
+    if num_workers <= 1 or len(cases) <= 1:
+        for case in cases:
+            yield case.name, _store_case(case, store_dir, spacing_mm, verify)
+        return
+    # Spawned, not forked: the caller may hold threads, CUDA or a process group.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(num_workers, len(cases)), mp_context=context, initializer=_start_worker)
+    try:
+        waiting = {pool.submit(_store_case, case, store_dir, spacing_mm, verify): case.name for case in cases}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+    except BrokenProcessPool as error:
+        raise StoreError(
+            f"{store_dir}: a worker process was killed, most likely because memory ran out. Run the same command "
+            f"again with a lower --num_workers (it was {num_workers}); finished cases are kept."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, which then lets the cases in work finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: bool) -> str:
+    """Store one case unless it is there; returns "built", "reused" or the reason of the failure."""
+    with exclusive(store_dir / "locks" / "cases" / case.name) as locked:
+        try:
+            record = read_manifest(manifest_file(store_dir, case.name))
+            if _is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
+                return "reused"
+            _make_case(case, store_dir, spacing_mm, record, locked)
+            return "built"
+        except CTReadError as error:
+            return str(error)
+        except MemoryError:
+            return f"{case.image}: not enough memory to read and resample this volume"
+        except FileWriteError:  # the store's trouble, not this case's
+            raise
+        except Exception as error:  # whatever one strange file does, thousands of others wait behind it
+            return f"{case.image}: unexpected {type(error).__name__} while storing it ({error})"
+
+
+def _is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
+    """Whether the case is stored, from its source files as they are now; once they are gone, the store stands alone."""
+    if record is None:
+        return False
+    sources, stamps = _sources(case), record.source_stamp.split()
+    try:
+        # Fewer sources than stamps: another list had a label stored, which this one neither needs nor removes.
+        if case.image.exists() and _stamp(sources).split() != stamps[: len(sources)]:
+            return False
+    except CTReadError:
+        return False
+    return all(path.exists() for path, _ in files_of(record, store_dir))
+
+
+def _is_damaged(record: CaseRecord, store_dir: Path) -> bool:
+    """Whether a file of the case differs from its checksum."""
+    try:
+        for path, checksum in files_of(record, store_dir):
+            check_file(path, checksum)
+    except StoreError:
+        return True
+    return False
+
+
+def _sources(case: Case) -> list[Path]:
+    """The files that a case is made of, the image first."""
+    return [path for path in (case.image, case.label) if path is not None]
+
+
+def _stamp(sources: Sequence[Path]) -> str:
+    """Size and time of each file, a word each: another word means another content."""
+    try:
+        stats = [path.stat() for path in sources]
+    except OSError as error:
+        raise CTReadError(f"{error.filename}: {error.strerror}") from error
+    return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+
+
+def _keeps_label(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
+    """Whether a case listed without label has one in the store that still fits: of this image, and undamaged."""
+    if case.label is not None or record is None or not record.has_label:
+        return False
+    try:
+        check_file(label_file(store_dir, case.name), record.label_checksum)
+        return _stamp([case.image]) == record.source_stamp.split()[0]
+    except (StoreError, CTReadError):
+        return False
+
+
+def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: CaseRecord | None, locked: bool) -> None:
+    """Read, resample, compress and write one case; its manifest disappears first and comes back last.
+
+    Args:
+        case: what to store.
+        store_dir, spacing_mm: as in `build_store`.
+        stored: what the store knew of the case.
+        locked: whether no other process makes this case now.
+    """
+    paths = [find(store_dir, case.name) for find in (array_file, label_file, manifest_file)]
+    keeps_label = _keeps_label(case, stored, store_dir)
+    stamp = stored.source_stamp if keeps_label else _stamp(_sources(case))  # a missing file ends it here, at no loss
+    paths[2].unlink(missing_ok=True)
+    if locked:  # else they may be another builder's, in work
+        for path in paths:
+            remove_asides(path)
+    image = read_ct(case.image)
+    label = None if case.label is None else read_label_of(image, case.label).array
+    array, affine = image.array, image.affine
+    if spacing_mm is not None:
+        array, affine = resample(array, image.affine, spacing_mm)
+        label = None if label is None else resample(label, image.affine, spacing_mm, order=0)[0]
+    body_start, body_stop = body_box(array, spacing_of(affine))
+    checksums = []
+    for path, content in zip(paths, (array, label)):
+        if content is None and keeps_label:
+            checksums.append(stored.label_checksum)
+            continue
+        if content is None:
+            path.unlink(missing_ok=True)
+            checksums.append("")
+            continue
+        packed = compress(content)
+        write_bytes(path, packed)
+        checksums.append(checksum_of(packed))
+    record = CaseRecord(
+        case.name, array.shape, spacing_of(affine), affine, body_start, body_stop, str(case.image), stamp, *checksums
+    )
+    write_text(paths[2], json.dumps(record.to_json(), indent=1) + "\n")
+
+
+def _write_failures(store_dir: Path, cases: Sequence[Case], failed: dict[str, str]) -> None:
+    """Keep failures.json: the reasons of this run, and those of cases that this run did not try."""
+    path = store_dir / "failures.json"
+    with exclusive(store_dir / "locks" / "failures"):
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            known = {}
+        tried = {case.name for case in cases}
+        known = {name: reason for name, reason in known.items() if name not in tried} | failed
+        if known or path.exists():
+            write_text(path, json.dumps(dict(sorted(known.items())), indent=1) + "\n")

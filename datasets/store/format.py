@@ -1,0 +1,252 @@
+"""What a volume store is on disk, and how its files are written and read.
+
+    <store>/store.json            format version, spacing, chunk and block size
+    <store>/cases/<name>.b2nd     int16 HU [D, H, W], Blosc2 NDArray: zstd level 5, byte shuffle, chunks 64³, blocks 32³
+    <store>/cases/<name>.label.b2nd   labels on the same grid, where there are any
+    <store>/cases/<name>.json     manifest, written last: a case without it does not exist
+    <store>/index.json            all manifests in one file, only to open quickly; whatever is outdated in it is re-read
+    <store>/failures.json         cases that could not be stored, with the reason
+
+Level 9 and delta filters were measured and do not pay on CT.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import blosc2
+import numpy as np
+
+from datasets.store.files import exclusive, write_text
+
+FORMAT, VERSION = "alice volume store", 1
+CHUNK_VOX, BLOCK_VOX, ZSTD_LEVEL = 64, 32, 5
+# One thread: a DataLoader worker or a builder is one of many processes, and a pool of threads does not survive a fork.
+NUM_THREADS = 1
+
+
+class StoreError(ValueError):
+    """A store, or a case in it, cannot be used as asked; the message says which file, why, and what to change."""
+
+
+@dataclass(frozen=True, eq=False)
+class CaseRecord:
+    """What the store knows of a case without touching its voxels.
+
+    Attributes:
+        name: unique in the store.
+        shape: (D, H, W).
+        spacing_mm: voxel size (D, H, W).
+        affine: float64 [4, 4], array index -> world RAS+ mm.
+        body_start, body_stop: int [3], the box around the patient: first voxel and one past the last.
+        source: the file it was made from.
+        source_stamp: size and time of the image, then of the label where one is stored, to see whether they changed.
+        checksum, label_checksum: BLAKE2b of the compressed files; the latter is empty without labels.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    affine: np.ndarray
+    body_start: np.ndarray
+    body_stop: np.ndarray
+    source: str
+    source_stamp: str
+    checksum: str
+    label_checksum: str = ""
+
+    @property
+    def has_label(self) -> bool:
+        return bool(self.label_checksum)
+
+    def to_json(self) -> dict:
+        plain = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in plain.items()}
+
+    @classmethod
+    def from_json(cls, plain: dict) -> "CaseRecord":
+        known = {key: plain[key] for key in cls.__dataclass_fields__}
+        for key in ("shape", "spacing_mm"):
+            known[key] = tuple(known[key])
+        for key, dtype in (("affine", np.float64), ("body_start", np.int64), ("body_stop", np.int64)):
+            known[key] = np.array(known[key], dtype=dtype)
+        return cls(**known)
+
+
+def cases_dir(store_dir: Path) -> Path:
+    return store_dir / "cases"
+
+
+def array_file(store_dir: Path, name: str) -> Path:
+    return cases_dir(store_dir) / f"{name}.b2nd"
+
+
+def label_file(store_dir: Path, name: str) -> Path:
+    return cases_dir(store_dir) / f"{name}.label.b2nd"
+
+
+def manifest_file(store_dir: Path, name: str) -> Path:
+    return cases_dir(store_dir) / f"{name}.json"
+
+
+def files_of(record: CaseRecord, store_dir: Path) -> list[tuple[Path, str]]:
+    """The data files of a case and their checksums."""
+    files = [(array_file(store_dir, record.name), record.checksum)]
+    if record.has_label:
+        files.append((label_file(store_dir, record.name), record.label_checksum))
+    return files
+
+
+def compress(array: np.ndarray) -> bytes:
+    """The array [D, H, W] as the bytes of a `.b2nd` file."""
+    cparams = blosc2.CParams(
+        codec=blosc2.Codec.ZSTD,
+        clevel=ZSTD_LEVEL,
+        nthreads=NUM_THREADS,
+        filters=[blosc2.Filter.SHUFFLE],
+        filters_meta=[0],
+    )
+    packed = blosc2.asarray(
+        np.ascontiguousarray(array), chunks=(CHUNK_VOX,) * 3, blocks=(BLOCK_VOX,) * 3, cparams=cparams
+    )
+    return packed.to_cframe()
+
+
+def open_array(path: Path) -> blosc2.NDArray:
+    """A handle that decompresses on demand. Opening takes under a millisecond, so handles need not be kept."""
+    try:
+        return blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=NUM_THREADS))
+    except (RuntimeError, OSError) as error:
+        raise StoreError(f"{path}: missing or damaged ({error}). {REBUILD_ADVICE}") from error
+
+
+def read_region(path: Path, region: tuple[slice, ...]) -> np.ndarray:
+    """A part of a stored array; decompresses only the blocks it touches."""
+    array = open_array(path)
+    try:
+        return array[region]
+    except (RuntimeError, OSError) as error:
+        raise StoreError(f"{path}: damaged voxels ({error}). {REBUILD_ADVICE}") from error
+
+
+REBUILD_ADVICE = "Run scripts/prepare_volumes.py with --verify to find damaged cases and store them again."
+
+
+def checksum_of(content: bytes) -> str:
+    """A digest of a compressed file."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def check_file(path: Path, expected: str) -> None:
+    """Raise StoreError unless the file's digest is the expected one."""
+    try:
+        found = checksum_of(path.read_bytes())
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}). {REBUILD_ADVICE}") from error
+    if found != expected:
+        raise StoreError(f"{path}: checksum is {found}, expected {expected}: the file was damaged. {REBUILD_ADVICE}")
+
+
+def spacing_text(spacing_mm: tuple[float, float, float] | None) -> str:
+    """For messages: `1.5 x 1.5 x 2 mm (D, H, W)`, or `native`."""
+    return "native" if spacing_mm is None else " x ".join(f"{value:g}" for value in spacing_mm) + " mm (D, H, W)"
+
+
+def read_settings(store_dir: Path) -> tuple[float, float, float] | None:
+    """The spacing of a store, None for native.
+
+    Raises:
+        StoreError: no store there, or one of another format version.
+    """
+    path = store_dir / "store.json"
+    try:
+        settings = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise StoreError(f"{store_dir}: no volume store there. Make one with scripts/prepare_volumes.py.") from error
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read ({error})") from error
+    if (settings.get("format"), settings.get("version")) != (FORMAT, VERSION):
+        raise StoreError(
+            f"{path}: holds {settings.get('format')!r} version {settings.get('version')}, expected {FORMAT!r} version "
+            f"{VERSION}. Make a new store with scripts/prepare_volumes.py in another --store_dir."
+        )
+    return None if settings["spacing_mm"] == "native" else tuple(settings["spacing_mm"])
+
+
+def check_spacing(store_dir: Path, wanted_mm: tuple[float, float, float] | None) -> None:
+    """Raise StoreError unless the store has the wanted spacing (None: native)."""
+    found_mm = read_settings(store_dir)
+    same = found_mm == wanted_mm or (found_mm and wanted_mm and np.allclose(found_mm, wanted_mm, rtol=0, atol=1e-6))
+    if not same:
+        raise StoreError(
+            f"{store_dir}: the store's spacing is {spacing_text(found_mm)}, but {spacing_text(wanted_mm)} was asked "
+            "for. Change --spacing_mm, or give another --store_dir."
+        )
+
+
+def create_settings(store_dir: Path, spacing_mm: tuple[float, float, float] | None) -> None:
+    """Start a store, or check that the one that is there has this spacing. Safe when several processes do it."""
+    if (store_dir / "store.json").exists():
+        check_spacing(store_dir, spacing_mm)
+        return
+    with exclusive(store_dir / "locks" / "store"):
+        if (store_dir / "store.json").exists():  # another process was first
+            check_spacing(store_dir, spacing_mm)
+            return
+        settings = {
+            "format": FORMAT,
+            "version": VERSION,
+            "axcodes": "SPL",
+            "spacing_mm": "native" if spacing_mm is None else list(spacing_mm),
+            "chunk_vox": CHUNK_VOX,
+            "block_vox": BLOCK_VOX,
+        }
+        write_text(store_dir / "store.json", json.dumps(settings, indent=1) + "\n")
+
+
+def read_manifest(path: Path) -> CaseRecord | None:
+    """The record in a manifest; None when it is missing or of no use (then the case has to be stored again)."""
+    try:
+        return CaseRecord.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_records(store_dir: Path) -> dict[str, CaseRecord]:
+    """All finished cases by name, sorted; from the index where it is up to date."""
+    return {name: CaseRecord.from_json(plain) for name, (_, plain) in sorted(_collect(store_dir).items())}
+
+
+def write_index(store_dir: Path) -> None:
+    """Gather all manifests into `index.json`."""
+    with exclusive(store_dir / "locks" / "index"):
+        entries = _collect(store_dir)
+        write_text(store_dir / "index.json", json.dumps({"version": VERSION, "cases": entries}))
+
+
+def _collect(store_dir: Path) -> dict[str, tuple[list[int], dict]]:
+    """Name -> (size and time of the manifest, its content). Manifests newer than the index are opened one by one."""
+    try:
+        index = json.loads((store_dir / "index.json").read_text())
+        indexed = index["cases"] if index["version"] == VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        indexed = {}
+    entries = {}
+    if not cases_dir(store_dir).is_dir():
+        return entries
+    with os.scandir(cases_dir(store_dir)) as files:
+        manifests = [entry for entry in files if entry.name.endswith(".json") and not entry.name.startswith(".")]
+    for entry in manifests:
+        name = entry.name.removesuffix(".json")
+        try:
+            stat = entry.stat()
+        except FileNotFoundError:  # another process is storing this case anew
+            continue
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        if name in indexed and indexed[name][0] == stamp:
+            entries[name] = indexed[name]
+        elif record := read_manifest(Path(entry.path)):
+            entries[name] = (stamp, record.to_json())
+    return entries

@@ -1,0 +1,153 @@
+"""The volume store: every case in one compressed, chunked file from which a random crop is read in milliseconds.
+
+Nothing here keeps a file open, so a `VolumeStore` can be pickled, forked and shared by DataLoader workers freely, its
+memory stays flat however many cases are read, and Blosc2 starts no threads for it. The layout on disk is in
+`datasets.store.format`; `build_store` (from `datasets.store.build`) makes a store.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from datasets.ct.geometry import AIR_HU
+from datasets.ct.nifti import Volume
+from datasets.store.build import BuildReport, build_store
+from datasets.store.format import (
+    CaseRecord,
+    StoreError,
+    array_file,
+    check_file,
+    check_spacing,
+    files_of,
+    label_file,
+    read_records,
+    read_region,
+    read_settings,
+    spacing_text,
+)
+
+__all__ = ["BuildReport", "CaseRecord", "StoreError", "VolumeStore", "build_store", "parse_spacing", "spacing_text"]
+
+
+def parse_spacing(words: Sequence[str | float] | str | None) -> tuple[float, float, float] | None:
+    """The value of a `--spacing_mm` flag: `native` -> None, one length -> isotropic, three -> (D, H, W) in mm."""
+    words = [words] if isinstance(words, str | float | int) else list(words or ["native"])
+    if [str(word) for word in words] == ["native"]:
+        return None
+    try:
+        lengths = [float(word) for word in words]
+    except ValueError:
+        lengths = []
+    if len(lengths) not in (1, 3) or not all(0 < length < float("inf") for length in lengths):
+        raise StoreError(
+            f"--spacing_mm must be 'native', one length or three (D H W) in mm, received {' '.join(map(str, words))!r}"
+        )
+    return tuple(lengths * 3 if len(lengths) == 1 else lengths)
+
+
+class VolumeStore:
+    """Random access to the CT volumes of a store.
+
+    Args:
+        store_dir: a folder made by `build_store`.
+        names: the cases to use, in this order; None for all, sorted by name.
+        expected_spacing_mm: raise unless the store has this spacing: (D, H, W) in mm, or "native"; None for any.
+
+    Raises:
+        StoreError: no store there, a spacing other than expected, or names that are not in it.
+    """
+
+    def __init__(
+        self,
+        store_dir: str | Path,
+        names: Sequence[str] | None = None,
+        expected_spacing_mm: tuple[float, float, float] | str | None = None,
+    ) -> None:
+        self.store_dir = Path(store_dir)
+        self.spacing_mm = read_settings(self.store_dir)  # (D, H, W) of every case, or None where each keeps its own
+        if expected_spacing_mm is not None:
+            check_spacing(self.store_dir, parse_spacing(expected_spacing_mm))
+        records = read_records(self.store_dir)
+        self.names: list[str] = sorted(records) if names is None else list(names)
+        missing = [name for name in self.names if name not in records]
+        if missing:
+            raise StoreError(
+                f"{self.store_dir}: {len(missing)} of {len(self.names)} cases are not in the store, first "
+                f"{', '.join(missing[:5])}. Run scripts/prepare_volumes.py; its failures.json names unreadable files."
+            )
+        self._records = {name: records[name] for name in self.names}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._records
+
+    def record(self, name: str) -> CaseRecord:
+        """Shape, spacing, affine, body box and provenance of a case, without reading voxels."""
+        try:
+            return self._records[name]
+        except KeyError:
+            raise StoreError(f"{self.store_dir}: no case called {name!r} among the {len(self)} in use") from None
+
+    def read(self, name: str) -> Volume:
+        """The whole volume, int16 HU [D, H, W]."""
+        return self._read(array_file(self.store_dir, name), self.record(name))
+
+    def read_label(self, name: str) -> Volume:
+        """The whole label map [D, H, W] on the grid of `read(name)`."""
+        return self._read(self._label_file(name), self.record(name))
+
+    def crop(self, name: str, start: Sequence[int], size: Sequence[int], fill: int = AIR_HU) -> np.ndarray:
+        """A part of a volume; only the chunks it touches are read.
+
+        Args:
+            name: the case.
+            start: first voxel (d, h, w); may lie outside of the volume on any side.
+            size: (D, H, W) of the result.
+            fill: HU outside of the volume.
+
+        Returns:
+            int16 HU of shape `size`, contiguous and owned by the caller.
+        """
+        return self._crop(array_file(self.store_dir, name), self.record(name), start, size, fill)
+
+    def label_crop(self, name: str, start: Sequence[int], size: Sequence[int], fill: int = 0) -> np.ndarray:
+        """The labels of `crop(name, start, size)`."""
+        return self._crop(self._label_file(name), self.record(name), start, size, fill)
+
+    def verify(self, name: str) -> None:
+        """Read the case's files and compare their checksums with the manifest; StoreError where they differ."""
+        for path, checksum in files_of(self.record(name), self.store_dir):
+            check_file(path, checksum)
+
+    def _label_file(self, name: str) -> Path:
+        if not self.record(name).has_label:
+            raise StoreError(f"{self.store_dir}: case {name} has no label")
+        return label_file(self.store_dir, name)
+
+    def _read(self, path: Path, record: CaseRecord) -> Volume:
+        return Volume(_checked(read_region(path, (slice(None),) * 3), record.shape, path), record.affine, str(path))
+
+    def _crop(self, path: Path, record: CaseRecord, start: Sequence[int], size: Sequence[int], fill: int) -> np.ndarray:
+        start, size, shape = (np.asarray(value, dtype=np.int64) for value in (start, size, record.shape))
+        if start.shape != (3,) or size.shape != (3,) or (size < 1).any():
+            raise ValueError(f"a crop needs start (d, h, w) and a size above zero, received {start} and {size}")
+        low, high = np.maximum(start, 0), np.minimum(start + size, shape)
+        if (low >= high).any():
+            return np.full(size, fill, dtype=np.uint8 if path.name.endswith(".label.b2nd") else np.int16)
+        inside = read_region(path, tuple(slice(int(a), int(b)) for a, b in zip(low, high)))
+        _checked(inside, tuple(high - low), path)
+        if inside.shape == tuple(size):
+            return inside
+        out = np.full(size, fill, dtype=inside.dtype)
+        out[tuple(slice(a, b) for a, b in zip(low - start, high - start))] = inside
+        return out
+
+
+def _checked(array: np.ndarray, shape: tuple[int, ...], path: Path) -> np.ndarray:
+    """The array, unless the file holds another shape than its manifest says."""
+    if array.shape != tuple(shape):
+        raise StoreError(f"{path}: read shape {array.shape}, expected {tuple(shape)}; file and manifest differ")
+    return array

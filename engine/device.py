@@ -1,0 +1,114 @@
+"""Number formats and layouts: which one a run computes in, and what follows from it.
+
+Nothing here changes what is computed beyond rounding; what each choice brings is measured by
+`python -m benchmarks.pretrain_step`.
+"""
+
+import ctypes
+import os
+import platform
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_precision(wanted: str, device: torch.device) -> str:
+    """`auto` becomes bf16 on CUDA devices that compute it (not those that emulate it), and fp32 elsewhere.
+
+    Raises:
+        ValueError: an unknown name, or fp16 on a CPU (which computes it slowly and in few operations).
+    """
+    if wanted not in ("auto", *DTYPES):
+        raise ValueError(f"--precision is {wanted}; expected auto, fp32, bf16 or fp16")
+    if wanted == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp32"
+    if wanted == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 (or --use_fp16) needs a GPU; use --precision fp32 or auto on a CPU")
+    return wanted
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context that networks run in; does nothing for fp32. Losses run outside it, in fp32."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+
+def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; a scaler that does nothing for the others."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def use_channels_last(*modules: nn.Module) -> None:
+    """Store the weights of 3-D convolutions channels last; convolutions then compute in that layout. Values stay.
+
+    Only tensors with five axes can have this layout; all others are left as they are.
+    """
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.ndim == 5:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+def compile_networks(*modules: nn.Module) -> None:
+    """torch.compile in place: names in state dicts, the moving average and DDP see the modules that they saw before."""
+    for module in modules:
+        module.compile()
+
+
+# Memory that a CPU step frees stays with the process, instead of going back to the kernel page by page.
+#
+# glibc maps every large block anew and unmaps it when it is freed, so that each step of training faults all pages of
+# its activations in again. With both thresholds raised, blocks are reused. Measured by
+# `python -m benchmarks.pretrain_step`.
+
+
+THRESHOLD_BYTES = 2**30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+SET_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+def keep_freed_memory() -> bool:
+    """Raise glibc's mmap and trim thresholds of this process to 1 GiB; it cannot be undone.
+
+    Nothing happens with other C libraries, or where the user has set the allocator by `SET_BY_USER`.
+
+    Returns:
+        Whether the thresholds were raised.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in SET_BY_USER):
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, THRESHOLD_BYTES) and mallopt(M_TRIM_THRESHOLD, THRESHOLD_BYTES))
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """`auto` (CUDA where there is one), `cpu` or `cuda`; the CUDA device is the one of this local rank.
+
+    Raises:
+        ValueError: CUDA is asked for and absent, or this machine has fewer devices than processes.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device is {wanted}; expected auto, cpu or cuda")
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch sees no CUDA device here; use --device cpu or auto")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
+            "start at most that many processes (--nproc_per_node)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def make_cpu_repeatable() -> None:
+    """Same flags, seed and number of threads give the same numbers on a CPU.
+
+    Gradients of indexing (relative position biases, gathered points) are otherwise added by several threads in the
+    order in which they happen to arrive.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # writes NaN into every new tensor, for debugging

@@ -1,0 +1,1 @@
+"""Finetuning to organs, prediction, and their judgement."""

@@ -1,0 +1,267 @@
+"""The finetuning loop, in execution order.
+
+    hold still -> schedule -> forward, backward -> clip -> finite check over ranks -> step -> log -> validate -> save
+
+Validation decides three things at once: which weights are the best so far, whether to stop early, and what the log
+tells. A run's folder holds `checkpoint.pth` and the one before it (everything, for an exact resume) and `best.pth`
+(network and description, for use).
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.checkpoint import CheckpointError, load_strictly, save_checkpoint, sync_folder, write_synced
+from engine.device import autocast
+from engine.distributed import World, all_max, seed_step, wait_for_all
+from engine.logging import Clock, Meters, RunLog, SilentLog
+from engine.loop import NonFiniteLossError
+from engine.optim import clip_gradients, load_optimizer
+from engine.signals import StopRequest
+
+KIND = "segmentation"
+BEST = "best.pth"
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Lengths in steps, and the switches of the loop; 0 switches `clip_grad`, `val_freq` and `patience` off.
+
+    Attributes:
+        num_freeze_steps: steps during which the loaded encoder weights stand still.
+        patience: validations without a better Dice after which the run ends.
+    """
+
+    num_steps: int
+    val_freq: int = 500
+    save_freq: int = 500
+    log_freq: int = 20
+    patience: int = 0
+    clip_grad: float = 1.0
+    num_freeze_steps: int = 0
+    precision: str = "fp32"
+    seed: int = 0
+
+
+@dataclass
+class FinetuneRun:
+    """Everything that changes while finetuning, and a description in plain values.
+
+    Attributes:
+        network: not wrapped by DDP.
+        optimizer: its groups carry "lr_scale" (layer-wise decay).
+        frozen_keys: parameters that stand still for `num_freeze_steps`.
+        best_dice: of the validations so far, -1 before the first.
+        num_without_gain: validations since the best one.
+        is_stopped: whether the run ended early.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    description: dict = field(default_factory=dict)
+    frozen_keys: list[str] = field(default_factory=list)
+    step: int = 0
+    best_dice: float = -1.0
+    best_step: int = 0
+    num_without_gain: int = 0
+    is_stopped: bool = False
+
+    def as_checkpoint(self) -> dict:
+        """The checkpoint of this moment: tensors and plain values only."""
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        return {
+            **self.usable(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": progress,
+            "frozen_keys": list(self.frozen_keys),
+        }
+
+    def usable(self) -> dict:
+        """What a user of the network needs: its weights and what describes them."""
+        return {"kind": KIND, "model": self.network.state_dict(), "step": self.step, **self.description}
+
+    def restore(self, state: dict, path: str | Path) -> None:
+        """Go on where `state` was written.
+
+        Raises:
+            CheckpointError: it belongs to another network or another run.
+        """
+        if "progress" not in state:
+            raise CheckpointError(
+                f"{path}: holds a finished network and no state to go on from; expected checkpoint.pth"
+            )
+        load_strictly(self.network, state["model"], "network", path)
+        try:
+            load_optimizer(self.optimizer, state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: its optimiser state does not fit ({error}); keep --layer_decay and "
+                "--freeze_encoder_steps, or start over with --resume none"
+            ) from error
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        for name in PROGRESS:
+            setattr(self, name, state["progress"][name])
+        self.frozen_keys = list(state["frozen_keys"])
+
+    def forget_best(self) -> None:
+        """Look for the best weights from here on: those of before are not in this run's folder."""
+        self.best_dice, self.best_step, self.num_without_gain = -1.0, 0, 0
+
+
+PROGRESS = ("step", "best_dice", "best_step", "num_without_gain", "is_stopped")
+
+
+def finetune(
+    run: FinetuneRun,
+    wrap: Callable[[nn.Module], nn.Module],
+    loss: nn.Module,
+    batches: Iterator[dict],
+    lr: Callable[[int], float],
+    options: FinetuneOptions,
+    validate: Callable[[], dict[str, float]],
+    output_dir: str | Path,
+    world: World,
+    log: RunLog | SilentLog,
+) -> bool:
+    """Train from `run.step` to the end or to an early stop.
+
+    Args:
+        wrap: puts DDP around the network, or gives it back as it is; asked again when the encoder begins to move.
+        loss: (logits [B, C, D, H, W], channels [B, 1, D, H, W]) -> scalar.
+        batches: of `SegmentationCropDataset`, on the CPU.
+        lr: step -> learning rate of the last layers.
+        validate: -> {"dice": mean, ...}, the same on all ranks; NaN where no case counts.
+
+    Returns:
+        True when the run is complete, False when a signal ended it after a checkpoint.
+
+    Raises:
+        NonFiniteLossError: on all ranks together, when the loss or a gradient is not finite.
+    """
+    trained = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
+    frozen_keys = set(run.frozen_keys)
+    held = [p for name, p in run.network.named_parameters() if name in frozen_keys]
+    meters, clock, wrapped = Meters(), Clock(), None
+    with StopRequest() as stop:
+        while run.step < options.num_steps and not run.is_stopped:
+            # Hold the encoder still, or let it go: what stands still costs no gradient. DDP wants to know it anew
+            if wrapped is None or run.step == options.num_freeze_steps:
+                for parameter in held:
+                    parameter.requires_grad_(run.step >= options.num_freeze_steps)
+                wrapped = None
+                gc.collect()  # the hooks of the DDP before
+                wrapped = wrap(run.network)
+
+            # Schedule
+            rate = lr(run.step)
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+            seed_step(options.seed, run.step, world.rank)
+
+            # Forward and backward
+            clock.wait()
+            batch = next(batches)
+            clock.data_arrived(len(batch["image"]) * world.size)
+            image = batch["image"].to(world.device, non_blocking=True)
+            label = batch["label"].to(world.device, non_blocking=True)
+            with autocast(options.precision, world.device):
+                logits = wrapped(image)
+            total = loss(logits.float(), label)
+            run.scaler.scale(total).backward()
+
+            # Clip
+            run.scaler.unscale_(run.optimizer)
+            grad_norm = clip_gradients(trained, options.clip_grad)
+
+            # Finite check over ranks; the one value read from the device in every step
+            broken = ~torch.isfinite(total.detach())
+            if not run.scaler.is_enabled():  # with fp16 an overflow is the scaler's business
+                broken = broken | ~torch.isfinite(grad_norm)
+            flags = torch.stack([broken.float(), broken.new_tensor(stop.requested).float()])
+            is_broken, is_asked_to_stop = all_max(flags).tolist()
+            if is_broken:
+                raise NonFiniteLossError(
+                    f"step {run.step}: loss {float(total):g} or gradient norm {float(grad_norm):g} is not finite; "
+                    "lower --lr, or use --precision fp32"
+                )
+
+            # Step
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.step += 1
+            is_last = run.step == options.num_steps
+
+            # Log
+            log.advance()
+            meters.add({"loss": total.detach(), "grad_norm": grad_norm})
+            if run.step % options.log_freq == 0 or is_last:
+                log.record("train", run.step, 0, meters.read(world.device) | {"lr": rate} | clock.read())
+
+            # Validate
+            is_due = options.val_freq > 0 and (run.step % options.val_freq == 0 or is_last)
+            if is_due:
+                told = validate()
+                log.record("validation", run.step, 0, told)
+                judge(run, told["dice"], options.patience, output_dir, world, log)
+                clock.read()
+
+            # Save
+            is_end = is_last or run.is_stopped
+            if world.is_main and (is_end or is_due or is_asked_to_stop or run.step % options.save_freq == 0):
+                is_saved = save_checkpoint(run.as_checkpoint(), output_dir)
+                if (is_end or is_asked_to_stop) and not is_saved:
+                    raise CheckpointError(
+                        f"step {run.step} could not be saved, and the run ends here (see the warning)"
+                    )
+            if is_asked_to_stop or is_end:
+                wait_for_all(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
+            if is_asked_to_stop and not is_end:
+                log.say(f"asked to stop: step {run.step} is saved")
+                return False
+    if world.is_main and (not options.val_freq or run.best_step == 0):
+        write_best(run, output_dir)  # no validation chose one
+    return True
+
+
+def judge(
+    run: FinetuneRun, dice: float, patience: int, output_dir: str | Path, world: World, log: RunLog | SilentLog
+) -> None:
+    """Keep the best weights, and end the run where patience is over. All ranks decide alike."""
+    is_first = run.best_step == 0  # then there must be something to use, even if no organ counted (NaN)
+    if dice > run.best_dice or is_first:
+        run.best_dice, run.best_step, run.num_without_gain = max(run.best_dice, dice), run.step, 0
+        if world.is_main:
+            write_best(run, output_dir)
+        return
+    run.num_without_gain += 1
+    if patience and run.num_without_gain >= patience:
+        run.is_stopped = True
+        log.say(f"stopped early at step {run.step}: no better Dice than {run.best_dice:.4f} of step {run.best_step}")
+
+
+def holds_best(output_dir: str | Path, checkpoint_file: str | Path) -> bool:
+    """Whether a folder's `best.pth` is that of the run whose checkpoint this is: of the same folder. Rank 0 only."""
+    folder = Path(output_dir).resolve()
+    return Path(checkpoint_file).resolve().parent == folder and (folder / BEST).exists()
+
+
+def write_best(run: FinetuneRun, output_dir: str | Path) -> None:
+    """Write `best.pth`: aside first, so that a usable one exists at every moment."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / (BEST + ".tmp")
+    try:
+        write_synced(run.usable() | {"best_dice": run.best_dice}, aside)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(f"{folder / BEST} cannot be written ({error}); free some space, run again") from error
+    aside.replace(folder / BEST)
+    sync_folder(folder)

@@ -1,0 +1,141 @@
+"""Tables of an evaluation: one CSV row per case and organ, a Markdown table, and a summary that programs can read.
+
+Several folders (runs with different seeds or folds) join into one table, whose ± is the spread between their means.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.segmentation.metrics import OrganScore, case_means, nan_mean, nan_std
+
+CASES, TABLE, SUMMARY = "cases.csv", "results.md", "results.json"
+MEASURES = ("dice", "nsd")
+COLUMNS = tuple(field.name for field in dataclasses.fields(OrganScore))
+
+
+def write_report(folder: str | Path, scores: list[OrganScore], description: dict) -> dict:
+    """Write the three files of one evaluation.
+
+    Args:
+        scores: of all cases, every case with the same organs.
+        description: plain values that go into the summary (checkpoint, tolerance, ...).
+
+    Returns:
+        The summary: "dice" and "nsd" with "mean", "std" over cases, and per organ the same under "organs".
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / CASES).open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(COLUMNS)
+        rows.writerows([shown(getattr(score, name)) for name in COLUMNS] for score in scores)
+    summary = summarise(scores) | {"description": description}
+    (folder / SUMMARY).write_text(json.dumps(without_nan(summary), indent=2) + "\n")
+    (folder / TABLE).write_text(markdown_table(summary, "mean ± std over cases", description))
+    return summary
+
+
+def summarise(scores: list[OrganScore]) -> dict:
+    """Means and standard deviations over cases; of all organs, each case's mean over its organs counts once."""
+    summary = {"num_cases": len({score.case for score in scores}), "organs": {}}
+    for measure in MEASURES:
+        summary[measure] = spread(list(case_means(scores, measure).values()))
+    for organ in dict.fromkeys(score.organ for score in scores):
+        own = [score for score in scores if score.organ == organ]
+        summary["organs"][organ] = {m: spread([getattr(score, m) for score in own]) for m in MEASURES}
+    return summary
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean, sample standard deviation and number of the values that are numbers."""
+    return {"mean": nan_mean(values), "std": nan_std(values), "num": sum(not math.isnan(value) for value in values)}
+
+
+def join_reports(folders: Sequence[str | Path]) -> dict:
+    """One summary of several evaluations: mean and standard deviation over the folders' means.
+
+    Raises:
+        ValueError: a folder without cases.csv, or other organs in one of them.
+    """
+    summaries = [summarise(read_scores(Path(folder) / CASES)) for folder in folders]
+    organs = list(summaries[0]["organs"])
+    for folder, summary in zip(folders, summaries):
+        if list(summary["organs"]) != organs:
+            raise ValueError(f"{folder}: other organs than {folders[0]} ({', '.join(summary['organs'])})")
+    joined = {"num_cases": sum(summary["num_cases"] for summary in summaries), "num_runs": len(summaries)}
+    for measure in MEASURES:
+        joined[measure] = spread([summary[measure]["mean"] for summary in summaries])
+    joined["organs"] = {
+        organ: {m: spread([summary["organs"][organ][m]["mean"] for summary in summaries]) for m in MEASURES}
+        for organ in organs
+    }
+    return joined
+
+
+def write_joined(folder: str | Path, folders: Sequence[str | Path]) -> dict:
+    """Write the joined table and summary of several evaluations; returns the summary."""
+    joined = join_reports(folders)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {"runs": [str(path) for path in folders]}
+    (folder / SUMMARY).write_text(json.dumps(without_nan(joined | {"description": description}), indent=2) + "\n")
+    (folder / TABLE).write_text(markdown_table(joined, f"mean ± std over {len(folders)} runs", description))
+    return joined
+
+
+def read_scores(path: Path) -> list[OrganScore]:
+    """The rows of a cases.csv.
+
+    Raises:
+        ValueError: missing, or not written by `write_report`.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; evaluate the run first (scripts/evaluate_segmentation.py)")
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: columns {rows.fieldnames}, expected {', '.join(COLUMNS)}")
+        numbers = COLUMNS[2:]
+        return [OrganScore(row["case"], row["organ"], *(float(row[n] or "nan") for n in numbers)) for row in rows]
+
+
+def markdown_table(summary: dict, meaning: str, description: dict) -> str:
+    """A table of Dice and NSD in percent, organs first, their mean last."""
+    has_nsd = summary["nsd"]["num"] > 0
+    heads = (
+        ["organ", "Dice (%)"] + (["NSD (%)"] if has_nsd else []) + ["cases" if "num_runs" not in summary else "runs"]
+    )
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for organ, values in [*summary["organs"].items(), ("**mean**", summary)]:
+        cells = [percent(values["dice"])] + ([percent(values["nsd"])] if has_nsd else []) + [str(values["dice"]["num"])]
+        lines.append("| " + " | ".join([organ, *cells]) + " |")
+    told = "; ".join(f"{name}: {value}" for name, value in description.items())
+    return "\n".join([*lines, "", f"{meaning}; {summary['num_cases']} cases. {told}", ""])
+
+
+def percent(values: dict[str, float]) -> str:
+    """`85.3 ± 2.1`, without ± where there is one value only."""
+    if math.isnan(values["mean"]):
+        return "–"
+    text = f"{100 * values['mean']:.1f}"
+    return text if math.isnan(values["std"]) else f"{text} ± {100 * values['std']:.1f}"
+
+
+def shown(value: str | float) -> str:
+    """A CSV cell; NaN is empty."""
+    if isinstance(value, str):
+        return value
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+def without_nan(value: object) -> object:
+    """NaN becomes None, which JSON knows."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

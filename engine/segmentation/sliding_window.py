@@ -1,0 +1,226 @@
+"""Sliding-window segmentation of a volume of any size in bounded memory, restored to any other grid on the way.
+
+Windows overlap and are blended with a Gaussian, as in MONAI and nnU-Net. They are visited from bottom to top, and
+slices that no later window touches leave as soon as they are finished, so that only as many slices as a window has are
+held: a whole-body CT takes no more memory than its own voxels and a slab. Slices are then interpolated to the original
+grid as probabilities, not as labels, which keeps the outlines smooth.
+
+Letters: C classes, D H W voxels of the network's grid.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.device import autocast
+
+Size3 = tuple[int, int, int]
+AIR_HU = -1024
+GPU_SHARE = 0.5  # of the free GPU memory that a slab may take before it moves to the CPU
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """How a network is slid over a volume.
+
+    Attributes:
+        roi: (D, H, W) of a window in voxels.
+        hu_min, hu_max: what becomes [0, 1].
+        overlap: share by which neighbouring windows overlap, 0 to below 1.
+        batch_size: windows per forward pass.
+        precision: fp32, bf16 or fp16.
+    """
+
+    roi: Size3
+    hu_min: float = -125.0
+    hu_max: float = 225.0
+    overlap: float = 0.5
+    batch_size: int = 1
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"--overlap {self.overlap}: expected a share from 0 to below 1")
+        if self.batch_size < 1:
+            raise ValueError(f"--window_batch {self.batch_size}: expected 1 or more")
+
+
+@torch.no_grad()
+def segment_volume(
+    network: Callable[[Tensor], Tensor],
+    hu: np.ndarray,
+    affine: np.ndarray,
+    out_shape: Sequence[int],
+    out_affine: np.ndarray,
+    options: WindowOptions,
+    device: torch.device,
+) -> np.ndarray:
+    """Classes of a volume on the grid (`out_shape`, `out_affine`).
+
+    Args:
+        network: windows [B, 1, *roi] in [0, 1] -> logits [B, C, *roi]; in evaluation mode.
+        hu: int16 [D, H, W] on the network's grid.
+        affine, out_affine: [4, 4], index -> world mm, of both grids, whose axes must be parallel.
+        device: where the network is.
+
+    Returns:
+        uint8 [out_shape], the most probable class of every voxel.
+    """
+    slices = probability_slices(network, torch.from_numpy(np.ascontiguousarray(hu)), options, device)
+    return restored_labels(slices, hu.shape, axis_map(affine, out_affine), tuple(out_shape))
+
+
+def window_starts(size: int, side: int, overlap: float) -> list[int]:
+    """First voxels of windows of `side` that cover an axis of `size` evenly, the last one ending with it."""
+    if size <= side:
+        return [0]
+    step = max(1, int(side * (1 - overlap)))
+    num_windows = -(-(size - side) // step) + 1
+    return [round(place) for place in np.linspace(0, size - side, num_windows)]
+
+
+def blend_weights(side: int) -> Tensor:
+    """Weights [side] of a window's voxels along an axis: a Gaussian of an eighth of the side, at least 0.01."""
+    place = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
+    return torch.exp(-0.5 * (place / (side / 8)) ** 2).clamp_(min=0.01)
+
+
+def probability_slices(
+    network: Callable[[Tensor], Tensor], hu: Tensor, options: WindowOptions, device: torch.device
+) -> Iterator[Tensor]:
+    """The class probabilities [C, H, W] of every slice, from the first to the last.
+
+    Args:
+        hu: int16 [D, H, W]; smaller than a window is fine (air around it is added and taken away again).
+    """
+    shape, roi = tuple(hu.shape), options.roi
+    hu, before = pad_to(hu, roi)
+    starts = [window_starts(size, side, options.overlap) for size, side in zip(hu.shape, roi)]
+    weights = [blend_weights(side) for side in roi]
+    totals = [total_weights(size, begin, w) for size, begin, w in zip(hu.shape, starts, weights)]
+    window_weight = weights[0][:, None, None] * weights[1][:, None] * weights[2]
+    in_plane = [(h, w) for h in starts[1] for w in starts[2]]
+    plane_total = totals[1][:, None] * totals[2]
+    sums = None  # [C, roi D, H, W]: the slab of slices that windows still add to
+    kept = slice(before[1], before[1] + shape[1]), slice(before[2], before[2] + shape[2])
+    for begin, following in zip(starts[0], [*starts[0][1:], hu.shape[0]]):
+        for first in range(0, len(in_plane), options.batch_size):
+            corners = in_plane[first : first + options.batch_size]
+            made = window_probabilities(network, hu, begin, corners, options, device)  # [b, C, *roi]
+            if sums is None:
+                place = slab_device(device, made.shape[1] * roi[0] * hu.shape[1] * hu.shape[2] * 4)
+                sums = torch.zeros(made.shape[1], roi[0], *hu.shape[1:], device=place)
+                window_weight, plane_total = window_weight.to(device), plane_total.to(place)
+            for part, (h, w) in zip(made.mul_(window_weight).to(sums.device), corners):
+                sums[:, :, h : h + roi[1], w : w + roi[2]] += part
+        finished = min(following - begin, roi[0])
+        for offset in range(finished):
+            if before[0] <= begin + offset < before[0] + shape[0]:
+                yield (sums[:, offset] / (plane_total * totals[0][begin + offset].item()))[:, kept[0], kept[1]]
+        sums[:, : roi[0] - finished] = sums[:, finished:].clone()
+        sums[:, roi[0] - finished :] = 0
+
+
+def pad_to(hu: Tensor, roi: Size3) -> tuple[Tensor, list[int]]:
+    """Air around a volume that is smaller than a window; the padded volume, and how much came before each axis."""
+    missing = [max(0, side - size) for size, side in zip(hu.shape, roi)]
+    before = [count // 2 for count in missing]
+    if any(missing):
+        widths = [width for axis in (2, 1, 0) for width in (before[axis], missing[axis] - before[axis])]
+        hu = torch.nn.functional.pad(hu, widths, value=AIR_HU)
+    return hu, before
+
+
+def total_weights(size: int, starts: list[int], weights: Tensor) -> Tensor:
+    """The sum of all windows' weights [size] along an axis; the weights of a volume are its outer product."""
+    total = torch.zeros(size)
+    for start in starts:
+        total[start : start + len(weights)] += weights
+    return total
+
+
+def window_probabilities(
+    network: Callable[[Tensor], Tensor],
+    hu: Tensor,
+    begin: int,
+    corners: list[tuple[int, int]],
+    options: WindowOptions,
+    device: torch.device,
+) -> Tensor:
+    """Probabilities float32 [b, C, *roi] of the windows at slice `begin` and the corners (h, w)."""
+    depth, height, width = options.roi
+    windows = torch.stack([hu[begin : begin + depth, h : h + height, w : w + width] for h, w in corners])
+    windows = windows.to(device, torch.float32).sub_(options.hu_min).div_(options.hu_max - options.hu_min)
+    with autocast(options.precision, device):
+        logits = network(windows.clamp_(0, 1).unsqueeze(1))
+    return logits.float().softmax(1)
+
+
+def slab_device(device: torch.device, num_bytes: int) -> torch.device:
+    """Where a slab of that size is summed up: beside the network if half of the free memory holds it, else the CPU."""
+    if device.type != "cuda" or num_bytes > GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
+
+
+def axis_map(affine: np.ndarray, out_affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, offset) [3] each: index on the first grid = scale * index on the second + offset.
+
+    Raises:
+        ValueError: the grids' axes are not parallel.
+    """
+    both = np.linalg.inv(np.asarray(affine, dtype=np.float64)) @ np.asarray(out_affine, dtype=np.float64)
+    scale = np.diag(both)[:3]
+    if not np.allclose(both[:3, :3], np.diag(scale), atol=1e-3 * np.abs(scale).max()) or (scale <= 0).any():
+        raise ValueError(f"the two grids are not parallel: {both[:3, :3].round(4).tolist()}")
+    return scale, both[:3, 3]
+
+
+def restored_labels(
+    slices: Iterator[Tensor], shape: Size3, mapping: tuple[np.ndarray, np.ndarray], out_shape: Size3
+) -> np.ndarray:
+    """The most probable class on another grid, by linear interpolation of probabilities.
+
+    Args:
+        slices: D tensors [C, H, W].
+        shape: (D, H, W).
+        mapping: of `axis_map`.
+        out_shape: of the result; beyond the first grid its border continues.
+
+    Returns:
+        uint8 [out_shape].
+    """
+    scale, offset = mapping
+    places = [np.clip(scale[a] * np.arange(out_shape[a]) + offset[a], 0, shape[a] - 1) for a in range(3)]
+    out = np.empty(out_shape, dtype=np.uint8)
+    held: dict[int, Tensor] = {}
+    incoming = enumerate(slices)
+    for index, place in enumerate(places[0]):
+        low, share = int(place), float(place - int(place))
+        high = low + (share > 1e-6)
+        while high not in held:
+            number, newest = next(incoming)
+            held = {key: value for key, value in held.items() if key >= low} | {number: newest}
+        blended = held[low] if high == low else torch.lerp(held[low], held[high], share)
+        out[index] = resized(resized(blended, places[1], 1), places[2], 2).argmax(0).to(torch.uint8).cpu().numpy()
+    return out
+
+
+def resized(plane: Tensor, places: np.ndarray, axis: int) -> Tensor:
+    """Linear interpolation of a tensor along one axis at fractional indices; the tensor itself where they are its own.
+
+    Args:
+        plane: [C, H, W].
+        places: in [0, size - 1], rising.
+        axis: 1 or 2.
+    """
+    if len(places) == plane.shape[axis] and np.allclose(places, np.arange(len(places)), atol=1e-6):
+        return plane
+    low = torch.from_numpy(np.floor(places).astype(np.int64)).to(plane.device)
+    share = torch.from_numpy((places - np.floor(places)).astype(np.float32)).to(plane.device)
+    high = (low + 1).clamp(max=plane.shape[axis] - 1)
+    share = share.view([-1 if a == axis else 1 for a in range(3)])
+    return torch.lerp(plane.index_select(axis, low), plane.index_select(axis, high), share)

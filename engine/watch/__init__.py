@@ -1,0 +1,1 @@
+"""Probes and pictures of a pretraining run."""

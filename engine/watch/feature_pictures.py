@@ -1,0 +1,186 @@
+"""Pictures of what the networks look at: CASA's attention (Alice, figure 3) and dense features as colours.
+
+Attention: the query token at the crop's centre, where both crops show the matched place, asks the student's and the
+teacher's view. Side by side one sees whether both look at the same organ. Colours are multiples of uniform attention on
+a fixed scale, so that attention that prefers nothing shows nothing.
+
+Features: the three main components of the teacher's encoder map at CASA's key stride, as red, green and blue. All views
+of a sheet share their components, so that the same colour in query and key means the same features.
+
+Arrays are [D, H, W] in canonical orientation; planes are drawn as in `engine.watch.pictures`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from engine.device import autocast
+from engine.loop import evaluating
+from models.methods.alice import AliceStudent, AliceTeacher
+
+PLANES = ("axial", "coronal")
+MOST_TIMES_UNIFORM = 4.0  # the end of the colour scale of attention
+CLIPPED_SHARE = 0.02  # of feature values at either end of the colour scale
+
+Size3 = tuple[int, int, int]
+
+
+class Looks(NamedTuple):
+    """What was found of 2B views, first B queries, then B keys; float32 on the CPU."""
+
+    student: Tensor | None  # [2B, N, M]: attention of the student, mean over heads; None without CASA
+    teacher: Tensor | None  # [2B, N, M]
+    features: Tensor  # [2B, C, d, h, w]: the teacher's encoder map at its key stride
+
+
+@torch.no_grad()
+def look(student: AliceStudent, teacher: AliceTeacher, batch: dict, precision: str = "fp32") -> Looks:
+    """Run both networks on a batch of `PairedCropDataset` (on the CPU), in evaluation mode; their modes come back."""
+    device = next(student.parameters()).device
+    names = ("query_student", "query_mask", "key_student", "key_mask", "query_teacher", "key_teacher")
+    views = [batch[name].to(device) for name in names]
+    kept: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    hooks = [
+        keep_attention(network.casa, kept[name])
+        for name, network in (("student", student), ("teacher", teacher))
+        if network.casa is not None
+    ]
+    try:
+        with evaluating(student), autocast(precision, device):
+            # Not called as modules: torch.compile, where it is on, would not see the hooks.
+            teacher.forward(*views[4:], student.forward(*views[:4]))
+            features = teacher.backbone.encode(torch.cat(views[4:]))[teacher.key_stride]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # The teacher's second attention is that to shuffled views.
+    attention = [found[0].mean(1).float().cpu() if found else None for found in kept.values()]
+    return Looks(*attention, features.float().cpu())
+
+
+def keep_attention(casa: nn.Module, kept: list[Tensor]):
+    """Add the weights [2B, heads, N, M] of every use of `casa` to `kept`; returns the hook's handle."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept.append(module.attention_weights(*inputs[:2]))
+
+    return casa.Cross_Att.MH_attn.register_forward_hook(hook)
+
+
+def attention_figure(
+    crops: Tensor, attention: tuple[Tensor, Tensor], strides: tuple[int, int], titles: list[str], voxel_mm: tuple
+) -> Figure:
+    """One row per view: the crop with the asking token, where student and teacher look, in two planes through it.
+
+    Args:
+        crops: [V, 1, D, H, W] in [0, 1].
+        attention: student's and teacher's [V, N, M], rows that add up to 1.
+        strides: of the N asking and of the M asked tokens, in voxels.
+        titles: one per view.
+        voxel_mm: voxel size (D, H, W).
+    """
+    size = tuple(crops.shape[2:])
+    asking, asked = (tuple(side // stride for side in size) for stride in strides)
+    token = tuple(side // 2 for side in asking)
+    row = int(np.ravel_multi_index(token, asking))
+    centre = tuple(int((place + 0.5) * strides[0]) for place in token)
+    figure = Figure(figsize=(12.5, 2.2 * len(titles) + 0.3), layout="constrained")
+    axes = figure.subplots(len(titles), 3 * len(PLANES), squeeze=False)
+    for view, title in enumerate(titles):
+        crop = crops[view, 0].float().cpu().numpy()
+        for number, plane in enumerate(PLANES):
+            columns = axes[view, 3 * number : 3 * number + 3]
+            draw_plane(columns[0], crop, plane, centre, voxel_mm, f"{plane}: asking token")
+            outline_token(columns[0], token, strides[0], size, plane)
+            for axis, name, weights in zip(columns[1:], ("student", "teacher"), attention):
+                times = weights[view, row].reshape(asked).numpy() * weights.shape[-1]
+                told = f"{name} looks (at most {times.max():.2f}x uniform)"
+                draw_plane(axis, crop, plane, centre, voxel_mm, told)
+                draw_heat(axis, enlarge(times, size), plane, centre, voxel_mm)
+        axes[view, 0].set_ylabel(title, fontsize=7)
+    return figure
+
+
+def feature_figure(crops: Tensor, features: Tensor, titles: list[str], voxel_mm: tuple) -> Figure:
+    """One row per view: the crop and its features as colours, in two planes through the centre.
+
+    Args:
+        crops: [V, 1, D, H, W] in [0, 1].
+        features: [V, C, d, h, w].
+        titles: one per view.
+        voxel_mm: voxel size (D, H, W).
+    """
+    size = tuple(crops.shape[2:])
+    centre = tuple(side // 2 for side in size)
+    colours = principal_colours(features)
+    figure = Figure(figsize=(8.5, 2.2 * len(titles) + 0.3), layout="constrained")
+    axes = figure.subplots(len(titles), 2 * len(PLANES), squeeze=False)
+    for view, title in enumerate(titles):
+        crop, coloured = crops[view, 0].float().cpu().numpy(), enlarge(colours[view], size)
+        for number, plane in enumerate(PLANES):
+            left, right = axes[view, 2 * number : 2 * number + 2]
+            draw_plane(left, crop, plane, centre, voxel_mm, f"{plane}: crop")
+            draw_plane(right, coloured, plane, centre, voxel_mm, f"{plane}: features")
+        axes[view, 0].set_ylabel(title, fontsize=7)
+    return figure
+
+
+def principal_colours(features: Tensor) -> np.ndarray:
+    """Features [V, C, d, h, w] -> [V, d, h, w, 3] in [0, 1]: their three main components over all views together.
+
+    A component's sign is arbitrary; its largest weight is made positive.
+    """
+    tokens = features.movedim(1, -1).double()  # [V, d, h, w, C]
+    rows = tokens.flatten(0, -2)
+    rows = rows - rows.mean(0)
+    main = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -3:].flip(1)  # [C, 3], largest first
+    main = main * main.gather(0, main.abs().argmax(0, keepdim=True)).sign()
+    values = rows @ main  # [V*d*h*w, 3]
+    low, high = (
+        torch.quantile(values[:: max(1, len(values) // 2**20)], q, dim=0) for q in (CLIPPED_SHARE, 1 - CLIPPED_SHARE)
+    )
+    scaled = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return scaled.reshape(*tokens.shape[:-1], -1).numpy()
+
+
+def enlarge(tokens: np.ndarray, size: Size3) -> np.ndarray:
+    """A map [d, h, w, ...] of tokens spread to voxels [D, H, W, ...]."""
+    for axis, voxels in enumerate(size):
+        tokens = np.repeat(tokens, voxels // tokens.shape[axis], axis=axis)
+    return tokens
+
+
+def plane_through(volume: np.ndarray, plane: str, centre: Size3) -> np.ndarray:
+    """The plane through a voxel, rows from the top of the picture: anterior, or the head."""
+    return volume[centre[0]] if plane == "axial" else volume[::-1, centre[1]]
+
+
+def draw_plane(axis, volume: np.ndarray, plane: str, centre: Size3, voxel_mm: tuple, title: str) -> None:
+    """One plane of a volume [D, H, W] in grey, or [D, H, W, 3] in its colours."""
+    aspect = (voxel_mm[1] if plane == "axial" else voxel_mm[0]) / voxel_mm[2]
+    picture = plane_through(volume, plane, centre)
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
+    axis.set_title(title, fontsize=7, pad=2)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def draw_heat(axis, times: np.ndarray, plane: str, centre: Size3, voxel_mm: tuple) -> None:
+    """Attention in multiples of uniform over a plane: nothing up to 1, brighter and denser from there on."""
+    picture = plane_through(times, plane, centre)
+    strength = np.clip((picture - 1) / (MOST_TIMES_UNIFORM - 1), 0, 1)
+    aspect = (voxel_mm[1] if plane == "axial" else voxel_mm[0]) / voxel_mm[2]
+    axis.imshow(
+        strength, cmap="hot", vmin=0, vmax=1, alpha=0.75 * strength**0.5, aspect=aspect, interpolation="nearest"
+    )
+
+
+def outline_token(axis, token: Size3, stride: int, size: Size3, plane: str) -> None:
+    """The edge of the asking token in a plane."""
+    left = token[2] * stride
+    top = token[1] * stride if plane == "axial" else size[0] - (token[0] + 1) * stride
+    across, down = np.array([0, 1, 1, 0, 0]) * stride + left - 0.5, np.array([0, 0, 1, 1, 0]) * stride + top - 0.5
+    axis.plot(across, down, color="#ffb000", linewidth=1.2)

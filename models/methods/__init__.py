@@ -1,0 +1,1 @@
+"""Pretraining methods, one file each."""

@@ -1,0 +1,1 @@
+"""Embeddings of volumes: made, stored compactly, read, imported."""

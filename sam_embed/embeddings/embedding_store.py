@@ -1,0 +1,195 @@
+"""Embeddings of whole volumes: what they hold, where their voxels lie, and their files.
+
+One file per case, `<embed_dir>/<case>.safetensors`: half-precision tensors, or the small codes of
+`sam_embed.embeddings.compact`, and a JSON header. Files of all forms may lie in one folder: loading decodes them.
+Reading a file runs no code; it is written aside and renamed, so that a file that exists is whole.
+"""
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from datasets.store.files import write_bytes
+from sam_embed.embeddings.compact import FP16, Storage, pack, unpack
+from sam_embed.embeddings.compact_codes import CompactError
+
+SUFFIX = ".safetensors"
+FORMAT = "sam_embed.embedding.1"
+COMPACT_FORMAT = "sam_embed.embedding.2"
+
+
+class EmbeddingError(ValueError):
+    """A missing, damaged or foreign embedding file; the message names it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """The embedding of one volume.
+
+    Attributes:
+        name: of the case.
+        fine: float16 [C, d, h, w], unit length over channels.
+        coarse: float16 [C, d', h', w'], likewise.
+        fine_affine, coarse_affine: float64 [4, 4], index (d, h, w) of either grid -> world mm.
+        semantic: float16 like `fine` for networks with a semantic head, else None.
+        body: bool [d, h, w], True where a fine voxel lies inside the patient; None where it was not stored.
+        fingerprint: of the weights that made it.
+        source: identity of the CT it was made from (`CaseSource.identity`); empty where it is not known.
+    """
+
+    name: str
+    fine: Tensor
+    coarse: Tensor
+    fine_affine: np.ndarray
+    coarse_affine: np.ndarray
+    semantic: Tensor | None = None
+    body: Tensor | None = None
+    fingerprint: str = ""
+    source: str = ""
+
+    @property
+    def fine_spacing_mm(self) -> tuple[float, float, float]:
+        """Distance of neighbouring fine voxels along (D, H, W)."""
+        return tuple(np.linalg.norm(self.fine_affine[:3, :3], axis=0).tolist())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is to store."""
+        named = {"fine": self.fine, "coarse": self.coarse, "semantic": self.semantic, "body": self.body}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @cached_property
+    def coarse_positions(self) -> list[np.ndarray]:
+        """Per axis, the coarse index at which each fine index lies; the grids are parallel, so axes are separate."""
+        fine_to_coarse = np.linalg.inv(self.coarse_affine) @ self.fine_affine
+        return [
+            fine_to_coarse[axis, axis] * np.arange(size) + fine_to_coarse[axis, 3]
+            for axis, size in enumerate(self.fine.shape[1:])
+        ]
+
+
+def embedding_path(embed_dir: str | Path, name: str) -> Path:
+    return Path(embed_dir) / f"{name}{SUFFIX}"
+
+
+def embedded_cases(embed_dir: str | Path) -> list[str]:
+    """Names of all cases with an embedding in a folder, sorted."""
+    return sorted(path.name.removesuffix(SUFFIX) for path in Path(embed_dir).glob(f"*{SUFFIX}"))
+
+
+def save_embedding(embed_dir: str | Path, embedding: Embedding, storage: Storage = FP16) -> Path:
+    """Write one case's file aside and rename it."""
+    path = embedding_path(embed_dir, embedding.name)
+    parts, described = embedding.tensors(), ""
+    if storage.form != FP16.form:
+        parts, described = pack(parts, storage)
+    header = {
+        "format": COMPACT_FORMAT if described else FORMAT,
+        "name": embedding.name,
+        "fingerprint": embedding.fingerprint,
+        "source": embedding.source,
+        "fine_affine": json.dumps(np.asarray(embedding.fine_affine).tolist()),
+        "coarse_affine": json.dumps(np.asarray(embedding.coarse_affine).tolist()),
+    }
+    if described:
+        header["compact"] = described
+    contiguous = {name: tensor.contiguous() for name, tensor in parts.items()}
+    write_bytes(path, save(contiguous, metadata=header))
+    return path
+
+
+def stored_fingerprint(embed_dir: str | Path, name: str) -> str | None:
+    """The fingerprint of the weights behind a stored embedding; None where there is no usable file."""
+    return _stored_header(embed_dir, name).get("fingerprint")
+
+
+def stored_source(embed_dir: str | Path, name: str) -> str:
+    """The identity of the CT behind a stored embedding; empty where it is not known (older files state none)."""
+    return _stored_header(embed_dir, name).get("source", "")
+
+
+def is_embedded(embed_dir: str | Path, name: str, fingerprint: str, source: str) -> bool:
+    """Whether a case is embedded by these weights and, as far as the two identities tell, from the CT as it is now.
+
+    Only identities of one kind ("store:...", "file:...") can tell that a CT has changed.
+    """
+    header = _stored_header(embed_dir, name)
+    stored = header.get("source", "")
+    has_changed = stored != source and stored.partition(":")[0] == source.partition(":")[0]
+    return header.get("fingerprint") == fingerprint and not has_changed
+
+
+def stored_form(embed_dir: str | Path, name: str) -> str | None:
+    """The form ("fp16", "pca", ...) of a stored embedding; None where there is no usable file."""
+    header = _stored_header(embed_dir, name)
+    if header.get("format") == COMPACT_FORMAT:
+        return json.loads(header["compact"])["storage"]["form"]
+    return FP16.form if header.get("format") == FORMAT else None
+
+
+def _stored_header(embed_dir: str | Path, name: str) -> dict[str, str]:
+    """A file's header without its tensors; empty where there is no usable file."""
+    try:
+        with safe_open(embedding_path(embed_dir, name), framework="pt") as stored:
+            return stored.metadata() or {}
+    except (FileNotFoundError, SafetensorError):
+        return {}
+
+
+def load_embedding(embed_dir: str | Path, name: str) -> Embedding:
+    """Read one case's embedding, decoded to half precision.
+
+    Raises:
+        EmbeddingError: no such file, a damaged one, or one of another kind.
+    """
+    path = embedding_path(embed_dir, name)
+    if not path.is_file():
+        raise EmbeddingError(f"{path}: no embedding of this case; run scripts/generate_sam_embeddings.py (--embed_dir)")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            header = stored.metadata() or {}
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
+        if header.get("format") == COMPACT_FORMAT:
+            tensors = unpack(tensors, header["compact"])
+    except (SafetensorError, CompactError) as error:
+        raise EmbeddingError(f"{path}: damaged embedding file ({error}); delete it and embed the case again") from error
+    if header.get("format") not in (FORMAT, COMPACT_FORMAT):
+        raise EmbeddingError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r} or {COMPACT_FORMAT!r}")
+    return Embedding(
+        name=header["name"],
+        fine=tensors["fine"],
+        coarse=tensors["coarse"],
+        fine_affine=np.array(json.loads(header["fine_affine"])),
+        coarse_affine=np.array(json.loads(header["coarse_affine"])),
+        semantic=tensors.get("semantic"),
+        body=tensors.get("body"),
+        fingerprint=header["fingerprint"],
+        source=header.get("source", ""),
+    )
+
+
+class EmbeddingCache:
+    """Loads embeddings from a folder and keeps the few used last, within a byte limit (at least one is kept)."""
+
+    def __init__(self, embed_dir: str | Path, limit_mb: float = 2048) -> None:
+        self.embed_dir, self.limit_bytes = Path(embed_dir), limit_mb * 2**20
+        self._kept: OrderedDict[str, Embedding] = OrderedDict()
+
+    def __getitem__(self, name: str) -> Embedding:
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        self._kept[name] = load_embedding(self.embed_dir, name)
+        while len(self._kept) > 1 and sum(kept.num_bytes for kept in self._kept.values()) > self.limit_bytes:
+            self._kept.popitem(last=False)
+        return self._kept[name]

@@ -1,0 +1,1 @@
+"""How right matches are, and pictures of them."""

@@ -1,0 +1,276 @@
+"""Pictures of matches: one point with its similarity map, and many landmarks across two patients.
+
+Slices are shown as radiologists expect: the patient's right on the left of axial and coronal views, head up, true
+proportions, dark background, soft-tissue window.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from datasets.ct.geometry import body_box, index_to_world, resample, spacing_of, world_to_index
+from datasets.ct.nifti import Volume
+from sam_embed.judging.evaluate import PairErrors
+
+WINDOW_HU = (-160.0, 240.0)
+DISPLAY_SPACING_MM = (2.0, 2.0, 2.0)
+MARGIN_VOX = 4
+SLAB_MM = 18.0  # points at most so far from an axial slice are drawn on it
+BACKGROUND, TEXT = "#101216", "#e8eaed"
+
+
+class Plane(NamedTuple):
+    """A view: the axis that is cut, the axes shown down and across, and whether the first of these points up."""
+
+    name: str
+    cut: int
+    down: int
+    across: int
+    upwards: bool
+
+
+AXIAL, CORONAL, SAGITTAL = (
+    Plane("axial", 0, 1, 2, False),
+    Plane("coronal", 1, 0, 2, True),
+    Plane("sagittal", 2, 0, 1, True),
+)
+
+
+def for_display(volume: Volume) -> Volume:
+    """The patient on an isotropic 2 mm grid, without the air around: slices are cheap and fill the picture."""
+    array, affine = resample(volume.array, volume.affine, DISPLAY_SPACING_MM)
+    start, stop = body_box(array, DISPLAY_SPACING_MM)
+    start, stop = np.maximum(start - MARGIN_VOX, 0), np.minimum(stop + MARGIN_VOX, array.shape)
+    affine = affine.copy()
+    affine[:3, 3] = index_to_world(affine, start)
+    return Volume(array[tuple(map(slice, start, stop))], affine, volume.path)
+
+
+def _extent(shape: Sequence[int], spacing: Sequence[float], plane: Plane) -> tuple[float, float, float, float]:
+    across, down = shape[plane.across] * spacing[plane.across], shape[plane.down] * spacing[plane.down]
+    half_across, half_down = spacing[plane.across] / 2, spacing[plane.down] / 2
+    low, high = -half_down, down - half_down
+    return (-half_across, across - half_across, *((low, high) if plane.upwards else (high, low)))
+
+
+def _slice(array: np.ndarray, plane: Plane, number: float) -> np.ndarray:
+    return np.take(array, int(np.clip(round(number), 0, array.shape[plane.cut] - 1)), axis=plane.cut)
+
+
+def show_plane(axes: Axes, volume: Volume, plane: Plane, through_mm: np.ndarray) -> None:
+    """Draw the slice of a volume through a world point [3]."""
+    index = world_to_index(volume.affine, through_mm)
+    axes.imshow(
+        _slice(volume.array, plane, index[plane.cut]),
+        cmap="gray",
+        vmin=WINDOW_HU[0],
+        vmax=WINDOW_HU[1],
+        extent=_extent(volume.shape, volume.spacing_mm, plane),
+        origin="lower" if plane.upwards else "upper",
+        interpolation="bilinear",
+    )
+    axes.set_xlim(*_extent(volume.shape, volume.spacing_mm, plane)[:2])
+    axes.set_ylim(*_extent(volume.shape, volume.spacing_mm, plane)[2:])
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_facecolor("black")
+
+
+def place_on(volume: Volume, plane: Plane, points_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (across, down) of world points [N, 3] on a view drawn by `show_plane`."""
+    on_grid = world_to_index(volume.affine, points_mm) * volume.spacing_mm
+    return on_grid[..., plane.across], on_grid[..., plane.down]
+
+
+def _overlay_similarity(
+    axes: Axes, volume: Volume, plane: Plane, similarity: np.ndarray, affine: np.ndarray, at_mm: np.ndarray
+) -> None:
+    """Lay a similarity map's slice through a world point over the slice drawn before, in its place."""
+    number = world_to_index(affine, at_mm)[plane.cut]
+    spacing = spacing_of(affine)
+    left, right, bottom, top = _extent(similarity.shape, spacing, plane)
+    first = world_to_index(volume.affine, affine[:3, 3]) * volume.spacing_mm
+    shift_across, shift_down = first[plane.across], first[plane.down]
+    axes.imshow(
+        _slice(similarity, plane, number),
+        cmap="inferno",
+        vmin=np.quantile(similarity, 0.5),
+        vmax=similarity.max(),
+        alpha=0.55,
+        extent=(left + shift_across, right + shift_across, bottom + shift_down, top + shift_down),
+        origin="lower" if plane.upwards else "upper",
+        interpolation="bilinear",
+    )
+
+
+def _cross(axes: Axes, volume: Volume, plane: Plane, point_mm: np.ndarray, colour: str) -> None:
+    across, down = place_on(volume, plane, point_mm)
+    axes.axvline(across, color=colour, lw=0.6, alpha=0.6)
+    axes.axhline(down, color=colour, lw=0.6, alpha=0.6)
+    axes.plot(across, down, "o", mfc="none", mec=colour, ms=9, mew=1.6)
+
+
+def draw_match(
+    query: Volume,
+    key: Volume,
+    point_mm: np.ndarray,
+    match_mm: np.ndarray,
+    score: float,
+    cycle_mm: float,
+    similarity: np.ndarray,
+    similarity_affine: np.ndarray,
+) -> Figure:
+    """One point in three planes of the query (top), its match in the key (middle), the similarity map there (bottom).
+
+    Args:
+        query, key: canonical HU volumes.
+        point_mm, match_mm: world mm [3] in either volume.
+        score, cycle_mm: of the match, for the title.
+        similarity: [d, h, w] of the point to the key's fine voxels, with its affine [4, 4].
+    """
+    query, key = for_display(query), for_display(key)
+    figure = Figure(figsize=(12, 12.5), facecolor=BACKGROUND, layout="constrained")
+    grid = figure.subplots(3, 3)
+    for column, plane in enumerate((AXIAL, CORONAL, SAGITTAL)):
+        for row, (volume, place) in enumerate(((query, point_mm), (key, match_mm), (key, match_mm))):
+            show_plane(grid[row, column], volume, plane, place)
+        _overlay_similarity(grid[2, column], key, plane, similarity, similarity_affine, match_mm)
+        _cross(grid[0, column], query, plane, point_mm, "#4cc9f0")
+        _cross(grid[1, column], key, plane, match_mm, "#ffd166")
+        _cross(grid[2, column], key, plane, match_mm, "white")
+        grid[0, column].set_title(plane.name, color=TEXT, fontsize=11)
+    names = [Path(volume.path).name for volume in (query, key)]
+    for row, label in enumerate((f"point in {names[0]}", f"match in {names[1]}", f"similarity in {names[1]}")):
+        grid[row, 0].set_ylabel(label, color=TEXT, fontsize=11)
+    point = ", ".join(f"{value:.0f}" for value in point_mm)
+    match = ", ".join(f"{value:.0f}" for value in match_mm)
+    figure.suptitle(
+        f"({point}) mm matched to ({match}) mm   score {score:.2f}   cycle error {cycle_mm:.1f} mm",
+        color=TEXT,
+        fontsize=13,
+    )
+    return figure
+
+
+def draw_landmarks(
+    query: Volume,
+    key: Volume,
+    names: Sequence[str],
+    query_mm: np.ndarray,
+    match_mm: np.ndarray,
+    true_mm: np.ndarray,
+    title: str = "",
+) -> Figure:
+    """Numbered landmarks in one patient, and where they are found in another: coronal above, axial below.
+
+    In the key, a ring is the match, a cross the true place, and a line joins them. All points are projected onto the
+    coronal slice; the axial slice shows those within 18 mm of it.
+
+    Args:
+        query, key: canonical HU volumes.
+        names: N landmarks.
+        query_mm, match_mm, true_mm: world mm [N, 3]: places in the query, matches and true places in the key.
+        title: above the figure; empty for the median error.
+    """
+    query, key = for_display(query), for_display(key)
+    errors_mm = np.linalg.norm(match_mm - true_mm, axis=1)
+    colours = [_bright_colour(number / max(len(names), 1)) for number in range(len(names))]
+    figure = Figure(figsize=(15, 11), facecolor=BACKGROUND, layout="constrained")
+    grid = figure.subplots(2, 3, width_ratios=[1, 1, 0.55])
+    level = _busiest_level(query, query_mm)
+    near = np.abs(world_to_index(query.affine, query_mm)[:, 0] * query.spacing_mm[0] - level) <= SLAB_MM
+    for row, (plane, shown) in enumerate(((CORONAL, np.ones(len(names), bool)), (AXIAL, near))):
+        show_plane(grid[row, 0], query, plane, query_mm[shown].mean(axis=0))
+        show_plane(grid[row, 1], key, plane, true_mm[shown].mean(axis=0))
+        for number in np.flatnonzero(shown):
+            _numbered(grid[row, 0], place_on(query, plane, query_mm[number]), number + 1, colours[number])
+            _found(
+                grid[row, 1],
+                place_on(key, plane, match_mm[number]),
+                place_on(key, plane, true_mm[number]),
+                number + 1,
+                colours[number],
+            )
+    grid[0, 0].set_title("query", color=TEXT)
+    grid[0, 1].set_title("key: ring = match, cross = true place", color=TEXT)
+    _list_errors(grid[:, 2], names, errors_mm, colours)
+    figure.suptitle(title or f"median error {np.nanmedian(errors_mm):.1f} mm", color=TEXT, fontsize=14)
+    return figure
+
+
+def draw_landmark_matches(
+    query: Volume, key: Volume, errors: PairErrors, path: str | Path, num_landmarks: int = 16
+) -> None:
+    """Write the picture of `draw_landmarks` for some landmarks of an evaluated pair, spread over the body.
+
+    Args:
+        query, key: the volumes of `errors.query` and `errors.key`.
+        errors: of `evaluate_pairs`.
+        path: picture file.
+        num_landmarks: how many to draw; matches outside of the key are left out.
+    """
+    matched = np.flatnonzero(np.isfinite(errors.match_mm).all(axis=1))
+    chosen = matched[_spread(errors.query_mm[matched], num_landmarks)]
+    all_errors_mm = errors.error_mm["sam"][matched]
+    title = (
+        f"{errors.query} to {errors.key}: median error {np.median(all_errors_mm):.1f} mm over "
+        f"{len(matched)} landmarks, {len(chosen)} of them shown"
+    )
+    places = (errors.query_mm[chosen], errors.match_mm[chosen], errors.key_mm[chosen])
+    save_figure(draw_landmarks(query, key, [errors.landmarks[number] for number in chosen], *places, title), path)
+
+
+def _spread(points_mm: np.ndarray, num: int) -> np.ndarray:
+    """Indices of up to `num` points far from each other, head to foot."""
+    chosen = [0]
+    while len(chosen) < min(num, len(points_mm)):
+        distance = np.linalg.norm(points_mm[:, None] - points_mm[chosen], axis=2).min(axis=1)
+        chosen.append(int(distance.argmax()))
+    return np.array(sorted(chosen, key=lambda number: -points_mm[number, 2]))
+
+
+def _bright_colour(share: float) -> tuple[float, float, float]:
+    """A hue, mixed with white so that blue is readable on black."""
+    return tuple(0.35 + 0.65 * part for part in colormaps["hsv"](share)[:3])
+
+
+def _busiest_level(volume: Volume, points_mm: np.ndarray) -> float:
+    """The height on the grid, mm, of the axial slice that most points lie near."""
+    heights = world_to_index(volume.affine, points_mm)[:, 0] * volume.spacing_mm[0]
+    return heights[(np.abs(heights[:, None] - heights) <= SLAB_MM).sum(axis=1).argmax()]
+
+
+def _numbered(axes: Axes, place: tuple, number: int, colour: tuple) -> None:
+    axes.plot(*place, "o", mfc=colour, mec="black", ms=6, mew=0.6)
+    axes.annotate(
+        str(number), place, xytext=(5, 4), textcoords="offset points", color=colour, fontsize=9, weight="bold"
+    )
+
+
+def _found(axes: Axes, match: tuple, truth: tuple, number: int, colour: tuple) -> None:
+    axes.plot([match[0], truth[0]], [match[1], truth[1]], "-", color=colour, lw=1.2)
+    axes.plot(*truth, "x", color=colour, ms=6, mew=1.6)
+    axes.plot(*match, "o", mfc="none", mec=colour, ms=8, mew=1.6)
+    axes.annotate(
+        str(number), match, xytext=(6, 5), textcoords="offset points", color=colour, fontsize=9, weight="bold"
+    )
+
+
+def _list_errors(columns: Sequence[Axes], names: Sequence[str], errors_mm: np.ndarray, colours: list) -> None:
+    """Numbers, names and errors, in the colours of the points, over the whole height of the last column."""
+    columns[1].axis("off")
+    columns[0].axis("off")
+    lines = [f"{number + 1:2d}  {name}: {error:.1f} mm" for number, (name, error) in enumerate(zip(names, errors_mm))]
+    for number, line in enumerate(lines):
+        columns[0].text(0, 1 - number * 0.056, line, color=colours[number], fontsize=10, transform=columns[0].transAxes)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure with its dark background; folders are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, facecolor=figure.get_facecolor())

@@ -1,0 +1,198 @@
+"""When to trust a match: its error against its score and its cycle error, and the thresholds that make most right.
+
+A match counts as correct within 15 mm of the truth. Both thresholds are searched together, on a grid: a match is kept
+when its score is at least the one and its cycle error at most the other, and of all thresholds under which the wanted
+share of the kept matches is correct, those that keep the most are taken.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from datasets.samples.pairings import PairingOptions
+from sam_embed.judging.judge import Judged
+
+CORRECT_MM = 15.0
+WANTED_SHARE = 0.95
+GOALS = (0.80, 0.85, 0.90, 0.95, 0.97)  # beside the wanted share, to see what each costs
+MIN_KEPT_SHARE = 0.05  # thresholds that keep less are no use, and too few matches to measure on
+ANY_SCORE, ANY_CYCLE_MM = -1.0, 1e6  # what main_ddp.py takes for "any"
+SCORE_GRID = np.concatenate([[ANY_SCORE], np.round(np.arange(0.30, 0.985, 0.01), 2)])
+CYCLE_GRID_MM = np.concatenate([np.arange(1.0, 6.0, 0.5), np.arange(6.0, 21.0), [25.0, 30.0, 40.0, ANY_CYCLE_MM]])
+NUM_BINS = 12
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Thresholds and what they do; shares from 0 to 1.
+
+    Attributes:
+        wanted: share of the kept matches that should be correct.
+        min_score, max_cycle_mm: keep matches with at least this score and at most this cycle error.
+        kept: share of all matches that is kept.
+        correct: share of the kept matches that is correct.
+        found: share of the correct matches that is kept.
+        is_reached: whether `correct` is at least `wanted`; if not, these are the thresholds with the most correct.
+    """
+
+    wanted: float
+    min_score: float
+    max_cycle_mm: float
+    kept: float
+    correct: float
+    found: float
+    is_reached: bool
+
+    def keeps(self, judged: Judged) -> np.ndarray:
+        """bool [N]: which matches pass; one whose cycle error was not measured never does."""
+        return (judged.score >= self.min_score) & (judged.cycle_mm <= self.max_cycle_mm)
+
+    def what_they_do(self) -> str:
+        """The flags as main_ddp.py takes them, and the shares."""
+        max_cycle_mm = "1e6" if self.max_cycle_mm == ANY_CYCLE_MM else f"{self.max_cycle_mm:g}"
+        flags = f"--min_score {self.min_score:g} --max_cycle_mm {max_cycle_mm}"
+        return f"{flags}: {self.correct:.1%} of matches within {CORRECT_MM:g} mm, keeps {self.kept:.0%}"
+
+    def in_words(self) -> str:
+        """One line that also says when the wanted share is out of reach."""
+        if self.is_reached:
+            return self.what_they_do()
+        return f"{self.wanted:.0%} cannot be reached; the most correct is {self.what_they_do()}"
+
+
+def choose_thresholds(judged: Judged, wanted: float = WANTED_SHARE) -> Thresholds:
+    """The thresholds under which the wanted share is correct and the most is kept.
+
+    Where none reaches it, the ones with the largest share of correct matches. None keeps less than MIN_KEPT_SHARE.
+
+    Raises:
+        ValueError: there are no matches.
+    """
+    if not len(judged):
+        raise ValueError("no matches to choose thresholds on")
+    is_correct = judged.error_mm <= CORRECT_MM
+    is_measured = np.isfinite(judged.cycle_mm)
+    num_kept = _counts_on_grid(judged, is_measured)
+    num_correct = _counts_on_grid(judged, is_correct & is_measured)
+    correct = num_correct / np.maximum(num_kept, 1)
+    enough = num_kept >= max(MIN_KEPT_SHARE * len(judged), 1)
+    reached = enough & (correct >= wanted)
+    # Without any that reaches it, the best share decides; among equals the one that keeps more.
+    rank = np.where(reached, num_kept, -1) if reached.any() else np.where(enough, correct + 1e-9 * num_kept, -1)
+    row, column = np.unravel_index(rank.argmax(), rank.shape)
+    return Thresholds(
+        wanted=wanted,
+        min_score=float(SCORE_GRID[row]),
+        max_cycle_mm=float(CYCLE_GRID_MM[column]),
+        kept=float(num_kept[row, column] / len(judged)),
+        correct=float(correct[row, column]),
+        found=float(num_correct[row, column] / max(is_correct.sum(), 1)),
+        is_reached=bool(reached.any()),
+    )
+
+
+def try_thresholds(judged: Judged, min_score: float, max_cycle_mm: float, wanted: float = WANTED_SHARE) -> Thresholds:
+    """What given thresholds do."""
+    is_correct = judged.error_mm <= CORRECT_MM
+    is_kept = (judged.score >= min_score) & (judged.cycle_mm <= max_cycle_mm)
+    num_right = int((is_correct & is_kept).sum())
+    correct, found = num_right / max(is_kept.sum(), 1), num_right / max(is_correct.sum(), 1)
+    return Thresholds(
+        wanted, min_score, max_cycle_mm, float(is_kept.mean()), float(correct), float(found), bool(correct >= wanted)
+    )
+
+
+def _counts_on_grid(judged: Judged, mask: np.ndarray) -> np.ndarray:
+    """int [len(SCORE_GRID), len(CYCLE_GRID_MM)]: how many of the masked matches pass each pair of thresholds."""
+    passed = np.searchsorted(SCORE_GRID, judged.score[mask], side="right") - 1  # the last score threshold it passes
+    first = np.searchsorted(CYCLE_GRID_MM, judged.cycle_mm[mask], side="left")
+    counts = np.zeros((len(SCORE_GRID), len(CYCLE_GRID_MM)), dtype=np.int64)
+    np.add.at(counts, (np.maximum(passed, 0), first), 1)
+    return counts[::-1].cumsum(axis=0)[::-1].cumsum(axis=1)
+
+
+def check_on_other_cases(judged: Judged, wanted: float = WANTED_SHARE) -> dict:
+    """How the choice does on cases it was not made on: for each query case, thresholds from pairs without that case.
+
+    Returns:
+        `correct` and `kept`, shares over all matches; empty where fewer than three cases leave nothing to choose on.
+    """
+    num_kept = num_correct = 0
+    for name in np.unique(judged.query):
+        without = judged.chosen((judged.query != name) & (judged.key != name))
+        if not len(without):
+            return {}
+        held_out = judged.chosen(judged.query == name)
+        is_kept = choose_thresholds(without, wanted).keeps(held_out)
+        num_kept += int(is_kept.sum())
+        num_correct += int((held_out.error_mm[is_kept] <= CORRECT_MM).sum())
+    return {"correct": num_correct / max(num_kept, 1), "kept": num_kept / len(judged)}
+
+
+def error_curve(values: np.ndarray, error_mm: np.ndarray, num_bins: int = NUM_BINS) -> list[dict]:
+    """Errors in bins of equally many matches, in ascending order of `values` [N] (unmeasured ones are left out).
+
+    Returns:
+        per bin: `from`, `to`, `middle` (the median value), `num_matches`, and `_figures` of the errors.
+    """
+    known = np.isfinite(values)
+    values, error_mm = values[known], error_mm[known]
+    order = np.argsort(values, kind="stable")
+    bins = []
+    for part in np.array_split(order, min(num_bins, max(len(order), 1))):
+        if len(part):
+            inside = values[part]
+            place = {"from": float(inside[0]), "to": float(inside[-1]), "middle": float(np.median(inside))}
+            bins.append({**place, **figures(error_mm[part])})
+    return bins
+
+
+def figures(error_mm: np.ndarray) -> dict:
+    """`num_matches`, and of the errors `median_mm`, `p90_mm`, `share_within_15mm`; only the number where it is 0."""
+    if not len(error_mm):
+        return {"num_matches": 0}
+    return {
+        "num_matches": len(error_mm),
+        "median_mm": float(np.median(error_mm)),
+        "p90_mm": float(np.percentile(error_mm, 90)),
+        f"share_within_{CORRECT_MM:g}mm": float((error_mm <= CORRECT_MM).mean()),
+    }
+
+
+def by_group(judged: Judged, groups: np.ndarray, kept: np.ndarray) -> dict[str, dict]:
+    """Figures per group (text [N]), the largest first: of all its matches, and `kept` of those that pass (bool [N])."""
+    names, counts = np.unique(groups, return_counts=True)
+    described = {}
+    for name in names[np.argsort(-counts, kind="stable")]:
+        mask = groups == name
+        passing = {"share": float(kept[mask].mean()), **figures(judged.error_mm[mask & kept])}
+        described[str(name)] = {**figures(judged.error_mm[mask]), "kept": passing}
+    return described
+
+
+def trust_report(judged: Judged, wanted: float = WANTED_SHARE) -> dict:
+    """Everything about these matches, plain values fit for JSON.
+
+    Returns:
+        `all` (figures), `share_possible`, `thresholds` (for the wanted share), `defaults` (what main_ddp.py's do),
+        `on_other_cases` (`check_on_other_cases`), `goals` (thresholds for other shares), `by_region`, `by_structure`,
+        `by_score` and `by_cycle_mm` (`error_curve`).
+    """
+    best = choose_thresholds(judged, wanted)
+    kept = best.keeps(judged)
+    return {
+        "all": figures(judged.error_mm),
+        "share_possible": float(judged.is_possible.mean()),
+        "thresholds": dataclasses.asdict(best),
+        "in_words": best.in_words(),
+        "defaults": dataclasses.asdict(
+            try_thresholds(judged, PairingOptions.min_score, PairingOptions.max_cycle_mm, wanted)
+        ),
+        "on_other_cases": check_on_other_cases(judged, wanted),
+        "goals": [dataclasses.asdict(choose_thresholds(judged, goal)) for goal in GOALS],
+        "by_region": by_group(judged, judged.region, kept),
+        "by_structure": by_group(judged, judged.structure, kept),
+        "by_score": error_curve(judged.score, judged.error_mm),
+        "by_cycle_mm": error_curve(judged.cycle_mm, judged.error_mm),
+    }

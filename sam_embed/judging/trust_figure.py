@@ -1,0 +1,78 @@
+"""A picture of trust: how the error of matches falls with their score and grows with their cycle error."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
+from sam_embed.judging.trust import ANY_CYCLE_MM, ANY_SCORE, CORRECT_MM, Thresholds
+
+MEDIAN_COLOUR, P90_COLOUR, SHARE_COLOUR = "#1f5fa8", "#7fb0e0", "#c2570c"
+TICKS_MM = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+SHARE = f"share_within_{CORRECT_MM:g}mm"
+LINES = (("median_mm", "median error", MEDIAN_COLOUR), ("p90_mm", "90th percentile of the error", P90_COLOUR))
+
+
+def draw_trust(report: dict, what: str) -> Figure:
+    """Two panels, against score and against cycle error: errors in mm (left axis) and the share that is correct.
+
+    Args:
+        report: of `trust_report`.
+        what: the matches it is about, for the title.
+    """
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    thresholds = Thresholds(**report["thresholds"])
+    limits = (thresholds.min_score, thresholds.max_cycle_mm)
+    names = (("by_score", "score (similarity)"), ("by_cycle_mm", "cycle error (mm)"))
+    for axes, (key, label), limit in zip(panels, names, limits):
+        right = _draw_curve(axes, report[key], label)
+        if limit not in (ANY_SCORE, ANY_CYCLE_MM):
+            axes.axvline(limit, color="0.35", lw=1.2, ls="--")
+            axes.annotate(
+                f"{limit:g}", (limit, 1), xycoords=("data", "axes fraction"), xytext=(-4, -12),
+                textcoords="offset points", color="0.35", ha="right",
+            )  # fmt: skip
+        if key == "by_cycle_mm":
+            axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
+    panels[0].set_ylabel("error (mm)")
+    right.set_ylabel(f"share within {CORRECT_MM:g} mm", color=SHARE_COLOUR)
+    handles = [*panels[0].get_lines()[: len(LINES)], right.get_lines()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"{what}\n{thresholds.in_words()}", fontsize=11)
+    return figure
+
+
+def _draw_curve(axes: Axes, bins: list[dict], label: str) -> Axes:
+    """One panel; returns its right axis, which holds the share."""
+    places = [part["middle"] for part in bins]
+    for name, title, colour in LINES:
+        axes.plot(places, [part[name] for part in bins], "o-", color=colour, ms=4, lw=1.8, label=title)
+    axes.set_yscale("log")
+    _plain_ticks(axes.yaxis)
+    axes.set_xlabel(f"{label}; a point is {bins[0]['num_matches']:,} matches")
+    axes.grid(alpha=0.25)
+    right = axes.twinx()
+    right.plot(
+        places, [part[SHARE] for part in bins], "s-", color=SHARE_COLOUR, ms=4, lw=1.8, label="share that is correct"
+    )
+    right.set_ylim(0, 1.02)
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    right.tick_params(axis="y", colors=SHARE_COLOUR)
+    return right
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Round mm on a logarithmic axis, written out."""
+    axis.set_major_locator(FixedLocator(TICKS_MM))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def save_trust_figure(report: dict, what: str, path: str | Path) -> None:
+    """Write `draw_trust` to a picture file; folders are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    draw_trust(report, what).savefig(path, dpi=120)

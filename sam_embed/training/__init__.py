@@ -1,0 +1,1 @@
+"""How SAM learns: views, their matches, the contrastive loss, the run."""

@@ -1,0 +1,166 @@
+"""The volumes that SAM trains on, on its grid: made once, kept on disk, mapped into memory by every process.
+
+One file per case, `<grid_dir>/<case>.safetensors`: the body's box in int16 HU, its mask in bits, and a header that
+tells the grid and the CT it was made from. Ranks share the making; the pages that they read are shared too, so that a
+corpus larger than memory serves any number of ranks and loading processes.
+"""
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets.ct.geometry import body_mask, mask_box, resample
+from datasets.ct.nifti import Volume
+from datasets.store.files import FileWriteError, write_bytes
+from datasets.store.volumes import VolumeStore
+from sam_embed.case_source import record_identity
+from sam_embed.checkpoint import EmbedderInfo
+from sam_embed.training.views import TrainingVolume
+
+SUFFIX = ".safetensors"
+FORMAT = "sam_embed.training_volume.1"
+
+
+class NoPatientError(ValueError):
+    """A volume of nothing but air; the message names it."""
+
+
+def to_training_volume(volume: Volume, name: str, info: EmbedderInfo) -> TrainingVolume:
+    """The body of a volume on SAM's grid, int16 HU, with its body mask.
+
+    Raises:
+        NoPatientError: nothing in the volume is denser than -500 HU.
+    """
+    array, _ = resample(volume.array, volume.affine, info.spacing_mm)
+    inside = body_mask(array, info.spacing_mm)
+    if not inside.any():
+        raise NoPatientError(f"{volume.path}: no patient in it (nothing is denser than -500 HU)")
+    start, stop = mask_box(inside)
+    cut = tuple(slice(int(low), int(high)) for low, high in zip(start, stop))
+    hu = torch.from_numpy(np.ascontiguousarray(array[cut]))
+    return TrainingVolume(name, hu, torch.from_numpy(np.ascontiguousarray(inside[cut])), tuple(info.spacing_mm))
+
+
+def default_grid_dir(store_dir: str | Path, spacing_mm: Sequence[float]) -> Path:
+    """Beside the store's own files, one folder for each grid."""
+    return Path(store_dir) / f"sam_grid_{'x'.join(f'{side:g}' for side in spacing_mm)}mm"
+
+
+def make_training_volumes(
+    store: VolumeStore,
+    info: EmbedderInfo,
+    grid_dir: str | Path,
+    num_threads: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> int:
+    """Write this rank's share of the files that are missing, or were made from another CT; say how many were written.
+
+    A case without a patient gets a file without voxels, so that it is looked at once.
+
+    Raises:
+        FileWriteError, DiskFullError: the folder cannot be written to, or is full; what is finished stays.
+    """
+    share = store.names[rank::world_size]
+    missing = [name for name in share if not _is_made(Path(grid_dir), name, _header(store, name, info))]
+
+    def make(name: str) -> None:
+        try:
+            made = to_training_volume(store.read(name), name, info)
+            tensors = {"hu": made.hu, "body": _to_bits(made.body)}
+        except NoPatientError:
+            tensors = {"hu": torch.zeros(0, 0, 0, dtype=torch.int16), "body": torch.zeros(0, dtype=torch.uint8)}
+        try:
+            write_bytes(_path(Path(grid_dir), name), save(tensors, metadata=_header(store, name, info)))
+        except FileWriteError as error:
+            raise type(error)(f"{error}; --grid_dir chooses another folder") from error
+
+    counts = {"initial": len(share) - len(missing), "total": len(share)}
+    bar = tqdm(desc="SAM's grid", unit="case", disable=rank > 0 or not missing, **counts)
+    with bar, ThreadPoolExecutor(max(1, num_threads)) as pool:
+        for _ in pool.map(make, missing):
+            bar.update()
+    return len(missing)
+
+
+class TrainingVolumes(Sequence[TrainingVolume]):
+    """The made volumes of a store, in its order, without those that show no patient; item i is mapped when asked for.
+
+    Holds paths and no voxels: processes receive it at once, and what they read of a file they share.
+    """
+
+    def __init__(self, store: VolumeStore, info: EmbedderInfo, grid_dir: str | Path, rank: int = 0) -> None:
+        """Open `grid_dir`, where `make_training_volumes` has run on all ranks; rank 0 prints which are left out.
+
+        Raises:
+            NoPatientError: none is left.
+        """
+        self.grid_dir, self.spacing_mm = Path(grid_dir), tuple(info.spacing_mm)
+        self.names = [name for name in store.names if _num_slices(self.grid_dir, name)]
+        left_out = set(store.names) - set(self.names)
+        for name in sorted(left_out) if rank == 0 else ():
+            print(f"left out {name}: no patient in it (nothing is denser than -500 HU)", file=sys.stderr)
+        if not self.names:
+            raise NoPatientError(
+                f"{store.store_dir}: none of its {len(store)} training volumes shows a patient (nothing is denser than "
+                "-500 HU); check that the files of --json_list are CT in HU"
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> TrainingVolume:
+        """Volume `index`; its voxels are read from the disk where they are used.
+
+        Raises:
+            ValueError: its file was removed or damaged since.
+        """
+        name = self.names[index]
+        path = _path(self.grid_dir, name)
+        try:
+            with safe_open(path, framework="pt") as stored:
+                hu, bits = stored.get_tensor("hu"), stored.get_tensor("body")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read any more ({error}); start again, and it is made anew") from error
+        return TrainingVolume(name, hu, _from_bits(bits, hu.shape), self.spacing_mm)
+
+
+def _path(grid_dir: Path, name: str) -> Path:
+    return grid_dir / f"{name}{SUFFIX}"
+
+
+def _header(store: VolumeStore, name: str, info: EmbedderInfo) -> dict[str, str]:
+    spacing = " ".join(f"{side:g}" for side in info.spacing_mm)
+    return {"format": FORMAT, "spacing_mm": spacing, "source": record_identity(store.record(name))}
+
+
+def _is_made(grid_dir: Path, name: str, header: dict[str, str]) -> bool:
+    """Whether the file is there, whole, and made from this CT for this grid."""
+    try:
+        with safe_open(_path(grid_dir, name), framework="pt") as stored:
+            return stored.metadata() == header
+    except (OSError, SafetensorError):
+        return False
+
+
+def _num_slices(grid_dir: Path, name: str) -> int:
+    with safe_open(_path(grid_dir, name), framework="pt") as stored:
+        return stored.get_slice("hu").get_shape()[0]
+
+
+def _to_bits(mask: Tensor) -> Tensor:
+    """bool of any shape -> uint8 [ceil(n / 8)], an eighth of its size."""
+    return torch.from_numpy(np.packbits(mask.numpy().ravel()))
+
+
+def _from_bits(bits: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_to_bits`."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool)).view(shape)
