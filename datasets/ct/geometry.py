@@ -12,8 +12,9 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from datasets.ct.intensity import AIR_HU
+
 CANONICAL_AXCODES = "SPL"
-AIR_HU = -1024
 BODY_HU = -500  # between air and lung on one side, fat (-120 HU) and everything denser on the other
 
 # Neighbours within an axial slice only: scans end abruptly above and below.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.ct.geometry import AIR_HU
+from datasets.ct.intensity import AIR_HU
 from datasets.ct.nifti import Volume
 from datasets.store.build import BuildReport, build_store
 from datasets.store.format import (

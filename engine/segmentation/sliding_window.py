@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.ct.intensity import AIR_HU, window_hu
 from engine.device import autocast
 
 Size3 = tuple[int, int, int]
-AIR_HU = -1024
 GPU_SHARE = 0.5  # of the free GPU memory that a slab may take before it moves to the CPU
 
 
@@ -153,9 +153,9 @@ def window_probabilities(
     """Probabilities float32 [b, C, *roi] of the windows at slice `begin` and the corners (h, w)."""
     depth, height, width = options.roi
     windows = torch.stack([hu[begin : begin + depth, h : h + height, w : w + width] for h, w in corners])
-    windows = windows.to(device, torch.float32).sub_(options.hu_min).div_(options.hu_max - options.hu_min)
+    windows = window_hu(windows.to(device), options.hu_min, options.hu_max).unsqueeze(1)
     with autocast(options.precision, device):
-        logits = network(windows.clamp_(0, 1).unsqueeze(1))
+        logits = network(windows)
     return logits.float().softmax(1)
 
 

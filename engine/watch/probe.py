@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from datasets.ct.intensity import window_hu
 from engine.device import autocast
 from engine.distributed import World, wait_for_all
 from engine.loop import evaluating
@@ -132,8 +133,7 @@ def encode_windows(
     """The encoder's maps of the windows at `corners` [B, 3], by stride."""
     depth, height, width = options.roi
     windows = [hu[d : d + depth, h : h + height, w : w + width] for d, h, w in corners.tolist()]
-    volumes = torch.stack(windows).to(device, torch.float32).sub_(options.hu_min)
-    volumes = volumes.div_(options.hu_max - options.hu_min).clamp_(0, 1).unsqueeze(1)
+    volumes = window_hu(torch.stack(windows).to(device), options.hu_min, options.hu_max).unsqueeze(1)
     with autocast(options.precision, device):
         return encode(volumes)
 

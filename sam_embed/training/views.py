@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets.ct.intensity import AIR_HU
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.preprocess import scale_hu
 from sam_embed.training.view_intensity import IntensityOptions, change_intensity, uniform
 from sam_embed.training.warp import Triple, Warp
-
-AIR_HU = -1024.0
 
 Range = tuple[float, float]
 
