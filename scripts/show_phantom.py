@@ -15,6 +15,9 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
+from datasets.ct.geometry import spacing_of, to_canonical
+from datasets.ct.intensity import window_hu
+from datasets.ct.planes import PLANES, cut_plane
 from engine.flags import make_parser, run_main
 
 COLOURS = np.array(
@@ -51,21 +54,20 @@ def label_beside(image: Path) -> Path | None:
     return label if label != image and label.exists() else None
 
 
-def read_ras(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array [X, Y, Z] growing to right, front and top, and its spacing (mm)."""
-    image = nib.as_closest_canonical(nib.load(path))
-    return np.asarray(image.dataobj, np.float32), np.array(image.header.get_zooms()[:3], float)
+def read_any(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """The values of any NIfTI as they are, float32 [D, H, W] in canonical orientation, and the voxel size (mm)."""
+    image = nib.load(path)
+    array, affine = to_canonical(np.asarray(image.dataobj, np.float32), image.affine)
+    return array, spacing_of(affine)
 
 
-def picture(plane: np.ndarray, labels: np.ndarray | None, spacing: np.ndarray, flags) -> np.ndarray:
-    """One slice [A, B] (to the right or back, and up) as an RGB picture with outlined labels."""
-    size = tuple(max(int(n * s / flags.pixel_mm), 1) for n, s in zip(plane.shape, spacing))
-    grey = np.clip((plane - flags.hu_min) / (flags.hu_max - flags.hu_min), 0, 1) * 255
-    turned = Image.fromarray(grey[::-1, ::-1].T.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    rgb = np.repeat(np.asarray(turned)[..., None], 3, axis=-1)
+def picture(plane: np.ndarray, labels: np.ndarray | None, pixel_mm: tuple[float, float], flags) -> np.ndarray:
+    """A plane as an RGB picture with outlined labels; `pixel_mm` is the size of its pixels, down and across."""
+    size = tuple(max(int(n * mm / flags.pixel_mm), 1) for n, mm in zip(plane.shape, pixel_mm))[::-1]
+    grey = (window_hu(plane, flags.hu_min, flags.hu_max) * 255).astype(np.uint8)
+    rgb = np.repeat(np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR))[..., None], 3, axis=-1)
     if labels is not None:
-        turned = Image.fromarray(labels[::-1, ::-1].T.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-        ids = np.asarray(turned)
+        ids = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
         edge = (ids != np.roll(ids, 1, 0)) | (ids != np.roll(ids, 1, 1))
         rgb = np.where((edge & (ids > 0))[..., None], COLOURS[ids % len(COLOURS)], rgb)
     return rgb.astype(np.uint8)
@@ -73,16 +75,17 @@ def picture(plane: np.ndarray, labels: np.ndarray | None, spacing: np.ndarray, f
 
 def row_of(path: Path, flags) -> np.ndarray:
     """All slices of one file, side by side."""
-    hu, spacing = read_ras(path)
+    hu, voxel_mm = read_any(path)
     label = label_beside(path)
-    ids = read_ras(label)[0] if label else None
-    heights = np.linspace(0.06, 0.94, flags.num_axial) * (hu.shape[2] - 1)
-    cuts = [(2, int(z)) for z in heights] + [(1, int(0.45 * hu.shape[1])), (0, hu.shape[0] // 2)]
+    ids = read_any(label)[0] if label else None
+    depth, height, width = hu.shape
+    cuts = [("axial", int(d)) for d in np.linspace(0.06, 0.94, flags.num_axial) * (depth - 1)]
+    cuts += [("coronal", height - 1 - int(0.45 * height)), ("sagittal", width - 1 - width // 2)]
     tiles = []
-    for axis, where in cuts:
-        kept = np.delete(spacing, axis)
-        plane = np.take(hu, where, axis=axis)
-        tiles.append(picture(plane, None if ids is None else np.take(ids, where, axis=axis), kept, flags))
+    for plane, at in cuts:
+        pixel_mm = [voxel_mm[axis] for axis in (PLANES[plane].down, PLANES[plane].across)]
+        outlined = None if ids is None else cut_plane(ids, plane, at)
+        tiles.append(picture(cut_plane(hu, plane, at), outlined, pixel_mm, flags))
     return stack(tiles, axis=1)
 
 

@@ -14,6 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from datasets.ct.intensity import window_hu
+from datasets.ct.planes import PLANES, cut_plane, pixel_aspect
+
 OPACITY = 0.55
 PANEL_INCHES = 2.5  # width of each of a row's six pictures
 MOST_ROW_INCHES = 6.0
@@ -38,12 +41,12 @@ def case_view(
         truth, predicted: uint8 channels [D, H, W].
         spacing_mm: (D, H, W).
     """
-    axial, coronal = richest_plane(truth, 0), richest_plane(truth, 1)
-    cut = {
-        "axial": ([a[axial].copy() for a in (hu, truth, predicted)], spacing_mm[1] / spacing_mm[2]),
-        "coronal": ([a[::-1, coronal].copy() for a in (hu, truth, predicted)], spacing_mm[0] / spacing_mm[2]),
-    }
-    return CaseView(case, {plane: (*arrays, aspect) for plane, (arrays, aspect) in cut.items()})
+    planes = {}
+    for plane in ("axial", "coronal"):
+        at = richest_plane(truth, PLANES[plane].cut)
+        cut = (cut_plane(array, plane, at).copy() for array in (hu, truth, predicted))
+        planes[plane] = (*cut, pixel_aspect(plane, spacing_mm))
+    return CaseView(case, planes)
 
 
 def richest_plane(labels: np.ndarray, axis: int) -> int:
@@ -72,7 +75,7 @@ def overlay_figure(
     axes = figure.subplots(len(views), 6, squeeze=False, height_ratios=heights)
     for row, (title, view) in zip(axes, views):
         for first, (plane, (hu, truth, predicted, aspect)) in zip((0, 3), view.planes.items()):
-            grey = np.clip((hu.astype(np.float32) - hu_min) / (hu_max - hu_min), 0, 1)[..., None].repeat(3, -1)
+            grey = window_hu(hu, hu_min, hu_max)[..., None].repeat(3, -1)
             pictures = {
                 "CT": grey,
                 "truth": painted(grey, truth, colours),

@@ -7,7 +7,7 @@ a fixed scale, so that attention that prefers nothing shows nothing.
 Features: the three main components of the teacher's encoder map at CASA's key stride, as red, green and blue. All views
 of a sheet share their components, so that the same colour in query and key means the same features.
 
-Arrays are [D, H, W] in canonical orientation; planes are drawn as in `engine.watch.pictures`.
+Arrays are [D, H, W] in canonical orientation; planes are those of `datasets.ct.planes`.
 """
 
 from typing import NamedTuple
@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from datasets.ct.planes import cut_plane, pixel_aspect
 from engine.device import autocast
 from engine.loop import evaluating
 from models.methods.alice import AliceStudent, AliceTeacher
@@ -153,15 +154,9 @@ def enlarge(tokens: np.ndarray, size: Size3) -> np.ndarray:
     return tokens
 
 
-def plane_through(volume: np.ndarray, plane: str, centre: Size3) -> np.ndarray:
-    """The plane through a voxel, rows from the top of the picture: anterior, or the head."""
-    return volume[centre[0]] if plane == "axial" else volume[::-1, centre[1]]
-
-
 def draw_plane(axis, volume: np.ndarray, plane: str, centre: Size3, voxel_mm: tuple, title: str) -> None:
     """One plane of a volume [D, H, W] in grey, or [D, H, W, 3] in its colours."""
-    aspect = (voxel_mm[1] if plane == "axial" else voxel_mm[0]) / voxel_mm[2]
-    picture = plane_through(volume, plane, centre)
+    picture, aspect = cut_plane(volume, plane, centre), pixel_aspect(plane, voxel_mm)
     axis.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
     axis.set_title(title, fontsize=7, pad=2)
     axis.set_xticks([])
@@ -170,9 +165,8 @@ def draw_plane(axis, volume: np.ndarray, plane: str, centre: Size3, voxel_mm: tu
 
 def draw_heat(axis, times: np.ndarray, plane: str, centre: Size3, voxel_mm: tuple) -> None:
     """Attention in multiples of uniform over a plane: nothing up to 1, brighter and denser from there on."""
-    picture = plane_through(times, plane, centre)
+    picture, aspect = cut_plane(times, plane, centre), pixel_aspect(plane, voxel_mm)
     strength = np.clip((picture - 1) / (MOST_TIMES_UNIFORM - 1), 0, 1)
-    aspect = (voxel_mm[1] if plane == "axial" else voxel_mm[0]) / voxel_mm[2]
     axis.imshow(
         strength, cmap="hot", vmin=0, vmax=1, alpha=0.75 * strength**0.5, aspect=aspect, interpolation="nearest"
     )

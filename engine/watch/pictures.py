@@ -2,8 +2,7 @@
 
 What the networks look at is drawn in `engine.watch.feature_pictures`, the pairs by whom the caller names.
 
-Arrays are [D, H, W] in the canonical orientation (indices grow to Superior, Posterior, Left). Axial planes are shown as
-radiologists look at them, anterior up and the patient's left on the right; coronal planes with the head up.
+Arrays are [D, H, W] in the canonical orientation; planes are those of `datasets.ct.planes`.
 """
 
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
+from datasets.ct.planes import cut_plane, pixel_aspect
 from engine.device import autocast
 from engine.logging import RunLog
 from engine.loop import evaluating
@@ -127,7 +127,7 @@ def reconstruction_figure(
         volumes = (crop, np.where(hidden, np.nan, view), made, np.where(hidden, made, crop))
         pictures = [(plane, name, volume) for plane in PLANES for name, volume in zip(COLUMNS, volumes)]
         for axis, (plane, name, volume) in zip(axes[index], pictures):
-            show(axis, middle_plane(volume, plane), plane, voxel_mm)
+            show(axis, cut_plane(volume, plane), pixel_aspect(plane, voxel_mm))
             axis.set_title(f"{plane}: {name}", fontsize=7, pad=2)
         axes[index, 0].set_ylabel(title, fontsize=7)
     return figure
@@ -140,18 +140,10 @@ def spread_mask(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return mask
 
 
-def middle_plane(volume: np.ndarray, plane: str) -> np.ndarray:
-    """The plane through the crop's centre, rows from the top of the picture."""
-    if plane == "axial":
-        return volume[volume.shape[0] // 2]  # [H, W]: anterior on top
-    return volume[::-1, volume.shape[1] // 2]  # [D, W]: head on top
-
-
-def show(axis, picture: np.ndarray, plane: str, voxel_mm: tuple[float, float, float]) -> None:
+def show(axis, picture: np.ndarray, aspect: float) -> None:
     """Draw one plane in grey; hidden voxels (NaN) in blue."""
-    height_mm = voxel_mm[1] if plane == "axial" else voxel_mm[0]
     axis.set_facecolor("#3a6ea5")
-    axis.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=height_mm / voxel_mm[2], interpolation="nearest")
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
 

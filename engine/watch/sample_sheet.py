@@ -1,7 +1,7 @@
 """A picture of paired crops: does the key show the same place as the query, and do the masks lie where they should?
 
-Each row is one pair: the query in three planes through its centre, then the key. Axial planes show the patient's left
-on the right, coronal and sagittal planes the head up; masked blocks are tinted, a cross marks the matched point.
+Each row is one pair: the query in three planes through its centre (`datasets.ct.planes`), then the key. Masked blocks
+are tinted, a cross marks the matched point.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from datasets.ct.planes import PLANES, cut_plane, pixel_aspect
 from datasets.samples.masks import upsample_mask
 from datasets.samples.pairings import PAIR_KINDS
-
-PLANES = ("axial", "coronal", "sagittal")
 
 
 def samples_of(batch: Mapping[str, torch.Tensor], num: int | None = None) -> list[dict[str, torch.Tensor]]:
@@ -56,20 +55,10 @@ def pair_figure(samples: Sequence[Mapping[str, torch.Tensor]], store=None, view:
             block_vox = image.shape[0] // sample[f"{side}_mask"].shape[0]
             mask = upsample_mask(sample[f"{side}_mask"].cpu(), block_vox).numpy()
             spacing = _case(store, sample[f"{side}_case"])[1]
-            for axis, (plane, picture) in zip(columns, _planes(image, mask, spacing).items()):
-                _draw_plane(axis, f"{side} {plane}", *picture)
+            for axis, plane in zip(columns, PLANES):
+                pictures = (cut_plane(array, plane) for array in (image, mask))
+                _draw_plane(axis, f"{side} {plane}", *pictures, pixel_aspect(plane, spacing))
     return figure
-
-
-def _planes(image: np.ndarray, mask: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, tuple]:
-    """Per plane: image and mask [rows, columns] as a radiologist looks at them, and the height of a pixel per width."""
-    d, h, w = (side // 2 for side in image.shape)
-    depth_mm, height_mm, width_mm = spacing_mm
-    return {
-        "axial": (image[d], mask[d], height_mm / width_mm),
-        "coronal": (image[::-1, h], mask[::-1, h], depth_mm / width_mm),
-        "sagittal": (image[::-1, :, w], mask[::-1, :, w], depth_mm / height_mm),
-    }
 
 
 def _draw_plane(axis, label: str, image: np.ndarray, mask: np.ndarray, aspect: float) -> None:

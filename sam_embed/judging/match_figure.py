@@ -1,12 +1,10 @@
 """Pictures of matches: one point with its similarity map, and many landmarks across two patients.
 
-Slices are shown as radiologists expect: the patient's right on the left of axial and coronal views, head up, true
-proportions, dark background, soft-tissue window.
+Planes are those of `datasets.ct.planes`, in true proportions, on a dark background, in a soft-tissue window.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -15,6 +13,7 @@ from matplotlib.figure import Figure
 
 from datasets.ct.geometry import body_box, index_to_world, resample, spacing_of, world_to_index
 from datasets.ct.nifti import Volume
+from datasets.ct.planes import PLANES, cut_plane
 from sam_embed.judging.evaluate import PairErrors
 
 WINDOW_HU = (-160.0, 240.0)
@@ -22,23 +21,6 @@ DISPLAY_SPACING_MM = (2.0, 2.0, 2.0)
 MARGIN_VOX = 4
 SLAB_MM = 18.0  # points at most so far from an axial slice are drawn on it
 BACKGROUND, TEXT = "#101216", "#e8eaed"
-
-
-class Plane(NamedTuple):
-    """A view: the axis that is cut, the axes shown down and across, and whether the first of these points up."""
-
-    name: str
-    cut: int
-    down: int
-    across: int
-    upwards: bool
-
-
-AXIAL, CORONAL, SAGITTAL = (
-    Plane("axial", 0, 1, 2, False),
-    Plane("coronal", 1, 0, 2, True),
-    Plane("sagittal", 2, 0, 1, True),
-)
 
 
 def for_display(volume: Volume) -> Volume:
@@ -51,64 +33,56 @@ def for_display(volume: Volume) -> Volume:
     return Volume(array[tuple(map(slice, start, stop))], affine, volume.path)
 
 
-def _extent(shape: Sequence[int], spacing: Sequence[float], plane: Plane) -> tuple[float, float, float, float]:
-    across, down = shape[plane.across] * spacing[plane.across], shape[plane.down] * spacing[plane.down]
-    half_across, half_down = spacing[plane.across] / 2, spacing[plane.down] / 2
-    low, high = -half_down, down - half_down
-    return (-half_across, across - half_across, *((low, high) if plane.upwards else (high, low)))
+def _extent(shape: Sequence[int], spacing: Sequence[float], plane: str) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of a plane's picture, mm on the grid."""
+    _, down, across, is_flipped = PLANES[plane]
+    ends = [(-spacing[axis] / 2, shape[axis] * spacing[axis] - spacing[axis] / 2) for axis in (across, down)]
+    return (*ends[0], *(ends[1] if is_flipped else ends[1][::-1]))
 
 
-def _slice(array: np.ndarray, plane: Plane, number: float) -> np.ndarray:
-    return np.take(array, int(np.clip(round(number), 0, array.shape[plane.cut] - 1)), axis=plane.cut)
+def _slice(array: np.ndarray, affine: np.ndarray, plane: str, through_mm: np.ndarray) -> np.ndarray:
+    """The plane of an array nearest to a world point [3]."""
+    index = np.rint(world_to_index(affine, through_mm)).astype(int)
+    return cut_plane(array, plane, np.clip(index, 0, np.array(array.shape) - 1))
 
 
-def show_plane(axes: Axes, volume: Volume, plane: Plane, through_mm: np.ndarray) -> None:
-    """Draw the slice of a volume through a world point [3]."""
-    index = world_to_index(volume.affine, through_mm)
-    axes.imshow(
-        _slice(volume.array, plane, index[plane.cut]),
-        cmap="gray",
-        vmin=WINDOW_HU[0],
-        vmax=WINDOW_HU[1],
-        extent=_extent(volume.shape, volume.spacing_mm, plane),
-        origin="lower" if plane.upwards else "upper",
-        interpolation="bilinear",
-    )
-    axes.set_xlim(*_extent(volume.shape, volume.spacing_mm, plane)[:2])
-    axes.set_ylim(*_extent(volume.shape, volume.spacing_mm, plane)[2:])
+def show_plane(axes: Axes, volume: Volume, plane: str, through_mm: np.ndarray) -> None:
+    """Draw the plane of a volume through a world point [3]; coordinates are mm on the volume's grid."""
+    extent = _extent(volume.shape, volume.spacing_mm, plane)
+    picture = _slice(volume.array, volume.affine, plane, through_mm)
+    low, high = WINDOW_HU
+    axes.imshow(picture, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bilinear")
+    axes.set_xlim(*extent[:2])
+    axes.set_ylim(*extent[2:])
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_facecolor("black")
 
 
-def place_on(volume: Volume, plane: Plane, points_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def place_on(volume: Volume, plane: str, points_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (across, down) of world points [N, 3] on a view drawn by `show_plane`."""
     on_grid = world_to_index(volume.affine, points_mm) * volume.spacing_mm
-    return on_grid[..., plane.across], on_grid[..., plane.down]
+    return on_grid[..., PLANES[plane].across], on_grid[..., PLANES[plane].down]
 
 
 def _overlay_similarity(
-    axes: Axes, volume: Volume, plane: Plane, similarity: np.ndarray, affine: np.ndarray, at_mm: np.ndarray
+    axes: Axes, volume: Volume, plane: str, similarity: np.ndarray, affine: np.ndarray, at_mm: np.ndarray
 ) -> None:
     """Lay a similarity map's slice through a world point over the slice drawn before, in its place."""
-    number = world_to_index(affine, at_mm)[plane.cut]
-    spacing = spacing_of(affine)
-    left, right, bottom, top = _extent(similarity.shape, spacing, plane)
-    first = world_to_index(volume.affine, affine[:3, 3]) * volume.spacing_mm
-    shift_across, shift_down = first[plane.across], first[plane.down]
+    left, right, bottom, top = _extent(similarity.shape, spacing_of(affine), plane)
+    shift_across, shift_down = place_on(volume, plane, affine[:3, 3])  # of the map's first voxel
     axes.imshow(
-        _slice(similarity, plane, number),
+        _slice(similarity, affine, plane, at_mm),
         cmap="inferno",
         vmin=np.quantile(similarity, 0.5),
         vmax=similarity.max(),
         alpha=0.55,
         extent=(left + shift_across, right + shift_across, bottom + shift_down, top + shift_down),
-        origin="lower" if plane.upwards else "upper",
         interpolation="bilinear",
     )
 
 
-def _cross(axes: Axes, volume: Volume, plane: Plane, point_mm: np.ndarray, colour: str) -> None:
+def _cross(axes: Axes, volume: Volume, plane: str, point_mm: np.ndarray, colour: str) -> None:
     across, down = place_on(volume, plane, point_mm)
     axes.axvline(across, color=colour, lw=0.6, alpha=0.6)
     axes.axhline(down, color=colour, lw=0.6, alpha=0.6)
@@ -136,14 +110,14 @@ def draw_match(
     query, key = for_display(query), for_display(key)
     figure = Figure(figsize=(12, 12.5), facecolor=BACKGROUND, layout="constrained")
     grid = figure.subplots(3, 3)
-    for column, plane in enumerate((AXIAL, CORONAL, SAGITTAL)):
+    for column, plane in enumerate(PLANES):
         for row, (volume, place) in enumerate(((query, point_mm), (key, match_mm), (key, match_mm))):
             show_plane(grid[row, column], volume, plane, place)
         _overlay_similarity(grid[2, column], key, plane, similarity, similarity_affine, match_mm)
         _cross(grid[0, column], query, plane, point_mm, "#4cc9f0")
         _cross(grid[1, column], key, plane, match_mm, "#ffd166")
         _cross(grid[2, column], key, plane, match_mm, "white")
-        grid[0, column].set_title(plane.name, color=TEXT, fontsize=11)
+        grid[0, column].set_title(plane, color=TEXT, fontsize=11)
     names = [Path(volume.path).name for volume in (query, key)]
     for row, label in enumerate((f"point in {names[0]}", f"match in {names[1]}", f"similarity in {names[1]}")):
         grid[row, 0].set_ylabel(label, color=TEXT, fontsize=11)
@@ -184,7 +158,7 @@ def draw_landmarks(
     grid = figure.subplots(2, 3, width_ratios=[1, 1, 0.55])
     level = _busiest_level(query, query_mm)
     near = np.abs(world_to_index(query.affine, query_mm)[:, 0] * query.spacing_mm[0] - level) <= SLAB_MM
-    for row, (plane, shown) in enumerate(((CORONAL, np.ones(len(names), bool)), (AXIAL, near))):
+    for row, (plane, shown) in enumerate((("coronal", np.ones(len(names), bool)), ("axial", near))):
         show_plane(grid[row, 0], query, plane, query_mm[shown].mean(axis=0))
         show_plane(grid[row, 1], key, plane, true_mm[shown].mean(axis=0))
         for number in np.flatnonzero(shown):
