@@ -25,7 +25,7 @@ from torch import nn
 
 from datasets.lists.data_list import Case, load_data_list
 from datasets.samples.loader import make_pair_loader
-from datasets.store.volumes import VolumeStore, build_store, parse_spacing
+from datasets.store.volumes import VolumeStore, fill_store
 from engine import distributed
 from engine.checkpoint import find_wanted, save_checkpoint, set_aside, tell_resumed
 from engine.device import autocast, make_scaler, pick_precision
@@ -218,23 +218,11 @@ def resume(run: SamRun, flags: jsonargparse.Namespace, world: World) -> str:
 def open_store(flags: jsonargparse.Namespace, world: World, cases: Sequence[Case]) -> VolumeStore:
     """The store's cases among these; rank 0 builds what is missing. What is stored needs no file any more."""
     if world.is_main:
-        fill_store(flags, cases)
+        is_there = (Path(flags.store_dir) / "store.json").exists()
+        fill_store(cases, flags.store_dir, None if is_there else flags.store_spacing_mm, flags.num_workers)
     distributed.wait_for_all(world)
     store = VolumeStore(flags.store_dir)
     return VolumeStore(flags.store_dir, [case.name for case in cases if case.name in store])
-
-
-def fill_store(flags: jsonargparse.Namespace, cases: Sequence[Case]) -> None:
-    """Store the cases that are not stored yet; say which cannot be read."""
-    spacing_mm = parse_spacing(flags.store_spacing_mm)
-    if (Path(flags.store_dir) / "store.json").exists():
-        store = VolumeStore(flags.store_dir)
-        spacing_mm, cases = store.spacing_mm, [case for case in cases if case.name not in store]
-        if not cases:
-            return
-    report = build_store(cases, flags.store_dir, spacing_mm, max(1, flags.num_workers))
-    for name, reason in report.failed.items():
-        print(f"left out {name}: {reason}", file=sys.stderr)
 
 
 def build_validator(flags: jsonargparse.Namespace, world: World) -> tuple[Validator | None, str]:

@@ -19,7 +19,7 @@ from datasets.ct.nifti import read_ct, read_label
 from datasets.lists.data_list import Case, find_cases, write_data_list
 from datasets.store.files import DiskFullError, FileWriteError, exclusive
 from datasets.store.format import read_region, write_index
-from datasets.store.volumes import StoreError, VolumeStore, build_store, parse_spacing
+from datasets.store.volumes import DEFAULT_SPACING_MM, StoreError, VolumeStore, build_store, fill_store, parse_spacing
 from scripts import prepare_volumes
 from tests.shared import shared_file
 
@@ -239,6 +239,32 @@ def test_label_beside_its_image_is_refused(tmp_path):
 def test_names_that_cannot_be_files(tmp_path, names):
     with pytest.raises(StoreError, match="name"):
         build_store([Case(name, tmp_path / "x.nii") for name in names], tmp_path / "store", progress=False)
+
+
+def test_a_store_is_filled_with_what_it_lacks(tmp_path, cases, capsys):
+    folder, broken = tmp_path / "filled", Case("broken", tmp_path / "gone.nii")
+    report = fill_store([*cases[:2], Case("case0", cases[0].image), broken], folder)
+    printed = capsys.readouterr().out
+    assert f"{folder}: 3 cases to add at 2 x 1.5 x 1.5 mm" in printed
+    assert [
+        line for line in printed.splitlines() if line.startswith("left out: broken: ")
+    ] and "broken" in report.failed
+    filled = VolumeStore(folder)
+    assert filled.names == ["case0", "case1"] and filled.record("case0").has_label
+    assert filled.spacing_mm == DEFAULT_SPACING_MM
+    with pytest.raises(StoreError, match="--spacing_mm"):
+        fill_store(cases, folder, "native")
+    fill_store(cases[:2], folder, "native")  # nothing to add, so nothing is asked of the store
+    assert fill_store(cases, folder).built == ["case2"] and VolumeStore(folder).spacing_mm == DEFAULT_SPACING_MM
+
+
+def test_filling_adds_new_labels_and_on_request_what_has_changed(store, cases):
+    labelled = put_case(cases[0].image.parent, "case1", seed=1, label=True)
+    assert fill_store([cases[0], labelled], store.store_dir).built == ["case1"]
+    assert VolumeStore(store.store_dir).record("case1").has_label
+    os.utime(cases[2].image, ns=(1, 1))
+    assert not fill_store(cases, store.store_dir).built
+    assert fill_store(cases, store.store_dir, renew=True).built == ["case2"]
 
 
 def test_processes_give_the_same_files(store, cases, tmp_path):

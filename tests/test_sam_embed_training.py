@@ -209,7 +209,7 @@ def test_a_finished_store_needs_no_files(corpus, tmp_path, capsys):
     train_sam.main(arguments(copy, tmp_path / "one", **flags))
     printed = capsys.readouterr()
     assert "2 cases to validate with, by landmarks" in printed.out
-    assert "left out torso7" in printed.err and "No such file" in printed.err
+    assert "left out: torso7" in printed.out and "No such file" in printed.out
     for path in copy.glob("*.nii.gz"):
         path.unlink()
     train_sam.main(arguments(copy, tmp_path / "two", **flags))

@@ -81,7 +81,7 @@ def build_store(
     report, order = BuildReport(), list(cases)
     if not verify:
         records = read_records(store_dir)
-        report.reused = [case.name for case in cases if _is_current(case, records.get(case.name), store_dir)]
+        report.reused = [case.name for case in cases if is_current(case, records.get(case.name), store_dir)]
         finished = set(report.reused)
         order = [case for case in cases if case.name not in finished]
     if not order and (store_dir / "index.json").exists():
@@ -148,7 +148,7 @@ def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: b
     with exclusive(store_dir / "locks" / "cases" / case.name) as locked:
         try:
             record = read_manifest(manifest_file(store_dir, case.name))
-            if _is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
+            if is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
                 return "reused"
             _make_case(case, store_dir, spacing_mm, record, locked)
             return "built"
@@ -162,7 +162,7 @@ def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: b
             return f"{case.image}: unexpected {type(error).__name__} while storing it ({error})"
 
 
-def _is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
+def is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
     """Whether the case is stored, from its source files as they are now; once they are gone, the store stands alone."""
     if record is None:
         return False

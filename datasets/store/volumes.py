@@ -12,7 +12,8 @@ import numpy as np
 
 from datasets.ct.intensity import AIR_HU
 from datasets.ct.nifti import Volume
-from datasets.store.build import BuildReport, build_store
+from datasets.lists.data_list import Case
+from datasets.store.build import BuildReport, build_store, is_current
 from datasets.store.format import (
     CaseRecord,
     StoreError,
@@ -27,7 +28,18 @@ from datasets.store.format import (
     spacing_text,
 )
 
-__all__ = ["BuildReport", "CaseRecord", "StoreError", "VolumeStore", "build_store", "parse_spacing", "spacing_text"]
+__all__ = [
+    "BuildReport",
+    "CaseRecord",
+    "StoreError",
+    "VolumeStore",
+    "build_store",
+    "fill_store",
+    "parse_spacing",
+    "spacing_text",
+]
+
+DEFAULT_SPACING_MM = (2.0, 1.5, 1.5)  # of a store that an entry point starts, unless its user says otherwise
 
 
 def parse_spacing(words: Sequence[str | float] | str | None) -> tuple[float, float, float] | None:
@@ -151,3 +163,46 @@ def _checked(array: np.ndarray, shape: tuple[int, ...], path: Path) -> np.ndarra
     if array.shape != tuple(shape):
         raise StoreError(f"{path}: read shape {array.shape}, expected {tuple(shape)}; file and manifest differ")
     return array
+
+
+def fill_store(
+    cases: Sequence[Case],
+    store_dir: str | Path,
+    spacing_mm: Sequence[str | float] | str | None = None,
+    num_workers: int = 1,
+    renew: bool = False,
+) -> BuildReport:
+    """Store the cases that are not stored yet, or lack the label that they have now; print what is added and left out.
+
+    Args:
+        spacing_mm: as of a `--spacing_mm` flag; None = the store's own, DEFAULT_SPACING_MM for a new one.
+        num_workers: processes; below 1 counts as 1.
+        renew: also store again cases whose files have changed since.
+
+    Returns:
+        What was done; cases that were there are not in it.
+
+    Raises:
+        StoreError: the store has another spacing and lacks cases; and as `build_store`.
+    """
+    store_dir = Path(store_dir)
+    # A case may stand in two lists; the entry with a label counts.
+    cases = list({(c.name, c.image): c for c in sorted(cases, key=lambda case: case.label is not None)}.values())
+    wanted_mm = DEFAULT_SPACING_MM if spacing_mm is None else parse_spacing(spacing_mm)
+    if (store_dir / "store.json").exists():
+        store = VolumeStore(store_dir)
+        wanted_mm = store.spacing_mm if spacing_mm is None else wanted_mm
+        cases = [case for case in cases if not _is_stored(case, store, renew)]
+    if not cases:
+        return BuildReport()
+    print(f"volume store {store_dir}: {len(cases)} cases to add at {spacing_text(wanted_mm)}", flush=True)
+    report = build_store(cases, store_dir, wanted_mm, max(1, num_workers))
+    for name, reason in report.failed.items():
+        print(f"left out: {name}: {reason}", flush=True)
+    return report
+
+
+def _is_stored(case: Case, store: VolumeStore, renew: bool) -> bool:
+    if case.name not in store or (case.label is not None and not store.record(case.name).has_label):
+        return False
+    return not renew or is_current(case, store.record(case.name), store.store_dir)
