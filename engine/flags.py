@@ -3,15 +3,23 @@
 Every entry point builds its parser here, so that all of them behave alike: `--config FILE.yaml` sets defaults and the
 command line wins, unknown YAML keys are refused, flags are never abbreviated, booleans come as `--x` / `--no-x` or
 `--x true|false`, and `--print_config` shows the resolved run without starting it.
+
+A dataclass can be a group of flags: `add_options` makes a flag of every field, `options_of` makes the dataclass from
+the parsed flags. A flag's type, default, range (`__post_init__`) and meaning then stand in one place.
 """
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import textwrap
+import types
+import typing
 from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -20,6 +28,8 @@ from pathlib import Path
 import jsonargparse
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+T = typing.TypeVar("T")
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -65,6 +75,107 @@ def add_resume(group) -> None:
 def add_switch(group, name: str, default: bool, help: str) -> None:
     """A boolean flag: `--name`, `--no_name` and `--name true|false` all work."""
     group.add_argument(name, action=jsonargparse.ActionYesNo(), nargs="?", default=default, help=help)
+
+
+def add_options(group, Options: type, defaults: dict[str, typing.Any] | None = None) -> None:
+    """Add a flag `--name` for every field of a dataclass; `options_of` makes the dataclass from the parsed flags.
+
+    A flag takes its type from the field's annotation and its help from the "Attributes" section of the docstring:
+
+    - `int`, `float`, `str`, and these `| None`: one value, where YAML's `null` is None;
+    - `bool`: a switch, see `add_switch`;
+    - `Literal["a", "b"]`, or a field with `metadata={"choices": [...]}`: one of these;
+    - `tuple[float, float]`: two values; `tuple[float, ...]`: any number of values.
+
+    A field without a default becomes a required flag. A field with `metadata={"flag": False}` becomes none.
+
+    Args:
+        group: a parser, or an argument group of it.
+        Options: the dataclass.
+        defaults: name -> value, for fields whose default is another one in this parser.
+
+    Raises:
+        ValueError: the docstring does not say what a field means, or `defaults` names something else than a flag.
+    """
+    defaults = defaults or {}
+    unknown = sorted(set(defaults) - set(flag_names(Options)))
+    if unknown:
+        raise ValueError(
+            f"{Options.__name__} has no flag {', '.join(unknown)}; it has {', '.join(flag_names(Options))}"
+        )
+    annotations, texts = typing.get_type_hints(Options), attribute_texts(Options)
+    for field in flag_fields(Options):
+        if field.name not in texts:
+            raise ValueError(f"{Options.__name__}.{field.name}: the docstring's Attributes section does not explain it")
+        default = defaults.get(field.name, default_of(field))
+        if annotations[field.name] is bool:
+            add_switch(group, f"--{field.name}", default, texts[field.name])
+            continue
+        keywords = flag_type(annotations[field.name])
+        if "choices" in field.metadata:
+            keywords |= {"type": str, "choices": list(field.metadata["choices"])}
+        given = {"required": True} if default is dataclasses.MISSING else {"default": default}
+        group.add_argument(f"--{field.name}", **keywords, **given, help=texts[field.name])
+
+
+def options_of(flags: jsonargparse.Namespace, Options: type[T], **given) -> T:
+    """The dataclass `Options` with the values of its flags; `given` are values of further fields.
+
+    Raises:
+        ValueError: from `Options.__post_init__`, for values out of range.
+    """
+    annotations = typing.get_type_hints(Options)
+    values = {name: getattr(flags, name) for name in flag_names(Options)}
+    for name, value in values.items():
+        if isinstance(value, list) and typing.get_origin(without_none(annotations[name])) is tuple:
+            values[name] = tuple(value)
+    return Options(**(values | given))
+
+
+def flag_names(Options: type) -> tuple[str, ...]:
+    """The names of the flags that `add_options` makes of a dataclass."""
+    return tuple(field.name for field in flag_fields(Options))
+
+
+def flag_fields(Options: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass that are flags."""
+    return [field for field in dataclasses.fields(Options) if field.metadata.get("flag", True)]
+
+
+def default_of(field: dataclasses.Field):
+    """A field's default as a flag has it (tuples become lists, as in YAML); MISSING where there is none."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def flag_type(annotation) -> dict:
+    """The keywords of `add_argument` for an annotation."""
+    plain = without_none(annotation)
+    origin, parts = typing.get_origin(plain), typing.get_args(plain)
+    if origin is typing.Literal:
+        return {"type": type(parts[0]), "choices": list(parts)}
+    if origin is tuple:
+        return {"type": parts[0], "nargs": "*" if parts[-1] is Ellipsis else len(parts)}
+    return {"type": annotation}
+
+
+def without_none(annotation):
+    """`X` for `X | None`; any other annotation as it is."""
+    parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.Union[tuple(parts)] if is_union else annotation  # noqa: UP007 (a union of a list of types)
+
+
+def attribute_texts(Options: type) -> dict[str, str]:
+    """Name -> text of the "Attributes" sections of a class and its bases; lines are joined, the last full stop goes."""
+    texts = {}
+    for kind in reversed(Options.__mro__):
+        document = inspect.cleandoc(vars(kind).get("__doc__") or "")
+        section = re.search(r"^Attributes:\n((?:[ \t]+.*\n?|\n)*)", document, re.MULTILINE)
+        entries = textwrap.dedent(section[1]) if section else ""
+        for names, text in re.findall(r"^(\w+(?:, \w+)*):(.*(?:\n[ \t]+.*)*)", entries, re.MULTILINE):
+            texts |= dict.fromkeys(names.split(", "), " ".join(text.split()).removesuffix("."))
+    return texts
 
 
 def available_cpus() -> int:
