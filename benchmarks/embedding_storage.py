@@ -29,8 +29,8 @@ from benchmarks.matching import GRID_MM, QUICK_VOX, TORSO_VOX, random_embedding
 from datasets.ct.nifti import Volume
 from datasets.store.files import write_text
 from engine.device import pick_device
-from engine.flags import RunInfo, add_switch, git_commit, make_parser, run_main
-from sam_embed.case_source import CaseSource, open_cases
+from engine.flags import RunInfo, add_options, add_switch, git_commit, make_parser, options_of, run_main
+from sam_embed.case_source import CaseOptions, CaseSource, open_cases
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.compact import FP16, Storage
 from sam_embed.embeddings.corpus import embed_corpus
@@ -65,10 +65,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint_file", type=str | None, default=None, help="embedding network; none: random vectors, sizes only")
-    add("--store_dir", type=str | None, default=None, help="volume store; else the files are read")
-    add("--data_dir", type=str | None, default=None, help="folder of the CT files")
-    add("--json_list", type=str | None, default=None, help="data list; default: every CT of --data_dir")
-    add("--sections", type=str, nargs="+", default=["validation"], help="sections of the list; held-out cases")
+    add_options(parser, CaseOptions, {"sections": ["validation"]})
     add("--landmark_dir", type=str | None, default=None, help="<case>.json landmark files; needed with a checkpoint")
     add("--embed_dir", type=str | None, default=None, help="keep the fp16 embeddings here; default: a temporary folder")
     add("--forms", type=list[str], default=list(FORMS), help="names of the forms to measure, beside fp16")
@@ -102,9 +99,7 @@ def embed_held_out(flags: jsonargparse.Namespace, cases: CaseSource, embed_dir: 
     landmarks = load_landmarks(flags.landmark_dir, cases.names)
     network, info = load_embedder(flags.checkpoint_file)
     fast = for_inference(network).to(pick_device(flags.device, 0))
-    report = embed_corpus(
-        fast, info, sorted(landmarks), cases.read, embed_dir, flags.memory_mb, storage=FP16, identity=cases.identity
-    )
+    report = embed_corpus(fast, info, dataclasses.replace(cases, names=sorted(landmarks)), embed_dir, flags.memory_mb)
     if report["failed"]:
         raise ValueError("; ".join(report["failed"].values()))
     return landmarks
@@ -179,7 +174,7 @@ def run_on_random(flags: jsonargparse.Namespace, forms: Sequence[str]) -> dict:
 
 def run_on_cases(flags: jsonargparse.Namespace, forms: Sequence[str]) -> dict:
     """Sizes, times and errors of the held-out cases."""
-    cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections)
+    cases = open_cases(options_of(flags, CaseOptions))
     with tempfile.TemporaryDirectory(prefix="embeddings_") as scratch:
         embed_dir = flags.embed_dir or scratch
         landmarks = embed_held_out(flags, cases, embed_dir)

@@ -37,6 +37,7 @@ from datasets.samples.pairings import PairingOptions
 from datasets.store.files import write_text
 from engine.device import pick_device
 from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
+from sam_embed.case_source import CaseSource
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.corpus import embed_corpus
 from sam_embed.embeddings.embed import for_inference
@@ -229,7 +230,7 @@ def measure(
     network, info = load_embedder(checkpoint_file)
     fast = for_inference(network).to(pick_device(flags.device, 0))
     with tempfile.TemporaryDirectory(prefix="embeddings_") as folder:
-        embed_corpus(fast, info, list(volumes), volumes.__getitem__, folder, flags.memory_mb)
+        embed_corpus(fast, info, CaseSource(list(volumes), volumes.__getitem__), folder, flags.memory_mb)
         embeddings = {name: load_embedding(folder, name) for name in volumes}
     around = organs_around(embeddings, labels, flags)
     across = organs_across(embeddings, labels, flags)

@@ -2,55 +2,62 @@
 
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.ct.nifti import Volume, read_ct
-from datasets.lists.data_list import Case, find_cases, load_data_list
+from datasets.lists.data_list import Case, find_cases, load_sections
 from datasets.store.volumes import CaseRecord, VolumeStore
 
 SECTIONS = ("training", "validation")
 
 
 @dataclass(frozen=True)
+class CaseOptions:
+    """Which CT volumes an entry point works on; its fields are flags.
+
+    Attributes:
+        store_dir: volume store to read from; unset = the files are read
+        data_dir: folder of the CT files, which the list's paths are relative to
+        json_list: data list; unset = every CT of --data_dir, or of the store
+        sections: sections of the list
+    """
+
+    store_dir: str | None = None
+    data_dir: str | None = None
+    json_list: str | None = None
+    sections: tuple[str, ...] = SECTIONS
+
+
+@dataclass(frozen=True)
 class CaseSource:
-    """Case names, how to read one's CT as a canonical int16 volume, and a text that changes when that CT does."""
+    """Case names, how to read one's CT as a canonical int16 volume, and a text that changes when that CT does.
+
+    The text is empty where it is not known.
+    """
 
     names: list[str]
     read: Callable[[str], Volume]
-    identity: Callable[[str], str]
+    identity: Callable[[str], str] = lambda name: ""
 
 
-def open_cases(
-    store_dir: str | None = None,
-    data_dir: str | None = None,
-    json_list: str | None = None,
-    sections: Sequence[str] = SECTIONS,
-    rank: int = 0,
-) -> CaseSource:
-    """The cases that the flags of the same names speak of; listed ones that the store lacks are left out.
-
-    Args:
-        store_dir: a volume store; with `json_list`, only the cases of its sections.
-        data_dir: folder of the CT files; what the list's paths are relative to.
-        json_list: data list; without one, every CT below `data_dir` is a case.
-        sections: of the list.
-        rank: 0 prints what is left out.
+def open_cases(options: CaseOptions, rank: int = 0) -> CaseSource:
+    """The cases that the options ask for; rank 0 prints which listed ones are left out, as the store lacks them.
 
     Raises:
         ValueError: neither store nor folder, or no cases.
     """
-    if store_dir is None and data_dir is None:
+    if options.store_dir is None and options.data_dir is None:
         raise ValueError("no volumes to read: pass --store_dir, or --data_dir (with --json_list or without)")
-    listed = _listed_cases(data_dir or ".", json_list, sections, must_exist=store_dir is None) if json_list else None
+    listed = _listed_cases(options) if options.json_list else None
     if listed == []:
-        raise ValueError(f"{json_list}: no cases in {', '.join(sections)} (--sections)")
-    if store_dir is not None:
-        store = VolumeStore(store_dir)
+        raise ValueError(f"{options.json_list}: no cases in {', '.join(options.sections)} (--sections)")
+    if options.store_dir is not None:
+        store = VolumeStore(options.store_dir)
         names = store.names if listed is None else _stored_cases(store, [case.name for case in listed], rank)
         return CaseSource(list(names), store.read, lambda name: record_identity(store.record(name)))
-    cases = find_cases(data_dir) if listed is None else listed
+    cases = find_cases(options.data_dir) if listed is None else listed
     image_of = {case.name: case.image for case in cases}
     return CaseSource(list(image_of), lambda name: read_ct(image_of[name]), lambda name: _file_identity(image_of[name]))
 
@@ -69,24 +76,22 @@ def _file_identity(path: Path) -> str:
     return f"file:{stat.st_size}:{stat.st_mtime_ns}"
 
 
-def _listed_cases(data_dir: str, json_list: str, sections: Sequence[str], must_exist: bool) -> list[Case]:
-    """Cases of all sections, each once, in the list's order."""
-    cases = {}
-    for section in sections:
-        for case in load_data_list(json_list, data_dir, section, must_exist=must_exist):
-            cases[case.name] = case
-    return list(cases.values())
+def _listed_cases(options: CaseOptions) -> list[Case]:
+    """Cases of all sections, each once, in the list's order; files must exist only where they are read."""
+    return load_sections(
+        options.json_list, options.data_dir or ".", options.sections, must_exist=options.store_dir is None
+    )
 
 
 def _stored_cases(store: VolumeStore, names: list[str], rank: int) -> list[str]:
     """Those of the listed cases that are stored: one file that nobody can read must not stop all others."""
     stored, absent = [name for name in names if name in store], [name for name in names if name not in store]
-    told = (
+    message = (
         f"{store.store_dir}: {len(absent)} of {len(names)} listed cases are not in the store, first "
         f"{', '.join(absent[:5])}; scripts/prepare_volumes.py names the reasons in failures.json"
     )
     if not stored:
-        raise ValueError(f"{told}. Do --store_dir and --json_list belong together?")
+        raise ValueError(f"{message}. Do --store_dir and --json_list belong together?")
     if absent and rank == 0:
-        print(f"left out: {told}", file=sys.stderr)
+        print(f"left out: {message}", file=sys.stderr)
     return stored

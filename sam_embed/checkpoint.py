@@ -7,7 +7,6 @@ Published files are a bare state dict, or what mmcv writes: {"meta", "state_dict
 
 import dataclasses
 import hashlib
-import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from datasets.ct.geometry import CANONICAL_AXCODES
-from datasets.store.files import write_bytes
 from sam_embed.network import AnatomicalEmbedder
 
 KIND = "sam_embed"
@@ -33,7 +31,15 @@ class CheckpointError(ValueError):
 class EmbedderInfo:
     """How volumes must be prepared for a network; the defaults are what the published checkpoint saw.
 
-    HU are clipped to [hu_min, hu_max], mapped linearly to [0, scale_to], then `offset` is added.
+    Attributes:
+        spacing_mm: SAM's grid (D, H, W), mm
+        hu_min: HU are clipped to [hu_min, hu_max] ...
+        hu_max: ... mapped to [0, scale_to] ...
+        scale_to: ... see --hu_max ...
+        offset: ... and this is added
+        axcodes: orientation of the volumes
+        source: name of the file
+        fingerprint: of the weights, so that stored embeddings of other weights are not mistaken for these
     """
 
     spacing_mm: tuple[float, float, float] = (2.0, 2.0, 2.0)
@@ -41,9 +47,9 @@ class EmbedderInfo:
     hu_max: float = 3071.0
     scale_to: float = 255.0
     offset: float = -50.0
-    axcodes: str = CANONICAL_AXCODES
-    source: str = ""
-    fingerprint: str = ""  # of the weights, so that stored embeddings of other weights are not mistaken for these
+    axcodes: str = dataclasses.field(default=CANONICAL_AXCODES, metadata={"flag": False})
+    source: str = dataclasses.field(default="", metadata={"flag": False})
+    fingerprint: str = dataclasses.field(default="", metadata={"flag": False})
 
     def preprocessing(self) -> dict:
         """The part that a checkpoint stores, as plain values."""
@@ -66,17 +72,10 @@ def embedder_checkpoint(network: AnatomicalEmbedder, info: EmbedderInfo, **extra
     return {
         "kind": KIND,
         "state_dict": network.state_dict(),
-        "options": dict(network.options),
+        "options": dataclasses.asdict(network.options),
         "preprocessing": info.preprocessing(),
         **extra,
     }
-
-
-def save_embedder(path: str | Path, network: AnatomicalEmbedder, info: EmbedderInfo, **extra) -> None:
-    """Write a checkpoint in one step, so that a killed run leaves no half file."""
-    buffer = io.BytesIO()
-    torch.save(embedder_checkpoint(network, info, **extra), buffer)
-    write_bytes(path, buffer.getbuffer())
 
 
 def load_embedder(checkpoint_file: str | Path) -> tuple[AnatomicalEmbedder, EmbedderInfo]:

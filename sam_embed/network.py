@@ -8,6 +8,7 @@ Every option that changes strides or widths keeps the names.
 Shapes: B batch, C embedding channels, (D, H, W) input voxels, (d, h, w) voxels of one output.
 """
 
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -32,6 +33,41 @@ class OutputGrid(NamedTuple):
 
     stride: tuple[float, float, float]
     offset: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What a network is built of; the defaults are the published ones. A checkpoint stores these, and they are flags.
+
+    Attributes:
+        width: channels of the stem; the stages have 1, 2, 4 and 8 times as many
+        embed_dim: channels of every embedding
+        stem_kernel: of the first convolution (D, H, W)
+        stem_stride: likewise; with stage 1 and the pool the fine output's stride
+        pool_stride: of the max pool after the first stage (D, H, W); 1 1 1 pools nothing
+        stage_strides: one (D, H, W) stride per stage; the coarse output has the stride of everything
+        stage_kernel_depths: kernel size along D per stage; along H and W it is 3
+        norm: normalisation layers; batch is published, the others suit batches too small for statistics
+        semantic: add the third head of UAE-S, on the fine grid; `forward` then returns (fine, coarse, semantic)
+    """
+
+    width: int = 64
+    embed_dim: int = 128
+    stem_kernel: Triple = (3, 7, 7)
+    stem_stride: Triple = (1, 1, 1)
+    pool_stride: Triple = (2, 1, 1)
+    stage_strides: tuple[Triple, ...] = field(default=PUBLISHED_STAGE_STRIDES, metadata={"flag": False})
+    stage_kernel_depths: tuple[int, int, int, int] = (1, 1, 3, 3)
+    norm: str = field(default="batch", metadata={"choices": NORMS})
+    semantic: bool = field(default=False, metadata={"flag": False})
+
+    def __post_init__(self) -> None:
+        """Turn lists, which YAML and older checkpoints have, into tuples."""
+        for name in (item.name for item in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                value = tuple(tuple(part) if isinstance(part, list) else part for part in value)
+                object.__setattr__(self, name, value)
 
 
 def make_norm(kind: str, num_channels: int) -> nn.Module:
@@ -90,25 +126,16 @@ class BasicBlock(nn.Module):
 class Backbone(nn.Module):
     """Stem and four stages; returns the four stage outputs, the first one after the pool."""
 
-    def __init__(
-        self,
-        width: int,
-        stem_kernel: Triple,
-        stem_stride: Triple,
-        pool_stride: Triple,
-        stage_strides: tuple[Triple, ...],
-        stage_kernel_depths: tuple[int, ...],
-        norm: str,
-    ) -> None:
+    def __init__(self, options: NetworkOptions) -> None:
         super().__init__()
-        self.pool_stride = pool_stride
-        self.conv1 = ConvNorm(1, width, stem_kernel, stem_stride, norm)
-        in_channels = width
+        self.pool_stride = options.pool_stride
+        self.conv1 = ConvNorm(1, options.width, options.stem_kernel, options.stem_stride, options.norm)
+        in_channels = options.width
         for stage in range(4):
-            out_channels = width * 2**stage
-            kernel = (stage_kernel_depths[stage], 3, 3)
-            first = BasicBlock(in_channels, out_channels, kernel, stage_strides[stage], True, norm)
-            second = BasicBlock(out_channels, out_channels, kernel, (1, 1, 1), False, norm)
+            out_channels = options.width * 2**stage
+            kernel = (options.stage_kernel_depths[stage], 3, 3)
+            first = BasicBlock(in_channels, out_channels, kernel, options.stage_strides[stage], True, options.norm)
+            second = BasicBlock(out_channels, out_channels, kernel, (1, 1, 1), False, options.norm)
             setattr(self, f"layer{stage + 1}", nn.Sequential(first, second))
             in_channels = out_channels
 
@@ -146,50 +173,17 @@ class AnatomicalEmbedder(nn.Module):
     """Fine and coarse anatomical embeddings of a CT volume, L2-normalised over channels.
 
     Args:
-        width: channels of the stem; the stages have 1, 2, 4 and 8 times as many.
-        embed_dim: channels of every embedding.
-        stem_kernel, stem_stride: of the first convolution, (D, H, W).
-        pool_stride: of the max pool after the first stage, (D, H, W); (1, 1, 1) pools nothing.
-        stage_strides: one (D, H, W) stride per stage. The fine output has the stride of stem, stage 1 and pool; the
-            coarse one that of everything.
-        stage_kernel_depths: kernel size along D per stage; along H and W it is 3.
-        norm: "batch" (published), "instance" or "group" (the last two for batches too small for statistics).
-        semantic: add the third head of UAE-S, on the fine grid; `forward` then returns (fine, coarse, semantic).
+        options: fields of `NetworkOptions` that are not the published ones.
     """
 
-    def __init__(
-        self,
-        width: int = 64,
-        embed_dim: int = 128,
-        stem_kernel: Triple = (3, 7, 7),
-        stem_stride: Triple = (1, 1, 1),
-        pool_stride: Triple = (2, 1, 1),
-        stage_strides: tuple[Triple, ...] = PUBLISHED_STAGE_STRIDES,
-        stage_kernel_depths: tuple[int, int, int, int] = (1, 1, 3, 3),
-        norm: str = "batch",
-        semantic: bool = False,
-    ) -> None:
+    def __init__(self, **options) -> None:
         super().__init__()
-        # Kept as plain values: a checkpoint stores them and `AnatomicalEmbedder(**options)` builds the same network.
-        self.options = {
-            "width": width,
-            "embed_dim": embed_dim,
-            "stem_kernel": list(stem_kernel),
-            "stem_stride": list(stem_stride),
-            "pool_stride": list(pool_stride),
-            "stage_strides": [list(stride) for stride in stage_strides],
-            "stage_kernel_depths": list(stage_kernel_depths),
-            "norm": norm,
-            "semantic": semantic,
-        }
-        strides = tuple(tuple(stride) for stride in stage_strides)
-        self.backbone = Backbone(
-            width, tuple(stem_kernel), tuple(stem_stride), tuple(pool_stride), strides, tuple(stage_kernel_depths), norm
-        )
-        stage_widths = [width * 2**stage for stage in range(4)]
-        self.neck = Pyramid(stage_widths[:3], embed_dim)
-        self.read_out_head = Pyramid(stage_widths[3:], embed_dim)
-        self.semantic_head = Pyramid(stage_widths[:3], embed_dim) if semantic else None
+        self.options = NetworkOptions(**options)
+        self.backbone = Backbone(self.options)
+        stage_widths = [self.options.width * 2**stage for stage in range(4)]
+        self.neck = Pyramid(stage_widths[:3], self.options.embed_dim)
+        self.read_out_head = Pyramid(stage_widths[3:], self.options.embed_dim)
+        self.semantic_head = Pyramid(stage_widths[:3], self.options.embed_dim) if self.options.semantic else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -227,10 +221,10 @@ class AnatomicalEmbedder(nn.Module):
         """Of stride s, a padded convolution centres output i at input s * i, a pool at s * i + (s - 1) / 2."""
         strides, offsets = [], []
         for axis in range(3):
-            before_pool = self.options["stem_stride"][axis] * self.options["stage_strides"][0][axis]
-            pool = self.options["pool_stride"][axis]
+            before_pool = self.options.stem_stride[axis] * self.options.stage_strides[0][axis]
+            pool = self.options.pool_stride[axis]
             stride = before_pool * pool
-            for stage_stride in self.options["stage_strides"][1:num_stages]:
+            for stage_stride in self.options.stage_strides[1:num_stages]:
                 stride *= stage_stride[axis]
             strides.append(float(stride))
             offsets.append(before_pool * (pool - 1) / 2)

@@ -11,6 +11,7 @@ as for pretraining, anywhere in the body, are judged too: thresholds for main_dd
 in --embed_dir are used, missing ones made there.
 """
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -26,8 +27,8 @@ from tqdm import tqdm
 from datasets.phantom.truth import load_truth, states_seeds
 from datasets.store.files import write_text
 from engine.device import pick_device
-from engine.flags import RunInfo, add_switch, make_parser, run_main
-from sam_embed.case_source import SECTIONS, CaseSource, open_cases
+from engine.flags import RunInfo, add_options, add_switch, make_parser, options_of, run_main
+from sam_embed.case_source import CaseOptions, CaseSource, open_cases
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.corpus import embed_corpus
 from sam_embed.embeddings.embed import for_inference
@@ -47,10 +48,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint_file", type=str, required=True, help="weights of the embedding network")
     data = parser.add_argument_group("data")
-    data.add_argument("--store_dir", type=str | None, default=None, help="volume store; else the files are read")
-    data.add_argument("--data_dir", type=str | None, default=None, help="folder of the CT files")
-    data.add_argument("--json_list", type=str | None, default=None, help="data list; default: every CT of --data_dir")
-    data.add_argument("--sections", type=str, nargs="+", default=list(SECTIONS), help="sections of the list")
+    add_options(data, CaseOptions)
     data.add_argument("--landmark_dir", type=str, required=True, help="folder of <case>.json landmark files")
     data.add_argument(
         "--embed_dir", type=str | None, default=None, help="folder of embeddings; default: a temporary one"
@@ -78,7 +76,7 @@ def evaluate(
     network, info = load_embedder(flags.checkpoint_file)
     device = pick_device(flags.device, 0)
     fast = for_inference(network).to(device)
-    report = embed_corpus(fast, info, names, cases.read, embed_dir, flags.memory_mb, identity=cases.identity)
+    report = embed_corpus(fast, info, dataclasses.replace(cases, names=names), embed_dir, flags.memory_mb)
     if report["failed"]:
         raise ValueError("; ".join(report["failed"].values()))
     bodies: dict[str, Body] | None = None
@@ -106,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--wanted must lie between 0 and 1 and --num_points not be negative, received {flags.wanted:g} and "
             f"{flags.num_points}"
         )
-    cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections)
+    cases = open_cases(options_of(flags, CaseOptions))
     with tempfile.TemporaryDirectory(prefix="embeddings_") as scratch:
         results, mined = evaluate(flags, cases, flags.embed_dir or scratch)
     report = {"checkpoint_file": flags.checkpoint_file, **summarise(results)}

@@ -20,10 +20,10 @@ import jsonargparse
 import torch
 
 from engine.device import pick_device
-from engine.flags import RunInfo, add_switch, make_parser, run_main
-from sam_embed.case_source import SECTIONS, open_cases
+from engine.flags import RunInfo, add_options, add_switch, make_parser, options_of, run_main
+from sam_embed.case_source import CaseOptions, open_cases
 from sam_embed.checkpoint import load_embedder
-from sam_embed.embeddings.compact import add_storage_flags, storage_of
+from sam_embed.embeddings.compact import FORMS, Storage
 from sam_embed.embeddings.corpus import embed_corpus
 from sam_embed.embeddings.embed import PRECISIONS, for_inference
 from sam_embed.embeddings.embedding_store import stored_form
@@ -34,13 +34,12 @@ def make_flags() -> jsonargparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint_file", type=str, required=True, help="weights of the embedding network")
     data = parser.add_argument_group("data")
-    data.add_argument("--store_dir", type=str | None, default=None, help="volume store; else the files are read")
-    data.add_argument("--data_dir", type=str | None, default=None, help="folder of the CT files")
-    data.add_argument("--json_list", type=str | None, default=None, help="data list; default: every CT of --data_dir")
-    data.add_argument("--sections", type=str, nargs="+", default=list(SECTIONS), help="sections of the list")
+    add_options(data, CaseOptions)
     data.add_argument("--embed_dir", type=str, required=True, help="folder of the embeddings; made if missing")
     add_switch(data, "--overwrite", False, "embed cases again that have an embedding by these weights")
-    add_storage_flags(parser.add_argument_group("form on disk"))
+    form = parser.add_argument_group("form on disk")
+    form.add_argument("--storage", type=str, default=Storage.form, choices=FORMS, help="form of files; may be mixed")
+    add_options(form, Storage)
     run = parser.add_argument_group("run")
     run.add_argument("--memory_mb", type=float, default=2048.0, help="working memory of a volume's first layers, MB")
     run.add_argument("--precision", type=str, default="fp32", choices=list(PRECISIONS), help="bf16 suits GPUs")
@@ -57,8 +56,8 @@ def _other_forms(flags: jsonargparse.Namespace, report: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    storage = storage_of(flags)
-    cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections, rank)
+    storage = options_of(flags, Storage, form=flags.storage)
+    cases = open_cases(options_of(flags, CaseOptions), rank)
     network, info = load_embedder(flags.checkpoint_file)
     network = for_inference(network, flags.precision).to(
         pick_device(flags.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -66,17 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         RunInfo.collect(flags).write(flags.embed_dir, "embed_run.json")
     report = embed_corpus(
-        network,
-        info,
-        cases.names,
-        cases.read,
-        flags.embed_dir,
-        flags.memory_mb,
-        rank,
-        world_size,
-        flags.overwrite,
-        storage,
-        cases.identity,
+        network, info, cases, flags.embed_dir, flags.memory_mb, rank, world_size, flags.overwrite, storage
     )
     for name, reason in report["failed"].items():
         print(f"failed {name}: {reason}", file=sys.stderr)

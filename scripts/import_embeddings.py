@@ -22,10 +22,10 @@ from tqdm import tqdm
 from datasets.ct.nifti import CTReadError
 from datasets.lists.data_list import unique_names
 from datasets.store.format import StoreError
-from engine.flags import RunInfo, add_switch, make_parser, run_main
-from sam_embed.case_source import SECTIONS, CaseSource, open_cases
+from engine.flags import RunInfo, add_options, add_switch, make_parser, options_of, run_main
+from sam_embed.case_source import CaseOptions, CaseSource, open_cases
 from sam_embed.checkpoint import load_embedder
-from sam_embed.embeddings.compact import FP16, Storage, add_storage_flags, storage_of
+from sam_embed.embeddings.compact import FORMS, FP16, Storage
 from sam_embed.embeddings.embedding_store import is_embedded, save_embedding
 from sam_embed.embeddings.published_pickle import PublishedPickleError, read_published, to_embedding
 
@@ -45,12 +45,11 @@ def make_flags() -> jsonargparse.ArgumentParser:
         help="the weights that made the pickles; only so may the result be matched with embeddings made here",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", type=str | None, default=None, help="folder of the CT files")
-    data.add_argument("--json_list", type=str | None, default=None, help="data list; default: every CT of --data_dir")
-    data.add_argument("--sections", type=str, nargs="+", default=list(SECTIONS), help="sections of the list")
-    data.add_argument("--store_dir", type=str | None, default=None, help="volume store; else the files are read")
+    add_options(data, CaseOptions)
     add_switch(data, "--overwrite", False, "import cases again that have an imported embedding")
-    add_storage_flags(parser.add_argument_group("form on disk"))
+    form = parser.add_argument_group("form on disk")
+    form.add_argument("--storage", type=str, default=Storage.form, choices=FORMS, help="form of files; may be mixed")
+    add_options(form, Storage)
     return parser
 
 
@@ -136,9 +135,9 @@ def _case_called(text: str, cases: CaseSource) -> str | None:
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
-    storage = storage_of(flags)
+    storage = options_of(flags, Storage, form=flags.storage)
     pickles = find_pickles(flags.pickle_dir)
-    cases = open_cases(flags.store_dir, flags.data_dir, flags.json_list, flags.sections)
+    cases = open_cases(options_of(flags, CaseOptions))
     fingerprint = load_embedder(flags.checkpoint_file)[1].fingerprint if flags.checkpoint_file else UNKNOWN_WEIGHTS
     RunInfo.collect(flags).write(flags.embed_dir, "import_run.json")
     report = import_all(pickles, cases, flags.embed_dir, fingerprint, flags.overwrite, storage)

@@ -8,20 +8,18 @@ read about once. May be stopped, even killed, and run again. With --json_list th
 section: held-out cases are paired with held-out ones, which the validation of pretraining needs.
 """
 
-import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import json
-
 import jsonargparse
 
 from datasets.lists.data_list import load_data_list
 from engine.device import pick_device
-from engine.flags import RunInfo, git_commit, make_parser, run_main
+from engine.flags import RunInfo, add_options, git_commit, make_parser, options_of, run_main
 from sam_embed.case_source import SECTIONS
 from sam_embed.embeddings.embedding_store import embedded_cases, load_embedding
 from sam_embed.matching.mine import MiningOptions, mine_corpus
@@ -36,32 +34,9 @@ def make_flags() -> jsonargparse.ArgumentParser:
     data.add_argument("--json_list", type=str | None, default=None, help="mine only this list's cases; default: all")
     data.add_argument("--sections", type=str, nargs="+", default=list(SECTIONS), help="sections of the list")
     mining = parser.add_argument_group("mining")
-    defaults = MiningOptions()
-    mining.add_argument("--num_points", type=int, default=defaults.num_points, help="query points per case")
-    mining.add_argument("--num_partners", type=int, default=defaults.num_partners, help="key cases per query case")
-    mining.add_argument("--min_score", type=float, default=defaults.min_score, help="rows below are not stored")
-    mining.add_argument(
-        "--border_mm", type=float, default=defaults.border_mm, help="points keep so far from skin and scan ends, mm"
-    )
-    mining.add_argument(
-        "--consensus_mm",
-        type=float,
-        default=defaults.consensus_mm,
-        help="distance of the neighbours that are matched too and decide where a match lies, mm; 0: off",
-    )
-    mining.add_argument(
-        "--max_spread_mm",
-        type=float,
-        default=defaults.max_spread_mm,
-        help="with consensus: drop matches about whose place the neighbours disagree by more, mm (10 is strict)",
-    )
-    mining.add_argument("--seed", type=int, default=defaults.seed, help="of points and partners")
-    mining.add_argument(
-        "--cache_mb",
-        type=float,
-        default=2048.0,
-        help="embeddings kept in memory, MB; room for --num_partners + 1 of them reads each about once",
-    )
+    add_options(mining, MiningOptions)
+    cache_help = "embeddings kept in memory, MB; room for --num_partners + 1 of them reads each about once"
+    mining.add_argument("--cache_mb", type=float, default=2048.0, help=cache_help)
     mining.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to match")
     return parser
 
@@ -92,7 +67,7 @@ def choose_cases(flags: jsonargparse.Namespace, rank: int = 0) -> list[list[str]
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    options = MiningOptions(**{field.name: flags[field.name] for field in dataclasses.fields(MiningOptions)})
+    options = options_of(flags, MiningOptions)
     groups = choose_cases(flags, rank)
     names = sorted(set().union(*groups))
     output_dir = flags.output_dir or flags.embed_dir

@@ -30,7 +30,7 @@ from engine import distributed
 from engine.checkpoint import find_wanted, save_checkpoint, set_aside, tell_resumed
 from engine.device import autocast, make_scaler, pick_precision
 from engine.distributed import World, all_max
-from engine.flags import RunInfo, add_resume, add_switch, make_parser, run_main
+from engine.flags import RunInfo, add_options, add_resume, add_switch, make_parser, options_of, run_main
 from engine.logging import Clock, Meters, make_log
 from engine.optim import clip_gradients, make_optimizer
 from engine.run_folder import claimed
@@ -39,16 +39,9 @@ from engine.signals import EXIT_INTERRUPTED, StopRequest
 from models.layers.convolution import use_steady_convolutions
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.judging.evaluate import load_landmarks
-from sam_embed.network import AnatomicalEmbedder
+from sam_embed.network import AnatomicalEmbedder, NetworkOptions
 from sam_embed.training.contrastive import LEVELS, LevelOptions, SamLoss
-from sam_embed.training.run import (
-    SamRun,
-    Validator,
-    WeightAverage,
-    embed_views,
-    main_error,
-    share_done,
-)
+from sam_embed.training.run import SamRun, Validator, WeightAverage, embed_views, main_error, share_done
 from sam_embed.training.training_volumes import TrainingVolumes, default_grid_dir, make_training_volumes
 from sam_embed.training.view_intensity import IntensityOptions
 from sam_embed.training.views import ViewOptions, ViewPairDataset
@@ -83,38 +76,18 @@ def add_data_flags(group) -> None:
 
 
 def add_network_flags(group) -> None:
-    add = group.add_argument
-    add("--spacing_mm", type=float, nargs=3, default=[4.0, 4.0, 4.0], help="SAM's grid (D, H, W), mm")
-    add("--hu_min", type=float, default=-1024.0, help="HU are clipped to [hu_min, hu_max] ...")
-    add("--hu_max", type=float, default=600.0, help="... mapped to [0, scale_to] ...")
-    add("--scale_to", type=float, default=4.0, help="... see --hu_max ...")
-    add("--offset", type=float, default=-2.0, help="... and this is added")
-    add("--width", type=int, default=24, help="channels of the stem")
-    add("--embed_dim", type=int, default=32, help="channels of each embedding")
-    add("--stem_kernel", type=int, nargs=3, default=[5, 5, 5], help="of the first convolution (D, H, W)")
-    add("--stem_stride", type=int, nargs=3, default=[2, 2, 2], help="likewise; with the pool the fine output's stride")
-    add("--pool_stride", type=int, nargs=3, default=[1, 1, 1], help="of the max pool after the first stage")
+    small_input = {"spacing_mm": [4.0, 4.0, 4.0], "hu_max": 600.0, "scale_to": 4.0, "offset": -2.0}
+    add_options(group, EmbedderInfo, small_input)
+    stem = {"stem_kernel": [5, 5, 5], "stem_stride": [2, 2, 2], "pool_stride": [1, 1, 1]}
+    add_options(group, NetworkOptions, {"width": 24, "embed_dim": 32, "stage_kernel_depths": [3, 3, 3, 3], **stem})
     strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
-    add("--stage_strides", type=list[list[int]], default=strides, help="one (D, H, W) stride per stage")
-    add("--stage_kernel_depths", type=int, nargs=4, default=[3, 3, 3, 3], help="kernel size along D per stage")
-    add("--norm", type=str, choices=["batch", "instance", "group"], default="batch", help="normalisation layers")
+    group.add_argument("--stage_strides", type=list[list[int]], default=strides, help="one (D, H, W) stride per stage")
 
 
 def add_view_flags(group) -> None:
-    add = group.add_argument
-    add("--view_shape", type=int, nargs=3, default=[80, 56, 72], help="voxels of a view (D, H, W)")
-    add("--num_points", type=int, default=256, help="corresponding points per pair of views")
-    add("--min_overlap", type=float, default=0.6, help="of two views along each axis, share of their extent")
-    add("--max_scale", type=float, default=1.25, help="each axis is scaled by 1 / this to this; 1 = off")
-    add("--rotate_deg", type=float, default=10.0, help="largest rotation about each axis; 0 = off")
-    add("--shear", type=float, default=0.08, help="largest shear; 0 = off")
-    add("--elastic_mm", type=float, default=14.0, help="largest std of the control points' displacement; 0 = off")
-    add("--elastic_spacing_mm", type=float, nargs=2, default=[50.0, 120.0], help="range of their distance, mm")
-    add("--truncate", type=float, default=0.3, help="probability that a view's scan ends early, per end; 0 = off")
-    add("--curve_hu", type=float, default=15.0, help="std of the random intensity curve, HU; 0 = off")
-    add("--field_hu", type=float, default=25.0, help="std of smooth fields in soft tissue, HU; 0 = off")
-    add("--noise_hu", type=float, default=40.0, help="largest std of the noise, HU; 0 = off")
-    add("--blur_vox", type=float, default=0.8, help="largest std of the blur, voxels; 0 = off")
+    group.add_argument("--view_shape", type=int, nargs=3, default=[80, 56, 72], help="voxels of a view (D, H, W)")
+    add_options(group, ViewOptions)
+    add_options(group, IntensityOptions)
 
 
 def add_level_flags(group, level: str) -> None:
@@ -163,15 +136,8 @@ def add_running_flags(group) -> None:
 
 def view_options(flags: jsonargparse.Namespace) -> ViewOptions:
     """The views that the flags describe."""
-    intensity = {f.name: getattr(flags, f.name) for f in dataclasses.fields(IntensityOptions)}
-    same_name = ("num_points", "min_overlap", "max_scale", "rotate_deg", "shear", "elastic_mm", "truncate")
-    return ViewOptions(
-        shape=tuple(flags.view_shape),
-        spacing_mm=tuple(flags.spacing_mm),
-        elastic_spacing_mm=tuple(flags.elastic_spacing_mm),
-        intensity=IntensityOptions(**intensity),
-        **{name: getattr(flags, name) for name in same_name},
-    )
+    grid = {"shape": tuple(flags.view_shape), "spacing_mm": tuple(flags.spacing_mm)}
+    return options_of(flags, ViewOptions, **grid, intensity=options_of(flags, IntensityOptions))
 
 
 def build_loss(flags: jsonargparse.Namespace, network: AnatomicalEmbedder) -> SamLoss:
@@ -181,9 +147,9 @@ def build_loss(flags: jsonargparse.Namespace, network: AnatomicalEmbedder) -> Sa
     weights = {level: options.weight for level, options in levels.items()}
     untrained = [level for level in ("fine", "coarse") if weights[level] + weights["joint"] <= 0]
     if min(weights.values()) < 0 or untrained:
-        told = ", ".join(f"--{level}_weight {weight:g}" for level, weight in weights.items())
+        given = ", ".join(f"--{level}_weight {weight:g}" for level, weight in weights.items())
         raise ValueError(
-            f"{told}: expected weights of 0 or more that train both outputs, which takes --joint_weight, or both "
+            f"{given}: expected weights of 0 or more that train both outputs, which takes --joint_weight, or both "
             "--fine_weight and --coarse_weight, above 0"
         )
     return SamLoss(levels, network.fine_grid(), network.coarse_grid(), flags.spacing_mm)
@@ -192,8 +158,8 @@ def build_loss(flags: jsonargparse.Namespace, network: AnatomicalEmbedder) -> Sa
 def build_run(flags: jsonargparse.Namespace, world: World, info: EmbedderInfo, description: dict) -> SamRun:
     """Network, averaged weights and optimiser on this rank's device, as at step 0."""
     torch.manual_seed(flags.seed)
-    names = ("width", "embed_dim", "stem_kernel", "stem_stride", "pool_stride", "stage_strides", "stage_kernel_depths")
-    network = AnatomicalEmbedder(**{name: getattr(flags, name) for name in (*names, "norm")})
+    options = options_of(flags, NetworkOptions, stage_strides=flags.stage_strides)
+    network = AnatomicalEmbedder(**dataclasses.asdict(options))
     use_steady_convolutions(network)  # half precision on CPU: flat views end in maps of two slices
     network = network.to(world.device, memory_format=torch.channels_last_3d)
     if flags.optimizer == "sgd":
@@ -226,7 +192,7 @@ def open_store(flags: jsonargparse.Namespace, world: World, cases: Sequence[Case
 
 
 def build_validator(flags: jsonargparse.Namespace, world: World) -> tuple[Validator | None, str]:
-    """The judge of held-out cases (on rank 0 only, None where they are fewer than two), and what to tell the user."""
+    """The judge of held-out cases (on rank 0 only, None where they are fewer than two), and a message for the user."""
     if flags.val_cases < 2:
         return None, f"no validation: it matches pairs of cases, and --val_cases is {flags.val_cases}"
     listed = load_data_list(flags.json_list, flags.data_dir, "validation", must_exist=False)
@@ -299,8 +265,8 @@ def train(
             is_last = run.step >= flags.steps or share >= 1
             log.advance()
             if run.step % flags.log_freq == 0 or is_last:
-                told = meters.read(world.device) | {"lr": lr, "grad_norm": float(grad_norm)} | clock.read()
-                log.record("train", run.step, 0, told)
+                values = meters.read(world.device) | {"lr": lr, "grad_norm": float(grad_norm)} | clock.read()
+                log.record("train", run.step, 0, values)
             is_val_due = is_last or (flags.val_freq > 0 and run.step % flags.val_freq == 0)
             is_save_due = is_last or is_asked_to_stop or (flags.save_freq > 0 and run.step % flags.save_freq == 0)
             if is_val_due:
@@ -358,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
 def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
     """Set everything up, train, and say where the result is; False when a signal ended the training."""
     run_info = RunInfo.collect(flags)
-    info = EmbedderInfo(tuple(flags.spacing_mm), flags.hu_min, flags.hu_max, flags.scale_to, flags.offset)
+    info = options_of(flags, EmbedderInfo)
     options = view_options(flags)
     description = {"flags": run_info.flags, "commit": run_info.commit, "versions": run_info.versions}
     run = build_run(flags, world, info, description)
@@ -371,7 +337,7 @@ def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
             f"{flags.json_list}: none of its {len(cases)} training cases could be read; its paths are relative to "
             f"--data_dir, which is {flags.data_dir}"
         )
-    validator, told = build_validator(flags, world)
+    validator, message = build_validator(flags, world)
     grid_dir = flags.grid_dir or default_grid_dir(flags.store_dir, info.spacing_mm)
     make_training_volumes(store, info, grid_dir, flags.load_threads, world.rank, world.size)
     distributed.wait_for_all(world)
@@ -394,7 +360,7 @@ def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
         run_info.write(flags.output_dir)
     log = make_log(world, flags.output_dir, flags.steps, run.step)
     log.say(f"{len(dataset.volumes)} training volumes, {resumed}, {world.size} process(es) on {world.device.type}")
-    log.say(told)
+    log.say(message)
     try:
         is_complete = train(run, wrapped, loss, batches, flags, validator, world, log)
     finally:

@@ -1,12 +1,16 @@
 """Patients whose embedding is known: a place is embedded by its position in a common atlas, so matches are exact."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from datasets.ct.geometry import index_to_world
 from datasets.ct.nifti import Volume
+from sam_embed.checkpoint import EmbedderInfo, embedder_checkpoint
 from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.network import AnatomicalEmbedder
 
 WAVELENGTHS_MM = (900.0, 300.0, 110.0)
 AFFINE = np.array([[0, 0, -8.0, 130], [0, -8.0, 0, 90], [8.0, 0, 0, -700], [0, 0, 0, 1]])
@@ -88,3 +92,8 @@ def compact_options(width: int = 24, embed_dim: int = 64, norm: str = "batch") -
         "stage_kernel_depths": (3, 3, 3, 3),
         "norm": norm,
     }
+
+
+def save_embedder(path: str | Path, network: AnatomicalEmbedder, info: EmbedderInfo, **extra) -> None:
+    """Write a checkpoint as `scripts/train_sam.py` does."""
+    torch.save(embedder_checkpoint(network, info, **extra), path)

@@ -8,10 +8,10 @@ import torch
 
 from benchmarks import real_ct_matching as benchmark
 from datasets.lists.data_list import Case, load_data_list, write_data_list
-from sam_embed.checkpoint import EmbedderInfo, save_embedder
+from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.network import AnatomicalEmbedder
 from scripts import train_sam
-from tests.sam_fakes import compact_options
+from tests.sam_fakes import compact_options, save_embedder
 from tests.shared import shared_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")

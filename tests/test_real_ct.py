@@ -7,6 +7,7 @@ import torch
 from datasets.lists.data_list import Case
 from datasets.samples.dataset import PairedCropDataset
 from datasets.store.volumes import VolumeStore, build_store
+from sam_embed.case_source import CaseSource
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.corpus import embed_corpus
 from sam_embed.embeddings.embedding_store import load_embedding
@@ -29,7 +30,7 @@ def real(tmp_path_factory):
     store = VolumeStore(folder / "store")
     torch.manual_seed(0)
     network = AnatomicalEmbedder(width=16, embed_dim=16, norm="batch").eval()
-    embed_corpus(network, EmbedderInfo(SPACING_MM), store.names, store.read, folder / "embeddings")
+    embed_corpus(network, EmbedderInfo(SPACING_MM), CaseSource(store.names, store.read), folder / "embeddings")
     options = MiningOptions(num_points=24, num_partners=2, min_score=-1.0)
     table = mine_corpus(folder / "embeddings", store.names, folder / "embeddings", options)
     return folder, store, table

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sam_embed.checkpoint import CheckpointError, EmbedderInfo, load_embedder, save_embedder
+from sam_embed.checkpoint import CheckpointError, EmbedderInfo, load_embedder
 from sam_embed.network import AnatomicalEmbedder
-from tests.sam_fakes import compact_options
+from tests.sam_fakes import compact_options, save_embedder
 
 
 def small_network() -> AnatomicalEmbedder:

@@ -1,5 +1,6 @@
 """Which cases of a corpus are embedded: what the store or the list gives, without the few that are of no use."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from datasets.ct.nifti import Volume, write_nifti
 from datasets.lists.data_list import Case
 from datasets.store.files import FileWriteError
 from datasets.store.volumes import build_store
-from sam_embed.case_source import open_cases
+from sam_embed.case_source import CaseOptions, CaseSource, open_cases
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings import corpus as corpus_module
 from sam_embed.embeddings.corpus import embed_corpus
@@ -44,16 +45,16 @@ def corpus(tmp_path) -> Path:
 
 
 def test_listed_cases_that_the_store_lacks_are_left_out_and_named(corpus, capsys):
-    cases = open_cases(str(corpus / "store"), json_list=str(corpus / "list.json"))
+    cases = open_cases(CaseOptions(str(corpus / "store"), json_list=str(corpus / "list.json")))
     assert cases.names == ["patient0", "patient1"] and cases.read("patient1").shape == patient_volume(1).shape
     told = capsys.readouterr().err
     assert "1 of 3 listed cases are not in the store, first patient2" in told and "failures.json" in told
-    open_cases(str(corpus / "store"), json_list=str(corpus / "list.json"), rank=1)
+    open_cases(CaseOptions(str(corpus / "store"), json_list=str(corpus / "list.json")), rank=1)
     assert not capsys.readouterr().err
     with pytest.raises(ValueError, match="1 of 1 listed cases are not in the store, first patient3.*--store_dir"):
-        open_cases(str(corpus / "store"), json_list=str(corpus / "list.json"), sections=["others"])
+        open_cases(CaseOptions(str(corpus / "store"), json_list=str(corpus / "list.json"), sections=["others"]))
     with pytest.raises(ValueError, match="no cases in validation"):
-        open_cases(str(corpus / "store"), json_list=str(corpus / "list.json"), sections=["validation"])
+        open_cases(CaseOptions(str(corpus / "store"), json_list=str(corpus / "list.json"), sections=["validation"]))
 
 
 @pytest.mark.parametrize("kind", ["store", "file"])
@@ -62,9 +63,9 @@ def test_a_case_is_embedded_again_when_its_ct_has_changed(corpus, kind):
 
     def embed(kind: str) -> list[str]:
         folders = {"store": (str(corpus / "store"), None), "file": (None, str(corpus / "images"))}
-        cases = open_cases(*folders[kind])
+        cases = open_cases(CaseOptions(*folders[kind]))
         assert all(cases.identity(name).startswith(f"{kind}:") for name in cases.names)
-        made = embed_corpus(network, INFO, cases.names, cases.read, corpus / "made", identity=cases.identity)
+        made = embed_corpus(network, INFO, cases, corpus / "made")
         assert sorted(made["written"] + made["reused"]) == ["patient0", "patient1"]
         return made["written"]
 
@@ -78,21 +79,21 @@ def test_a_case_is_embedded_again_when_its_ct_has_changed(corpus, kind):
 
 
 def test_a_stored_case_whose_header_was_corrected_has_another_identity(corpus):
-    before = open_cases(str(corpus / "store")).identity("patient0")
+    before = open_cases(CaseOptions(str(corpus / "store"))).identity("patient0")
     volume = patient_volume(0)
     moved = volume.affine.copy()
     moved[2, 3] += 100
     write_nifti(corpus / "images" / "patient0.nii.gz", volume.array, moved)
     build_store([Case("patient0", corpus / "images" / "patient0.nii.gz")], corpus / "store", progress=False)
-    assert open_cases(str(corpus / "store")).identity("patient0") != before
+    assert open_cases(CaseOptions(str(corpus / "store"))).identity("patient0") != before
 
 
 def test_embeddings_of_unknown_source_are_kept(corpus):
     """Files of older versions state none, and a CT may be gone once it is embedded."""
-    cases = open_cases(data_dir=str(corpus / "images"))
-    embed_corpus(small_network(), INFO, cases.names, cases.read, corpus / "made")
+    cases = open_cases(CaseOptions(data_dir=str(corpus / "images")))
+    embed_corpus(small_network(), INFO, CaseSource(cases.names, cases.read), corpus / "made")
     for identity in (cases.identity, lambda name: ""):
-        made = embed_corpus(small_network(), INFO, cases.names, cases.read, corpus / "made", identity=identity)
+        made = embed_corpus(small_network(), INFO, dataclasses.replace(cases, identity=identity), corpus / "made")
         assert made["reused"] == ["patient0", "patient1"]
     (corpus / "images" / "patient0.nii.gz").unlink()
     assert cases.identity("patient0") == ""
@@ -115,7 +116,7 @@ def test_a_case_that_cannot_be_embedded_does_not_stop_the_others(tmp_path, monke
 
     embed_volume = corpus_module.embed_volume
     monkeypatch.setattr(corpus_module, "embed_volume", embed)
-    report = embed_corpus(small_network(), INFO, list(volumes), volumes.__getitem__, tmp_path)
+    report = embed_corpus(small_network(), INFO, CaseSource(list(volumes), volumes.__getitem__), tmp_path)
     assert report["written"] == ["e_good"] == embedded_cases(tmp_path)
     assert "too small" in report["failed"].pop("a_thin")
     assert report["failed"] == {"b_large": "CUDA out of memory", "c_larger": "MemoryError", "d_odd": "one piece"}
@@ -124,4 +125,4 @@ def test_a_case_that_cannot_be_embedded_does_not_stop_the_others(tmp_path, monke
 def test_a_folder_that_cannot_be_written_to_ends_the_run(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileWriteError):
-        embed_corpus(small_network(), INFO, ["patient0"], lambda _: patient_volume(0), tmp_path / "file")
+        embed_corpus(small_network(), INFO, CaseSource(["patient0"], lambda _: patient_volume(0)), tmp_path / "file")

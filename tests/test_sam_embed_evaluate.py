@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 
 from datasets.ct.geometry import index_to_world
 from datasets.ct.nifti import write_nifti
-from sam_embed.checkpoint import EmbedderInfo, save_embedder
+from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.judging.baselines import find_body, fit_affine, match_by_affine, match_by_box
 from sam_embed.judging.evaluate import errors_by_landmark, evaluate_pairs, load_landmarks, summarise
-from sam_embed.judging.match_figure import AXIAL, CORONAL, draw_landmark_matches, for_display, place_on, show_plane
+from sam_embed.judging.match_figure import draw_landmark_matches, for_display, place_on, show_plane
 from sam_embed.network import AnatomicalEmbedder
 from scripts import evaluate_matching, generate_sam_embeddings, show_matches
 from tests.sam_fakes import (
@@ -22,6 +22,7 @@ from tests.sam_fakes import (
     patient_landmarks,
     patient_map,
     patient_volume,
+    save_embedder,
 )
 
 SEEDS = (0, 1, 2)
@@ -84,7 +85,7 @@ def test_views_show_points_where_they_are():
     volume.array[12, 9, 8] = 240
     point = index_to_world(volume.affine, [12, 9, 8])
     shown = for_display(volume)
-    for plane in (AXIAL, CORONAL):
+    for plane in ("axial", "coronal"):
         axes = Figure().subplots()
         show_plane(axes, shown, plane, point)
         image = axes.images[0]

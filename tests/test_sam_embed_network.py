@@ -1,5 +1,6 @@
 """SAM's network: published names, shapes and golden outputs; where output voxels lie; the small options."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_compact_network_keeps_names_and_input_resolution(norm):
         fine, coarse = network(torch.randn(2, 1, 20, 24, 17))
     assert fine.shape == (2, 16, 20, 24, 17) and coarse.shape == (2, 16, 3, 3, 3)
     torch.testing.assert_close(fine.norm(dim=1), torch.ones(2, 20, 24, 17))
-    rebuilt = AnatomicalEmbedder(**network.options)
+    rebuilt = AnatomicalEmbedder(**dataclasses.asdict(network.options))
     rebuilt.load_state_dict(network.state_dict(), strict=True)
 
 

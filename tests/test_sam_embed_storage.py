@@ -14,7 +14,8 @@ from benchmarks import all as all_benchmarks
 from benchmarks import embedding_storage
 from datasets.ct.nifti import CTReadError, write_nifti
 from datasets.store.format import StoreError
-from sam_embed.checkpoint import EmbedderInfo, save_embedder
+from sam_embed.case_source import CaseSource
+from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings import compact_codes
 from sam_embed.embeddings.compact import FP16, Storage, pack, unpack
 from sam_embed.embeddings.corpus import embed_corpus
@@ -36,6 +37,7 @@ from tests.sam_fakes import (
     patient_embedding,
     patient_landmarks,
     patient_volume,
+    save_embedder,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -264,12 +266,12 @@ def test_a_corpus_is_stored_small_and_finished_cases_keep_their_form(tmp_path):
         return patient_volume(int(name[-1]))
 
     names = ["patient0", "patient1", "patient7", "patient8"]
-    embed_corpus(network, info, names[:1], read, tmp_path)
-    report = embed_corpus(network, info, names, read, tmp_path, storage=Storage())
+    embed_corpus(network, info, CaseSource(names[:1], read), tmp_path)
+    report = embed_corpus(network, info, CaseSource(names, read), tmp_path, storage=Storage())
     assert report["reused"] == ["patient0"] and report["written"] == ["patient1"]
     assert report["failed"] == {name: str(error) for name, error in unreadable.items()}
     assert [stored_form(tmp_path, name) for name in names] == ["fp16", Storage().form, None, None]
-    report = embed_corpus(network, info, names[:2], read, tmp_path, overwrite=True, storage=Storage("int8"))
+    report = embed_corpus(network, info, CaseSource(names[:2], read), tmp_path, overwrite=True, storage=Storage("int8"))
     assert report["written"] == names[:2] and stored_form(tmp_path, "patient0") == "int8"
 
 

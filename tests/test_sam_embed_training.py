@@ -1,5 +1,6 @@
 """SAM's training command: it lowers the matching error, resumes exactly, joins ranks, and says what is wrong."""
 
+import dataclasses
 import json
 import math
 import os
@@ -78,12 +79,12 @@ def test_training_lowers_the_matching_error_of_held_out_cases(corpus, tmp_path):
     trained = logged(tmp_path, "validation")[-1]
     network, info = load_embedder(tmp_path / "checkpoint_best.pth")
     assert info.spacing_mm == (8.0, 8.0, 8.0)
-    assert network.options["norm"] == "group"
+    assert network.options.norm == "group"
     store = VolumeStore(corpus / "store", [f"torso{i}" for i in (6, 7, 8)])
     volumes = {name: store.read(name) for name in store.names}
     validator = Validator(volumes, load_landmarks(corpus / "landmarks", store.names))
     torch.manual_seed(0)
-    untrained = validator(AnatomicalEmbedder(**network.options).eval(), info)
+    untrained = validator(AnatomicalEmbedder(**dataclasses.asdict(network.options)).eval(), info)
     assert trained["error_median_mm"] < 0.5 * untrained["error_median_mm"]
     assert trained["error_median_mm"] < 24  # three voxels
     again = validator(network, info)

@@ -19,7 +19,7 @@ from datasets.phantom.structures import (
 )
 from datasets.phantom.truth import PhantomTruthError, load_truth, states_seeds, true_place
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
-from sam_embed.checkpoint import EmbedderInfo, save_embedder
+from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.judging.judge import Judged, judge_rows
 from sam_embed.judging.trust import (
     CYCLE_GRID_MM,
@@ -35,7 +35,7 @@ from sam_embed.judging.trust_figure import save_trust_figure
 from sam_embed.judging.trust_text import mined_lines
 from sam_embed.network import AnatomicalEmbedder
 from scripts import evaluate_matching, evaluate_pairs
-from tests.sam_fakes import compact_options
+from tests.sam_fakes import compact_options, save_embedder
 
 CASES = [PhantomCase(f"Case_{k:05d}", 3, k, False, range_name="abdomen", coarsen=4.0) for k in (1, 2, 3)]
 NAMES = [case.name for case in CASES]

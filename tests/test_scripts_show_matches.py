@@ -9,10 +9,10 @@ import torch
 from datasets.ct.nifti import write_nifti
 from datasets.lists.data_list import Case
 from datasets.store.volumes import build_store
-from sam_embed.checkpoint import EmbedderInfo, save_embedder
+from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.network import AnatomicalEmbedder
 from scripts import show_matches
-from tests.sam_fakes import compact_options, patient_volume
+from tests.sam_fakes import compact_options, patient_volume, save_embedder
 
 
 @pytest.fixture(scope="module")

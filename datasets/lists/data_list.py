@@ -191,6 +191,14 @@ def load_data_list(
     return cases
 
 
+def load_sections(
+    json_list: str | Path, data_dir: str | Path, sections: Sequence[str], must_exist: bool = True
+) -> list[Case]:
+    """The cases of several sections, each once; arguments and errors as of `load_data_list`."""
+    listed = (load_data_list(json_list, data_dir, section, must_exist) for section in sections)
+    return list({case.name: case for cases in listed for case in cases}.values())
+
+
 def _nifti_files(folder: Path) -> Iterable[Path]:
     """All .nii and .nii.gz files below a folder, following links to folders but no hidden names."""
     for parent, folders, files in os.walk(folder, followlinks=True):

@@ -6,7 +6,7 @@ each form costs in bytes and millimetres: `python -m benchmarks.embedding_storag
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -35,16 +35,16 @@ MAP_NAMES = ("fine", "coarse", "semantic")
 
 @dataclass(frozen=True)
 class Storage:
-    """How embeddings are stored.
+    """How embeddings are stored; its fields are flags, `form` is --storage.
 
     Attributes:
         form: one of FORMS.
-        pca_step: rounding along principal axes, for vectors of length 1; a score's error grows with it.
-        max_bytes: "pca" takes wider steps where a vector would need more bytes than this.
-        pq_bytes: bytes of a vector as "pq".
+        pca_step: of pca, rounding along principal axes of unit vectors; a score's error grows with it
+        max_bytes: of pca, bytes per fine voxel above which its steps widen
+        pq_bytes: of pq, bytes per fine voxel
     """
 
-    form: str = "pca"
+    form: str = field(default="pca", metadata={"flag": False})
     pca_step: float = 0.15
     max_bytes: float = 18.0
     pq_bytes: int = 16
@@ -61,20 +61,6 @@ class Storage:
 
 
 FP16 = Storage("fp16")
-
-
-def add_storage_flags(group) -> None:
-    """The flags of scripts that write embeddings; `storage_of` reads them."""
-    add, default = group.add_argument, Storage()
-    add("--storage", type=str, default=default.form, choices=list(FORMS), help="form of the files; forms may be mixed")
-    add("--pca_step", type=float, default=default.pca_step, help="pca: rounding of unit vectors; smaller = exacter")
-    add("--max_bytes", type=float, default=default.max_bytes, help="pca: bytes per fine voxel above which steps widen")
-    add("--pq_bytes", type=int, default=default.pq_bytes, help="pq: bytes per fine voxel")
-
-
-def storage_of(flags) -> Storage:
-    """The storage that `add_storage_flags`' flags ask for."""
-    return Storage(flags.storage, flags.pca_step, flags.max_bytes, flags.pq_bytes)
 
 
 def pack(maps: dict[str, Tensor], storage: Storage) -> tuple[Parts, str]:

@@ -1,12 +1,11 @@
 """Embedding many cases into a folder: shared out over processes, resumable, refused where the weights differ."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.ct.nifti import Volume
+from sam_embed.case_source import CaseSource
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.compact import FP16, Storage
 from sam_embed.embeddings.embed import embed_volume
@@ -17,26 +16,22 @@ from sam_embed.network import AnatomicalEmbedder
 def embed_corpus(
     network: AnatomicalEmbedder,
     info: EmbedderInfo,
-    names: Sequence[str],
-    read: Callable[[str], Volume],
+    cases: CaseSource,
     embed_dir: str | Path,
     memory_mb: float = 2048,
     rank: int = 0,
     world_size: int = 1,
     overwrite: bool = False,
     storage: Storage = FP16,
-    identity: Callable[[str], str] = lambda name: "",
 ) -> dict:
     """Write `<embed_dir>/<case>.safetensors` for this rank's share of the cases.
 
     Args:
         network, info: of `load_embedder`, the network perhaps through `for_inference`.
-        names: all cases; rank r takes every `world_size`-th one, from r on.
-        read: case name -> its volume.
+        cases: all of them; rank r takes every `world_size`-th one, from r on.
         memory_mb: as for `embed_volume`.
         overwrite: embed cases again that have an embedding by the same weights from the same CT.
         storage: form of the files written. Finished cases are kept in whatever form they have: forms may be mixed.
-        identity: case name -> a text that changes when its CT does, as of `CaseSource`; empty: not known.
 
     Returns:
         `written` and `reused` (lists of names) and `failed` (name -> reason: what cannot be read or embedded, as a
@@ -45,8 +40,8 @@ def embed_corpus(
     Raises:
         FileWriteError, DiskFullError: the folder cannot be written to, or is full; what is finished stays.
     """
-    share = names[rank::world_size]
-    source = {name: identity(name) for name in share}
+    share = cases.names[rank::world_size]
+    source = {name: cases.identity(name) for name in share}
     is_done = {name: not overwrite and is_embedded(embed_dir, name, info.fingerprint, source[name]) for name in share}
     report = {"written": [], "reused": [name for name in share if is_done[name]], "failed": {}}
     missing = [name for name in share if not is_done[name]]
@@ -56,7 +51,7 @@ def embed_corpus(
     for name in bar:
         bar.set_postfix_str(name)
         try:
-            embedding = embed_volume(network, read(name), info, memory_mb, name)
+            embedding = embed_volume(network, cases.read(name), info, memory_mb, name)
         except (ValueError, RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
             report["failed"][name] = str(error) or type(error).__name__
             continue

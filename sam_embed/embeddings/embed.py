@@ -83,7 +83,7 @@ def embed_tensor(network: AnatomicalEmbedder, volume: Tensor, memory_mb: float =
     """
     if network.training:
         raise ValueError("embedding needs the network in evaluation mode: call network.eval() first")
-    if network.options["norm"] != "batch":
+    if network.options.norm != "batch":
         return _embed_in_one_piece(network, volume, memory_mb)
     features = [_run_stage(_first_stage(network), volume, memory_mb)]
     for number in (2, 3, 4):
@@ -96,11 +96,11 @@ def embed_tensor(network: AnatomicalEmbedder, volume: Tensor, memory_mb: float =
 
 
 def _embed_in_one_piece(network: AnatomicalEmbedder, volume: Tensor, memory_mb: float) -> tuple[Tensor, ...]:
-    needed_mb = LIVE_MAPS * network.options["width"] * volume.numel() * volume.element_size() / 2**20
-    needed_mb /= math.prod(network.options["stem_stride"])
+    needed_mb = LIVE_MAPS * network.options.width * volume.numel() * volume.element_size() / 2**20
+    needed_mb /= math.prod(network.options.stem_stride)
     if needed_mb > memory_mb:
         raise ValueError(
-            f"a network with norm={network.options['norm']!r} embeds a volume in one piece: {tuple(volume.shape[2:])} "
+            f"a network with norm={network.options.norm!r} embeds a volume in one piece: {tuple(volume.shape[2:])} "
             f"voxels need about {needed_mb:.0f} MB, the limit is {memory_mb:.0f} MB (--memory_mb)"
         )
     return tuple(output[0].half().cpu() for output in network(volume))

@@ -38,18 +38,16 @@ WAIT_LIMIT_S = 3600.0  # without any new file from the other processes
 
 @dataclasses.dataclass(frozen=True)
 class MiningOptions:
-    """What decides the rows.
+    """What decides the rows; its fields are flags.
 
     Attributes:
-        num_points: query points per case.
-        num_partners: key cases per query case; more than there are means all. A case is key as often as query.
-        min_score: rows below are not stored. A floor to save room: training applies its own threshold.
-        border_mm: distance that query points keep from the body's surface and from the ends of the scan.
-        seed: of points and partners.
-        consensus_mm: distance of the neighbours that are matched with each point and decide where its match lies
-            (`sam_embed.matching.consensus`); 0 takes the point's own match.
-        max_spread_mm: with consensus, matches about whose place the neighbours disagree by more are dropped; the
-            default keeps all, as does `min_score`.
+        num_points: query points per case
+        num_partners: key cases per query case; more than there are = all
+        min_score: rows below are not stored; training applies its own threshold
+        border_mm: distance that query points keep from the skin and from the ends of the scan, mm
+        seed: of points and partners
+        consensus_mm: distance of the neighbours that are matched too and decide where a match lies, mm; 0 = off
+        max_spread_mm: with consensus, drop matches about whose place the neighbours disagree by more, mm (10 is strict)
     """
 
     num_points: int = 200

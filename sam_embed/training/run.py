@@ -22,7 +22,7 @@ from sam_embed.embeddings.embed import embed_volume
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.judging.evaluate import CLOSE_MM, Landmarks, evaluate_pairs, summarise
 from sam_embed.matching.match import cycle_error_mm, match_points
-from sam_embed.network import AnatomicalEmbedder
+from sam_embed.network import AnatomicalEmbedder, NetworkOptions
 
 NUM_CYCLE_POINTS = 60
 
@@ -121,11 +121,12 @@ class SamRun:
             raise CheckpointError(
                 f"{path}: holds weights but no {', '.join(missing)} to resume from; use --resume none"
             )
-        if state["options"] != self.network.options or state["preprocessing"] != self.info.preprocessing():
+        found = NetworkOptions(**state["options"]), state["preprocessing"]
+        expected = self.network.options, self.info.preprocessing()
+        if found != expected:
             raise CheckpointError(
-                f"{path}: its network or preprocessing differs from the flags: {state['options']} at "
-                f"{state['preprocessing']} instead of {self.network.options} at {self.info.preprocessing()}; "
-                "use the flags it was trained with, or --resume none with another --output_dir"
+                f"{path}: its network or preprocessing differs from the flags: {found} instead of {expected}; use the "
+                "flags it was trained with, or --resume none with another --output_dir"
             )
         self.network.load_state_dict(state["raw_state_dict"])
         self.average.network.load_state_dict(state["state_dict"])

@@ -19,13 +19,13 @@ CURVE_KNOTS_HU = (-1024.0, -500.0, -120.0, -20.0, 30.0, 80.0, 180.0, 350.0, 900.
 
 @dataclass(frozen=True)
 class IntensityOptions:
-    """Amounts of change; each may be zero.
+    """Amounts of change; its fields are flags.
 
     Attributes:
-        curve_hu: standard deviation of the random intensity curve at soft tissue's knots (5 times that in bone, lung).
-        field_hu: standard deviation of smooth additive fields in soft tissue (organs take up contrast differently).
-        noise_hu: largest standard deviation of white noise.
-        blur_vox: largest standard deviation of the Gaussian blur, voxels, drawn per axis.
+        curve_hu: std of the random intensity curve in soft tissue, HU, 5 times that in bone and lung; 0 = off
+        field_hu: std of smooth fields in soft tissue, HU (organs take up contrast differently); 0 = off
+        noise_hu: largest std of the noise, HU; 0 = off
+        blur_vox: largest std of the blur, voxels, drawn per axis; 0 = off
     """
 
     curve_hu: float = 15.0

@@ -26,23 +26,24 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """How two views of a volume are made; every amount may be zero.
+    """How two views of a volume are made; fields but the first two and the last are flags.
 
     Attributes:
         shape: voxels of a view (D, H, W).
         spacing_mm: of the source grid and the view, before scaling, (D, H, W).
-        min_overlap: smallest overlap of the two views along each axis, share of the view's extent.
-        max_scale: each axis is scaled by a factor drawn between 1 / max_scale and max_scale; half of it in common.
-        rotate_deg, shear: largest rotation about each axis and largest shear.
-        elastic_mm: standard deviation of the control points' displacement, drawn between 0 and this.
-        elastic_spacing_mm: smallest and largest distance of the control points.
-        truncate: probability that a view's scan range ends early at the top, and likewise at the bottom.
-        num_points: corresponding points per pair.
+        min_overlap: of two views along each axis, share of their extent
+        max_scale: each axis is scaled by 1 / this to this, half of it in common; 1 = off
+        rotate_deg: largest rotation about each axis; 0 = off
+        shear: largest shear; 0 = off
+        elastic_mm: largest std of the control points' displacement; 0 = off
+        elastic_spacing_mm: range of the control points' distance, mm
+        truncate: probability that a view's scan ends early, per end; 0 = off
+        num_points: corresponding points per pair of views
         intensity: changes of the views' intensities.
     """
 
-    shape: Triple = (64, 48, 64)
-    spacing_mm: tuple[float, float, float] = (4.0, 4.0, 4.0)
+    shape: Triple = field(default=(64, 48, 64), metadata={"flag": False})
+    spacing_mm: tuple[float, float, float] = field(default=(4.0, 4.0, 4.0), metadata={"flag": False})
     min_overlap: float = 0.6
     max_scale: float = 1.25
     rotate_deg: float = 10.0
@@ -51,7 +52,7 @@ class ViewOptions:
     elastic_spacing_mm: Range = (50.0, 120.0)
     truncate: float = 0.3
     num_points: int = 256
-    intensity: IntensityOptions = field(default_factory=IntensityOptions)
+    intensity: IntensityOptions = field(default_factory=IntensityOptions, metadata={"flag": False})
 
     def __post_init__(self) -> None:
         wrong = []
