@@ -18,7 +18,7 @@ from benchmarks.comparison.arms import ARMS, SCRATCH, SCRATCH_OWN
 from benchmarks.comparison.results import Scores, compare, verdicts
 from benchmarks.comparison.stages import Plan
 from datasets.phantom.cases import list_cases, write_dataset
-from datasets.phantom.truth import load_truth, true_place
+from datasets.phantom.truth import load_truth
 from datasets.samples.correspondences import CorrespondenceTable
 from datasets.store.volumes import VolumeStore
 
@@ -154,7 +154,7 @@ def test_true_pairs_are_true(compared):
     assert (table.rows["score"] == 1).all() and (table.rows["cycle_mm"] == 0).all()
     for row in table.rows[::5]:
         query, key = (table.case_names[row[side]] for side in ("query_case", "key_case"))
-        wanted = true_place(truths[query], truths[key], row["query_mm"][None].astype(float))[0]
+        wanted = truths[key].from_atlas(truths[query].to_atlas(row["query_mm"][None].astype(float)))[0]
         assert np.linalg.norm(wanted - row["key_mm"]) < 0.01
         volume = store.read(query)
         index = np.rint(np.linalg.solve(volume.affine, [*row["query_mm"], 1.0])[:3]).astype(int)

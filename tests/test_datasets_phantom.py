@@ -18,9 +18,10 @@ from datasets.phantom.cases import (
     write_dataset,
 )
 from datasets.phantom.deform import MIN_DETERMINANT
-from datasets.phantom.landmarks import ORGAN_LANDMARKS, atlas_landmarks
-from datasets.phantom.patient import LABEL_HU_RANGE, ORIENTATIONS, PHASES, SCAN_RANGES, TISSUE_HU
+from datasets.phantom.landmarks import atlas_landmarks
+from datasets.phantom.patient import ORIENTATIONS, PHASES, SCAN_RANGES, TISSUE_HU
 from scripts.make_phantom_dataset import main
+from tests.phantom_facts import LABEL_HU_RANGE, ORGAN_LANDMARKS
 
 TINY = 2.5
 SEED = 7  # its first four cases meet all contrast phases and four orientations

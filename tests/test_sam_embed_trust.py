@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datasets.phantom.cases import PhantomCase, render, write_case
-from datasets.phantom.landmarks import ORGAN_LANDMARKS, atlas_landmarks
+from datasets.phantom.landmarks import atlas_landmarks
 from datasets.phantom.structures import (
     OTHER,
     REGIONS,
@@ -17,7 +17,7 @@ from datasets.phantom.structures import (
     structure_of_landmark,
     structures_at,
 )
-from datasets.phantom.truth import PhantomTruthError, load_truth, states_seeds, true_place
+from datasets.phantom.truth import PhantomTruthError, load_truth, states_seeds
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.judging.judge import Judged, judge_rows
@@ -35,6 +35,7 @@ from sam_embed.judging.trust_figure import save_trust_figure
 from sam_embed.judging.trust_text import mined_lines
 from sam_embed.network import AnatomicalEmbedder
 from scripts import evaluate_matching, evaluate_pairs
+from tests.phantom_facts import ORGAN_LANDMARKS
 from tests.sam_fakes import compact_options, save_embedder
 
 CASES = [PhantomCase(f"Case_{k:05d}", 3, k, False, range_name="abdomen", coarsen=4.0) for k in (1, 2, 3)]
@@ -78,7 +79,7 @@ def test_truth_agrees_with_landmarks_and_dense_map(phantom):
     first, second = (json.loads((folder / "landmarks" / f"{name}.json").read_text()) for name in NAMES[:2])
     shared = sorted(set(first["landmarks_mm"]) & set(second["landmarks_mm"]))
     start, wanted = (np.array([part["landmarks_mm"][name] for name in shared]) for part in (first, second))
-    found = true_place(truth[NAMES[0]], truth[NAMES[1]], start)
+    found = truth[NAMES[1]].from_atlas(truth[NAMES[0]].to_atlas(start))
     assert len(shared) > 20 and np.abs(found - wanted).max() < 0.02
     assert np.linalg.norm(start - wanted, axis=1).mean() > 20, "the test would not notice an identity map"
     assert truth[NAMES[1]].is_scanned(found).all()

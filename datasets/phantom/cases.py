@@ -9,10 +9,12 @@ sources).
     <out>/FLARE22Train/labels/FLARE22_Tr_0001.nii.gz         its labels, 1-13
     <out>/FLARE22Unlabeled/Case_00001_0000.nii.gz            unlabelled CT
     <out>/landmarks/<case>.json                              landmarks in world mm (RAS), for all cases
-    <out>/atlas_maps/<case>.npz                              on request: atlas mm of every voxel
+    <out>/atlas_maps/<case>.npz                              on request: `atlas_mm` float16 [3, X, Y, Z] of every voxel
+                                                             in world (RAS) order, and `affine` [4, 4]
 """
 
 import gzip
+import io
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,11 +33,8 @@ from datasets.phantom.patient import Patient, Scan, sample_patient, sample_scan
 from datasets.phantom.shapes import Canvas
 from datasets.phantom.skeleton import paint_skeleton
 from datasets.phantom.trunk import paint_trunk
+from datasets.store.files import write_bytes, write_text
 
-LABEL_NAMES = (
-    ("liver", "right kidney", "spleen", "pancreas", "aorta", "inferior vena cava", "right adrenal gland")
-    + ("left adrenal gland", "gallbladder", "esophagus", "stomach", "duodenum", "left kidney")
-)  # fmt: skip
 SLAB_VOXELS = 3_000_000
 PADDING_HU = -3024
 
@@ -199,14 +198,6 @@ def case_files(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -
     return files
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write aside, then rename, so that a file that exists is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_bytes(content)
-    aside.replace(path)
-
-
 def write_case(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -> bool:
     """Render and write one case; returns False when all its files are there already."""
     files = case_files(out_dir, case, save_atlas_map)
@@ -214,11 +205,15 @@ def write_case(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -
         return False
     done = render(case)
     scan = done.scan
-    _write(files["image"], nifti_bytes(done.hu, done.affine, scan.orientation, scan.storage))
+    write_bytes(files["image"], nifti_bytes(done.hu, done.affine, scan.orientation, scan.storage))
     if "label" in files:
-        _write(files["label"], nifti_bytes(done.label, done.affine, scan.orientation, "uint8"))
+        write_bytes(files["label"], nifti_bytes(done.label, done.affine, scan.orientation, "uint8"))
     if "atlas_map" in files:
-        _write_atlas_map(files["atlas_map"], case)
+        # float16 is at most 0.13 mm off
+        atlas_mm, affine = atlas_coordinates(case)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, atlas_mm=atlas_mm.astype(np.float16), affine=affine)
+        write_bytes(files["atlas_map"], buffer.getbuffer())
     record = {
         "case": case.name,
         "landmarks_mm": {name: np.round(point, 3).tolist() for name, point in done.landmarks_mm.items()},
@@ -227,17 +222,8 @@ def write_case(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -
         "seed": [case.seed, int(case.labelled), case.index],
         "full_size": case.full_size,
     }
-    _write(files["landmarks"], (json.dumps(record, indent=1) + "\n").encode())
+    write_text(files["landmarks"], json.dumps(record, indent=1) + "\n")
     return True
-
-
-def _write_atlas_map(path: Path, case: PhantomCase) -> None:
-    """`atlas_mm` float16 [3, X, Y, Z] in world (RAS) order, at most 0.13 mm off, and `affine` [4, 4]."""
-    atlas_mm, affine = atlas_coordinates(case)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    np.savez_compressed(aside, atlas_mm=atlas_mm.astype(np.float16), affine=affine)
-    aside.replace(path)
 
 
 def list_cases(num_unlabelled: int, num_labelled: int, seed: int, full_size: bool = False) -> list[PhantomCase]:

@@ -4,23 +4,6 @@ import numpy as np
 
 from datasets.phantom.atlas import CURVES, FEMUR_HEAD, KIDNEYS, VERTEBRAE, rib, sternum_point, vertebra_point
 
-# Name of the landmark in the middle of each labelled organ -> its FLARE22 label.
-ORGAN_LANDMARKS = {
-    "liver_right_lobe": 1,
-    "right_kidney_lateral_cortex": 2,
-    "spleen_centre": 3,
-    "pancreas_head": 4,
-    "aorta_at_T12": 5,
-    "cava_at_L2": 6,
-    "right_adrenal_body": 7,
-    "left_adrenal_body": 8,
-    "gallbladder_centre": 9,
-    "esophagus_at_T8": 10,
-    "stomach_body": 11,
-    "duodenum_descending": 12,
-    "left_kidney_lateral_cortex": 13,
-}
-
 
 def _nearest_on(name: str, z: float) -> np.ndarray:
     """The point of a centre line that is nearest to a height."""

@@ -43,24 +43,6 @@ TISSUE_HU = {
     "lung": ((-885, -815), (-880, -810), (-880, -805)),
 }
 
-# Median HU over each FLARE22 label of a written file, up to voxels of 6 mm: the tissue above, widened by partial volume
-# at thin organs and by what gut contains (gas to oral contrast medium).
-LABEL_HU_RANGE = {
-    1: ((40, 70), (52, 94), (86, 130)),
-    2: ((10, 42), (60, 205), (105, 200)),
-    3: ((26, 58), (80, 152), (76, 142)),
-    4: ((8, 50), (48, 122), (48, 110)),
-    5: ((22, 56), (170, 345), (92, 185)),
-    6: ((22, 56), (38, 160), (96, 178)),
-    7: ((-10, 46), (5, 90), (5, 85)),
-    8: ((-10, 46), (5, 90), (5, 85)),
-    9: ((-8, 36), (-8, 40), (-8, 40)),
-    10: ((-30, 52), (-30, 72), (-30, 75)),
-    11: ((-700, 280), (-700, 300), (-700, 300)),
-    12: ((-400, 280), (-400, 300), (-400, 300)),
-    13: ((10, 42), (60, 205), (105, 200)),
-}
-
 # Name -> atlas z (mm) of the lower and upper end, before jitter.
 SCAN_RANGES = {
     "chest_abdomen_pelvis": (-158, 440),

@@ -10,8 +10,8 @@ from functools import cache
 
 import numpy as np
 
+from datasets.lists.label_classes import FLARE22
 from datasets.phantom.atlas import cavity_distance, diaphragm_height
-from datasets.phantom.cases import LABEL_NAMES
 from datasets.phantom.landmarks import atlas_landmarks
 from datasets.phantom.organs import paint_organs
 from datasets.phantom.patient import Patient
@@ -92,7 +92,7 @@ def structures_at(patient: Patient, atlas_mm: np.ndarray) -> np.ndarray:
     paint_trunk(trunk, patient)
     paint_organs(organs, patient)
     paint_skeleton(bones, patient.bone_hu)
-    named = np.array([OTHER] + [_PAIRED.get(name, name) for name in LABEL_NAMES])
+    named = np.array([OTHER] + [_PAIRED.get(name, name) for name in FLARE22])
     label = organs.label.ravel()
     in_cavity = cavity_distance(x, y, z) < 0
     conditions = {

@@ -44,11 +44,6 @@ class PhantomTruth:
         return ((index >= -0.5) & (index <= np.array(self.scan.shape) - 0.5)).all(axis=-1)
 
 
-def true_place(query: PhantomTruth, key: PhantomTruth, points_mm: np.ndarray) -> np.ndarray:
-    """World mm [N, 3] in the key patient of the places that are points [N, 3] in the query patient."""
-    return key.from_atlas(query.to_atlas(points_mm))
-
-
 def load_truth(landmark_dir: str | Path, names: Sequence[str]) -> dict[str, PhantomTruth]:
     """The patients behind some phantom cases, drawn again from the seeds in `<landmark_dir>/<case>.json`.
 

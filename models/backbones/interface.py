@@ -79,11 +79,6 @@ def flatten_tokens(feature_map: Tensor) -> Tensor:
     return feature_map.flatten(2).transpose(1, 2)
 
 
-def trainable_names(module: nn.Module) -> set[str]:
-    """The names of the parameters that take part in training."""
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
 def truncated_normal(*shape: int) -> nn.Parameter:
     """A learnt token, drawn with the customary standard deviation of 0.02."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))
