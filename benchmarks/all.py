@@ -6,11 +6,6 @@
 With --quick every benchmark takes its small settings; figures for RESULTS.md come from the full ones.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import jsonargparse
 
 from benchmarks import (

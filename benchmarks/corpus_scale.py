@@ -22,8 +22,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import jsonargparse
 import numpy as np
 import torch

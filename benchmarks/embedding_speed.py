@@ -18,8 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import jsonargparse
 import numpy as np
 import torch
@@ -30,7 +28,7 @@ from benchmarks.memory import peak_resident_bytes, reset_peak_resident, resident
 from benchmarks.results import show_and_save
 from datasets.phantom.cases import PhantomCase, render
 from engine.device import keep_freed_memory
-from engine.flags import add_switch, git_commit, make_parser, run_main
+from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.embed import embed_tensor, for_inference, output_affine
 from sam_embed.embeddings.embedding_store import Embedding
@@ -165,7 +163,7 @@ def run(flags) -> dict:
             words += ["--output", str(figures), "--memory_mb", str(flags.memory_mb)]
             words += ["--num_threads", str(flags.num_threads), *(["--quick"] if flags.quick else [])]
             words += ["--checkpoint_file", flags.checkpoint_file] if flags.checkpoint_file else []
-            done = subprocess.run(words, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+            done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{way}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
             found[way], kept[way] = json.loads(figures.read_text()), torch.load(file)

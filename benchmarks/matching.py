@@ -13,14 +13,8 @@ in this process; medians of wall and of CPU time. About a minute of CPU time; wi
 
 import dataclasses
 import math
-import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 import numpy as np
@@ -28,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.results import show_and_save
+from benchmarks.results import show_and_save, timed
 from datasets.ct.geometry import index_to_world, world_to_index
 from engine.flags import add_switch, git_commit, make_parser, run_main
 from sam_embed.embeddings.embedding_store import Embedding
@@ -161,25 +155,6 @@ def place_by_map(fine: Tensor, coarse: Tensor, key: Embedding, key_coarse: Tenso
     similarity = (similarity + torch.einsum("c,cdhw->dhw", coarse, key_coarse)) / 2
     best = int(similarity.argmax())
     return Place(np.array(np.unravel_index(best, similarity.shape)), float(similarity.flatten()[best]))
-
-
-class Timed(NamedTuple):
-    """Results of several calls, and the medians of their wall and CPU seconds."""
-
-    results: list
-    wall_s: float
-    cpu_s: float
-
-
-def timed(run: Callable, arguments: Sequence) -> Timed:
-    """One call for each argument. CPU time (all threads) tells what a busy machine hides."""
-    results, wall_s, cpu_s = [], [], []
-    for argument in arguments:
-        begin, begin_cpu = time.perf_counter(), time.process_time()
-        results.append(run(argument))
-        wall_s.append(time.perf_counter() - begin)
-        cpu_s.append(time.process_time() - begin_cpu)
-    return Timed(results, statistics.median(wall_s), statistics.median(cpu_s))
 
 
 class Found(NamedTuple):

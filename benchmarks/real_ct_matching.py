@@ -16,27 +16,23 @@ Weights that have seen real scans: this writes a list of phantoms and the four s
 """
 
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import jsonargparse
 import numpy as np
 from scipy.spatial import cKDTree
 
+from benchmarks.results import real_ct_dir, save
 from datasets.ct.geometry import index_to_world, world_to_index
 from datasets.ct.nifti import Volume, read_ct, read_label
 from datasets.lists.data_list import Case, load_data_list, write_data_list
 from datasets.samples.pairings import PairingOptions
-from datasets.store.files import write_text
 from engine.device import pick_device
-from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
+from engine.flags import add_switch, git_commit, make_parser, run_main
 from sam_embed.case_source import CaseSource
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.corpus import embed_corpus
@@ -102,7 +98,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint_files", type=str, nargs="*", default=[], help="weights, each FILE or NAME=FILE")
-    add("--ct_dir", type=str, default=str(default_ct_dir()), help="folder of the four scans")
+    add("--ct_dir", type=str, default=str(real_ct_dir()), help="folder of the four scans")
     add("--num_points", type=int, default=200, help="points per scan, spread over the body, for the cycle error")
     add("--num_organ_points", type=int, default=60, help="points per organ, at most")
     add("--min_score", type=float, default=PairingOptions.min_score, help="lowest score of a match to trust")
@@ -115,11 +111,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--data_dir", type=str, default="phantom", help="for --write_list: the phantoms' folder")
     add("--json_list", type=str, default="phantom.json", help="for --write_list: their data list")
     return parser
-
-
-def default_ct_dir() -> Path:
-    """Where the tests look for real CT: `$ALICE_SHARED/ct`, or `shared/ct` beside the clone."""
-    return Path(os.environ.get("ALICE_SHARED", REPOSITORY.parent / "shared")) / "ct"
 
 
 def read_labels(ct_dir: Path) -> dict[str, Labelled]:
@@ -342,8 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     found = run(flags)
     if found:
         print(as_markdown(found))
-        if flags.output:
-            write_text(flags.output, json.dumps(found, indent=1) + "\n")
+        save(found, flags.output)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,40 @@
-"""What benchmarks do with their figures at the end."""
+"""What benchmarks share: where real CT lies, timing, and what is done with the figures at the end."""
 
 import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from datasets.store.files import write_text
+from engine.flags import REPOSITORY
+
+
+def real_ct_dir() -> Path:
+    """Where the tests look for real CT: `$ALICE_SHARED/ct`, or `shared/ct` beside the clone."""
+    return Path(os.environ.get("ALICE_SHARED", REPOSITORY.parent / "shared")) / "ct"
+
+
+class Timed(NamedTuple):
+    """Results of several calls, and the medians of their wall and CPU seconds."""
+
+    results: list
+    wall_s: float
+    cpu_s: float
+
+
+def timed(run: Callable, arguments: Sequence) -> Timed:
+    """One call for each argument. CPU time (all threads) tells what a busy machine hides."""
+    results, wall_s, cpu_s = [], [], []
+    for argument in arguments:
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        results.append(run(argument))
+        wall_s.append(time.perf_counter() - begin)
+        cpu_s.append(time.process_time() - begin_cpu)
+    return Timed(results, statistics.median(wall_s), statistics.median(cpu_s))
 
 
 def save(found: dict, output: str | None) -> None:

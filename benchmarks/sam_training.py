@@ -16,14 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import jsonargparse
 
 from datasets.store.files import write_text
-from engine.flags import RunInfo, add_switch, git_commit, make_parser, run_main
-
-ROOT = Path(__file__).resolve().parents[1]
+from engine.flags import REPOSITORY, RunInfo, add_switch, git_commit, make_parser, run_main
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
 
 def command(script: str, *words: object) -> None:
     """Run a script of the repository; its output goes to this process's."""
-    subprocess.run([sys.executable, str(ROOT / "scripts" / script), *map(str, words)], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, str(REPOSITORY / "scripts" / script), *map(str, words)], check=True, cwd=REPOSITORY)
 
 
 def make_data(flags: jsonargparse.Namespace, folder: Path) -> None:
@@ -138,7 +134,7 @@ def training_words(recipe: Recipe, flags: jsonargparse.Namespace, folder: Path) 
     """What `scripts/train_sam.py` is told, besides where its results go."""
     limits = ("--steps", 3) if flags.quick else ("--steps", 1_000_000, "--time_limit_min", flags.time_limit_min)
     return [
-        *("--config", ROOT / "configs" / recipe.config, *data_flags(folder), *recipe.flags),
+        *("--config", REPOSITORY / "configs" / recipe.config, *data_flags(folder), *recipe.flags),
         *("--batch_size", recipe.batch_size * flags.batch_factor, "--num_workers", flags.num_workers),
         *("--val_cases", 0, "--save_freq", 500, "--log_freq", 50, "--seed", flags.seed, *limits),
     ]

@@ -16,8 +16,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import jsonargparse
 import nibabel as nib
 import numpy as np
@@ -30,7 +28,7 @@ from benchmarks.volume_store import source_volume
 from datasets.ct.nifti import write_nifti
 from datasets.lists.data_list import Case, write_data_list
 from datasets.store.volumes import VolumeStore
-from engine.flags import add_switch, git_commit, make_parser, run_main
+from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
 
 SPACING_MM = (2.0, 1.5, 1.5)  # D, H, W: main_ddp.py's default
 MAX_MEAN_DIFFERENCE_HU = 2.0
@@ -80,7 +78,7 @@ def by_command(cases: Sequence[Case], folder: Path, num_workers: int) -> float:
     words = [sys.executable, "scripts/prepare_volumes.py", "--data_dir", folder, "--json_list", folder / "list.json"]
     words += ["--store_dir", folder / "store", "--num_workers", num_workers, "--spacing_mm", *SPACING_MM]
     began = time.perf_counter()
-    done = subprocess.run([*map(str, words)], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run([*map(str, words)], cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"not stored: {done.stdout}{done.stderr}")
     return time.perf_counter() - began

@@ -9,15 +9,9 @@ the shared reference data, or else a noisy synthetic torso, is tiled to 512x512x
 thread, file cache warm for everybody; medians. Takes about a minute.
 """
 
-import os
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 import numpy as np
@@ -25,7 +19,7 @@ import torch
 from monai.transforms import LoadImage
 from scipy import ndimage
 
-from benchmarks.results import save
+from benchmarks.results import real_ct_dir, save, timed
 from datasets.ct.nifti import read_ct, write_nifti
 from datasets.lists.data_list import Case
 from datasets.store.volumes import VolumeStore, build_store
@@ -52,8 +46,7 @@ def source_volume(image: str | None) -> tuple[np.ndarray, np.ndarray, str]:
     if image is not None:
         volume = read_ct(image)
         return volume.array, volume.affine, Path(image).name
-    shared = Path(os.environ.get("ALICE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    real = shared / "ct" / "upper_abdomen_5mm_b.nii.gz"
+    real = real_ct_dir() / "upper_abdomen_5mm_b.nii.gz"
     affine = np.eye(4)[[2, 1, 0, 3]] * [2.5, -0.8, -0.8, 1]
     if real.exists():
         array = read_ct(real).array
@@ -74,17 +67,6 @@ def noisy_torso() -> np.ndarray:
         tissue = 40 + 60 * np.sin(9 * x) * np.cos(7 * y) + 12 * noise / noise.std()
         slices.append(np.where(body, tissue, -1024).astype(np.int16))
     return np.stack(slices)
-
-
-def median_s(run: Callable[[int], np.ndarray], num_runs: int) -> float:
-    """Median seconds of a call after one to warm up."""
-    run(0)
-    seconds = []
-    for number in range(num_runs):
-        begin = time.perf_counter()
-        run(number)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
 
 
 def measure(array: np.ndarray, affine: np.ndarray, flags: jsonargparse.Namespace, folder: Path) -> dict:
@@ -116,9 +98,9 @@ def measure(array: np.ndarray, affine: np.ndarray, flags: jsonargparse.Namespace
         assert np.array_equal(from_store(number), from_map(number))
         assert np.array_equal(from_store(number), from_monai(number))
     return {
-        "crop_store_s": median_s(from_store, flags.num_crops),
-        "crop_npy_s": median_s(from_map, flags.num_crops),
-        "crop_monai_s": median_s(from_monai, flags.num_loads),
+        "crop_store_s": timed(from_store, range(flags.num_crops)).wall_s,
+        "crop_npy_s": timed(from_map, range(flags.num_crops)).wall_s,
+        "crop_monai_s": timed(from_monai, range(flags.num_loads)).wall_s,
         "build_s": build_s,
         "store_bytes": (folder / "store" / "cases" / "ct.b2nd").stat().st_size,
         "nifti_bytes": nifti.stat().st_size,
