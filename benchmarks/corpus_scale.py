@@ -223,12 +223,12 @@ def measure_balance(dataset: PairedCropDataset, num_epochs: int) -> dict:
 
 
 def measure_broken(folder: Path, flags: jsonargparse.Namespace) -> dict:
-    """An epoch with one truncated and one missing volume: what is told, and whether workers change what stands in."""
+    """An epoch with one truncated and one missing volume: what is logged, and whether workers change what stands in."""
     broken = ["case00001", f"case{flags.num_cases // 2:05d}"]
     files = [folder / "store" / "cases" / f"{name}.b2nd" for name in broken]
     contents = [file.read_bytes() for file in files]
-    told = logging.FileHandler(folder / "warnings.txt", mode="w")
-    logging.getLogger("datasets.samples.dataset").addHandler(told)  # the forked workers write there too
+    handler = logging.FileHandler(folder / "warnings.txt", mode="w")
+    logging.getLogger("datasets.samples.dataset").addHandler(handler)  # the forked workers write there too
     try:
         files[0].write_bytes(contents[0][: len(contents[0]) // 2])
         files[1].unlink()
@@ -238,10 +238,10 @@ def measure_broken(folder: Path, flags: jsonargparse.Namespace) -> dict:
         places = torch.cat([torch.cat([batch["query_mm"], batch["key_mm"]], dim=1) for batch in loader])
         draws = [dataset.draw_pair(index) for index in range(len(places))]
         touched = [i for i, draw in enumerate(draws) if {draw.query_name, draw.key_name} & set(broken)]
-        lines = Path(told.baseFilename).read_text().splitlines()
+        lines = Path(handler.baseFilename).read_text().splitlines()
         same = all(torch.equal(torch.cat([alone[i]["query_mm"], alone[i]["key_mm"]]), places[i]) for i in touched[:20])
     finally:
-        logging.getLogger("datasets.samples.dataset").removeHandler(told)
+        logging.getLogger("datasets.samples.dataset").removeHandler(handler)
         for file, content in zip(files, contents):
             file.write_bytes(content)
     return {

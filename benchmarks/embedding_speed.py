@@ -6,8 +6,8 @@
 The published layout (128 channels, stem at full resolution) with random weights on a phantom's voxels, or the network
 of --checkpoint_file on the same voxels. Each way runs in a process of its own. Memory is what the process holds at its
 peak above what it held before embedding. Are matches unchanged? Points of the volume are found again in a noisy box cut
-out of it, with the embeddings of each way; told are the share that arrives in the plain way's voxel, and the cosines to
-its vectors. Two to five minutes on 2 cores.
+out of it, with the embeddings of each way; shown are the share that arrives in the plain way's voxel, and the cosines
+to its vectors. Two to five minutes on 2 cores.
 """
 
 import json
@@ -175,21 +175,21 @@ def run(flags) -> dict:
 
 def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
     """What, ours, beside, ratio, target: for `benchmarks.all`."""
-    told, plain = [], found["ways"][PLAIN]
+    lines, plain = [], found["ways"][PLAIN]
     for way, figures in found["ways"].items():
         if way == PLAIN:
             continue
         ratio = plain["seconds"] / figures["seconds"]
-        told.append(
+        lines.append(
             (f"embedding: {way}", f"{figures['seconds']:.1f} s", f"{plain['seconds']:.1f} s", f"{ratio:.1f}x", ">= 4x")
         )
         if figures["peak_gb"] is not None:
             share = figures["peak_gb"] / plain["peak_gb"] if plain["peak_gb"] else math.nan
             memory = (f"{figures['peak_gb']:.2f} GB", f"{plain['peak_gb']:.2f} GB", f"{share:.2f}", "<= 0.33")
-            told.append((f"memory: {way}", *memory))
+            lines.append((f"memory: {way}", *memory))
         same = f"{figures['same_voxel']:.1%} in the same voxel"
-        told.append((f"matches: {way}", same, f"cosine >= {figures['least_cosine']:.4f}", "", "unchanged"))
-    return told
+        lines.append((f"matches: {way}", same, f"cosine >= {figures['least_cosine']:.4f}", "", "unchanged"))
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:

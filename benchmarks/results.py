@@ -27,7 +27,7 @@ class Timed(NamedTuple):
 
 
 def timed(run: Callable, arguments: Sequence) -> Timed:
-    """One call for each argument. CPU time (all threads) tells what a busy machine hides."""
+    """One call for each argument. CPU time (all threads) shows what a busy machine hides."""
     results, wall_s, cpu_s = [], [], []
     for argument in arguments:
         begin, begin_cpu = time.perf_counter(), time.process_time()

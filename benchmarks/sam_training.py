@@ -27,14 +27,14 @@ class Recipe:
     """One way to train SAM.
 
     Attributes:
-        told: what it is, for the table.
+        title: what it is, for the table.
         config: file of `configs/`.
         flags: added to it.
         batch_size: volumes a step on a CPU; `--batch_factor` multiplies it.
         cost: of matching one pair of volumes, in those of the base; dear recipes are judged on fewer cases.
     """
 
-    told: str
+    title: str
     config: str
     flags: tuple[str, ...] = ()
     batch_size: int = 1
@@ -127,11 +127,11 @@ def train_and_judge(name: str, flags: jsonargparse.Namespace, folder: Path) -> d
             "--embed_dir", output_dir / "embeddings", "--baselines", str(name == flags.recipes[0]),
             "--max_cases", recipe.num_judged(flags.num_judged or flags.num_held_out), "--num_points", 0,
         )  # fmt: skip
-    return {"told": recipe.told, **last_step(output_dir), **json.loads(judged.read_text())}
+    return {"title": recipe.title, **last_step(output_dir), **json.loads(judged.read_text())}
 
 
 def training_words(recipe: Recipe, flags: jsonargparse.Namespace, folder: Path) -> list[object]:
-    """What `scripts/train_sam.py` is told, besides where its results go."""
+    """What `scripts/train_sam.py` gets, besides where its results go."""
     limits = ("--steps", 3) if flags.quick else ("--steps", 1_000_000, "--time_limit_min", flags.time_limit_min)
     return [
         *("--config", REPOSITORY / "configs" / recipe.config, *data_flags(folder), *recipe.flags),
@@ -158,10 +158,10 @@ def as_table(found: dict[str, dict]) -> str:
         rows.append(("affine fit of the body masks", "", result["num_cases"], result["body_affine"]))
     ordered = sorted(found.items(), key=lambda item: item[1]["sam"]["median_mm"])
     for name, result in ordered:
-        rows.append((f"`{name}`: {result['told']}", result["steps"], result["num_cases"], result["sam"]))
-    for told, steps, num_cases, errors in rows:
+        rows.append((f"`{name}`: {result['title']}", result["steps"], result["num_cases"], result["sam"]))
+    for title, steps, num_cases, errors in rows:
         shown = [f"{errors[key]:.1f}" for key in ("median_mm", "mean_mm", "p90_mm")]
-        lines.append(f"| {told} | {steps} | {num_cases} | {' | '.join(shown)} | {errors['share_within_10mm']:.0%} |")
+        lines.append(f"| {title} | {steps} | {num_cases} | {' | '.join(shown)} | {errors['share_within_10mm']:.0%} |")
     return "\n".join(lines) + "\n"
 
 

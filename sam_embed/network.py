@@ -27,7 +27,7 @@ class OutputGrid(NamedTuple):
     """Where an output's voxels lie: output index i is centred at input index `i * stride + offset`, per axis.
 
     The published pipeline puts fine voxel i at 2 i + 0.5 along every axis, which balances the floor by which it finds a
-    query's voxel. Receptive fields say 2 i along H and W, 2 i + 0.5 along D (the pool). Matching cannot tell: an offset
+    query's voxel. Receptive fields say 2 i along H and W, 2 i + 0.5 along D (the pool). Matching is the same: an offset
     common to query and key cancels.
     """
 

@@ -37,7 +37,7 @@ class Prepared(NamedTuple):
     body: np.ndarray
 
 
-def prepare_with_body(volume: Volume, info: EmbedderInfo) -> Prepared:
+def prepare(volume: Volume, info: EmbedderInfo) -> Prepared:
     """Resample a volume to the checkpoint's spacing, cut out the body and scale its intensities.
 
     Args:
@@ -51,12 +51,6 @@ def prepare_with_body(volume: Volume, info: EmbedderInfo) -> Prepared:
     affine[:3, 3] = index_to_world(affine, [part.start for part in box])
     tensor = scale_hu(torch.from_numpy(np.ascontiguousarray(array[box])), info)[None, None]
     return Prepared(tensor, affine, body[box])
-
-
-def prepare(volume: Volume, info: EmbedderInfo) -> tuple[Tensor, np.ndarray]:
-    """As `prepare_with_body`, without the mask: the network's input [1, 1, D, H, W] and its affine."""
-    prepared = prepare_with_body(volume, info)
-    return prepared.tensor, prepared.affine
 
 
 def _box_of(body: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[slice, slice, slice]:

@@ -107,7 +107,7 @@ def check_cases(
     return usable, unreadable, airless
 
 
-def tell_airless(airless: Sequence[Case], num_cases: int) -> str:
+def airless_message(airless: Sequence[Case], num_cases: int) -> str:
     """What volumes without air may mean; found out too late, every crop of such a data set is one grey."""
     shown = ", ".join(str(case.image) for case in airless[:NUM_NAMES_SHOWN])
     shown += ", ..." if len(airless) > NUM_NAMES_SHOWN else ""
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     for file, reason in unreadable.items():
         print(f"left out {file}: {reason}", file=sys.stderr)
     if airless:
-        print(tell_airless(airless, len(cases)), file=sys.stderr)
+        print(airless_message(airless, len(cases)), file=sys.stderr)
     if not cases:
         raise DataListError(f"{flags.data_dir}: none of {len(found)} cases can be read; the reasons are above")
     training, validation = split_cases(cases, flags.num_validation, flags.validation_fraction, flags.seed)

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets.lists.data_list import Case, load_data_list
 from datasets.lists.label_classes import BUILT_IN, LabelClasses, read_classes
-from datasets.lists.splits import choose_labelled, hold_out
+from datasets.lists.splits import choose_labelled, split_held_out
 from datasets.samples.labelled import SegmentationAugment, SegmentationCropDataset
 from datasets.samples.loader import make_pair_loader
 from datasets.store.format import checksum_of
@@ -129,7 +129,7 @@ def split_list(flags) -> tuple[list[Case], list[Case]]:
     sections = [load_data_list(flags.json_list, flags.data_dir, name) for name in ("training", "validation")]
     training, held_out = ([case for case in cases if case.label is not None] for cases in sections)
     if not held_out and training:
-        training, held_out = hold_out(training, flags.held_out_share, flags.fold)
+        training, held_out = split_held_out(training, flags.held_out_share, flags.fold)
     return choose_labelled(training, flags.num_labelled, flags.fold), held_out
 
 

@@ -39,8 +39,8 @@ def test_the_table_lists_baselines_first_and_recipes_from_best_to_worst():
         return {"median_mm": median, "mean_mm": median + 1, "p90_mm": 3 * median, "share_within_10mm": 0.875}
 
     found = {
-        "wide": {"told": "more", "steps": 7, "num_cases": 4, "sam": figures(9.0)},
-        "base": {"told": "less", "steps": 8, "num_cases": 4, "sam": figures(4.0)},
+        "wide": {"title": "more", "steps": 7, "num_cases": 4, "sam": figures(9.0)},
+        "base": {"title": "less", "steps": 8, "num_cases": 4, "sam": figures(4.0)},
     }
     found["base"] |= {"body_box": figures(50.0), "body_affine": figures(40.0)}
     lines = as_table(found).splitlines()

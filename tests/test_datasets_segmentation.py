@@ -12,7 +12,7 @@ from datasets.ct.file_grid import read_file_grid, write_label_like
 from datasets.ct.nifti import read_label
 from datasets.lists.data_list import Case, DataListError, load_data_list
 from datasets.lists.label_classes import BTCV, FLARE22, LabelClasses, read_classes
-from datasets.lists.splits import choose_labelled, fold_order, hold_out
+from datasets.lists.splits import choose_labelled, fold_order, split_held_out
 from datasets.samples.labelled import SegmentationAugment, SegmentationCropDataset
 from datasets.store.volumes import VolumeStore, build_store
 from tests.labelled_corpus import make_labelled_corpus
@@ -92,7 +92,7 @@ def test_held_out_cases_cover_all_over_five_folds():
     cases = cases_called(f"case{number}" for number in range(10))
     held_out = []
     for fold in range(5):
-        training, held = hold_out(cases, 0.2, fold)
+        training, held = split_held_out(cases, 0.2, fold)
         assert len(held) == 2 and not set(training) & set(held) and len(training) == 8
         held_out += held
     assert set(held_out) == set(cases)

@@ -86,7 +86,7 @@ def blob_volume(shift_vox=(0, 0, 0)) -> Volume:
 
 def test_preparation_crops_the_body_and_keeps_places():
     volume, info = blob_volume(), EmbedderInfo(spacing_mm=(4.0, 4.0, 4.0))
-    tensor, affine = prepare(volume, info)
+    tensor, affine, _ = prepare(volume, info)
     assert tensor.shape[:2] == (1, 1) and tensor.dtype == torch.float32
     assert tensor[0, 0].numel() < volume.array.size * 27 / 64 * 0.8
     brightest = np.unravel_index(volume.array.argmax(), volume.shape)

@@ -83,8 +83,8 @@ def test_fast_similarity_equals_the_definition(semantic):
 def test_chunks_change_nothing():
     query, key = random_embedding(0), random_embedding(1)
     vectors = query_vectors(query, index_to_world(FINE_AFFINE, np.random.default_rng(0).uniform(1, 7, (20, 3))))
-    whole_index, whole_score = best_voxels(vectors, key, memory_mb=100, search="all")
-    slab_index, slab_score = best_voxels(vectors, key, memory_mb=0.001, search="all")
+    whole_index, whole_score = best_voxels(vectors, key, memory_mb=100, by_tiles=False)
+    slab_index, slab_score = best_voxels(vectors, key, memory_mb=0.001, by_tiles=False)
     assert torch.equal(whole_index, slab_index)
     torch.testing.assert_close(whole_score, slab_score)
 
@@ -106,8 +106,8 @@ def test_what_the_coarse_map_rules_out_is_not_looked_at_and_changes_nothing(tile
     monkeypatch.setattr(search._TileSearch, "visit", lambda *given: looked_at.append(len(given[2])) or visit(*given))
     query, key = patients(semantic)
     vectors = query_vectors(query, draw_points(query, MiningOptions(num_points=60)))
-    all_index, all_score = best_voxels(vectors, key, search="all")
-    tile_index, tile_score = best_voxels(vectors, key, search="tiles")
+    all_index, all_score = best_voxels(vectors, key, by_tiles=False)
+    tile_index, tile_score = best_voxels(vectors, key, by_tiles=True)
     num_tiles = np.prod([len(axis) for axis in search.grid_of(key).runs])
     assert num_tiles > 20 and 0 < sum(looked_at) < 0.4 * 60 * num_tiles
     assert torch.equal(all_index, tile_index)
@@ -122,8 +122,8 @@ def test_searching_tiles_of_an_untrained_embedding_finds_the_same(worthwhile, se
     for shape in ((7, 8, 11), (1, 5, 2), (3, 1, 1)):  # the last two: axes with a single coarse voxel
         query, key = random_embedding(0, semantic=semantic), random_embedding(1, shape=shape, semantic=semantic)
         vectors = query_vectors(query, index_to_world(FINE_AFFINE, np.random.default_rng(0).uniform(1, 7, (20, 3))))
-        all_index, all_score = best_voxels(vectors, key, search="all")
-        tile_index, tile_score = best_voxels(vectors, key, search="tiles")
+        all_index, all_score = best_voxels(vectors, key, by_tiles=False)
+        tile_index, tile_score = best_voxels(vectors, key, by_tiles=True)
         assert torch.equal(all_index, tile_index)
         torch.testing.assert_close(all_score, tile_score, atol=1e-6, rtol=0)
 
@@ -134,11 +134,6 @@ def test_interpolated_length_is_that_of_the_interpolated_vectors():
     direct = torch.linalg.vector_norm(grid.on_fine(key.coarse.float(), 0, 7), dim=0)
     torch.testing.assert_close(grid.length, direct, atol=1e-5, rtol=0)
     assert search.grid_of(key) is grid
-
-
-def test_unknown_searches_are_refused():
-    with pytest.raises(ValueError, match="auto, all, tiles"):
-        best_voxels(None, None, search="some")
 
 
 def test_a_moved_volume_is_matched_to_where_it_went():

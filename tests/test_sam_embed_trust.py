@@ -173,13 +173,13 @@ def test_thresholds_are_the_best_of_the_grid():
             if mask.mean() >= MIN_KEPT_SHARE and (error_mm[mask] <= 15).mean() >= 0.9:
                 most = max(most, mask.mean())
     assert chosen.kept == pytest.approx(most)
-    assert "within 15 mm, keeps" in chosen.in_words() and f"--min_score {chosen.min_score:g} " in chosen.in_words()
+    assert "within 15 mm, keeps" in chosen.describe() and f"--min_score {chosen.min_score:g} " in chosen.describe()
 
 
 def test_unreachable_shares_and_unmeasured_cycles_are_told():
     judged = judged_at(np.linspace(0.5, 0.9, 200), np.full(200, 3.0), [5.0, 50.0] * 100)
     chosen = choose_thresholds(judged, 0.95)
-    assert not chosen.is_reached and chosen.kept >= MIN_KEPT_SHARE and "cannot be reached" in chosen.in_words()
+    assert not chosen.is_reached and chosen.kept >= MIN_KEPT_SHARE and "cannot be reached" in chosen.describe()
     easy = choose_thresholds(judged_at([0.9] * 20, [2.0] * 20, [1.0] * 20))
     assert easy.kept == easy.correct == 1.0 and (easy.min_score, easy.max_cycle_mm) == (-1.0, 2.0)
     unmeasured = choose_thresholds(judged_at([0.9] * 20, [np.nan] * 5 + [2.0] * 15, [1.0] * 20))

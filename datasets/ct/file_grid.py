@@ -4,7 +4,6 @@ Inside the project volumes are canonical; a user's viewer and scripts want a pre
 order, shape and affine.
 """
 
-import gzip
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from datasets.ct.geometry import CANONICAL_AXCODES, to_canonical
-from datasets.ct.nifti import CTReadError, Volume, check_same_grid
-from datasets.store.files import write_bytes
+from datasets.ct.nifti import CTReadError, Volume, check_same_grid, write_image
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,9 @@ def write_label_like(path: str | Path, labels: np.ndarray, grid: FileGrid) -> No
     Raises:
         ValueError: another suffix than .nii or .nii.gz, or labels of another volume.
     """
-    path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{path}: expected a name ending in .nii or .nii.gz")
     image = nib.Nifti1Image(np.ascontiguousarray(grid.from_canonical(labels)), grid.affine)
     image.header.set_xyzt_units("mm")
     code = grid.world_code or 1
     image.set_sform(grid.affine, code)
     image.set_qform(grid.affine, code)
-    content = image.to_bytes()
-    write_bytes(path, gzip.compress(content, compresslevel=5, mtime=0) if path.name.endswith(".gz") else content)
+    write_image(path, image)

@@ -144,9 +144,6 @@ def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None
     Raises:
         ValueError: another suffix, or an array that is not 3-D.
     """
-    path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{path}: expected a name ending in .nii or .nii.gz")
     if array.ndim != 3:
         raise ValueError(f"{path}: expected an array [D, H, W], received shape {array.shape}")
     if array.dtype == bool:
@@ -154,8 +151,19 @@ def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None
     elif array.dtype in (np.int64, np.uint64):
         array = array.astype(np.int16 if np.abs(array).max(initial=0) <= np.iinfo(np.int16).max else np.int32)
     file_affine = np.asarray(affine, dtype=np.float64)[:, [2, 1, 0, 3]]
-    content = nib.Nifti1Image(array.transpose(2, 1, 0), file_affine).to_bytes()
-    # No time stamp inside, so that the same volume gives the same file.
+    write_image(path, nib.Nifti1Image(array.transpose(2, 1, 0), file_affine))
+
+
+def write_image(path: str | Path, image: nib.Nifti1Image) -> None:
+    """Write a NIfTI image; whole file or none appears at `path`, and the same image gives the same file.
+
+    Raises:
+        ValueError: another suffix than .nii or .nii.gz.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: expected a name ending in .nii or .nii.gz")
+    content = image.to_bytes()
     write_bytes(path, gzip.compress(content, compresslevel=5, mtime=0) if path.name.endswith(".gz") else content)
 
 

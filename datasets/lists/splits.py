@@ -52,7 +52,7 @@ def choose_labelled(cases: Sequence[Case], num_labelled: int, fold: int) -> list
     return sorted(ordered[: num_labelled or len(ordered)], key=lambda case: case.name)
 
 
-def hold_out(cases: Sequence[Case], share: float, fold: int) -> tuple[list[Case], list[Case]]:
+def split_held_out(cases: Sequence[Case], share: float, fold: int) -> tuple[list[Case], list[Case]]:
     """Split labelled cases where a data list has no validation section: (training, held out), each sorted by name.
 
     Folds 0 to 4 with a share of 0.2 are a five-fold cross-validation.

@@ -108,7 +108,7 @@ def structures_at(patient: Patient, atlas_mm: np.ndarray) -> np.ndarray:
 
 
 def _blank(coordinates: tuple[np.ndarray, ...]) -> Canvas:
-    """A canvas at scattered points, on which everything painted can be told from what was not."""
+    """A canvas at scattered points, on which what was painted differs from what was not."""
     canvas = Canvas(coordinates, np.zeros(1, np.float32), softness_mm=1.0)
     canvas.hu[:] = _UNPAINTED_HU
     return canvas

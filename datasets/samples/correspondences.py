@@ -169,10 +169,6 @@ class CorrespondenceTable:
         write_text(folder / HEADER_FILE, text)
         return cls.load(folder)
 
-    def rows_of(self, case_index: int) -> np.ndarray:
-        """Indices of all rows whose query is case `case_index`, int64."""
-        return np.arange(self.offsets[case_index], self.offsets[case_index + 1])
-
     def check_cases(self, known_names: Sequence[str], where: str = "the volume store") -> None:
         """Warn of cases that `known_names` lacks, naming up to five; raise where they are more than half of all.
 
@@ -183,15 +179,15 @@ class CorrespondenceTable:
         if not strangers:
             return
         shown = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
-        told = (
+        message = (
             f"{self.path or 'correspondence table'}: {len(strangers)} of its {len(self.case_names)} cases are not in "
             f"{where} ({shown})"
         )
         if 2 * len(strangers) > len(self.case_names):
             raise CorrespondenceError(
-                f"{told}; mine again from this store (scripts/mine_pairs.py) or change --store_dir / --embed_dir"
+                f"{message}; mine again from this store (scripts/mine_pairs.py) or change --store_dir / --embed_dir"
             )
-        logger.warning("%s; their rows are not used", told)
+        logger.warning("%s; their rows are not used", message)
 
     def select(
         self, min_score: float = -np.inf, max_cycle_mm: float = np.inf, allowed: np.ndarray | None = None
@@ -215,15 +211,12 @@ class CorrespondenceTable:
         rows = np.concatenate(kept) if kept else np.zeros(0, index_type)
         return Selection(rows, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
-    def summary(self, min_score: float = -np.inf, max_cycle_mm: float = np.inf) -> dict:
-        """Plain counts for logs: rows, share that passes the thresholds, and how the passing rows spread over cases."""
-        per_case = self.select(min_score, max_cycle_mm).num_per_case
-        num_passing = int(per_case.sum())
+    def summary(self) -> dict:
+        """Plain counts for logs: rows, and how they spread over cases."""
+        per_case = np.diff(self.offsets)
         return {
             "num_rows": len(self),
             "num_cases": len(self.case_names),
-            "num_passing": num_passing,
-            "share_passing": num_passing / max(len(self), 1),
             "num_cases_without_rows": int((per_case == 0).sum()),
             "rows_per_case_min": int(per_case.min()),
             "rows_per_case_median": float(np.median(per_case)),

@@ -12,10 +12,10 @@ import numpy as np
 
 from datasets.lists.data_list import Case, DataListError, load_data_list
 from datasets.lists.label_classes import LabelClasses
-from datasets.lists.splits import choose_labelled, hold_out
+from datasets.lists.splits import choose_labelled, split_held_out
 from datasets.store.volumes import VolumeStore
 
-TISSUE_HU = -500  # background voxels below are air and lung, which any network tells from organs
+TISSUE_HU = -500  # background voxels below are air and lung, which any network distinguishes from organs
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def split_probe_cases(
                 f"{json_list}: {len(labelled)} of its cases have labels; a probe learns from one and is judged on "
                 "another (name a labelled list with --probe_json_list or --json_list)"
             )
-        taught, judged = hold_out(labelled, held_out_share, fold)
+        taught, judged = split_held_out(labelled, held_out_share, fold)
     taught = choose_labelled(taught, num_labelled, fold)
     return tuple(
         choose_labelled(cases, min(max_cases, len(cases)), fold) if max_cases else cases for cases in (taught, judged)

@@ -18,9 +18,7 @@ from datasets.store.format import (
     CaseRecord,
     StoreError,
     array_file,
-    check_file,
     check_spacing,
-    files_of,
     label_file,
     read_records,
     read_region,
@@ -128,11 +126,6 @@ class VolumeStore:
     def label_crop(self, name: str, start: Sequence[int], size: Sequence[int], fill: int = 0) -> np.ndarray:
         """The labels of `crop(name, start, size)`."""
         return self._crop(self._label_file(name), self.record(name), start, size, fill)
-
-    def verify(self, name: str) -> None:
-        """Read the case's files and compare their checksums with the manifest; StoreError where they differ."""
-        for path, checksum in files_of(self.record(name), self.store_dir):
-            check_file(path, checksum)
 
     def _label_file(self, name: str) -> Path:
         if not self.record(name).has_label:

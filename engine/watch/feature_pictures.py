@@ -98,8 +98,8 @@ def attention_figure(
             outline_token(columns[0], token, strides[0], size, plane)
             for axis, name, weights in zip(columns[1:], ("student", "teacher"), attention):
                 times = weights[view, row].reshape(asked).numpy() * weights.shape[-1]
-                told = f"{name} looks (at most {times.max():.2f}x uniform)"
-                draw_plane(axis, crop, plane, centre, voxel_mm, told)
+                title = f"{name} looks (at most {times.max():.2f}x uniform)"
+                draw_plane(axis, crop, plane, centre, voxel_mm, title)
                 draw_heat(axis, enlarge(times, size), plane, centre, voxel_mm)
         axes[view, 0].set_ylabel(title, fontsize=7)
     return figure

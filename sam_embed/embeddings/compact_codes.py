@@ -73,7 +73,7 @@ def blocks(length: int) -> Iterator[tuple[int, int]]:
 
 
 def squeeze(values: np.ndarray) -> Tensor:
-    """Bytes, Huffman-coded with runs, as uint8 [bytes]; a checksum tells damage.
+    """Bytes, Huffman-coded with runs, as uint8 [bytes]; a checksum shows damage.
 
     zlib's full search for repeats finds few in such noise and takes several times as long.
     """
@@ -129,8 +129,7 @@ def decoder_of_int8(parts: Parts, num_channels: int, num_vectors: int) -> Decode
 def pack_rows(codes: np.ndarray) -> tuple[np.ndarray, Parts]:
     """Rows of small whole numbers as bytes: two neighbours share one where all of a row lies in -7..7.
 
-    Half the bytes to code, in half the time; and neighbouring voxels resemble each other, which the Huffman code of
-    a pair makes use of (8 % on a trained network).
+    Half the bytes to code, in half the time; and the Huffman code of a pair profits from similar neighbours.
 
     Args:
         codes: int8 [K, N].

@@ -119,9 +119,9 @@ def stored_source(embed_dir: str | Path, name: str) -> str:
 
 
 def is_embedded(embed_dir: str | Path, name: str, fingerprint: str, source: str) -> bool:
-    """Whether a case is embedded by these weights and, as far as the two identities tell, from the CT as it is now.
+    """Whether a case is embedded by these weights and, as far as the two identities show, from the CT as it is now.
 
-    Only identities of one kind ("store:...", "file:...") can tell that a CT has changed.
+    Only identities of one kind ("store:...", "file:...") can show that a CT has changed.
     """
     header = _stored_header(embed_dir, name)
     stored = header.get("source", "")

@@ -17,8 +17,7 @@ from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.judging.baselines import Body, match_by_affine, match_by_box
 from sam_embed.matching.match import cycle_error_mm, match_points
 
-CLOSE_MM = 10.0
-FAR_MM = 30.0
+CLOSE_MM, CORRECT_MM, FAR_MM = 10.0, 15.0, 30.0
 CYCLE_LIMITS_MM = (5.0, 10.0, 20.0)
 
 Landmarks = dict[str, np.ndarray]
@@ -129,8 +128,7 @@ def summarise(results: Sequence[PairErrors]) -> dict:
 
     Returns:
         `num_cases`, `num_pairs`, `num_matches`, `num_unmatched` (landmarks outside of the embedded body); under each
-        method `median_mm`, `mean_mm`, `p90_mm`, `share_within_10mm`, `share_beyond_30mm`; under `cycle` the same for
-        the matches whose cycle error stays below a limit.
+        method `error_figures`; under `cycle` the same for the matches whose cycle error stays below a limit.
     """
     errors = {method: np.concatenate([result.error_mm[method] for result in results]) for method in results[0].error_mm}
     cycle = np.concatenate([result.cycle_mm for result in results])
@@ -142,24 +140,30 @@ def summarise(results: Sequence[PairErrors]) -> dict:
         "num_pairs": len(results),
         "num_matches": len(unmatched),
         "num_unmatched": int(unmatched.sum()),
-        **{method: _figures(values[~unmatched]) for method, values in errors.items()},
+        **{method: error_figures(values[~unmatched]) for method, values in errors.items()},
         "mean_score": float(np.nanmean(score)),
         "median_cycle_mm": float(np.nanmedian(cycle)),
         "cycle": {
-            name: {"share": float(chosen.mean()), **_figures(errors["sam"][chosen])} for name, chosen in limits.items()
+            name: {"share": float(chosen.mean()), **error_figures(errors["sam"][chosen])}
+            for name, chosen in limits.items()
         },
     }
 
 
-def _figures(errors_mm: np.ndarray) -> dict:
-    if not len(errors_mm):
-        return {}
+def error_figures(error_mm: np.ndarray) -> dict:
+    """`num_matches`, and of the errors [N] `median_mm`, `mean_mm`, `p90_mm`, `share_within_10mm`, `share_within_15mm`
+    and `share_beyond_30mm`; only the number where it is 0.
+    """
+    if not len(error_mm):
+        return {"num_matches": 0}
+    shares = {f"share_within_{limit:g}mm": float((error_mm <= limit).mean()) for limit in (CLOSE_MM, CORRECT_MM)}
     return {
-        "median_mm": float(np.median(errors_mm)),
-        "mean_mm": float(errors_mm.mean()),
-        "p90_mm": float(np.percentile(errors_mm, 90)),
-        "share_within_10mm": float((errors_mm <= CLOSE_MM).mean()),
-        "share_beyond_30mm": float((errors_mm > FAR_MM).mean()),
+        "num_matches": len(error_mm),
+        "median_mm": float(np.median(error_mm)),
+        "mean_mm": float(error_mm.mean()),
+        "p90_mm": float(np.percentile(error_mm, 90)),
+        **shares,
+        f"share_beyond_{FAR_MM:g}mm": float((error_mm > FAR_MM).mean()),
     }
 
 
@@ -170,5 +174,5 @@ def errors_by_landmark(results: Sequence[PairErrors]) -> dict[str, dict]:
         for name, error in zip(result.landmarks, result.error_mm["sam"]):
             if np.isfinite(error):
                 by_name.setdefault(name, []).append(float(error))
-    figures = {name: {"num_matches": len(values), **_figures(np.array(values))} for name, values in by_name.items()}
+    figures = {name: error_figures(np.array(values)) for name, values in by_name.items()}
     return dict(sorted(figures.items(), key=lambda item: -item[1]["median_mm"]))

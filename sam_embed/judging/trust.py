@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from datasets.samples.pairings import PairingOptions
+from sam_embed.judging.evaluate import CORRECT_MM, error_figures
 from sam_embed.judging.judge import Judged
 
-CORRECT_MM = 15.0
 WANTED_SHARE = 0.95
 GOALS = (0.80, 0.85, 0.90, 0.95, 0.97)  # beside the wanted share, to see what each costs
 MIN_KEPT_SHARE = 0.05  # thresholds that keep less are no use, and too few matches to measure on
@@ -48,17 +48,17 @@ class Thresholds:
         """bool [N]: which matches pass; one whose cycle error was not measured never does."""
         return (judged.score >= self.min_score) & (judged.cycle_mm <= self.max_cycle_mm)
 
-    def what_they_do(self) -> str:
+    def line(self) -> str:
         """The flags as main_ddp.py takes them, and the shares."""
         max_cycle_mm = "1e6" if self.max_cycle_mm == ANY_CYCLE_MM else f"{self.max_cycle_mm:g}"
         flags = f"--min_score {self.min_score:g} --max_cycle_mm {max_cycle_mm}"
         return f"{flags}: {self.correct:.1%} of matches within {CORRECT_MM:g} mm, keeps {self.kept:.0%}"
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """One line that also says when the wanted share is out of reach."""
         if self.is_reached:
-            return self.what_they_do()
-        return f"{self.wanted:.0%} cannot be reached; the most correct is {self.what_they_do()}"
+            return self.line()
+        return f"{self.wanted:.0%} cannot be reached; the most correct is {self.line()}"
 
 
 def choose_thresholds(judged: Judged, wanted: float = WANTED_SHARE) -> Thresholds:
@@ -134,7 +134,7 @@ def error_curve(values: np.ndarray, error_mm: np.ndarray, num_bins: int = NUM_BI
     """Errors in bins of equally many matches, in ascending order of `values` [N] (unmeasured ones are left out).
 
     Returns:
-        per bin: `from`, `to`, `middle` (the median value), `num_matches`, and `_figures` of the errors.
+        per bin: `from`, `to`, `middle` (the median value), `num_matches`, and `error_figures` of the errors.
     """
     known = np.isfinite(values)
     values, error_mm = values[known], error_mm[known]
@@ -144,20 +144,8 @@ def error_curve(values: np.ndarray, error_mm: np.ndarray, num_bins: int = NUM_BI
         if len(part):
             inside = values[part]
             place = {"from": float(inside[0]), "to": float(inside[-1]), "middle": float(np.median(inside))}
-            bins.append({**place, **figures(error_mm[part])})
+            bins.append({**place, **error_figures(error_mm[part])})
     return bins
-
-
-def figures(error_mm: np.ndarray) -> dict:
-    """`num_matches`, and of the errors `median_mm`, `p90_mm`, `share_within_15mm`; only the number where it is 0."""
-    if not len(error_mm):
-        return {"num_matches": 0}
-    return {
-        "num_matches": len(error_mm),
-        "median_mm": float(np.median(error_mm)),
-        "p90_mm": float(np.percentile(error_mm, 90)),
-        f"share_within_{CORRECT_MM:g}mm": float((error_mm <= CORRECT_MM).mean()),
-    }
 
 
 def by_group(judged: Judged, groups: np.ndarray, kept: np.ndarray) -> dict[str, dict]:
@@ -166,8 +154,8 @@ def by_group(judged: Judged, groups: np.ndarray, kept: np.ndarray) -> dict[str, 
     described = {}
     for name in names[np.argsort(-counts, kind="stable")]:
         mask = groups == name
-        passing = {"share": float(kept[mask].mean()), **figures(judged.error_mm[mask & kept])}
-        described[str(name)] = {**figures(judged.error_mm[mask]), "kept": passing}
+        passing = {"share": float(kept[mask].mean()), **error_figures(judged.error_mm[mask & kept])}
+        described[str(name)] = {**error_figures(judged.error_mm[mask]), "kept": passing}
     return described
 
 
@@ -175,17 +163,17 @@ def trust_report(judged: Judged, wanted: float = WANTED_SHARE) -> dict:
     """Everything about these matches, plain values fit for JSON.
 
     Returns:
-        `all` (figures), `share_possible`, `thresholds` (for the wanted share), `defaults` (what main_ddp.py's do),
+        `all` (`error_figures`), `share_possible`, `thresholds` (for the wanted share), `defaults` (main_ddp.py's),
         `on_other_cases` (`check_on_other_cases`), `goals` (thresholds for other shares), `by_region`, `by_structure`,
         `by_score` and `by_cycle_mm` (`error_curve`).
     """
     best = choose_thresholds(judged, wanted)
     kept = best.keeps(judged)
     return {
-        "all": figures(judged.error_mm),
+        "all": error_figures(judged.error_mm),
         "share_possible": float(judged.is_possible.mean()),
         "thresholds": dataclasses.asdict(best),
-        "in_words": best.in_words(),
+        "in_words": best.describe(),
         "defaults": dataclasses.asdict(
             try_thresholds(judged, PairingOptions.min_score, PairingOptions.max_cycle_mm, wanted)
         ),

@@ -7,7 +7,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from sam_embed.judging.trust import ANY_CYCLE_MM, ANY_SCORE, CORRECT_MM, Thresholds
+from sam_embed.judging.evaluate import CORRECT_MM
+from sam_embed.judging.trust import ANY_CYCLE_MM, ANY_SCORE, Thresholds
 
 MEDIAN_COLOUR, P90_COLOUR, SHARE_COLOUR = "#1f5fa8", "#7fb0e0", "#c2570c"
 TICKS_MM = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -42,7 +43,7 @@ def draw_trust(report: dict, what: str) -> Figure:
     right.set_ylabel(f"share within {CORRECT_MM:g} mm", color=SHARE_COLOUR)
     handles = [*panels[0].get_lines()[: len(LINES)], right.get_lines()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{what}\n{thresholds.in_words()}", fontsize=11)
+    figure.suptitle(f"{what}\n{thresholds.describe()}", fontsize=11)
     return figure
 
 

@@ -1,8 +1,9 @@
-"""Trust in words and tables: what `scripts/evaluate_matching.py` and `scripts/evaluate_pairs.py` print."""
+"""Trust in lines and tables: what `scripts/evaluate_matching.py` and `scripts/evaluate_pairs.py` print."""
 
 from collections.abc import Mapping, Sequence
 
-from sam_embed.judging.trust import CORRECT_MM, Thresholds
+from sam_embed.judging.evaluate import CORRECT_MM
+from sam_embed.judging.trust import Thresholds
 
 SHARE = f"share_within_{CORRECT_MM:g}mm"
 METHODS = {"sam": "SAM", "body_box": "same relative position in the body box", "body_affine": "affine fit of the body"}
@@ -15,7 +16,7 @@ def trust_lines(report: Mapping) -> list[str]:
         f"{title}: median {report[name]['median_mm']:.1f} mm, 90th percentile {report[name]['p90_mm']:.1f} mm, "
         f"{report[name]['share_within_10mm']:.0%} within 10 mm"
         for name, title in METHODS.items()
-        if report.get(name)
+        if report.get(name, {}).get("num_matches")
     ]
     lines = [f"{report['num_matches']:,} landmark matches between {report['num_cases']} cases", *methods]
     lines += ["", "Landmarks (mm):", *group_table(report["landmarks"]), *threshold_lines(report["landmarks"])]
@@ -38,15 +39,15 @@ def mined_lines(report: Mapping) -> list[str]:
 def threshold_lines(report: Mapping) -> list[str]:
     """The chosen thresholds, how they do on cases they were not chosen on, and what other shares would cost."""
     defaults = Thresholds(**report["defaults"])
-    lines = [report["in_words"], f"as main_ddp.py has them by default, {defaults.what_they_do()}"]
+    lines = [report["in_words"], f"as main_ddp.py has them by default, {defaults.line()}"]
     if other := report["on_other_cases"]:
         lines.append(
             f"chosen without a case and tried on it: {other['correct']:.1%} within {CORRECT_MM:g} mm, keeps "
             f"{other['kept']:.0%}"
         )
     for goal in report["goals"]:
-        words = Thresholds(**goal).in_words() if goal["is_reached"] else "cannot be reached"
-        lines.append(f"  for {goal['wanted']:.0%}: {words}")
+        line = Thresholds(**goal).describe() if goal["is_reached"] else "cannot be reached"
+        lines.append(f"  for {goal['wanted']:.0%}: {line}")
     return lines
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -239,29 +240,14 @@ def stream(draw: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(draw * 4 + purpose)
 
 
-class _Gather(torch.autograd.Function):
-    """Join a tensor of every rank along the first axis; the gradient is summed over ranks and cut again."""
-
-    @staticmethod
-    def forward(ctx, mine: Tensor) -> Tensor:
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, mine.contiguous())
-        ctx.num_mine = len(mine)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        begin = dist.get_rank() * ctx.num_mine
-        return gradient[begin : begin + ctx.num_mine]
-
-
 def gather_with_gradient(mine: Tensor) -> Tensor:
-    """The tensors of all ranks (equal shapes) joined along the first axis; without a process group, `mine` itself."""
+    """The tensors of all ranks (equal shapes) joined along the first axis, whose gradients are summed over ranks.
+
+    Without a process group, `mine` itself.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return mine
-    return _Gather.apply(mine)
+    return torch.cat(dist.nn.functional.all_gather(mine.contiguous()))
 
 
 class SamLoss(torch.nn.Module):

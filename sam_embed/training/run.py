@@ -20,7 +20,7 @@ from datasets.ct.nifti import Volume
 from sam_embed.checkpoint import CheckpointError, EmbedderInfo, embedder_checkpoint
 from sam_embed.embeddings.embed import embed_volume
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.judging.evaluate import CLOSE_MM, Landmarks, evaluate_pairs, summarise
+from sam_embed.judging.evaluate import Landmarks, error_figures, evaluate_pairs, summarise
 from sam_embed.matching.match import cycle_error_mm, match_points
 from sam_embed.network import AnatomicalEmbedder, NetworkOptions
 
@@ -162,15 +162,13 @@ class Validator:
             name: embed_volume(network, volume, info, self.memory_mb, name) for name, volume in self.volumes.items()
         }
         if self.landmarks is not None:
+            kind = "error"
             figures = summarise(evaluate_pairs(embeddings.__getitem__, self.landmarks, show_progress=False))["sam"]
-            return {f"error_{name}": figures[name] for name in ("median_mm", "p90_mm", "share_within_10mm")}
-        pairs = itertools.permutations(embeddings.values(), 2)
-        errors = np.concatenate([self._cycle_errors(query, key) for query, key in pairs])
-        return {
-            "cycle_median_mm": float(np.median(errors)),
-            "cycle_p90_mm": float(np.percentile(errors, 90)),
-            "cycle_share_within_10mm": float(np.mean(errors <= CLOSE_MM)),
-        }
+        else:
+            kind, pairs = "cycle", itertools.permutations(embeddings.values(), 2)
+            figures = error_figures(np.concatenate([self._cycle_errors(query, key) for query, key in pairs]))
+        shown = ("median_mm", "p90_mm", "share_within_10mm")
+        return {f"{kind}_{name}": figures.get(name, float("nan")) for name in shown}
 
     def _cycle_errors(self, query: Embedding, key: Embedding) -> np.ndarray:
         points = self._points_in_body(query.name)

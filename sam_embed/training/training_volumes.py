@@ -1,7 +1,7 @@
 """The volumes that SAM trains on, on its grid: made once, kept on disk, mapped into memory by every process.
 
-One file per case, `<grid_dir>/<case>.safetensors`: the body's box in int16 HU, its mask in bits, and a header that
-tells the grid and the CT it was made from. Ranks share the making; the pages that they read are shared too, so that a
+One file per case, `<grid_dir>/<case>.safetensors`: the body's box in int16 HU, its mask in bits, and a header with
+the grid and the CT it was made from. Ranks share the making; the pages that they read are shared too, so that a
 corpus larger than memory serves any number of ranks and loading processes.
 """
 
