@@ -5,6 +5,7 @@ collective here tolerates a missing group and then returns what one process alon
 losses' own reductions touch `torch.distributed`.
 """
 
+import inspect
 import os
 import time
 import uuid
@@ -14,7 +15,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.device import keep_freed_memory, make_cpu_repeatable, pick_device
 
@@ -113,6 +116,20 @@ def stop() -> None:
 def has_group() -> bool:
     """Whether several processes (or a group of one) work together."""
     return dist.is_available() and dist.is_initialized()
+
+
+def wrap(module: nn.Module, world: World) -> nn.Module:
+    """DDP around a module where there is a process group, else the module itself.
+
+    DDP reads `requires_grad` once: wrap again after freezing or unfreezing parameters. Buffers are not synchronised.
+    """
+    if not has_group():
+        return module
+    # Newer PyTorch calls the switch for buffers by another name.
+    names = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **{switch: False})
 
 
 def wait_for_all(world: World) -> None:

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from datasets.lists.data_list import Case, load_data_list
 from datasets.lists.label_classes import BUILT_IN, LabelClasses, read_classes
@@ -339,7 +338,7 @@ def train(flags, plan: Plan, store: VolumeStore, run: FinetuneRun, options: Fine
     weights = rare_class_weights(dataset.count_voxels()).to(world.device) if flags.class_weights == "rare" else None
     return finetune(
         run,
-        lambda network: wrap(network, world),
+        lambda network: distributed.wrap(network, world),
         make_dice_ce(weights),
         iter(loader),
         lr,
@@ -349,14 +348,6 @@ def train(flags, plan: Plan, store: VolumeStore, run: FinetuneRun, options: Fine
         world,
         log,
     )
-
-
-def wrap(network: nn.Module, world: World) -> nn.Module:
-    """DDP around the network where there is a process group."""
-    if not distributed.has_group():
-        return network
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def evaluate_best(flags, plan: Plan, store: VolumeStore, precision: str, world: World) -> None:
