@@ -93,7 +93,7 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> 
     except WeightsError as error:
         raise CheckpointError(f"{path}: does not fit {built}: none of its keys fits by name and shape") from error
     if report.misshapen or report.unexpected:
-        raise CheckpointError(f"does not fit {built}: {report.tell()}")
+        raise CheckpointError(f"does not fit {built}: {report.describe()}")
     counts = {part: report.counts(prefixes) for part, prefixes in parts.items()}
     shares = ", ".join(f"{part} {matched}/{wanted}" for part, (matched, wanted) in counts.items())
     told = f"{built}: {shares} keys matched"

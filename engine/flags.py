@@ -178,6 +178,50 @@ def attribute_texts(Options: type) -> dict[str, str]:
     return texts
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions:
+    """Where and in which number format networks run; see `engine.device.pick_device` and `pick_precision`.
+
+    Attributes:
+        device: auto = CUDA where there is one
+        precision: auto = bf16 on CUDA that has it, else fp32
+    """
+
+    device: typing.Literal["auto", "cpu", "cuda"] = "auto"
+    precision: typing.Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+class FlagChecks:
+    """Collects the mistakes in the values of flags, so that `finish` reports all of them in one error.
+
+    Args:
+        options: has the flags as attributes.
+    """
+
+    def __init__(self, options: object) -> None:
+        self.options = options
+        self.problems: list[str] = []
+
+    def expect(self, is_right: bool, names: str, expected: str) -> None:
+        """Note the flags `names` (separated by spaces) with their values unless `is_right`."""
+        if not is_right:
+            received = ", ".join(f"--{name} {getattr(self.options, name)}" for name in names.split())
+            self.problems.append(f"{received}: expected {expected}")
+
+    def expect_each(self, is_right: Callable[[float], bool], names: str, expected: str) -> None:
+        """`expect` for each flag of `names` alone; None (unset) is right."""
+        for name in names.split():
+            value = getattr(self.options, name)
+            self.expect(value is None or is_right(value), name, expected)
+
+    def finish(self) -> None:
+        """Raise ValueError with all mistakes, if there are any."""
+        if len(self.problems) == 1:
+            raise ValueError(self.problems[0])
+        if self.problems:
+            raise ValueError(f"{len(self.problems)} flags need a change:\n  - " + "\n  - ".join(self.problems))
+
+
 def available_cpus() -> int:
     """CPU cores that this process may use: fewer than the machine has where Slurm or a cpuset grants a part."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -58,7 +58,7 @@ class LoadReport:
         loaded = sum(key.startswith(prefixes) for key in self.loaded)
         return loaded, loaded + sum(key.startswith(prefixes) for key in self.missing + self.misshapen)
 
-    def tell(self) -> str:
+    def describe(self) -> str:
         """One line for people."""
         num_wanted = len(self.loaded) + len(self.missing) + len(self.misshapen)
         text = f"{self.path}: {len(self.loaded)} of {num_wanted} keys of the {self.part} network loaded"
@@ -120,7 +120,7 @@ def load_pretrained(
         if encoder and set(report.loaded) == set(encoder) and not misshapen:
             advice = "The file holds an encoder only: load it with --weights_part encoder"
         raise WeightsError(
-            f"{report.tell()}: that is {report.share:.0%}, less than the {min_share:.0%} that must fit. {advice}"
+            f"{report.describe()}: that is {report.share:.0%}, less than the {min_share:.0%} that must fit. {advice}"
         )
     model.load_state_dict(own | fitting)
     return report

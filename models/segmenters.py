@@ -5,7 +5,7 @@ by name. Beside the network, finetuning must know which keys are the encoder (to
 weight lies (to let early layers move less, as BEiT's finetuning does).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from monai.networks.nets import SwinUNETR
@@ -117,16 +117,15 @@ def count_parameters(network: nn.Module) -> tuple[int, int]:
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
-def freeze(network: nn.Module, keys: list[str]) -> list[nn.Parameter]:
-    """Stop gradients to the named parameters; returns them.
+def freeze(network: nn.Module, keys: Collection[str], is_frozen: bool = True) -> None:
+    """Stop gradients to the parameters named in `keys`, or let them flow again.
 
     Raises:
         ValueError: none of the keys is a parameter.
     """
     wanted = set(keys)
-    frozen = [parameter for name, parameter in network.named_parameters() if name in wanted]
-    if not frozen:
+    chosen = [parameter for name, parameter in network.named_parameters() if name in wanted]
+    if not chosen:
         raise ValueError("--freeze_encoder_steps: no encoder weights were loaded, so there is nothing to freeze")
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return frozen
+    for parameter in chosen:
+        parameter.requires_grad_(not is_frozen)

@@ -16,12 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
+from datasets.store.volumes import VolumeStore
 from engine import distributed
-from engine.device import pick_precision
-from engine.flags import RunInfo, add_switch, make_parser, run_main
+from engine.flags import DeviceOptions, RunInfo, add_options, add_switch, make_parser, run_main
+from engine.segmentation.evaluation import evaluate_files, labelled_cases
+from engine.segmentation.flags import EvaluationOptions
 from engine.segmentation.report import TABLE, write_joined
-from engine.segmentation.segmenter import judge_on_files, labelled_cases, open_segmenter, usable_store
+from engine.segmentation.segmenter import open_segmenter
 
 
 def make_flags():
@@ -31,17 +32,13 @@ def make_flags():
     add("--checkpoint_file", type=str, default="", help="best.pth of a finetuning run")
     add("--data_dir", type=str, default="", help="folder that the data list's paths start from")
     add("--json_list", type=str, default="", help="Decathlon data list with labels")
-    add("--section", type=str, default="validation", help="section of the data list")
     add("--store_dir", type=str, default="", help="volume store at the network's spacing, saves time; empty = none")
     add("--output_dir", type=str, required=True, help="cases.csv, results.md, results.json, pictures, run.json")
     add("--join", type=str, nargs="+", default=[], help="evaluation folders to join into one table, instead of judging")
-    add("--nsd_mm", type=float, default=2.0, help="tolerance of the normalised surface distance, mm; 0 = leave it out")
-    add("--overlap", type=float, default=0.5, help="overlap of windows, 0 to below 1")
-    add("--window_batch", type=int, default=2, help="windows per forward pass")
+    add_options(parser, EvaluationOptions)
     add_switch(parser, "--pictures", True, "draw the worst and the best case")
     add_switch(parser, "--save_predictions", False, "write every label map to OUTPUT_DIR/predictions")
-    add("--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one")
-    add("--precision", type=str, choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto = bf16 on CUDA")
+    add_options(parser, DeviceOptions)
     add("--dist_timeout_min", type=float, default=60.0, help="minutes that a rank waits for the others")
     return parser
 
@@ -57,19 +54,18 @@ def main(argv: list[str] | None = None) -> None:
     if missing:
         raise ValueError(f"{', '.join(missing)}: not given (or --join for existing evaluations)")
     world = distributed.start(flags.device, flags.dist_timeout_min)
-    segmenter = open_segmenter(flags.checkpoint_file, world.device)
-    options = segmenter.window_options(flags.overlap, flags.window_batch, pick_precision(flags.precision, world.device))
+    segmenter = open_segmenter(flags.checkpoint_file, world.device, flags.overlap, flags.window_batch, flags.precision)
     cases = labelled_cases(flags.json_list, flags.data_dir, flags.section)
-    store = usable_store(flags.store_dir, segmenter.preprocessing.spacing_mm)
+    spacing_mm, output_dir = segmenter.spacing_mm or "native", Path(flags.output_dir)
+    store = VolumeStore(flags.store_dir, expected_spacing_mm=spacing_mm) if flags.store_dir else None
     if world.is_main:
-        RunInfo.collect(flags).write(flags.output_dir)
-    description = {"checkpoint": flags.checkpoint_file, "section": flags.section}
-    judge_on_files(
-        segmenter, cases, store, options, world, flags.nsd_mm, flags.output_dir, description, flags.pictures,
-        flags.save_predictions,
-    )  # fmt: skip
+        RunInfo.collect(flags).write(output_dir)
+    predictions_dir = output_dir / "predictions" if flags.save_predictions else None
+    judged = evaluate_files(segmenter, cases, store, world, flags.nsd_mm, flags.pictures, predictions_dir)
     if world.is_main:
-        print((Path(flags.output_dir) / TABLE).read_text())
+        description = {"checkpoint": flags.checkpoint_file, "section": flags.section}
+        judged.write(output_dir, segmenter.classes.names, description | {"NSD tolerance in mm": flags.nsd_mm})
+        print((output_dir / TABLE).read_text())
     distributed.stop()
 
 

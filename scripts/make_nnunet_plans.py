@@ -22,7 +22,7 @@ import jsonargparse
 from datasets.store.files import write_text
 from datasets.store.format import spacing_text
 from engine.flags import REPOSITORY, make_parser, run_main
-from engine.segmentation.setup import AXCODES, DEFAULTS, settle_network, settle_preprocessing
+from engine.segmentation.setup import AXCODES, resolve_setup
 from models.nnunet import READER
 from models.pretrained import PARTS
 from models.segmenters import SEGMENTERS
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if target == source:
         raise ValueError(f"--plans_name {flags.plans_name} would overwrite --plans {source}; give another name")
     write_text(target, json.dumps(made, indent=4) + "\n")
-    print(tell(made, plans, flags, target))
+    print(describe(made, plans, flags, target))
 
 
 def read_plans(path: Path, configuration: str) -> dict:
@@ -96,28 +96,25 @@ def make_plans(plans: dict, flags: jsonargparse.Namespace, description: dict) ->
     known = description["preprocessing"]
     if known.get("axcodes") != AXCODES:
         raise ValueError(f"--weights {flags.weights}: axis order {known.get('axcodes')}, expected {AXCODES}")
-    given = {**dict.fromkeys(DEFAULTS), "roi": flags.patch_size}
-    settled, _ = settle_preprocessing(given, known)
-    backbone, feature_size, _ = settle_network(None, None, description["backbone"])
-    if backbone not in SEGMENTERS:
-        raise ValueError(f"--weights {flags.weights}: backbone {backbone!r}, expected {', '.join(SEGMENTERS)}")
-    SEGMENTERS[backbone].check_sizes(feature_size, settled.roi)
+    setup = resolve_setup(description, {"roi": flags.patch_size}, SEGMENTERS)
+    wanted = setup.preprocessing
+    SEGMENTERS[setup.backbone].check_sizes(setup.feature_size, wanted.roi)
     made = copy.deepcopy(plans)
     configuration = made["configurations"][flags.configuration]
     in_file_order = in_reader_order(plans, configuration["spacing"])
-    spacing = in_file_order if settled.spacing_mm is None else list(settled.spacing_mm)
+    spacing = in_file_order if wanted.spacing_mm is None else list(wanted.spacing_mm)
     shape = in_reader_order(plans, configuration["median_image_size_in_voxels"])
     configuration |= {
         "data_identifier": f"{flags.plans_name}_{flags.configuration}",
         "spacing": spacing,
-        "patch_size": list(settled.roi),
+        "patch_size": list(wanted.roi),
         "batch_size": flags.batch_size or configuration["batch_size"],
         "median_image_size_in_voxels": [n * old / new for n, old, new in zip(shape, in_file_order, spacing)],
         "alice": {
             "weights": str(Path(flags.weights).resolve()),
             "part": flags.weights_part,
-            "backbone": backbone,
-            "feature_size": feature_size,
+            "backbone": setup.backbone,
+            "feature_size": setup.feature_size,
         },
     }
     made |= {
@@ -130,8 +127,8 @@ def make_plans(plans: dict, flags: jsonargparse.Namespace, description: dict) ->
     for name in ("original_median_spacing_after_transp", "original_median_shape_after_transp"):
         made[name] = in_reader_order(plans, plans[name])
     # CTNormalization clips to the percentiles, subtracts the mean and divides by the deviation: this is [0, 1].
-    window = {"percentile_00_5": settled.hu_min, "percentile_99_5": settled.hu_max}
-    window |= {"mean": settled.hu_min, "std": settled.hu_max - settled.hu_min}
+    window = {"percentile_00_5": wanted.hu_min, "percentile_99_5": wanted.hu_max}
+    window |= {"mean": wanted.hu_min, "std": wanted.hu_max - wanted.hu_min}
     properties = made["foreground_intensity_properties_per_channel"]
     properties["0"] = properties["0"] | window
     return made
@@ -142,7 +139,7 @@ def in_reader_order(plans: dict, values: list[float]) -> list[float]:
     return [values[axis] for axis in plans["transpose_backward"]]
 
 
-def tell(made: dict, plans: dict, flags: jsonargparse.Namespace, target: Path) -> str:
+def describe(made: dict, plans: dict, flags: jsonargparse.Namespace, target: Path) -> str:
     """What was written, and how to go on."""
     now, before = (each["configurations"][flags.configuration] for each in (made, plans))
     spacing, patch = (in_reader_order(plans, before[name]) for name in ("spacing", "patch_size"))

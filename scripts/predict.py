@@ -16,10 +16,10 @@ import numpy as np
 
 from datasets.ct.file_grid import read_file_grid, write_label_like
 from datasets.ct.nifti import read_ct
-from engine.device import pick_device, pick_precision
-from engine.flags import make_parser, run_main
-from engine.segmentation.segmenter import on_network_grid, open_segmenter
-from engine.segmentation.sliding_window import segment_volume
+from engine.device import pick_device
+from engine.flags import DeviceOptions, add_options, make_parser, run_main
+from engine.segmentation.segmenter import open_segmenter
+from engine.segmentation.sliding_window import WindowOptions
 
 
 def make_flags():
@@ -28,14 +28,8 @@ def make_flags():
     parser.add_argument("image", type=str, help="CT to segment, .nii or .nii.gz")
     parser.add_argument("output", type=str, help="label map to write, .nii or .nii.gz")
     parser.add_argument("--checkpoint_file", type=str, required=True, help="best.pth of a finetuning run")
-    parser.add_argument("--overlap", type=float, default=0.5, help="overlap of windows, 0 to below 1")
-    parser.add_argument("--window_batch", type=int, default=1, help="windows per forward pass")
-    parser.add_argument(
-        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one"
-    )
-    parser.add_argument(
-        "--precision", type=str, choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto = bf16 on CUDA"
-    )
+    add_options(parser, WindowOptions, {"window_batch": 1})
+    add_options(parser, DeviceOptions)
     return parser
 
 
@@ -44,11 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     if not flags.output.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{flags.output}: expected a name ending in .nii or .nii.gz")
     device = pick_device(flags.device, 0)
-    segmenter = open_segmenter(flags.checkpoint_file, device)
-    options = segmenter.window_options(flags.overlap, flags.window_batch, pick_precision(flags.precision, device))
+    segmenter = open_segmenter(flags.checkpoint_file, device, flags.overlap, flags.window_batch, flags.precision)
     volume, grid = read_ct(flags.image), read_file_grid(flags.image)
-    hu, affine = on_network_grid(volume, segmenter.preprocessing.spacing_mm)
-    found = segment_volume(segmenter.network, hu, affine, volume.shape, volume.affine, options, device)
+    found = segmenter.segment(segmenter.on_own_grid(volume), volume)
     write_label_like(flags.output, segmenter.classes.to_values(found), grid)
     voxel_ml = float(np.prod(volume.spacing_mm)) / 1000
     counts = np.bincount(found.ravel(), minlength=len(segmenter.classes))

@@ -23,12 +23,12 @@ import torch
 from datasets.lists.label_classes import BUILT_IN, read_classes
 from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
 from datasets.store.files import write_text
-from datasets.store.volumes import VolumeStore, build_store, parse_spacing
+from datasets.store.volumes import VolumeStore, build_store
 from engine.checkpoint import load_checkpoint
 from engine.device import pick_device, pick_precision
-from engine.flags import RunInfo, make_parser, run_main
+from engine.flags import DeviceOptions, RunInfo, add_options, make_parser, options_of, run_main
 from engine.run import KIND
-from engine.segmentation.setup import Preprocessing, settle_network, settle_preprocessing
+from engine.segmentation.setup import Setup, resolve_setup
 from engine.watch.probe import ProbeOptions, probe_encoder
 from engine.watch.probe_report import RANDOM_PREFIX, probe_table, with_random_mean
 from engine.weights import extract
@@ -57,20 +57,11 @@ def make_flags():
     data("--held_out_share", type=float, default=0.3, help="of labelled cases that judge, where the list does not say")
     data("--num_voxels", type=int, default=50, help="voxels per case and class")
     data("--seed", type=int, default=0, help="draws the voxels and the random networks")
-    probe = parser.add_argument_group("Probes").add_argument
-    probe("--strides", type=int, nargs="*", default=[], help="encoder maps to join, by stride in voxels; empty = all")
-    probe("--overlap", type=float, default=ProbeOptions.overlap, help="overlap of windows, 0 to below 1")
-    probe("--num_neighbours", type=int, default=ProbeOptions.num_neighbours, help="of the k-NN probe")
-    probe("--temperature", type=float, default=ProbeOptions.temperature, help="of the k-NN probe's votes")
-    probe("--weight_decay", type=float, default=ProbeOptions.weight_decay, help="of the linear probe; 0 = off")
-    probe("--window_batch", type=int, default=2, help="windows per forward pass")
-    running = parser.add_argument_group("Running").add_argument
-    running("--output", type=str, required=True, help="JSON file to write; the table goes beside it as .txt")
-    running(
-        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one"
-    )
-    running("--precision", type=str, choices=["auto", "fp32", "bf16"], default="auto", help="auto = bf16 on CUDA")
-    running("--num_workers", type=int, default=2, help="processes that add cases to the store")
+    add_options(parser.add_argument_group("Probes"), ProbeOptions)
+    running = parser.add_argument_group("Running")
+    running.add_argument("--output", type=str, required=True, help="JSON file; the table goes beside it as .txt")
+    add_options(running, DeviceOptions)
+    running.add_argument("--num_workers", type=int, default=2, help="processes that add cases to the store")
     return parser
 
 
@@ -78,13 +69,13 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     check_flags(flags)
     files = {path: read_encoder(path, flags.checkpoint_key) for path in flags.weights}
-    backbone, feature_size, known = settle(flags, files)
-    voxels = open_voxels(flags, known)
-    results = probe_networks(flags, files, backbone, feature_size, known, voxels)
+    setup = common_setup(flags, files)
+    voxels = open_voxels(flags, setup.preprocessing.spacing_mm)
+    results = probe_networks(flags, files, setup, voxels)
     report = {
         "commit": RunInfo.collect(flags).commit,
-        "backbone": {"name": backbone, "feature_size": feature_size},
-        "preprocessing": known.as_dict(),
+        "backbone": {"name": setup.backbone, "feature_size": setup.feature_size},
+        "preprocessing": setup.preprocessing.as_dict(),
         "classes": list(voxels.classes.names),
         "cases": {"taught": [case.name for case in voxels.taught], "judged": [case.name for case in voxels.judged]},
         "num_voxels": {side: sum(len(c.voxels) for c in getattr(voxels, side)) for side in ("taught", "judged")},
@@ -97,27 +88,18 @@ def main(argv: list[str] | None = None) -> None:
     print(table)
 
 
-def probe_networks(
-    flags, files: dict[str, WeightsFile], backbone: str, feature_size: int, known: Preprocessing, voxels: ProbeVoxels
-) -> dict[str, dict]:
+def probe_networks(flags, files: dict[str, WeightsFile], setup: Setup, voxels: ProbeVoxels) -> dict[str, dict]:
     """Scores of the weights by their path, and of randomly initialised networks, in plain values."""
-    device = pick_device(flags.device, 0)
-    shared = ("overlap", "window_batch", "num_neighbours", "temperature", "weight_decay")
-    options = ProbeOptions(
-        roi=known.roi,
-        hu_min=known.hu_min,
-        hu_max=known.hu_max,
-        strides=tuple(flags.strides),
-        precision=pick_precision(flags.precision, device),
-        **{name: getattr(flags, name) for name in shared},
-    )
+    device, known = pick_device(flags.device, 0), setup.preprocessing
+    windows = {"roi": known.roi, "hu_min": known.hu_min, "hu_max": known.hu_max}
+    options = options_of(flags, ProbeOptions, **windows, precision=pick_precision(flags.precision, device))
     random = {f"{RANDOM_PREFIX}{index}": flags.seed + index for index in range(flags.num_random)}
     results = {}
     for name in [*files, *random]:
         torch.manual_seed(random.get(name, flags.seed))
-        network = BACKBONES[backbone](feature_size, known.roi, None, False).to(device).eval()
+        network = BACKBONES[setup.backbone](setup.feature_size, known.roi, None, False).to(device).eval()
         if name in files:
-            print(load_pretrained(network.network, files[name], flags.min_share).tell(), flush=True)
+            print(load_pretrained(network.network, files[name], flags.min_share).describe(), flush=True)
         started = time.perf_counter()
         scores = probe_encoder(network.encode, voxels, options, device, progress=name)
         results[name] = {probe: dataclasses.asdict(found) for probe, found in scores.items()}
@@ -147,41 +129,36 @@ def read_encoder(path: str, key: str) -> WeightsFile:
     return WeightsFile(path, extract(load_checkpoint(path, KIND), key, False, path), file.description)
 
 
-def settle(flags, files: dict[str, WeightsFile]) -> tuple[str, int, Preprocessing]:
+def common_setup(flags, files: dict[str, WeightsFile]) -> Setup:
     """Network and preprocessing: what the weights say, which must be the same for all of them.
 
     Raises:
         ValueError: weights that were trained differently, or an unknown backbone.
     """
-    settled = []
-    for path, file in files.items() or [("", WeightsFile("", {}))]:
-        has_store = (Path(flags.store_dir) / "store.json").exists()
-        spacing = VolumeStore(flags.store_dir, names=()).spacing_mm or "native" if has_store else None
-        known, notes = settle_preprocessing({}, file.description.get("preprocessing", {}), spacing)
-        name, size, more = settle_network(flags.backbone, flags.feature_size, file.description.get("backbone", {}))
-        for note in notes + more:
+    given = {"backbone": flags.backbone, "feature_size": flags.feature_size}
+    descriptions = {path: file.description for path, file in files.items()} or {"": {}}
+    setups = {path: resolve_setup(text, given, BACKBONES, flags.store_dir) for path, text in descriptions.items()}
+    for path, setup in setups.items():
+        for note in setup.notes:
             print(f"warning: {path}: {note}", flush=True)
-        settled.append((name, size, known))
-    if any(one != settled[0] for one in settled[1:]):
+    first, *others = setups.values()
+    if any(other != first for other in others):
         raise ValueError(
             f"--weights {' '.join(files)}: other backbones, voxel sizes, HU windows or crops; probe them apart"
         )
-    if settled[0][0] not in BACKBONES:
-        raise ValueError(f"--backbone {settled[0][0]}: known are {', '.join(BACKBONES)}")
-    return settled[0]
+    return first
 
 
-def open_voxels(flags, known: Preprocessing) -> ProbeVoxels:
+def open_voxels(flags, spacing_mm: tuple[float, float, float] | None) -> ProbeVoxels:
     """Split the labelled cases, store those that are not stored yet, and draw the voxels."""
     taught, judged = split_probe_cases(
         flags.json_list, flags.data_dir, flags.num_labelled, flags.fold, flags.held_out_share
     )
     classes = read_classes(flags.json_list, flags.classes)
-    report = build_store([*taught, *judged], flags.store_dir, known.spacing_mm, num_workers=max(1, flags.num_workers))
+    report = build_store([*taught, *judged], flags.store_dir, spacing_mm, num_workers=max(1, flags.num_workers))
     for name, reason in report.failed.items():
         print(f"left out: {name}: {reason}", flush=True)
-    spacing = parse_spacing(known.as_dict()["spacing_mm"]) or "native"
-    store = VolumeStore(flags.store_dir, expected_spacing_mm=spacing)
+    store = VolumeStore(flags.store_dir, expected_spacing_mm=spacing_mm or "native")
     return choose_probe_voxels(store, classes, taught, judged, flags.num_voxels, flags.seed)
 
 

@@ -21,8 +21,8 @@ from datasets.samples.dataset import PairedCropDataset
 from datasets.store.files import write_text
 from datasets.store.volumes import VolumeStore
 from engine.flags import RunInfo, git_commit, make_parser, run_main
+from engine.segmentation.evaluation import EVALUATION, OVERLAY
 from engine.segmentation.report import SUMMARY
-from engine.segmentation.segmenter import EVALUATION, OVERLAY
 from engine.watch.sample_sheet import draw_pair_sheet
 from sam_embed.embeddings.embedding_store import load_embedding
 from sam_embed.judging.evaluate import evaluate_pairs, load_landmarks

@@ -19,7 +19,7 @@ import scripts.finetune_segmentation as command
 from datasets.ct.nifti import CTReadError
 from engine.checkpoint import LATEST, PREVIOUS, CheckpointError, load_checkpoint
 from engine.distributed import World
-from engine.flags import flags_as_dict
+from engine.flags import flags_as_dict, options_of
 from engine.run_folder import LOCK
 from engine.signals import EXIT_INTERRUPTED
 from engine.weights import save_weights
@@ -181,7 +181,7 @@ def test_every_rank_goes_on_from_what_rank_0_chose(finished, corpus, monkeypatch
     flags = command.make_flags().parse_args(finetune_arguments(corpus, finished))
     description = load_checkpoint(finished / LATEST) | {"flags": flags_as_dict(flags)}
     monkeypatch.setattr(engine.checkpoint, "main_decides", lambda world, decide: str(finished / PREVIOUS))
-    state, path = command.find_start(flags, description, World(rank=1, size=2))
+    state, path = command.find_start(options_of(flags, command.FinetuneOptions), description, World(rank=1, size=2))
     assert path == finished / PREVIOUS and state["step"] < 4
 
 

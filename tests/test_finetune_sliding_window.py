@@ -54,7 +54,7 @@ def test_windows_cover_an_axis_and_overlap_as_asked(size, side, overlap):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_slices_equal_the_obvious_sum_over_the_whole_volume(shape, batch_size):
     roi, hu = (8, 12, 10), hu_volume(shape)
-    options = WindowOptions(roi, overlap=0.5, batch_size=batch_size)
+    options = WindowOptions(roi, overlap=0.5, window_batch=batch_size)
     slices = torch.stack(list(probability_slices(shift_network, torch.from_numpy(hu), options, CPU)), dim=1)
     padded = [max(size, side) for size, side in zip(shape, roi)]
     before = [(p - s) // 2 for p, s in zip(padded, shape)]
@@ -72,9 +72,9 @@ def test_slices_equal_the_obvious_sum_over_the_whole_volume(shape, batch_size):
     torch.testing.assert_close(slices.sum(0), torch.ones(shape), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("overlap", 1.0), ("batch_size", 0)])
+@pytest.mark.parametrize(("name", "value"), [("overlap", 1.0), ("window_batch", 0)])
 def test_options_out_of_range_name_their_flag(name, value):
-    with pytest.raises(ValueError, match={"overlap": "--overlap 1.0", "batch_size": "--window_batch 0"}[name]):
+    with pytest.raises(ValueError, match={"overlap": "--overlap 1.0", "window_batch": "--window_batch 0"}[name]):
         WindowOptions((8, 8, 8), **{name: value})
 
 

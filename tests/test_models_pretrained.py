@@ -64,7 +64,7 @@ def test_encoder_loads_from_our_files(name, files, encoder):
         assert torch.equal(value, encoder[key] if key in encoder else before[key]), key
     assert len(report.unexpected) == (0 if name == "encoder.pth" else 20), "the decoder is left alone"
     assert report.description == DESCRIPTION
-    assert "137 of 137 keys of the encoder loaded" in report.tell()
+    assert "137 of 137 keys of the encoder loaded" in report.describe()
 
 
 def test_whole_network_loads_and_an_encoder_alone_is_refused_for_it(files, source):
@@ -101,7 +101,7 @@ SPELLINGS = {
 def test_other_spellings_are_found_out(spelling, encoder, tmp_path):
     torch.save(SPELLINGS[spelling](encoder), tmp_path / "weights.pt")
     report = load_pretrained(swin(), tmp_path / "weights.pt")
-    assert len(report.matched) == 137, report.tell()
+    assert len(report.matched) == 137, report.describe()
 
 
 def test_bare_swin_transformer_of_monais_own_pretraining(encoder, tmp_path):
@@ -235,8 +235,11 @@ def test_layer_decay_and_freezing():
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
     last = next(group for group in groups if any(p is network.out.conv.conv.weight for p in group["params"]))
     assert last["lr_scale"] == 1 and last["is_decayed"]
-    frozen = freeze(network, [name for name, _ in network.named_parameters() if name.startswith("encoder.")])
-    assert not any(p.requires_grad for p in frozen) and network.out.conv.conv.weight.requires_grad
+    encoder = {name: p for name, p in network.named_parameters() if name.startswith("encoder.")}
+    freeze(network, encoder)
+    assert not any(p.requires_grad for p in encoder.values()) and network.out.conv.conv.weight.requires_grad
+    freeze(network, encoder, is_frozen=False)
+    assert all(p.requires_grad for p in network.parameters())
     with pytest.raises(ValueError, match="--layer_decay"):
         layer_groups(network, kind, 0.0, lambda name, p: True)
     with pytest.raises(ValueError, match="nothing to freeze"):

@@ -4,18 +4,28 @@ A case brings a volume on the network's grid and the truth on the file's own gri
 its probabilities are brought to the second, and Dice and NSD are taken there, in the file's own spacing.
 """
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from torch import nn
 from tqdm import tqdm
 
+from datasets.ct.file_grid import check_label_grid, read_file_grid, write_label_like
+from datasets.ct.nifti import Volume, read_ct, read_label
+from datasets.lists.data_list import Case, DataListError, load_data_list
+from datasets.lists.label_classes import LabelClasses
+from datasets.store.volumes import VolumeStore
 from engine.distributed import World, gather_objects
 from engine.loop import evaluating
 from engine.segmentation.metrics import OrganScore, case_means, nan_mean, score_case
-from engine.segmentation.pictures import CaseView, case_view
-from engine.segmentation.sliding_window import WindowOptions, segment_volume
+from engine.segmentation.pictures import CaseView, case_view, save_overlay
+from engine.segmentation.report import write_report
+from engine.segmentation.segmenter import Segmenter
+
+OVERLAY = "worst_and_best.png"
+EVALUATION = "evaluation"  # folder of a finetuning run's judgement of its best network
 
 
 @dataclass(frozen=True)
@@ -23,17 +33,13 @@ class EvaluationCase:
     """One case, canonical axes throughout.
 
     Attributes:
-        hu: int16 [D, H, W] on the network's grid, with `affine` (index -> world mm).
-        truth: uint8 channels on the grid that is judged, with `truth_affine` and `truth_spacing_mm` (D, H, W).
+        volume: HU on the network's grid.
+        truth: channels on the grid that is judged.
         truth_hu: int16 HU on the truth's grid, for pictures; None = no picture.
     """
 
-    name: str
-    hu: np.ndarray
-    affine: np.ndarray
-    truth: np.ndarray
-    truth_affine: np.ndarray
-    truth_spacing_mm: tuple[float, float, float]
+    volume: Volume
+    truth: Volume
     truth_hu: np.ndarray | None = None
 
 
@@ -58,13 +64,18 @@ class Evaluation:
         chosen = {"worst": order[0], "best": order[-1]} if len(order) > 1 else {"only": order[0]}
         return [(f"{rank}: {case}, Dice {100 * means[case]:.1f} %", self.views[case]) for rank, case in chosen.items()]
 
+    def write(self, folder: str | Path, class_names: tuple[str, ...], description: dict) -> None:
+        """Write cases.csv, results.md, results.json and the overlay picture. On rank 0 only."""
+        write_report(folder, self.scores, description)
+        views = self.worst_and_best()
+        if views:
+            save_overlay(Path(folder) / OVERLAY, views, class_names)
+
 
 def evaluate(
-    network: nn.Module,
+    segmenter: Segmenter,
     load_case: Callable[[str], EvaluationCase],
     case_names: list[str],
-    class_names: tuple[str, ...],
-    options: WindowOptions,
     world: World,
     tolerance_mm: float = 0.0,
     on_prediction: Callable[[str, np.ndarray], None] | None = None,
@@ -73,28 +84,91 @@ def evaluate(
     """Judge a network; every rank takes every W-th case, and every rank gets all scores.
 
     Args:
-        network: not wrapped; in evaluation mode inside, as before outside.
+        segmenter: its network is in evaluation mode inside, and as before outside.
         load_case: name -> case.
-        class_names: of the channels, background first.
         tolerance_mm: of NSD; 0 leaves it out.
         on_prediction: called with (case, uint8 channels on the truth's grid), for example to write it.
         progress: show a bar on rank 0.
     """
     scores: list[OrganScore] = []
     views: dict[str, CaseView] = {}
-    mine: Iterable[str] = case_names[world.rank :: world.size]
-    with evaluating(network):
+    mine = case_names[world.rank :: world.size]
+    with evaluating(segmenter.network):
         for name in tqdm(mine, desc="evaluation", unit="case", disable=not (progress and world.is_main)):
             case = load_case(name)
-            predicted = segment_volume(
-                network, case.hu, case.affine, case.truth.shape, case.truth_affine, options, world.device
-            )
-            scores += score_case(name, predicted, case.truth, case.truth_spacing_mm, class_names, tolerance_mm)
+            truth, spacing_mm = case.truth.array, case.truth.spacing_mm
+            predicted = segmenter.segment(case.volume, case.truth)
+            scores += score_case(name, predicted, truth, spacing_mm, segmenter.classes.names, tolerance_mm)
             if case.truth_hu is not None:
-                views[name] = case_view(name, case.truth_hu, case.truth, predicted, case.truth_spacing_mm)
+                views[name] = case_view(name, case.truth_hu, truth, predicted, spacing_mm)
             if on_prediction is not None:
                 on_prediction(name, predicted)
     gathered = gather_objects((scores, views))
     order = {name: number for number, name in enumerate(case_names)}
     joined = sorted((score for part, _ in gathered for score in part), key=lambda score: order[score.case])
     return Evaluation(joined, {name: view for _, part in gathered for name, view in part.items()})
+
+
+def evaluate_files(
+    segmenter: Segmenter,
+    cases: list[Case],
+    store: VolumeStore | None,
+    world: World,
+    nsd_mm: float,
+    with_pictures: bool = True,
+    predictions_dir: Path | None = None,
+) -> Evaluation:
+    """Evaluate on the voxels of the label files.
+
+    Args:
+        store: at the network's spacing: volumes come from it where it has them.
+        predictions_dir: where to write label maps `<case>.nii.gz` on the labels' own grids; None = nowhere.
+    """
+    by_name = {case.name: case for case in cases}
+
+    def write(name: str, predicted: np.ndarray) -> None:
+        values, grid = segmenter.classes.to_values(predicted), read_file_grid(by_name[name].label)
+        write_label_like(predictions_dir / f"{name}.nii.gz", values, grid)
+
+    return evaluate(
+        segmenter,
+        lambda name: read_case(by_name[name], segmenter, store, with_pictures),
+        list(by_name),
+        world,
+        nsd_mm,
+        write if predictions_dir else None,
+        progress=len(cases) > 1,
+    )
+
+
+def read_case(case: Case, segmenter: Segmenter, store: VolumeStore | None, with_picture: bool) -> EvaluationCase:
+    """A case on the voxels of its label file; the image file is read where the store lacks it or for a picture."""
+    label = read_label(case.label)
+    in_store = store is not None and case.name in store
+    image = read_ct(case.image) if with_picture or not in_store else None
+    if case.image.exists():  # else the store stands alone
+        check_label_grid(label, case.image)
+    volume = store.read(case.name) if in_store else segmenter.on_own_grid(image)
+    return EvaluationCase(volume, as_channels(label, segmenter.classes), image.array if with_picture else None)
+
+
+def stored_case(name: str, store: VolumeStore, classes: LabelClasses) -> EvaluationCase:
+    """A case on the volume store's own grid: quick, for validation during training."""
+    return EvaluationCase(store.read(name), as_channels(store.read_label(name), classes))
+
+
+def as_channels(label: Volume, classes: LabelClasses) -> Volume:
+    """Label values -> channels."""
+    return dataclasses.replace(label, array=classes.to_classes(label.array))
+
+
+def labelled_cases(json_list: str, data_dir: str, section: str) -> list[Case]:
+    """The cases of a section that have labels.
+
+    Raises:
+        DataListError: there are none.
+    """
+    cases = [case for case in load_data_list(json_list, data_dir, section) if case.label is not None]
+    if not cases:
+        raise DataListError(f"{json_list}: no case of {section!r} has a label (--section)")
+    return cases

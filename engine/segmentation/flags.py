@@ -1,210 +1,250 @@
-"""The flags of scripts/finetune_segmentation.py, the check that reports every mistake in them together, and which of
-them a run that goes on may change.
+"""The flags of scripts/finetune_segmentation.py, and which of them a resumed run may change.
 
 Sizes are in voxels of the volume store: roi_x along W (towards the patient's left), roi_y along H (posterior), roi_z
 along D (superior). Where a default says "the weights'", the value comes from the description of --weights.
 """
 
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+from datasets.lists.label_classes import BUILT_IN
 from engine.checkpoint import CheckpointError
-from engine.flags import add_resume, add_switch, make_parser
+from engine.flags import DeviceOptions, FlagChecks, add_options, add_resume, make_parser
 from engine.run import changed_flags
-from engine.segmentation.setup import FLAG_OF, agree, told
+from engine.segmentation.setup import FLAG_OF, agree, as_typed
+from engine.segmentation.sliding_window import WindowOptions
+from models.segmenters import SEGMENTERS
 
-# A run that goes on keeps these: its result would else be told under flags that it was not trained with.
+# These flags decide the result, so a resumed run must not change them.
 DECISIVE_FLAGS = {
     *("num_labelled", "fold", "held_out_share", "weights_part", "batch_size", "lr", "min_lr", "warmup_steps"),
     *("weight_decay", "layer_decay", "freeze_encoder_steps", "clip_grad", "class_weights", "foreground_share"),
     *("augment", "seed"),
 }
-# So it does these, but what they come to is compared: a file may have moved, a default may be spelt out.
+# Neither may these change, but their meaning is compared: a file may have moved, a default may be spelt out.
 FILE_FLAGS = ("weights", "json_list")
-SETTLED_FLAGS = {"classes", "backbone", "feature_size", "spacing_mm", "a_min", "a_max", "roi_x", "roi_y", "roi_z"}
-# These decide neither the weights nor which of them are best. Changes of all others are told.
+RESOLVED_FLAGS = {"classes", "backbone", "feature_size", "spacing_mm", "a_min", "a_max", "roi_x", "roi_y", "roi_z"}
+# These decide neither the weights nor which of them are best. A change of any other flag is a warning.
 FREE_FLAGS = {
     *("store_dir", "output_dir", "resume", "save_freq", "log_freq", "num_workers", "device", "dist_timeout_min"),
     *("min_share", "use_checkpoint", "evaluate", "section", "overlap", "nsd_mm", "window_batch"),
 }
 
 
-def make_finetune_flags(description: str, backbones: list[str], class_sets: list[str]):
-    """The parser; the registries' names become choices."""
-    parser = make_parser(description)
-    add_data_flags(parser.add_argument_group("Data"), class_sets)
-    add_network_flags(parser.add_argument_group("Network"), backbones)
-    add_training_flags(parser.add_argument_group("Training"))
-    add_judging_flags(parser.add_argument_group("Validation and evaluation"))
-    add_running_flags(parser.add_argument_group("Running and output"))
-    return parser
+@dataclass(frozen=True)
+class DataOptions:
+    """Cases, classes and crops.
+
+    Attributes:
+        data_dir: folder that the data list's paths start from
+        json_list: Decathlon data list with labels: training, validation
+        store_dir: volume store, made when missing; empty = OUTPUT_DIR/store
+        classes: organs: the list's, or a known set
+        num_labelled: labelled cases to train with (few-shot); 0 = all
+        fold: which of the fixed splits; 0 to 4 share no case while 5 x NUM_LABELLED cases are there
+        held_out_share: share of the labelled cases to validate with where the list has no labelled validation section
+        spacing_mm: voxel size in mm: D H W, one number, or native; unset = the weights', else the store's, else
+            2 1.5 1.5
+        a_min: HU that becomes 0; unset = the weights', else -125
+        a_max: HU that becomes 1; unset = the weights', else 225
+        roi_x: crop along W, voxels; unset = the weights', else 96
+        roi_y: crop along H, voxels; unset = the weights', else 96
+        roi_z: crop along D, voxels; unset = the weights', else 96
+        num_workers: loading processes per rank; 0 = load in the training process
+    """
+
+    data_dir: str = ""
+    json_list: str = ""
+    store_dir: str = ""
+    classes: str = field(default="list", metadata={"choices": ["list", *sorted(BUILT_IN)]})
+    num_labelled: int = 0
+    fold: int = 0
+    held_out_share: float = 0.2
+    spacing_mm: tuple[float | str, ...] | None = None
+    a_min: float | None = None
+    a_max: float | None = None
+    roi_x: int | None = None
+    roi_y: int | None = None
+    roi_z: int | None = None
+    num_workers: int = 4
 
 
-def add_data_flags(group, class_sets: list[str]) -> None:
-    add = group.add_argument
-    add("--data_dir", type=str, default="", help="folder that the data list's paths start from")
-    add("--json_list", type=str, default="", help="Decathlon data list with labels: training, validation")
-    add("--store_dir", type=str, default="", help="volume store, made when missing; empty = OUTPUT_DIR/store")
-    add("--classes", type=str, choices=["list", *class_sets], default="list", help="organs: the list's, or a known set")
-    add("--num_labelled", type=int, default=0, help="labelled cases to train with (few-shot); 0 = all")
-    add(
-        "--fold",
-        type=int,
-        default=0,
-        help="which of the fixed splits; 0 to 4 share no case while 5 x NUM_LABELLED cases are there",
-    )
-    add(
-        "--held_out_share",
-        type=float,
-        default=0.2,
-        help="share of the labelled cases to validate with where the list has no labelled validation section",
-    )
-    add(
-        "--spacing_mm",
-        type=float | str,
-        nargs="+",
-        default=None,
-        help="voxel size in mm: D H W, one number, or native; unset = the weights', else the store's, else 2 1.5 1.5",
-    )
-    add("--a_min", type=float, default=None, help="HU that becomes 0; unset = the weights', else -125")
-    add("--a_max", type=float, default=None, help="HU that becomes 1; unset = the weights', else 225")
-    for axis, words in (("x", "W"), ("y", "H"), ("z", "D")):
-        add(f"--roi_{axis}", type=int, default=None, help=f"crop along {words}, voxels; unset = the weights', else 96")
-    add("--num_workers", type=int, default=4, help="loading processes per rank; 0 = load in the training process")
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network and the weights that it starts from.
+
+    Attributes:
+        weights: pretrained weights (.safetensors, .pth); none = from scratch
+        weights_part: what of them to load; whole = the reconstruction decoder too (student weights)
+        min_share: least share of that part's keys that must fit, 0 to 1
+        backbone: network; unset = the weights', else swin_unetr
+        feature_size: channels at stride 2; unset = the weights', else 48
+        use_checkpoint: recompute activations instead of keeping them: less memory, slower
+    """
+
+    weights: str = "none"
+    weights_part: Literal["encoder", "whole"] = "encoder"
+    min_share: float = 0.9
+    backbone: str | None = field(default=None, metadata={"choices": sorted(SEGMENTERS)})
+    feature_size: int | None = None
+    use_checkpoint: bool = False
 
 
-def add_network_flags(group, backbones: list[str]) -> None:
-    add = group.add_argument
-    add("--weights", type=str, default="none", help="pretrained weights (.safetensors, .pth); none = from scratch")
-    add(
-        "--weights_part",
-        type=str,
-        choices=["encoder", "whole"],
-        default="encoder",
-        help="what of them to load; whole = the reconstruction decoder too (student weights)",
-    )
-    add("--min_share", type=float, default=0.9, help="least share of that part's keys that must fit, 0 to 1")
-    add("--backbone", type=str, choices=backbones, default=None, help="network; unset = the weights', else swin_unetr")
-    add("--feature_size", type=int, default=None, help="channels at stride 2; unset = the weights', else 48")
-    add_switch(group, "--use_checkpoint", False, "recompute activations instead of keeping them: less memory, slower")
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Optimisation and sampling.
+
+    Attributes:
+        steps: optimiser steps
+        batch_size: crops per process and step
+        lr: peak learning rate of the last layers
+        min_lr: learning rate at the end of the cosine
+        warmup_steps: linear warm-up; 0 = off
+        weight_decay: AdamW's; 0 = off
+        layer_decay: learning rate per layer towards the input times this; 1 = off
+        freeze_encoder_steps: steps during which the encoder's loaded weights are frozen (without --weights its random
+            ones, as a control); 0 = off, -1 = the whole run
+        clip_grad: largest joint gradient norm; 0 = off
+        class_weights: of the cross-entropy; rare = classes with fewer voxels weigh more: small organs appear earlier
+        foreground_share: share of crops centred near an organ, 0 to 1
+        augment: rotation, scaling and intensity augmentation
+        seed: decides the new layers' weights, crops and augmentation (not the split)
+    """
+
+    steps: int = 20000
+    batch_size: int = 2
+    lr: float = 3e-4
+    min_lr: float = 1e-6
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    layer_decay: float = 1.0
+    freeze_encoder_steps: int = 0
+    clip_grad: float = 1.0
+    class_weights: Literal["none", "rare"] = "none"
+    foreground_share: float = 0.8
+    augment: bool = True
+    seed: int = 0
 
 
-def add_training_flags(group) -> None:
-    add = group.add_argument
-    add("--steps", type=int, default=20000, help="optimiser steps")
-    add("--batch_size", type=int, default=2, help="crops per process and step")
-    add("--lr", type=float, default=3e-4, help="peak learning rate of the last layers")
-    add("--min_lr", type=float, default=1e-6, help="learning rate at the end of the cosine")
-    add("--warmup_steps", type=int, default=200, help="linear warm-up; 0 = off")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's; 0 = off")
-    add("--layer_decay", type=float, default=1.0, help="learning rate per layer towards the input times this; 1 = off")
-    add(
-        "--freeze_encoder_steps",
-        type=int,
-        default=0,
-        help="steps during which the encoder's loaded weights stand still (without --weights its random ones, as a "
-        "control); 0 = off, -1 = the whole run",
-    )
-    add("--clip_grad", type=float, default=1.0, help="largest joint gradient norm; 0 = off")
-    add(
-        "--class_weights",
-        type=str,
-        choices=["none", "rare"],
-        default="none",
-        help="of the cross-entropy; rare = classes with fewer voxels weigh more: small organs appear earlier",
-    )
-    add("--foreground_share", type=float, default=0.8, help="share of crops centred near an organ, 0 to 1")
-    add_switch(group, "--augment", True, "rotation, scaling and intensity augmentation")
-    add("--seed", type=int, default=0, help="decides the new layers' weights, crops and augmentation (not the split)")
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Evaluation on the files' own voxels.
+
+    Attributes:
+        section: section of the data list to evaluate
+        overlap: overlap of windows in the evaluation, 0 to below 1
+        window_batch: windows per forward pass
+        nsd_mm: tolerance of the normalised surface distance, mm; 0 = leave it out
+    """
+
+    section: str = "validation"
+    overlap: float = WindowOptions.overlap
+    window_batch: int = WindowOptions.window_batch
+    nsd_mm: float = 2.0
 
 
-def add_judging_flags(group) -> None:
-    add = group.add_argument
-    add("--val_freq", type=int, default=500, help="steps between validations; 0 = none (best.pth is then the last)")
-    add("--num_val_cases", type=int, default=0, help="validate with the first so many held-out cases; 0 = all")
-    add("--val_overlap", type=float, default=0.25, help="overlap of windows during training, 0 to below 1")
-    add("--patience", type=int, default=0, help="end after so many validations without a better Dice; 0 = off")
-    add_switch(group, "--evaluate", True, "at the end, judge best.pth on the original grids, with tables and a picture")
-    add("--section", type=str, default="validation", help="section of the data list for the evaluation at the end")
-    add("--overlap", type=float, default=0.5, help="overlap of windows in the evaluation, 0 to below 1")
-    add("--nsd_mm", type=float, default=2.0, help="tolerance of the normalised surface distance, mm; 0 = leave it out")
-    add("--window_batch", type=int, default=2, help="windows per forward pass in validation and evaluation")
+@dataclass(frozen=True)
+class JudgingOptions(EvaluationOptions):
+    """Validation while training, and evaluation at the end.
+
+    Attributes:
+        val_freq: steps between validations; 0 = none (best.pth is then the last)
+        num_val_cases: validate with the first so many held-out cases; 0 = all
+        val_overlap: overlap of windows during training, 0 to below 1
+        patience: end after so many validations without a better Dice; 0 = off
+        evaluate: at the end, judge best.pth on the original grids, with tables and a picture
+    """
+
+    val_freq: int = 500
+    num_val_cases: int = 0
+    val_overlap: float = 0.25
+    patience: int = 0
+    evaluate: bool = True
 
 
-def add_running_flags(group) -> None:
-    add = group.add_argument
-    add("--output_dir", type=str, default="", help="checkpoint.pth, best.pth, log.txt, TensorBoard, run.json, results")
-    add_resume(group)
-    add("--save_freq", type=int, default=500, help="steps between checkpoints")
-    add("--log_freq", type=int, default=20, help="steps between log lines")
-    add("--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one")
-    add(
-        "--precision",
-        type=str,
-        choices=["auto", "fp32", "bf16", "fp16"],
-        default="auto",
-        help="auto = bf16 on CUDA that has it, else fp32",
-    )
-    add("--dist_timeout_min", type=float, default=60.0, help="minutes that a rank waits for the others")
+@dataclass(frozen=True)
+class RunningOptions(DeviceOptions):
+    """Files, and how to compute.
+
+    Attributes:
+        output_dir: checkpoint.pth, best.pth, log.txt, TensorBoard, run.json, results
+        save_freq: steps between checkpoints
+        log_freq: steps between log lines
+        dist_timeout_min: minutes that a rank waits for the others
+    """
+
+    output_dir: str = ""
+    save_freq: int = 500
+    log_freq: int = 20
+    dist_timeout_min: float = 60.0
 
 
-def check_finetune_flags(flags) -> None:
-    """Raise one ValueError that lists every mistake in the flags."""
-    problems = path_problems(flags) + number_problems(flags)
-    if len(problems) == 1:
-        raise ValueError(problems[0])
-    if problems:
-        raise ValueError(f"{len(problems)} flags need a change:\n  - " + "\n  - ".join(problems))
+GROUPS = {
+    "Data": DataOptions,
+    "Network": NetworkOptions,
+    "Training": TrainingOptions,
+    "Validation and evaluation": JudgingOptions,
+    "Running and output": RunningOptions,
+}
 
 
-def path_problems(flags) -> list[str]:
-    """Missing files and folders."""
-    problems = [
-        f"--{name} is not given" for name in ("data_dir", "json_list", "output_dir") if not getattr(flags, name)
-    ]
-    if flags.data_dir and not Path(flags.data_dir).is_dir():
-        problems.append(f"--data_dir {flags.data_dir} is not a folder")
-    if flags.json_list and not Path(flags.json_list).is_file():
-        problems.append(f"--json_list {flags.json_list}: no such file")
-    if flags.weights != "none" and not Path(flags.weights).is_file():
-        problems.append(f"--weights {flags.weights}: no such file (none = from scratch)")
-    if flags.resume not in ("auto", "none") and not Path(flags.resume).is_file():
-        problems.append(f"--resume {flags.resume}: no such file (expected auto, none or a checkpoint)")
-    return problems
+@dataclass(frozen=True)
+class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptions, RunningOptions):
+    """All flags of a finetuning run; `resume` is that of `engine.checkpoint.find_wanted`.
+
+    Raises:
+        ValueError: lists every mistake in them, also files that are missing.
+    """
+
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        checks = FlagChecks(self)
+        for name in ("data_dir", "json_list", "output_dir"):
+            if not getattr(self, name):
+                checks.problems.append(f"--{name} is not given")
+        if self.data_dir and not Path(self.data_dir).is_dir():
+            checks.problems.append(f"--data_dir {self.data_dir} is not a folder")
+        for name, words, hint in (
+            ("json_list", [""], ""),
+            ("weights", ["none"], " (none = from scratch)"),
+            ("resume", ["auto", "none"], " (expected auto, none or a checkpoint)"),
+        ):
+            value = getattr(self, name)
+            if value not in words and not Path(value).is_file():
+                checks.problems.append(f"--{name} {value}: no such file{hint}")
+        check_numbers(self, checks)
+        checks.finish()
 
 
-def number_problems(flags) -> list[str]:
+def check_numbers(options: FinetuneOptions, checks: FlagChecks) -> None:
     """Numbers out of range, alone or against each other."""
-    problems = []
+    each, expect = checks.expect_each, checks.expect
+    each(lambda value: value >= 1, "steps batch_size save_freq log_freq window_batch feature_size", "1 or more")
+    each(lambda value: value >= 0, "fold num_workers min_lr seed", "0 or more")
+    each(lambda value: value >= 0, "num_labelled num_val_cases", "0 (all) or more")
+    each(lambda value: value >= 0, "warmup_steps weight_decay clip_grad val_freq patience nsd_mm", "0 (off) or more")
+    each(lambda value: value > 0, "lr dist_timeout_min", "more than 0")
+    each(lambda value: 0 <= value < 1, "val_overlap overlap", "0 to below 1")
+    each(lambda value: 0 <= value <= 1, "min_share foreground_share", "a share between 0 and 1")
+    each(lambda value: 0 < value <= 1, "layer_decay", "above 0 and up to 1 (1 = off)")
+    each(lambda value: value >= -1, "freeze_encoder_steps", "-1 (always), 0 (off) or more")
+    expect(options.min_lr <= options.lr, "min_lr lr", "an end not above the peak")
+    expect(options.warmup_steps <= options.steps, "warmup_steps steps", "a warm-up no longer than the run")
+    is_judged = options.val_freq > 0 or not options.patience
+    expect(is_judged, "patience val_freq", "validations, without which nothing can stop")
 
-    def expect(is_right: bool, names: str, expected: str) -> None:
-        if not is_right:
-            received = ", ".join(f"--{name} {getattr(flags, name)}" for name in names.split())
-            problems.append(f"{received}: expected {expected}")
 
-    for name in ("steps", "batch_size", "save_freq", "log_freq", "window_batch"):
-        expect(getattr(flags, name) >= 1, name, "1 or more")
-    from_zero = {
-        "0 or more": "fold num_workers min_lr seed",
-        "0 (all) or more": "num_labelled num_val_cases",
-        "0 (off) or more": "warmup_steps weight_decay clip_grad val_freq patience nsd_mm",
-    }
-    for expected, names in from_zero.items():
-        for name in names.split():
-            expect(getattr(flags, name) >= 0, name, expected)
-    expect(flags.feature_size is None or flags.feature_size >= 1, "feature_size", "1 or more")
-    for name in ("lr", "dist_timeout_min"):
-        expect(getattr(flags, name) > 0, name, "more than 0")
-    for name in ("val_overlap", "overlap"):
-        expect(0 <= getattr(flags, name) < 1, name, "0 to below 1")
-    expect(0 <= flags.min_share <= 1, "min_share", "a share between 0 and 1")
-    expect(0 <= flags.foreground_share <= 1, "foreground_share", "a share between 0 and 1")
-    expect(0 < flags.layer_decay <= 1, "layer_decay", "above 0 and up to 1 (1 = off)")
-    expect(flags.freeze_encoder_steps >= -1, "freeze_encoder_steps", "-1 (always), 0 (off) or more")
-    expect(flags.min_lr <= flags.lr, "min_lr lr", "an end not above the peak")
-    expect(flags.warmup_steps <= flags.steps, "warmup_steps steps", "a warm-up no longer than the run")
-    expect(not flags.patience or flags.val_freq > 0, "patience val_freq", "validations, without which nothing can stop")
-    return problems
+def make_finetune_flags(description: str):
+    """The parser."""
+    parser = make_parser(description)
+    for title, kind in GROUPS.items():
+        group = parser.add_argument_group(title)
+        add_options(group, kind)
+    add_resume(group)
+    return parser
 
 
 # Going on
@@ -224,7 +264,7 @@ def check_continuation(before: dict, now: dict, path: str | Path) -> None:
     """
     changed = changed_flags(before.get("flags", {}), now["flags"])
     refused = [text for name, text in changed.items() if name in DECISIVE_FLAGS]
-    refused += file_changes(before, now) + settled_changes(before, now)
+    refused += file_changes(before, now) + resolved_changes(before, now)
     if now["flags"]["steps"] < before["step"]:
         refused.append(f"--steps {now['flags']['steps']}, of which {before['step']} are done")
     if refused:
@@ -232,7 +272,7 @@ def check_continuation(before: dict, now: dict, path: str | Path) -> None:
             f"{path} was trained with other flags: {', '.join(refused)}. Give it those of before to go on, or begin "
             "anew with --resume none (which replaces that run) or another --output_dir"
         )
-    compared = DECISIVE_FLAGS | FREE_FLAGS | SETTLED_FLAGS | set(FILE_FLAGS)
+    compared = DECISIVE_FLAGS | FREE_FLAGS | RESOLVED_FLAGS | set(FILE_FLAGS)
     warned = [text for name, text in changed.items() if name not in compared]
     if warned:
         warnings.warn(f"{path} was trained with other flags, and goes on with: {', '.join(warned)}", stacklevel=2)
@@ -254,16 +294,15 @@ def file_changes(before: dict, now: dict) -> list[str]:
     return changes
 
 
-def settled_changes(before: dict, now: dict) -> list[str]:
-    """What flags, weights and store together have settled otherwise."""
-    names = {"--backbone": "name", "--feature_size": "feature_size"}
-    pairs = [(flag, *(side.get("backbone", {}).get(name) for side in (before, now))) for flag, name in names.items()]
-    pairs += [
-        (flag, *(side.get("preprocessing", {}).get(name) for side in (before, now))) for name, flag in FLAG_OF.items()
-    ]
-    changes = [
-        f"{flag} {told(old)} -> {told(new)}" for flag, old, new in pairs if old is not None and not agree(old, new)
-    ]
+def resolved_changes(before: dict, now: dict) -> list[str]:
+    """Values that flags, weights and store decide together, and that differ."""
+    names = [("--backbone", "backbone", "name"), ("--feature_size", "backbone", "feature_size")]
+    names += [(flag, "preprocessing", name) for name, flag in FLAG_OF.items()]
+    changes = []
+    for flag, part, name in names:
+        old, new = (side.get(part, {}).get(name) for side in (before, now))
+        if old is not None and not agree(old, new):
+            changes.append(f"{flag} {as_typed(old)} -> {as_typed(new)}")
     organs = [side.get("classes", {}).get("names") for side in (before, now)]
     if organs[0] is not None and before["classes"] != now["classes"]:
         changes.append("--classes " + " -> ".join(", ".join(names[1:]) for names in organs))

@@ -1,10 +1,10 @@
 """The finetuning loop, in execution order.
 
-    hold still -> schedule -> forward, backward -> clip -> finite check over ranks -> step -> log -> validate -> save
+    freeze -> schedule -> forward, backward -> clip -> finite check over ranks -> step -> log -> validate -> save
 
-Validation decides three things at once: which weights are the best so far, whether to stop early, and what the log
-tells. A run's folder holds `checkpoint.pth` and the one before it (everything, for an exact resume) and `best.pth`
-(network and description, for use).
+A validation decides which weights are the best so far, and whether to stop early. A run's folder holds
+`checkpoint.pth` and the one before it (everything, for an exact resume) and `best.pth` (network and description, for
+use).
 """
 
 import gc
@@ -16,35 +16,18 @@ import torch
 from torch import nn
 
 from engine.checkpoint import CheckpointError, load_strictly, save_checkpoint, sync_folder, write_synced
-from engine.device import autocast
-from engine.distributed import World, all_max, seed_step, wait_for_all
+from engine.device import autocast, pick_precision
+from engine.distributed import World, all_max, seed_step, wait_for_all, wrap
 from engine.logging import Clock, Meters, RunLog, SilentLog
 from engine.loop import NonFiniteLossError
 from engine.optim import clip_gradients, load_optimizer
+from engine.schedules import CosineSchedule
+from engine.segmentation.flags import FinetuneOptions
 from engine.signals import StopRequest
+from models.segmenters import freeze
 
 KIND = "segmentation"
 BEST = "best.pth"
-
-
-@dataclass(frozen=True)
-class FinetuneOptions:
-    """Lengths in steps, and the switches of the loop; 0 switches `clip_grad`, `val_freq` and `patience` off.
-
-    Attributes:
-        num_freeze_steps: steps during which the loaded encoder weights stand still.
-        patience: validations without a better Dice after which the run ends.
-    """
-
-    num_steps: int
-    val_freq: int = 500
-    save_freq: int = 500
-    log_freq: int = 20
-    patience: int = 0
-    clip_grad: float = 1.0
-    num_freeze_steps: int = 0
-    precision: str = "fp32"
-    seed: int = 0
 
 
 @dataclass
@@ -54,7 +37,7 @@ class FinetuneRun:
     Attributes:
         network: not wrapped by DDP.
         optimizer: its groups carry "lr_scale" (layer-wise decay).
-        frozen_keys: parameters that stand still for `num_freeze_steps`.
+        frozen_keys: parameters that are frozen for the first `freeze_encoder_steps` steps.
         best_dice: of the validations so far, -1 before the first.
         num_without_gain: validations since the best one.
         is_stopped: whether the run ended early.
@@ -120,23 +103,18 @@ PROGRESS = ("step", "best_dice", "best_step", "num_without_gain", "is_stopped")
 
 def finetune(
     run: FinetuneRun,
-    wrap: Callable[[nn.Module], nn.Module],
     loss: nn.Module,
     batches: Iterator[dict],
-    lr: Callable[[int], float],
-    options: FinetuneOptions,
     validate: Callable[[], dict[str, float]],
-    output_dir: str | Path,
+    options: FinetuneOptions,
     world: World,
     log: RunLog | SilentLog,
 ) -> bool:
     """Train from `run.step` to the end or to an early stop.
 
     Args:
-        wrap: puts DDP around the network, or gives it back as it is; asked again when the encoder begins to move.
         loss: (logits [B, C, D, H, W], channels [B, 1, D, H, W]) -> scalar.
         batches: of `SegmentationCropDataset`, on the CPU.
-        lr: step -> learning rate of the last layers.
         validate: -> {"dice": mean, ...}, the same on all ranks; NaN where no case counts.
 
     Returns:
@@ -145,19 +123,19 @@ def finetune(
     Raises:
         NonFiniteLossError: on all ranks together, when the loss or a gradient is not finite.
     """
+    lr = CosineSchedule(options.lr, options.min_lr, options.steps, options.warmup_steps)
+    precision = pick_precision(options.precision, world.device)
     trained = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
-    frozen_keys = set(run.frozen_keys)
-    held = [p for name, p in run.network.named_parameters() if name in frozen_keys]
     meters, clock, wrapped = Meters(), Clock(), None
     with StopRequest() as stop:
-        while run.step < options.num_steps and not run.is_stopped:
-            # Hold the encoder still, or let it go: what stands still costs no gradient. DDP wants to know it anew
-            if wrapped is None or run.step == options.num_freeze_steps:
-                for parameter in held:
-                    parameter.requires_grad_(run.step >= options.num_freeze_steps)
+        while run.step < options.steps and not run.is_stopped:
+            # Freeze or unfreeze the encoder, then rebuild DDP: it reads requires_grad only once
+            if wrapped is None or run.step == options.freeze_encoder_steps:
+                if run.frozen_keys:
+                    freeze(run.network, run.frozen_keys, run.step < options.freeze_encoder_steps)
                 wrapped = None
                 gc.collect()  # the hooks of the DDP before
-                wrapped = wrap(run.network)
+                wrapped = wrap(run.network, world)
 
             # Schedule
             rate = lr(run.step)
@@ -171,7 +149,7 @@ def finetune(
             clock.data_arrived(len(batch["image"]) * world.size)
             image = batch["image"].to(world.device, non_blocking=True)
             label = batch["label"].to(world.device, non_blocking=True)
-            with autocast(options.precision, world.device):
+            with autocast(precision, world.device):
                 logits = wrapped(image)
             total = loss(logits.float(), label)
             run.scaler.scale(total).backward()
@@ -197,7 +175,7 @@ def finetune(
             run.scaler.update()
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
-            is_last = run.step == options.num_steps
+            is_last = run.step == options.steps
 
             # Log
             log.advance()
@@ -208,15 +186,15 @@ def finetune(
             # Validate
             is_due = options.val_freq > 0 and (run.step % options.val_freq == 0 or is_last)
             if is_due:
-                told = validate()
-                log.record("validation", run.step, 0, told)
-                judge(run, told["dice"], options.patience, output_dir, world, log)
+                values = validate()
+                log.record("validation", run.step, 0, values)
+                judge(run, values["dice"], options, world, log)
                 clock.read()
 
             # Save
             is_end = is_last or run.is_stopped
             if world.is_main and (is_end or is_due or is_asked_to_stop or run.step % options.save_freq == 0):
-                is_saved = save_checkpoint(run.as_checkpoint(), output_dir)
+                is_saved = save_checkpoint(run.as_checkpoint(), options.output_dir)
                 if (is_end or is_asked_to_stop) and not is_saved:
                     raise CheckpointError(
                         f"step {run.step} could not be saved, and the run ends here (see the warning)"
@@ -227,22 +205,20 @@ def finetune(
                 log.say(f"asked to stop: step {run.step} is saved")
                 return False
     if world.is_main and (not options.val_freq or run.best_step == 0):
-        write_best(run, output_dir)  # no validation chose one
+        write_best(run, options.output_dir)  # no validation chose one
     return True
 
 
-def judge(
-    run: FinetuneRun, dice: float, patience: int, output_dir: str | Path, world: World, log: RunLog | SilentLog
-) -> None:
-    """Keep the best weights, and end the run where patience is over. All ranks decide alike."""
+def judge(run: FinetuneRun, dice: float, options: FinetuneOptions, world: World, log: RunLog | SilentLog) -> None:
+    """Keep the best weights, and end the run where patience is over. All ranks decide the same."""
     is_first = run.best_step == 0  # then there must be something to use, even if no organ counted (NaN)
     if dice > run.best_dice or is_first:
         run.best_dice, run.best_step, run.num_without_gain = max(run.best_dice, dice), run.step, 0
         if world.is_main:
-            write_best(run, output_dir)
+            write_best(run, options.output_dir)
         return
     run.num_without_gain += 1
-    if patience and run.num_without_gain >= patience:
+    if 0 < options.patience <= run.num_without_gain:
         run.is_stopped = True
         log.say(f"stopped early at step {run.step}: no better Dice than {run.best_dice:.4f} of step {run.best_step}")
 

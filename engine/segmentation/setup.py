@@ -4,10 +4,13 @@ Weights that were trained at one voxel size, HU window or axis order and finetun
 silently. So every value comes from the weights' own description; a flag wins, with a warning.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-AXCODES = "SPL"
+from datasets.ct.geometry import CANONICAL_AXCODES as AXCODES
+from datasets.store.volumes import VolumeStore
+
 DEFAULTS = {"spacing_mm": [2.0, 1.5, 1.5], "hu_min": -125.0, "hu_max": 225.0, "roi": [96, 96, 96]}
 FLAG_OF = {"spacing_mm": "--spacing_mm", "hu_min": "--a_min", "hu_max": "--a_max", "roi": "--roi_z, --roi_y, --roi_x"}
 
@@ -29,14 +32,8 @@ class Preprocessing:
 
     def as_dict(self) -> dict:
         """Plain values under the names that checkpoints use."""
-        spacing = "native" if self.spacing_mm is None else list(self.spacing_mm)
-        return {
-            "axcodes": AXCODES,
-            "spacing_mm": spacing,
-            "hu_min": self.hu_min,
-            "hu_max": self.hu_max,
-            "roi": list(self.roi),
-        }
+        values = {"axcodes": AXCODES, "spacing_mm": plain_spacing(self.spacing_mm)}
+        return values | {"hu_min": self.hu_min, "hu_max": self.hu_max, "roi": list(self.roi)}
 
     @classmethod
     def from_dict(cls, plain: dict) -> "Preprocessing":
@@ -49,44 +46,81 @@ class Preprocessing:
         )
 
 
-def settle_preprocessing(given: dict, described: dict, in_store: object = None) -> tuple[Preprocessing, list[str]]:
+@dataclass(frozen=True)
+class Setup:
+    """Preprocessing and network of one run.
+
+    Attributes:
+        notes: warnings for the user.
+    """
+
+    preprocessing: Preprocessing
+    backbone: str
+    feature_size: int
+    notes: list[str] = field(default_factory=list, compare=False)
+
+
+def resolve_setup(
+    described: dict, given: dict, backbones: Collection[str], store_dir: str | Path | None = None
+) -> Setup:
     """Decide on every value: the flag, else what the weights say, else the store's spacing, else the default.
 
     Args:
-        given: values of flags under the names of `DEFAULTS`, None where a flag was not used; a `roi` may hold None for
-            single sides.
-        described: "preprocessing" of the weights' description; empty where there is none.
-        in_store: spacing of a store that is there already, as in `given`; None = no store.
-
-    Returns:
-        The preprocessing, and warnings for the user.
+        described: the weights' description; empty where there is none.
+        given: values of flags, None or absent where a flag was not used: "backbone", "feature_size", and those of
+            `resolve_preprocessing`.
+        backbones: known names.
+        store_dir: a volume store, which may not exist yet.
 
     Raises:
-        ValueError: a window that is none.
+        ValueError: a HU window whose ends are swapped, or an unknown backbone.
+    """
+    in_store = None
+    if store_dir is not None and (Path(store_dir) / "store.json").exists():
+        in_store = plain_spacing(VolumeStore(store_dir, names=()).spacing_mm)
+    preprocessing, notes = resolve_preprocessing(given, described.get("preprocessing", {}), in_store)
+    network = described.get("backbone", {})
+    name, size, more = resolve_network(given.get("backbone"), given.get("feature_size"), network)
+    if name not in backbones:
+        raise ValueError(f"the weights' backbone (or --backbone) is {name!r}, expected one of {', '.join(backbones)}")
+    return Setup(preprocessing, name, size, notes + more)
+
+
+def plain_spacing(spacing_mm: Sequence[float] | None) -> list[float] | str:
+    """Voxel size as checkpoints write it."""
+    return "native" if spacing_mm is None else list(spacing_mm)
+
+
+def resolve_preprocessing(given: dict, described: dict, in_store: object = None) -> tuple[Preprocessing, list[str]]:
+    """The preprocessing, and warnings for the user.
+
+    Args:
+        given: values of flags under the names of `DEFAULTS`; a `roi` may hold None for single sides.
+        described: "preprocessing" of the weights' description; empty where there is none.
+        in_store: spacing of a store that is there already, as in `given`; None = no store.
     """
     chosen, warnings = {}, []
     for name, default in DEFAULTS.items():
-        from_weights = described.get(name)
+        from_weights, flag = described.get(name), given.get(name)
         fallback = in_store if name == "spacing_mm" and in_store is not None else default
         base = fallback if from_weights is None else from_weights
-        flag = given.get(name)
-        if name == "roi":
-            flag = [own if own is not None else side for own, side in zip(flag or [None] * 3, base)]
+        if name == "roi" and flag is not None:
+            flag = [side if own is None else own for own, side in zip(flag, base)]
         chosen[name] = base if flag is None else flag
         if from_weights is not None and not agree(chosen[name], from_weights) and name != "roi":
             warnings.append(
-                f"{FLAG_OF[name]} {told(chosen[name])} differs from the {told(from_weights)} that the weights were "
-                "trained with; leave the flag away to keep what they know"
+                f"{FLAG_OF[name]} {as_typed(chosen[name])} differs from the {as_typed(from_weights)} that the weights "
+                "were trained with; leave the flag away to keep what they know"
             )
     if described.get("axcodes", AXCODES) != AXCODES:
         warnings.append(
             f"the weights were trained on volumes in axis order {described['axcodes']}, here it is {AXCODES}: expect "
             "little of them"
         )
-    settled = Preprocessing.from_dict(chosen)
-    if settled.hu_min >= settled.hu_max:
-        raise ValueError(f"--a_min {settled.hu_min:g} --a_max {settled.hu_max:g}: expected a_min below a_max (HU)")
-    return settled, warnings
+    found = Preprocessing.from_dict(chosen)
+    if found.hu_min >= found.hu_max:
+        raise ValueError(f"--a_min {found.hu_min:g} --a_max {found.hu_max:g}: expected a_min below a_max (HU)")
+    return found, warnings
 
 
 def agree(one: object, other: object) -> bool:
@@ -97,31 +131,24 @@ def agree(one: object, other: object) -> bool:
     return all(abs(float(a) - float(b)) <= 1e-3 * max(1.0, abs(float(b))) for a, b in pairs)
 
 
-def told(value: object) -> str:
-    """A value as one would type it."""
-    return (
-        value
-        if isinstance(value, str)
-        else " ".join(f"{v:g}" for v in (value if isinstance(value, Sequence) else [value]))
-    )
+def as_typed(value: object) -> str:
+    """A value as a user types it."""
+    if isinstance(value, str):
+        return value
+    return " ".join(f"{number:g}" for number in (value if isinstance(value, Sequence) else [value]))
 
 
-def settle_network(name: str | None, feature_size: int | None, described: dict) -> tuple[str, int, list[str]]:
-    """Backbone and feature size: the flag, else what the weights say, else swin_unetr of 48.
+def resolve_network(name: str | None, feature_size: int | None, described: dict) -> tuple[str, int, list[str]]:
+    """Backbone, feature size and warnings: the flag, else what the weights say, else swin_unetr of 48.
 
     Args:
         described: "backbone" of the weights' description.
-
-    Returns:
-        Name, feature size, and warnings.
     """
     warnings = [
         f"{flag} {value} differs from the weights' {described[key]}"
         for flag, value, key in (("--backbone", name, "name"), ("--feature_size", feature_size, "feature_size"))
         if value is not None and described.get(key) not in (None, value)
     ]
-    if name is None:
-        name = described.get("name", "swin_unetr")
-    if feature_size is None:
-        feature_size = int(described.get("feature_size", 48))
-    return name, feature_size, warnings
+    name = described.get("name", "swin_unetr") if name is None else name
+    size = described.get("feature_size", 48) if feature_size is None else feature_size
+    return name, int(size), warnings

@@ -9,7 +9,7 @@ Letters: C classes, D H W voxels of the network's grid.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from datasets.ct.intensity import AIR_HU, window_hu
 from engine.device import autocast
+from engine.flags import FlagChecks
 
 Size3 = tuple[int, int, int]
 GPU_SHARE = 0.5  # of the free GPU memory that a slab may take before it moves to the CPU
@@ -27,25 +28,25 @@ class WindowOptions:
     """How a network is slid over a volume.
 
     Attributes:
-        roi: (D, H, W) of a window in voxels.
-        hu_min, hu_max: what becomes [0, 1].
-        overlap: share by which neighbouring windows overlap, 0 to below 1.
-        batch_size: windows per forward pass.
+        roi: (D, H, W) of a window, voxels.
+        hu_min, hu_max: HU that become 0 and 1.
+        overlap: overlap of windows, 0 to below 1
+        window_batch: windows per forward pass
         precision: fp32, bf16 or fp16.
     """
 
-    roi: Size3
-    hu_min: float = -125.0
-    hu_max: float = 225.0
+    roi: Size3 = field(metadata={"flag": False})
+    hu_min: float = field(default=-125.0, metadata={"flag": False})
+    hu_max: float = field(default=225.0, metadata={"flag": False})
     overlap: float = 0.5
-    batch_size: int = 1
-    precision: str = "fp32"
+    window_batch: int = 2
+    precision: str = field(default="fp32", metadata={"flag": False})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"--overlap {self.overlap}: expected a share from 0 to below 1")
-        if self.batch_size < 1:
-            raise ValueError(f"--window_batch {self.batch_size}: expected 1 or more")
+        checks = FlagChecks(self)
+        checks.expect(0 <= self.overlap < 1, "overlap", "a share from 0 to below 1")
+        checks.expect(self.window_batch >= 1, "window_batch", "1 or more")
+        checks.finish()
 
 
 @torch.no_grad()
@@ -107,9 +108,12 @@ def probability_slices(
     sums = None  # [C, roi D, H, W]: the slab of slices that windows still add to
     kept = slice(before[1], before[1] + shape[1]), slice(before[2], before[2] + shape[2])
     for begin, following in zip(starts[0], [*starts[0][1:], hu.shape[0]]):
-        for first in range(0, len(in_plane), options.batch_size):
-            corners = in_plane[first : first + options.batch_size]
-            made = window_probabilities(network, hu, begin, corners, options, device)  # [b, C, *roi]
+        for first in range(0, len(in_plane), options.window_batch):
+            corners = in_plane[first : first + options.window_batch]
+            windows = cut_windows(hu, [(begin, h, w) for h, w in corners], options, device)
+            with autocast(options.precision, device):
+                logits = network(windows)
+            made = logits.float().softmax(1)  # [b, C, *roi]
             if sums is None:
                 place = slab_device(device, made.shape[1] * roi[0] * hu.shape[1] * hu.shape[2] * 4)
                 sums = torch.zeros(made.shape[1], roi[0], *hu.shape[1:], device=place)
@@ -142,21 +146,11 @@ def total_weights(size: int, starts: list[int], weights: Tensor) -> Tensor:
     return total
 
 
-def window_probabilities(
-    network: Callable[[Tensor], Tensor],
-    hu: Tensor,
-    begin: int,
-    corners: list[tuple[int, int]],
-    options: WindowOptions,
-    device: torch.device,
-) -> Tensor:
-    """Probabilities float32 [b, C, *roi] of the windows at slice `begin` and the corners (h, w)."""
+def cut_windows(hu: Tensor, corners: Sequence[Size3], options: WindowOptions, device: torch.device) -> Tensor:
+    """The windows [b, 1, *roi] at `corners` (d, h, w), float32 in [0, 1], on the network's device."""
     depth, height, width = options.roi
-    windows = torch.stack([hu[begin : begin + depth, h : h + height, w : w + width] for h, w in corners])
-    windows = window_hu(windows.to(device), options.hu_min, options.hu_max).unsqueeze(1)
-    with autocast(options.precision, device):
-        logits = network(windows)
-    return logits.float().softmax(1)
+    windows = torch.stack([hu[d : d + depth, h : h + height, w : w + width] for d, h, w in corners])
+    return window_hu(windows.to(device), options.hu_min, options.hu_max).unsqueeze(1)
 
 
 def slab_device(device: torch.device, num_bytes: int) -> torch.device:

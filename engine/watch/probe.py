@@ -19,47 +19,39 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets.ct.intensity import window_hu
 from engine.device import autocast
 from engine.distributed import World, wait_for_all
+from engine.flags import FlagChecks
 from engine.loop import evaluating
-from engine.segmentation.sliding_window import pad_to, window_starts
+from engine.segmentation.sliding_window import WindowOptions, cut_windows, pad_to, window_starts
 
 Encode = Callable[[Tensor], dict[int, Tensor]]
 CHUNK = 1024  # judged voxels compared with all teaching voxels at a time
 
 
 @dataclass(frozen=True)
-class ProbeOptions:
-    """How features are read and probed.
+class ProbeOptions(WindowOptions):
+    """How features are read and probed; each voxel is read from the window that it is most central in.
 
     Attributes:
-        roi: (D, H, W) of a window, voxels.
-        hu_min, hu_max: what becomes [0, 1].
-        strides: encoder maps that are joined; empty = all of them (but not the voxels themselves, stride 1).
-        overlap: share by which windows overlap; each voxel is read from the window that it is most central in.
-        window_batch: windows per forward pass.
-        precision: fp32, bf16 or fp16.
-        num_neighbours, temperature: of the k-NN probe.
-        weight_decay: half of it times the squared weights is added to the linear probe's mean loss.
+        strides: encoder maps to join, by stride in voxels; empty = all of them (but not the voxels themselves)
+        num_neighbours: of the k-NN probe
+        temperature: of the k-NN probe's votes
+        weight_decay: of the linear probe: half of it times the squared weights is added to its mean loss; 0 = off
     """
 
-    roi: tuple[int, int, int]
-    hu_min: float = -125.0
-    hu_max: float = 225.0
     strides: tuple[int, ...] = ()
-    overlap: float = 0.5
-    window_batch: int = 2
-    precision: str = "fp32"
     num_neighbours: int = 20
     temperature: float = 0.07
     weight_decay: float = 0.001
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"--overlap {self.overlap}: expected a share from 0 to below 1")
-        if min(self.num_neighbours, self.window_batch) < 1 or self.temperature <= 0 or self.weight_decay < 0:
-            raise ValueError("a probe needs --num_neighbours and --window_batch of 1 or more, and no negative numbers")
+        super().__post_init__()
+        checks = FlagChecks(self)
+        checks.expect(self.num_neighbours >= 1, "num_neighbours", "1 or more")
+        checks.expect(self.temperature > 0, "temperature", "more than 0")
+        checks.expect(self.weight_decay >= 0, "weight_decay", "0 (off) or more")
+        checks.finish()
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,8 @@ def voxel_features(
     found: dict[int, Tensor] = {}
     for first in range(0, len(used), options.window_batch):
         batch = used[first : first + options.window_batch]
-        maps = encode_windows(encode, padded, batch, options, device)
+        with autocast(options.precision, device):
+            maps = encode(cut_windows(padded, batch.tolist(), options, device))
         for stride in wanted_strides(maps, options.strides):
             for index, (corner, feature_map) in enumerate(zip(batch, maps[stride])):
                 rows = (window_of == first + index).nonzero().flatten()
@@ -125,17 +118,6 @@ def central_corners(places: Tensor, shape: Sequence[int], options: ProbeOptions)
         distance = (places[:, axis, None] - (starts + (side - 1) / 2)).abs()  # [n, windows]
         columns.append(starts[distance.argmin(1)])
     return torch.stack(columns, dim=1)
-
-
-def encode_windows(
-    encode: Encode, hu: Tensor, corners: Tensor, options: ProbeOptions, device: torch.device
-) -> dict[int, Tensor]:
-    """The encoder's maps of the windows at `corners` [B, 3], by stride."""
-    depth, height, width = options.roi
-    windows = [hu[d : d + depth, h : h + height, w : w + width] for d, h, w in corners.tolist()]
-    volumes = window_hu(torch.stack(windows).to(device), options.hu_min, options.hu_max).unsqueeze(1)
-    with autocast(options.precision, device):
-        return encode(volumes)
 
 
 def wanted_strides(maps: dict[int, Tensor], strides: tuple[int, ...]) -> list[int]:
@@ -298,11 +280,11 @@ def watch_probe(
         On rank 0 `probe_knn_balanced` and `probe_linear_balanced` of the student, and both with `_teacher` at the end;
         nothing on the others, which wait as long as it takes.
     """
-    told = {}
+    values = {}
     if world.is_main:
         with evaluating(student, teacher):
             for network, ending in ((student, ""), (teacher, "_teacher")):
                 found = probe_encoder(network.backbone.encode, voxels, options, world.device)
-                told |= {f"probe_{name}_balanced{ending}": scores.balanced_accuracy for name, scores in found.items()}
+                values |= {f"probe_{name}_balanced{ending}": one.balanced_accuracy for name, one in found.items()}
     wait_for_all(world)
-    return told
+    return values

@@ -39,7 +39,7 @@ class nnUNetTrainerAlice(nnUNetTrainer):  # noqa: N801 (nnU-Net's own way of nam
         super().initialize()
         given = self.configuration_manager.configuration["alice"]
         report = load_pretrained(self.plain_network().segmenter, given["weights"], part=given["part"])
-        self.print_to_log_file(f"pretrained weights: {report.tell()}")
+        self.print_to_log_file(f"pretrained weights: {report.describe()}")
 
     def plain_network(self) -> SegmenterInNNUNet:
         """The network without DDP and torch.compile around it."""
