@@ -288,7 +288,7 @@ def find_start(flags, run: RunState, world: World) -> str:
     if flags.checkpoint_file:
         report = start_from(run.student, flags.checkpoint_file)
         run.teacher.update(run.student, 0.0)
-        told = f"started from the weights of {report.tell()}"
+        told = f"started from the weights of {report.describe()}"
     if flags.resume == "none":
         distributed.wait_for_all(world)  # --checkpoint_file may be one of those
         if world.is_main:
