@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,31 +63,3 @@ def test_ours_wins_over_an_installed_datasets_package(entry_point, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert "--json_list" in run.stdout or "--output" in run.stdout
-
-
-def readme_commands() -> list[list[str]]:
-    """Every command line of the README that starts one of our entry points, as words, continuation lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    commands = [line.split("#")[0].split() for line in lines]
-    return [words for words in commands if any(word.endswith(".py") for word in words)]
-
-
-@pytest.mark.parametrize("words", readme_commands(), ids=lambda words: " ".join(words)[:70])
-def test_readme_commands_parse(words):
-    position = next(index for index, word in enumerate(words) if word.endswith(".py"))
-    module_name = words[position].removesuffix(".py").replace("/", ".")
-    assert module_name in MODULES, f"{words[position]} does not exist"
-    os.chdir(REPOSITORY)
-    parser_of(module_name).parse_args(words[position + 1 :])
-
-
-def test_readme_names_existing_files():
-    text = (REPOSITORY / "README.md").read_text()
-    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
-        path, _, anchor = target.partition("#")
-        assert (REPOSITORY / path).exists(), f"the README links to {path}, which does not exist"
-        headings = re.findall(r"^#+ (.+)$", (REPOSITORY / path).read_text(), re.MULTILINE) if anchor else []
-        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], (
-            f"{target}: no such part"
-        )
