@@ -112,9 +112,13 @@ def test_flags_exist(document):
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_is_described_and_shows_its_command(path):
+def test_every_recipe_is_described_and_shows_a_command_that_parses(path, monkeypatch):
     assert f"`{path.name}`" in text_of("configs/README.md")
-    assert path.read_text().startswith("# "), "a recipe opens with what it is for"
+    head = re.match(r"(?:#.*\n)+", path.read_text()).group()
+    commands = re.sub(r"\\\n#\s*", " ", head).splitlines()
+    module, words = next(filter(None, (started(line) for line in commands if line.startswith("#   "))))
+    monkeypatch.chdir(REPOSITORY)
+    importlib.import_module(module).make_flags().parse_args(words)
 
 
 SCRIPTS = [path for path in REPOSITORY.glob("scripts/*") if path.suffix in (".py", ".sh") and path.stem != "__init__"]
