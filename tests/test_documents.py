@@ -47,6 +47,14 @@ def started(line: str) -> tuple[str, list[str]] | None:
     return None
 
 
+def parser_for(module_name: str, words: list[str]):
+    """The parser that reads these words; that of main_ddp.py depends on the method they name."""
+    module = importlib.import_module(module_name)
+    if hasattr(module, "chosen_method"):
+        return module.make_flags(module.chosen_method(words))
+    return module.make_flags()
+
+
 COMMANDS = [(document, line) for document in DOCUMENTS for line in command_lines(document)]
 STARTED = [(document, *started(line)) for document, line in COMMANDS if started(line)]
 
@@ -54,7 +62,7 @@ STARTED = [(document, *started(line)) for document, line in COMMANDS if started(
 @pytest.mark.parametrize("document, module, words", STARTED, ids=[f"{name}-{module}" for name, module, _ in STARTED])
 def test_commands_parse(document, module, words, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    importlib.import_module(module).make_flags().parse_args(words)
+    parser_for(module, words).parse_args(words)
 
 
 @pytest.mark.parametrize("document, line", [pair for pair in COMMANDS if not started(pair[1])])
@@ -95,13 +103,11 @@ def known_flags() -> set[str]:
     """Flags of all entry points and benchmarks."""
     paths = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("scripts/*.py"), *REPOSITORY.glob("benchmarks/*.py")]
     modules = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in paths]
-    parsers = [importlib.import_module(module).make_flags() for module, path in zip(modules, paths) if has_flags(path)]
+    given = [(module, []) for module, path in zip(modules, paths) if "def make_flags(" in path.read_text()]
+    given += [("main_ddp", ["--method", name]) for name in getattr(importlib.import_module("main_ddp"), "METHODS", ())]
+    parsers = [parser_for(module, words) for module, words in given]
     options = [option for parser in parsers for action in parser._actions for option in action.option_strings]
     return {option.removeprefix("--") for option in options}
-
-
-def has_flags(path: Path) -> bool:
-    return "def make_flags(" in path.read_text()
 
 
 @pytest.mark.parametrize("document", READMES)
@@ -118,7 +124,7 @@ def test_every_recipe_is_described_and_shows_a_command_that_parses(path, monkeyp
     commands = re.sub(r"\\\n#\s*", " ", head).splitlines()
     module, words = next(filter(None, (started(line) for line in commands if line.startswith("#   "))))
     monkeypatch.chdir(REPOSITORY)
-    importlib.import_module(module).make_flags().parse_args(words)
+    parser_for(module, words).parse_args(words)
 
 
 SCRIPTS = [path for path in REPOSITORY.glob("scripts/*") if path.suffix in (".py", ".sh") and path.stem != "__init__"]
