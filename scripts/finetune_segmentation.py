@@ -117,8 +117,8 @@ def split_list(options: FinetuneOptions) -> tuple[list[Case], list[Case]]:
     sections = [load_data_list(options.json_list, options.data_dir, name) for name in ("training", "validation")]
     training, held_out = ([case for case in cases if case.label is not None] for cases in sections)
     if not held_out and training:
-from datasets.lists.label_classes import LabelClasses, read_classes
-from datasets.lists.splits import choose_labelled, split_held_out
+        training, held_out = split_held_out(training, options.held_out_share, options.fold)
+    return choose_labelled(training, options.num_labelled, options.fold), held_out
 
 
 def store_folder(options: FinetuneOptions) -> Path:
