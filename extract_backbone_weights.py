@@ -20,9 +20,9 @@ the preprocessing that the weights expect: spacing, HU window, crop, axis codes.
 
 import torch
 
-from engine.checkpoint import CheckpointError, load_checkpoint
+from engine.checkpoint import CheckpointError
 from engine.flags import add_switch, make_parser, run_main
-from engine.run import KIND
+from engine.run import load_pretraining
 from engine.weights import FORMATS, HEAD_PREFIX, extract, save_weights, weights_file_name
 from models.backbones import BACKBONES, segmentation_network
 from models.pretrained import load_pretrained
@@ -107,7 +107,7 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     output = weights_file_name(flags.output, flags.format)
-    state = load_checkpoint(flags.checkpoint, KIND)
+    state = load_pretraining(flags.checkpoint)
     weights = extract(state, flags.checkpoint_key, flags.with_head, flags.checkpoint)
     print(check_match(weights, state["backbone"], flags.checkpoint))
     save_weights(weights, describe(state, flags.checkpoint_key), output)

@@ -3,9 +3,9 @@
 A run's folder holds `checkpoint.pth` (the latest), `checkpoint_previous.pth` (the one before) and, where asked for,
 numbered ones (`checkpoint0010.pth`) that stay. At every moment at least one complete checkpoint exists once the first
 was written: the new file is complete and on disk before any name changes, and a damaged one that a resumed run met is
-set aside as `checkpoint.pth.damaged`, lest it push the good one out. A new run in an old run's folder sets the old ones
-aside as `checkpoint.pth.before`. Everything loads with `weights_only=True`, so that
-a checkpoint can carry no code, and with the checksums of its parts compared, which `torch.load` does not do.
+set aside as `checkpoint.pth.damaged`, so that it does not push the good one out. A new run in an old run's folder sets
+the old ones aside as `checkpoint.pth.before`. Everything loads with `weights_only=True`, so that a checkpoint can carry
+no code, and with the checksums of its parts compared, which `torch.load` does not do.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import shutil
 import threading
 import warnings
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -88,12 +89,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def load_checkpoint(path: str | Path, kind: str | None = None) -> dict:
+def load_checkpoint(path: str | Path, kinds: str | Collection[str] | None = None) -> dict:
     """Read one checkpoint onto the CPU, with `weights_only=True`.
 
     Args:
         path: the file.
-        kind: what its "kind" entry must be, for example "alice"; None = any file that holds a dict.
+        kinds: what its "kind" entry must be, one word or several to choose from; None = any file that holds a dict.
 
     Raises:
         CheckpointError: missing, truncated, corrupt, holding objects that only code can rebuild, or of another kind.
@@ -110,9 +111,10 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict:
         raise CheckpointError(f"{path}: not a complete checkpoint ({first_line(error)})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}; expected the dict that main_ddp.py writes")
-    if kind is not None and state.get("kind") != kind:
+    wanted = (kinds,) if isinstance(kinds, str) else kinds
+    if wanted is not None and state.get("kind") not in wanted:
         found = f"kind {state['kind']!r}" if "kind" in state else f"keys {', '.join(map(str, list(state)[:5]))} ..."
-        raise CheckpointError(f"{path}: not a checkpoint of kind {kind!r} (found {found})")
+        raise CheckpointError(f"{path}: not a checkpoint of kind {' or '.join(map(repr, wanted))} (found {found})")
     return state
 
 
@@ -233,18 +235,18 @@ def find_wanted(resume: str, output_dir: str | Path, kind: str, world: World) ->
     return find_resumable_together(output_dir, kind, world, None if resume in ("auto", "none") else resume)
 
 
-def tell_resumed(resume: str, found: tuple[dict, Path]) -> str:
+def describe_resumed(resume: str, found: tuple[dict, Path]) -> str:
     """One line about what `find_wanted` found."""
-    told = f"resumed at step {found[0]['step']} from {found[1]}"
+    message = f"resumed at step {found[0]['step']} from {found[1]}"
     if resume == "none":
-        return told + ": the job was restarted, --resume none held for its first start"
+        return message + ": the job was restarted, --resume none held for its first start"
     if resume != "auto" and found[1] != Path(resume):
-        return told + f", which is further than --resume {resume}"
-    return told
+        return message + f", which is further than --resume {resume}"
+    return message
 
 
 def set_aside(output_dir: str | Path) -> None:
-    """Rename a folder's checkpoints to `<name>.before`, lest the new run in it goes on from them. On rank 0 only."""
+    """Rename old checkpoints to `<name>.before`, so that a new run does not resume from them. On rank 0 only."""
     for name in (LATEST, PREVIOUS):
         path = Path(output_dir) / name
         if path.exists():
@@ -267,10 +269,10 @@ def load_strictly(module: torch.nn.Module, state_dict: dict, what: str, path: st
     ]
     if missing or unexpected or misshapen:
         lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-        told = "; ".join(f"{len(keys)} {name} ({', '.join(keys[:3])})" for name, keys in lists.items() if keys)
+        problems = "; ".join(f"{len(keys)} {name} ({', '.join(keys[:3])})" for name, keys in lists.items() if keys)
         raise CheckpointError(
-            f"{path}: its {what} does not fit the model that the flags describe: {told}. "
-            "Check --backbone, --feature_size, the head flags and --casa_variant"
+            f"{path}: its {what} does not fit the model that the flags describe: {problems}. "
+            "Check --method, --backbone, --feature_size and the method's flags"
         )
     module.load_state_dict(state_dict, strict=True)
 

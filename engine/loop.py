@@ -1,9 +1,9 @@
 """The training loop, in execution order.
 
-    schedules -> forward, backward -> clip -> finite check over ranks -> step -> EMA -> log -> save
+    schedules -> forward, backward -> clip -> finite check over ranks -> step -> averages -> log -> save
 
-The loop knows no method: an `objective` returns a total and a dict of detached terms, and the method's networks hide
-behind it. One step is one optimiser step over `num_parts` batches per rank.
+The loop knows no method: it calls one (`models.methods.method.Method`), and the method's networks hide behind it. One
+step is one optimiser step over `num_parts` batches per rank.
 """
 
 import contextlib
@@ -14,14 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from datasets.samples.dataset import CropDataset, describe_batch
 from engine.checkpoint import CheckpointError
+from engine.device import autocast
 from engine.distributed import World, all_max, gather_objects, seed_step, wait_for_all
 from engine.logging import Clock, Meters, RunLog, SilentLog
 from engine.optim import clip_gradients, set_schedule
 from engine.run import RunState
 from engine.signals import StopRequest
 
-Objective = Callable[[dict, float, bool], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Schedules = dict[str, Callable[[int], float]]  # "lr", "weight_decay", and the method's own
 MAX_SKIPPED_IN_A_ROW = 20
 
 
@@ -36,8 +38,9 @@ class LoopOptions:
     num_steps: int
     steps_per_epoch: int
     num_parts: int = 1
+    precision: str = "fp32"
     clip_grad: float = 3.0
-    num_freeze_steps: int = 0
+    clip_each: bool = False
     nan_policy: str = "stop"
     log_freq: int = 10
     val_freq: int = 0
@@ -49,35 +52,19 @@ class LoopOptions:
 
 
 @dataclass(frozen=True)
-class Schedules:
-    """Functions of the step."""
-
-    lr: Callable[[int], float]
-    weight_decay: Callable[[int], float]
-    momentum_teacher: Callable[[int], float]
-    teacher_temp: Callable[[int], float]
-
-    def at(self, step: int) -> dict[str, float]:
-        """The values of this step, by name."""
-        return {name: getattr(self, name)(step) for name in ("lr", "weight_decay", "momentum_teacher", "teacher_temp")}
-
-
-@dataclass(frozen=True)
 class Hooks:
     """What the loop calls at its rarer moments.
 
-    validate() -> means over held-out pairs (all ranks take part); draw(batch, step) adds pictures (rank 0 only);
+    validate() -> means over held-out samples (all ranks take part); draw(batch, step) adds pictures (rank 0 only);
     save(epoch or None) begins to write a checkpoint, None = no numbered copy (rank 0 only); saved() waits until nothing
-    is being written -> whether the last checkpoint was;
-    case_names(batch) -> the names of its cases, for error messages; watch(means of an epoch) -> warnings for the user;
-    probe() -> what frozen features tell of organs (rank 0 works, the others wait and get nothing).
+    is being written -> whether the last checkpoint was; watch(means of an epoch) -> warnings for the user;
+    probe() -> what frozen features say of organs (rank 0 works, the others wait and get nothing).
     """
 
     validate: Callable[[], dict[str, float]]
     draw: Callable[[dict, int], None]
     save: Callable[[int | None], None]
     saved: Callable[[], bool]
-    case_names: Callable[[dict], list[str]]
     watch: Callable[[dict[str, float]], list[str]] = lambda means: []
     probe: Callable[[], dict[str, float]] = dict
 
@@ -85,7 +72,7 @@ class Hooks:
 def pretrain(
     run: RunState,
     wrapped: nn.Module,
-    objective: Objective,
+    dataset: CropDataset,
     batches: Iterator[dict],
     schedules: Schedules,
     options: LoopOptions,
@@ -96,10 +83,9 @@ def pretrain(
     """Train from `run.step` to `options.num_steps`.
 
     Args:
-        run: modules and optimiser; `run.step` counts the steps done.
-        wrapped: the student as the objective calls it (DDP, or the student itself).
-        objective: (one part of a batch, teacher temperature, whether it is the step's last part) -> (total loss,
-            detached terms). With the last part the loss may update its running means, over all parts together.
+        run: method and optimiser; `run.step` counts the steps done.
+        wrapped: the method as the loop calls it: DDP around it, or the method itself.
+        dataset: where the batches come from; it names their cases.
         batches: endless; `num_parts` of them make one step. Tensors on the CPU.
 
     Returns:
@@ -110,57 +96,57 @@ def pretrain(
             when `MAX_SKIPPED_IN_A_ROW` steps had to be skipped.
         CheckpointError: the last checkpoint of this process could not be written.
     """
-    parameters = [parameter for parameter in run.student.parameters() if parameter.requires_grad]
-    last_layers = run.student.last_layer_parameters()
+    method, parameters = run.method, [p for p in run.method.parameters() if p.requires_grad]
+    norms = norm_buffers(method)
     meters, epoch_meters, clock, num_skipped = Meters(), Meters(), Clock(), 0
     with StopRequest() as stop:
         while run.step < options.num_steps:
             # Schedules
-            now = schedules.at(run.step)
+            now = values_at(schedules, run.step)
             set_schedule(run.optimizer, now["lr"], now["weight_decay"])
             seed_step(options.seed, run.step, world.rank)
 
             # Forward and backward; ranks exchange gradients with the last part only
-            centres_before, parts, losses, told_by_parts = copy_buffers(run.loss), [], [], []
+            norms_before, parts, losses, values_of_parts = [buffer.clone() for buffer in norms], [], [], []
             for part in range(options.num_parts):
                 clock.wait()
-                batch, is_last_part = next(batches), part + 1 == options.num_parts
+                batch = next(batches)
                 parts.append(batch)
-                clock.data_arrived(len(batch["query"]) * world.size)
-                with delayed_sync(wrapped, not is_last_part):
-                    total, terms = objective(batch, now["teacher_temp"], is_last_part)
+                clock.data_arrived(len(batch["score"]) * world.size)
+                with delayed_sync(wrapped, part + 1 < options.num_parts):
+                    with autocast(options.precision, world.device):
+                        total, terms = wrapped(on_device(batch, world.device), now)
                     run.scaler.scale(total / options.num_parts).backward()
                 losses.append(total.detach())
-                told_by_parts.append({"loss": total.detach(), **terms, **pair_statistics(batch)})
+                values_of_parts.append({"loss": total.detach(), **terms, **describe_batch(batch)})
 
             # Clip over all trained modules
             run.scaler.unscale_(run.optimizer)
-            if run.step < options.num_freeze_steps:
-                for parameter in last_layers:
-                    parameter.grad = None
-            grad_norm = clip_gradients(parameters, options.clip_grad)
+            method.before_step(now)
+            grad_norm = clip_gradients(parameters, options.clip_grad, options.clip_each)
 
             # Finite check over ranks; the one value read from the device in every step
-            broken = ~torch.isfinite(torch.stack(losses)).all()
-            if not run.scaler.is_enabled():  # with fp16 an overflow is the scaler's business
-                broken = broken | ~torch.isfinite(grad_norm)
-            flags = torch.stack([broken.float(), broken.new_tensor(stop.requested).float()])
-            is_broken, is_asked_to_stop = all_max(flags).tolist()
+            broken_loss = ~torch.isfinite(torch.stack(losses)).all()
+            broken_gradient = ~torch.isfinite(grad_norm)
+            checks = torch.stack([broken_loss, broken_gradient, torch.tensor(stop.requested, device=world.device)])
+            loss_is_broken, gradient_is_broken, is_asked_to_stop = all_max(checks.float()).tolist()
+            is_skipped = bool(loss_is_broken or gradient_is_broken)
 
-            # Step and EMA
-            if is_broken:
+            # Step, averages
+            if is_skipped:
                 num_skipped += 1
-                report_broken(losses, grad_norm, parts, options, num_skipped, run.step, hooks, log)
-                put_buffers(run.loss, centres_before)
-                run.scaler.update()  # closes what unscale_ opened, and lowers the scale
+                is_overflow = run.scaler.is_enabled() and not loss_is_broken  # the scaler's business: it scales less
+                report_broken(losses, grad_norm, parts, dataset, options, num_skipped, is_overflow, run.step, log)
+                for buffer, value in zip(norms, norms_before):
+                    buffer.copy_(value)
             else:
                 num_skipped = 0
                 run.scaler.step(run.optimizer)
-                run.scaler.update()
-                run.teacher.update(run.student, now["momentum_teacher"])
-                for told_by_part in told_by_parts:
-                    meters.add(told_by_part)
-                    epoch_meters.add(told_by_part)
+                for values in values_of_parts:
+                    meters.add(values)
+                    epoch_meters.add(values)
+            run.scaler.update()
+            method.after_step(now, is_skipped)
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
             epoch, num_into_epoch = divmod(run.step, options.steps_per_epoch)
@@ -169,9 +155,8 @@ def pretrain(
             # Log
             log.advance()
             if run.step % options.log_freq == 0 or is_last:
-                told = meters.read(world.device)
-                told |= now | {"grad_norm": float(grad_norm)} | clock.read()
-                log.record("train", run.step, epoch, told)
+                values = meters.read(world.device) | {name: value for name, value in now.items() if name != "step"}
+                log.record("train", run.step, epoch, values | {"grad_norm": float(grad_norm)} | clock.read())
             if options.picture_freq and (run.step % options.picture_freq == 0 or is_last) and world.is_main:
                 hooks.draw(batch, run.step)
             if is_epoch_end or is_last:
@@ -202,15 +187,20 @@ def pretrain(
     return True
 
 
-def copy_buffers(module: nn.Module) -> list[torch.Tensor]:
-    """The values of all buffers, to be put back by `put_buffers`."""
-    return [buffer.clone() for buffer in module.buffers()]
+def values_at(schedules: Schedules, step: int) -> dict[str, float]:
+    """What a step is: its number, and the value of every schedule."""
+    return {"step": step} | {name: schedule(step) for name, schedule in schedules.items()}
 
 
-def put_buffers(module: nn.Module, values: list[torch.Tensor]) -> None:
-    """Undo what happened to a module's buffers since `copy_buffers`."""
-    for buffer, value in zip(module.buffers(), values):
-        buffer.copy_(value)
+def on_device(batch: dict, device: torch.device) -> dict:
+    """A batch's tensors on the device."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def norm_buffers(module: nn.Module) -> list[torch.Tensor]:
+    """The running statistics of batch norms: the only state that a forward pass changes."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 def delayed_sync(wrapped: nn.Module, is_delayed: bool) -> contextlib.AbstractContextManager:
@@ -220,50 +210,42 @@ def delayed_sync(wrapped: nn.Module, is_delayed: bool) -> contextlib.AbstractCon
     return contextlib.nullcontext()
 
 
-def pair_statistics(batch: dict) -> dict[str, torch.Tensor]:
-    """Share of pairs that fell back to one volume, and the mean matching score of the batch."""
-    return {"fallback_share": batch["is_fallback"], "pair_score": batch["score"]}
-
-
 def report_broken(
     losses: list[torch.Tensor],
     grad_norm: torch.Tensor,
     parts: list[dict],
+    dataset: CropDataset,
     options: LoopOptions,
     num_skipped: int,
+    is_overflow: bool,
     step: int,
-    hooks: Hooks,
     log: RunLog | SilentLog,
 ) -> None:
     """Say on which ranks and cases a step broke; raise on all ranks unless the policy is to skip it.
 
-    Gradients are averaged over ranks, so that one rank's NaN is every rank's: where losses tell who began, only those
-    ranks are named.
+    Gradients are averaged over ranks, so one rank's NaN is every rank's. Where losses show who began, only those ranks
+    are named. An overflow of fp16 is skipped without a word, since the loss scale falls; many in a row are an error.
     """
-    cases = sorted({name for batch in parts for name in hooks.case_names(batch)})
+    if is_overflow and num_skipped < MAX_SKIPPED_IN_A_ROW:
+        return
+    cases = sorted({name for batch in parts for name in dataset.case_names(batch)})
     reports = gather_objects(([float(loss) for loss in losses], float(grad_norm), cases))
     begun = [rank for rank, (values, _, _) in enumerate(reports) if not all(map(math.isfinite, values))]
-    told = []
+    lines = []
     for rank in begun or range(len(reports)):
         values, norm, cases = reports[rank]
-        told.append(f"rank {rank}: loss {values}, gradient norm {norm:.3g}, cases {', '.join(cases)}")
-    message = f"step {step}: loss or gradient is not finite ({'; '.join(told)})"
-    if options.nan_policy == "stop":
+        lines.append(f"rank {rank}: loss {values}, gradient norm {norm:.3g}, cases {', '.join(cases)}")
+    message = f"step {step}: loss or gradient is not finite ({'; '.join(lines)})"
+    if options.nan_policy == "stop" and not is_overflow:
         raise NonFiniteLossError(f"{message}. --nan_policy skip leaves such steps out; --precision fp32 may cure it")
     log.say(f"skipped {message}")
     if num_skipped >= MAX_SKIPPED_IN_A_ROW:
-        raise NonFiniteLossError(f"{message}; {num_skipped} steps in a row had to be skipped")
-
-
-# The objective on held-out pairs, without leaving a trace in the run.
-#
-# Modules go to evaluation mode, where centres stand still, and come back as they were (the published code never
-# came back). Every rank takes its share of the pairs.
+        raise NonFiniteLossError(f"{message}; {num_skipped} steps in a row had to be skipped (--precision, --lr)")
 
 
 @contextlib.contextmanager
 def evaluating(*roots: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each submodule's own mode again outside, whatever happens."""
+    """Evaluation mode inside the block; every submodule's mode is restored on exit, also after an error."""
     modes = {module: module.training for root in roots for module in root.modules()}
     try:
         for root in roots:
@@ -276,19 +258,19 @@ def evaluating(*roots: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def validate(
-    objective: Objective, modules: list[nn.Module], batches: Iterable[dict], teacher_temp: float, world: World
+    method: nn.Module, batches: Iterable[dict], now: dict[str, float], precision: str, world: World
 ) -> dict[str, float]:
-    """Means of the total, its terms and the pair statistics over `batches` and all ranks.
+    """Means of the method's total and terms over held-out batches and all ranks; leaves no trace in the run.
 
     Args:
-        objective: one batch -> (total, terms); must call the modules themselves, not a DDP wrapper.
-        modules: all modules that the objective uses.
+        method: the method itself, not a DDP wrapper; in evaluation mode its centres stand still.
         batches: this rank's share; every rank must have as many.
-        teacher_temp: the teacher temperature to judge with.
+        now: schedule values to judge with.
     """
     meters = Meters()
-    with evaluating(*modules):
+    with evaluating(method):
         for batch in batches:
-            total, terms = objective(batch, teacher_temp, False)
-            meters.add({"loss": total, **terms, **pair_statistics(batch)})
+            with autocast(precision, world.device):
+                total, terms = method(on_device(batch, world.device), now)
+            meters.add({"loss": total, **terms, **describe_batch(batch)})
     return meters.read(world.device)

@@ -1,34 +1,54 @@
-"""The optimiser: AdamW whose parameter groups keep weight decay off what must not decay, and gradient clipping.
+"""The optimiser: parameter groups that keep weight decay off what must not decay, schedules, and gradient clipping."""
 
-Published recipe (DINO's): weight decay rises along a cosine, and gradients are clipped over all trained modules.
-"""
+from typing import Literal
 
 import torch
 from torch import nn
 
 # Biases of window attention and the learnt mask token are offsets although they have more than one axis.
 NEVER_DECAYED = ("bias", "bias_table", "mask_token")
+NUM_SCHEDULED = 2  # groups whose learning rate follows the schedule; two more keep theirs where a method asks for it
 
 
 def make_optimizer(
-    module: nn.Module, lr: float, weight_decay: float, device: torch.device, fused: bool | None = None
-) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters of `module`; one kernel does a step where `fused` (None = not on a CPU).
+    module: nn.Module,
+    lr: float,
+    weight_decay: float,
+    device: torch.device,
+    fused: bool | None = None,
+    kind: Literal["adamw", "sgd"] = "adamw",
+    momentum: float = 0.9,
+    constant_parts: tuple[str, ...] = (),
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over all trainable parameters of `module`.
 
-    Group 0 decays; group 1 (biases, norms and other 1-D parameters, attention bias tables, the mask token) does not.
+    Groups: 0 decays, 1 (biases, norms and other 1-D parameters, attention bias tables, the mask token) does not; with
+    `constant_parts` 2 and 3 likewise hold the parameters of these submodules, whose learning rate stays.
+
+    Args:
+        lr: the peak; groups 2 and 3 keep it.
+        fused: one kernel does a step of AdamW; None = not on a CPU.
+        momentum: of SGD.
+        constant_parts: names of submodules.
 
     Raises:
         ValueError: nothing is trainable.
     """
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if not trained:
-        raise ValueError("nothing to train: all loss weights (--lambda1, --lambda2, --lambda3) are 0")
-    decayed = [parameter for name, parameter in trained if decays(name, parameter)]
-    kept = [parameter for name, parameter in trained if not decays(name, parameter)]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
+        raise ValueError("nothing to train: no parameter of the method takes a gradient")
+    prefixes = tuple(f"{part}." for part in constant_parts)
+    groups = []
+    for is_constant in (False, True) if prefixes else (False,):
+        for is_decayed in (True, False):
+            chosen = [
+                parameter
+                for name, parameter in trained
+                if name.startswith(prefixes) == is_constant and decays(name, parameter) == is_decayed
+            ]
+            groups.append({"params": chosen, "weight_decay": weight_decay if is_decayed else 0.0})
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
     is_fused = device.type != "cpu" if fused is None else fused
     return torch.optim.AdamW(groups, lr=lr, fused=True if is_fused else None)
 
@@ -59,16 +79,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Give both groups this step's learning rate, and group 0 its weight decay."""
-    for group in optimizer.param_groups:
+    """Give the scheduled groups this step's learning rate, and the decaying groups its weight decay."""
+    for group in optimizer.param_groups[:NUM_SCHEDULED]:
         group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
+    for group in optimizer.param_groups[::2]:
+        group["weight_decay"] = weight_decay
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale all gradients together so that their joint norm is at most `max_norm`; 0 = measure only.
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float, each: bool = False) -> torch.Tensor:
+    """Scale gradients down so that their joint norm, or with `each` every tensor's own norm, is at most `max_norm`.
+
+    Args:
+        max_norm: 0 = measure only.
 
     Returns:
         The joint norm before clipping, a scalar on the parameters' device.
     """
-    return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+    if not each or max_norm <= 0:
+        return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    for parameter in parameters:
+        nn.utils.clip_grad_norm_(parameter, max_norm)
+    return norm

@@ -1,8 +1,8 @@
 """Everything of a run that changes while it trains, and how it becomes a checkpoint and comes back.
 
 The checkpoint's layout (see also engine/checkpoint.py):
-    kind "alice" · student, teacher, loss (centres), optimizer, scaler: state dicts · step, epoch
-    random: {"seed", "rule"} · flags, commit, versions · effective_batch, steps_per_epoch
+    kind: the method's name · one state dict for each of the method's parts (student, teacher, ...) · optimizer, scaler
+    step, epoch · random: {"seed", "rule"} · flags, commit, versions · effective_batch, steps_per_epoch
     preprocessing, backbone: what a user of the weights must know
 No random state is stored: torch's is set from (seed, step, rank) before each step, and data are a function of
 (seed, sample index).
@@ -10,14 +10,14 @@ No random state is stored: torch's is set from (seed, step, rank) before each st
 
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import nn
 
-from engine.checkpoint import CheckpointError, load_strictly
+from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly
 from engine.optim import load_optimizer
+from models.methods import METHODS, Method
 
-KIND = "alice"
 # Flags that may differ between a run and its continuation without changing what is trained.
 FREE_FLAGS = {
     *("data_dir", "json_list", "embed_dir", "table_file", "store_dir", "output_dir", "checkpoint_file", "resume"),
@@ -29,11 +29,12 @@ FREE_FLAGS = {
 
 @dataclass
 class RunState:
-    """Modules (not wrapped by DDP), optimiser, scaler, the number of steps done, and a description in plain values."""
+    """The method (not wrapped by DDP), optimiser, scaler, the number of steps done, and a description in plain values.
 
-    student: nn.Module
-    teacher: nn.Module
-    loss: nn.Module
+    `description["kind"]` is the method's name.
+    """
+
+    method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     description: dict = field(default_factory=dict)
@@ -42,10 +43,7 @@ class RunState:
     def as_checkpoint(self, steps_per_epoch: int) -> dict:
         """The checkpoint of this moment: tensors and plain values only."""
         return {
-            "kind": KIND,
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "loss": self.loss.state_dict(),
+            **{name: part.state_dict() for name, part in self.method.named_children()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -53,14 +51,16 @@ class RunState:
             **self.description,
         }
 
-    def restore(self, state: dict, path: str) -> None:
+    def restore(self, state: dict, path: str | Path) -> None:
         """Go on where `state` was written.
 
         Raises:
             CheckpointError: it belongs to another model, or to a run that this one cannot continue.
         """
-        for name in ("student", "teacher", "loss"):
-            load_strictly(getattr(self, name), state[name], name, path)
+        for name, part in self.method.named_children():
+            if name not in state:
+                raise CheckpointError(f"{path}: holds no {name!r}, which this run's --method has")
+            load_strictly(part, state[name], name, path)
         try:
             load_optimizer(self.optimizer, state["optimizer"])
         except ValueError as error:
@@ -72,9 +72,18 @@ class RunState:
         warn_of_changed_steps(state, self.description, path)
 
 
+def load_pretraining(path: str | Path) -> dict:
+    """A checkpoint of pretraining, by whatever method.
+
+    Raises:
+        CheckpointError: unreadable, or of another kind (finetuning, SAM).
+    """
+    return load_checkpoint(path, METHODS)
+
+
 def warn_of_changed_flags(before: dict, now: dict, path: str) -> None:
     """Say which flags differ from those that the checkpoint was trained with."""
-    changed = [told for name, told in changed_flags(before, now).items() if name not in FREE_FLAGS]
+    changed = [line for name, line in changed_flags(before, now).items() if name not in FREE_FLAGS]
     if changed:
         warnings.warn(f"{path} was trained with other flags: {', '.join(changed)}", stacklevel=2)
 
@@ -93,9 +102,9 @@ def warn_of_changed_steps(before: dict, now: dict, path: str) -> None:
             checkpoints do not).
     """
     names = ("effective_batch", "steps_per_epoch")
-    if not all(name in told for name in names for told in (before, now)):
+    if not all(name in values for name in names for values in (before, now)):
         return
-    (batch, steps), (batch_now, steps_now) = ([told[name] for name in names] for told in (before, now))
+    (batch, steps), (batch_now, steps_now) = ([values[name] for name in names] for values in (before, now))
     if (batch, steps) == (batch_now, steps_now):
         return
     flags = now["flags"]

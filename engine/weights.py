@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.checkpoint import CheckpointError, check_parts
+from models.methods.method import Method, average_towards
 from models.pretrained import LoadReport, load_pretrained
 from models.weights_file import WeightsError, read_weights_file
 
@@ -28,7 +29,7 @@ def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[st
     """The backbone's weights (and the head's under `head.`) of a checkpoint, under the network's own names.
 
     Args:
-        state: a loaded checkpoint of kind "alice".
+        state: a loaded checkpoint of pretraining.
         key: `student` or `teacher`.
         with_head: whether to keep the projection head too.
         path: named in errors.
@@ -48,7 +49,7 @@ def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[st
     if with_head:
         head = {name: value.contiguous() for name, value in state[key].items() if name.startswith(HEAD_PREFIX)}
         if not head:
-            raise CheckpointError(f"{path}: its {key} has no head (trained with --lambda1 0 --lambda2 0?)")
+            raise CheckpointError(f"{path}: its {key} has no head  (its method and flags built none)")
         weights |= head
     return weights
 
@@ -96,9 +97,11 @@ def save_weights(weights: dict[str, torch.Tensor], metadata: dict, path: str | P
     aside.replace(path)
 
 
-def start_from(student: nn.Module, path: str | Path) -> LoadReport:
-    """Load a file's weights into a student (`--checkpoint_file`): encoder and decoder by `models.pretrained`, whatever
-    the spelling; what else our own files hold (head, CASA, mask tokens, reconstruction layer) by name and shape.
+def start_from(method: Method, path: str | Path) -> LoadReport:
+    """Load a file's weights into a method (`--checkpoint_file`), before its first step; a teacher starts as a copy.
+
+    Encoder and decoder come by `models.pretrained`, whatever their spelling; what else our own files hold for the
+    student (heads, mask tokens, reconstruction layer) by name and shape.
 
     Returns:
         What became of the keys of encoder and decoder.
@@ -106,6 +109,7 @@ def start_from(student: nn.Module, path: str | Path) -> LoadReport:
     Raises:
         CheckpointError: unreadable, damaged, carrying code, or not for this encoder; the student is then untouched.
     """
+    student = method.student
     own, network = student.state_dict(), student.backbone.network
     try:
         check_parts(Path(path))
@@ -123,6 +127,8 @@ def start_from(student: nn.Module, path: str | Path) -> LoadReport:
     except (ValueError, OSError, BadZipFile) as error:
         raise CheckpointError(f"--checkpoint_file {path}: {error}") from error
     student.load_state_dict(beside, strict=False)
+    if isinstance(teacher := getattr(method, "teacher", None), nn.Module):
+        average_towards(teacher, student, 0.0)
     return report
 
 

@@ -46,3 +46,7 @@ class RunningMeans(nn.Module):
         for name, total in zip(names, joined.split([self._pending[name].numel() for name in names])):
             getattr(self, name).lerp_(total[:-1] / total[-1], 1.0 - self.momentum)
         self._pending = {}
+
+    def forget(self) -> None:
+        """Drop what was collected since the last `apply`."""
+        self._pending = {}

@@ -1,56 +1,88 @@
-"""Tells collapse from health by the monitors of `losses.distillation`: method section "Losses", "Watch for collapse".
+"""Monitors of collapse, and the warnings that follow from them.
 
-Thresholds were found by making a network of three convolutions collapse on purpose (K = 128, 96 pairs of phantom crops
-of 32 voxels a side, 8 pairs a step, 240 steps, AdamW at 1e-3). Ranges of the means over 30 steps, without the first 30;
-entropy and KL as shares of log K:
-
-    run                                          entropy        KL to uniform   feature_std   CASA: right - shuffled
-    the default recipe                           0.968 - 0.991  0.001 - 0.03    0.46 - 0.63   0.06 to 0.32
-    cls alone                                    0.856 - 0.974  0.005 - 0.05    0.51 - 0.76   -
-    no centring, teacher at 0.01                 0.000          0.91 - 1.00     0.26 - 0.37   0.02 to 0.21
-    no centring, teacher at 0.04 to 0.07         0.003 - 0.11   0.77 - 1.00     0.46 - 0.52   -
-    the published choices at these settings      0.000 - 0.99   0.02 - 0.94     0.23 - 0.35   -
-    teacher at 1 (no sharpening)                 1.000          0.000           0.18 - 0.32   -0.07 to 0.03
-    one pair a step (its views share anatomy)    0.971 - 0.999  0.000 - 0.03    0.11 - 0.14   -
-    no moving average, 5e-3                      0.19  - 0.99   0.03 - 0.54     0.0001-0.0006 -
-
-`feature_std` depends on the backbone: of random weights and 16 views it is 0.73 for nnFormer, 0.29 for the U-Net, 0.09
-for SwinUNETR, and 0.02 for SwinUNETR with a single pair; hence its low threshold.
+A collapsed network answers every view alike: its distributions are all uniform, or all on one output, or its features
+are one point. Monitors are shares, so that one threshold serves every width: an entropy over log K, a spread of which 1
+means "spread over the sphere". The thresholds were found by making small networks collapse on purpose; the runs are in
+benchmarks/LOG.md. `feature_std` of random weights depends much on the backbone, hence its low threshold.
 """
 
 import math
 from collections import Counter
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 ENTROPY_SHARE = 0.998
 KL_SHARE = 0.8
 FEATURE_STD = 0.01
 CASA_GAP = 0.02
+COLLAPSE = 0.9
 NUM_READINGS = 3
 
 
-def collapse_warnings(values: dict[str, float], out_dim: int) -> list[str]:
+@torch.no_grad()
+def distribution_monitors(targets: Tensor, mean_distribution: Tensor) -> dict[str, Tensor]:
+    """Monitors of a teacher's distributions [..., K], as shares of log K.
+
+    teacher_entropy_share: mean entropy of one row's distribution; 1 when it is uniform.
+    teacher_kl_share: KL to uniform of the running mean distribution [K]: 0 when all outputs are used equally, 1 when
+        every row falls on the same one.
+    """
+    largest = math.log(targets.shape[-1])
+    return {
+        "teacher_entropy_share": torch.special.entr(targets).sum(-1).mean() / largest,
+        "teacher_kl_share": 1.0 - torch.special.entr(mean_distribution).sum() / largest,
+    }
+
+
+@torch.no_grad()
+def feature_spread(rows: Tensor, correction: int = 0) -> Tensor:
+    """Standard deviation over rows [R, C] of L2-normalised features, mean over C, times the square root of C.
+
+    About 1 when rows spread over the sphere, 0 when all are the same. `correction` 1 divides by R - 1.
+    """
+    directions = F.normalize(rows.detach().float(), dim=-1)
+    return directions.std(dim=0, correction=correction).mean() * directions.shape[-1] ** 0.5
+
+
+@torch.no_grad()
+def mean_cosine(left: Tensor, right: Tensor) -> Tensor:
+    """Cosine similarity of [R, N, K] and [R, N, K] after subtracting the mean over tokens and samples, then averaged.
+
+    Without the subtraction every pair of answers is similar, since all share one direction.
+    """
+    left, right = (x.detach().float() for x in (left, right))
+    left, right = (x - x.mean(dim=(0, 1)) for x in (left, right))
+    return F.cosine_similarity(left, right, dim=-1).mean()
+
+
+def collapse_warnings(values: dict[str, float]) -> list[str]:
     """What the monitors of one reading say.
 
     Args:
-        values: means by name; monitors that are absent (objectives switched off) are not judged.
-        out_dim: K, the width of the compared distributions.
+        values: means by name; monitors that are absent are not judged.
 
     Returns:
         One line per kind of collapse; what stands before the colon names the kind. Empty when all is well.
     """
     warnings = []
-    largest = math.log(out_dim)
-    entropy, divergence = values.get("teacher_entropy"), values.get("teacher_kl_uniform")
-    if entropy is not None and entropy > ENTROPY_SHARE * largest:
+    entropy, divergence = values.get("teacher_entropy_share"), values.get("teacher_kl_share")
+    if entropy is not None and entropy > ENTROPY_SHARE:
         warnings.append(
-            f"collapse to uniform: teacher_entropy {entropy:.4f} is all but log {out_dim} = {largest:.4f}, every view "
-            "looks alike; lower --teacher_temp, raise --batch_size, or take --centring sinkhorn"
+            f"collapse to uniform: teacher_entropy_share {entropy:.4f} (1 = uniform), every view looks the same; lower "
+            "--teacher_temp, raise --batch_size, or take --centring sinkhorn"
         )
-    if divergence is not None and divergence > KL_SHARE * largest:
+    if divergence is not None and divergence > KL_SHARE:
         warnings.append(
-            f"collapse to one output: teacher_kl_uniform {divergence:.3f} of at most {largest:.3f}, the teacher gives "
-            "all views the same few outputs; raise --teacher_temp, lower --centre_momentum or --lr, or take --centring "
-            "sinkhorn"
+            f"collapse to one output: teacher_kl_share {divergence:.3f} (1 = one output), the teacher gives all views "
+            "the same few outputs; raise --teacher_temp, lower --centre_momentum or --lr, or take --centring sinkhorn"
+        )
+    collapse = values.get("collapse")
+    if collapse is not None and collapse > COLLAPSE:
+        warnings.append(
+            f"collapse of predictions: collapse {collapse:.3f} (1 = all views give one point); lower --lr or raise "
+            "--batch_size"
         )
     spread = values.get("feature_std")
     if spread is not None and spread < FEATURE_STD:
@@ -68,14 +100,13 @@ def collapse_warnings(values: dict[str, float], out_dim: int) -> list[str]:
 
 
 class CollapseWatch:
-    """Says each kind once: when it has stood for `NUM_READINGS` readings in a row, and anew after it has gone."""
+    """Warns once per kind, after `NUM_READINGS` readings in a row; again only if it went away in between."""
 
-    def __init__(self, out_dim: int) -> None:
-        self.out_dim = out_dim
+    def __init__(self) -> None:
         self.num_in_a_row: Counter[str] = Counter()
 
     def __call__(self, values: dict[str, float]) -> list[str]:
-        """The warnings to be told at this reading; `values` and result as in `collapse_warnings`."""
-        found = {warning.split(":")[0]: warning for warning in collapse_warnings(values, self.out_dim)}
+        """The warnings that are due at this reading; `values` and result as in `collapse_warnings`."""
+        found = {warning.split(":")[0]: warning for warning in collapse_warnings(values)}
         self.num_in_a_row = Counter({kind: self.num_in_a_row[kind] + 1 for kind in found})
         return [warning for kind, warning in found.items() if self.num_in_a_row[kind] == NUM_READINGS]

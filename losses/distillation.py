@@ -1,186 +1,108 @@
-"""Alice's objective: method section "Losses" (Jiang et al., ICCV 2023, figure 2).
+"""Distillation between two networks' distributions: DINO (Caron et al., ICCV 2021, equations 1 and 4).
 
-    loss = lambda1 * loss_cls + lambda2 * loss_tokens + lambda3 * loss_recon
+    P(t) = softmax((t - centre) / teacher_temp),   H(t, s) = - sum_k P(t)_k log softmax(s / student_temp)_k
 
-    P(t)        = softmax((t - centre) / teacher_temp),   H(t, s) = - sum_k P(t)_k log softmax(s / student_temp)_k
-    loss_cls    = 1/2 [ H(t_cls(K), s_cls(Q)) + H(t_cls(Q), s_cls(K)) ]            crossed between the two patients
-    loss_tokens = 1/2 [ H(T(Q), S(Q)) + H(T(K), S(K)) ], mean over tokens          within one patient, through CASA
-    loss_recon  = mean squared error against the un-augmented crop, mean over masked voxels, then over samples
-
-Every term is a mean over samples, so the mean over ranks of equal batches equals the loss of the joined batch, and
-DDP's averaged gradients equal its gradients. Only the centres (or Sinkhorn's sums) talk to other ranks; they are
-constants of the loss, and the centres' update follows it.
+Every term is a mean over rows, so the mean over ranks of equal batches equals the loss of the joined batch, and DDP's
+averaged gradients equal its gradients. Only the centres (or Sinkhorn's sums) talk to other ranks; they are constants of
+the loss, and they are updated after the optimiser's step.
 """
 
-import math
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.centre import RunningMeans
 from losses.sinkhorn import balanced_probabilities
 
-RECON_CHOICES = ("masked", "all")
-CENTRING_CHOICES = ("mean", "sinkhorn")
+
+@dataclass(frozen=True)
+class DistillationOptions:
+    """How a teacher's logits become targets.
+
+    Attributes:
+        student_temp: temperature of the student's softmax
+        teacher_temp: temperature of the teacher's softmax after its warm-up
+        warmup_teacher_temp: temperature of the teacher's softmax at the start
+        warmup_teacher_temp_epochs: epochs from the one to the other; 0 = none
+        centring: against collapse: take a running mean off the teacher's logits (mean, DINO), or balance the rows of
+            every forward pass (sinkhorn, SwAV); use sinkhorn when batches are small and the log warns of collapse, then
+            also set --teacher_temp 0.012
+        centre_momentum: momentum of the centres, per step; with --centring mean
+    """
+
+    student_temp: float = 0.1
+    teacher_temp: float = 0.07
+    warmup_teacher_temp: float = 0.04
+    warmup_teacher_temp_epochs: int = 30
+    centring: Literal["mean", "sinkhorn"] = "mean"
+    centre_momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected more than 0")
+        if self.warmup_teacher_temp_epochs < 0:
+            raise ValueError(f"--warmup_teacher_temp_epochs {self.warmup_teacher_temp_epochs}: expected 0 or more")
+        if self.centring not in ("mean", "sinkhorn"):
+            raise ValueError(f"--centring {self.centring!r}: expected mean or sinkhorn")
+        if not 0 <= self.centre_momentum < 1:
+            raise ValueError(f"--centre_momentum {self.centre_momentum}: expected a number from 0 to below 1")
 
 
-class OnlineOutputs(Protocol):
-    """What the loss reads of `models.methods.alice.StudentOutputs`: 2B rows, first Q then K."""
+class Distillation(nn.Module):
+    """Targets from a teacher's logits, for several named outputs; the centres are its state."""
 
-    cls_logits: Tensor | None  # [2B, K]
-    casa_online: Tensor | None  # [2B, N, K]
-    reconstruction: Tensor | None  # [2B, 1, D, H, W]
-
-
-class TargetOutputs(Protocol):
-    """What the loss reads of `models.methods.alice.TeacherOutputs`: 2B rows, first Q then K."""
-
-    cls_logits: Tensor | None  # [2B, K]
-    cls_features: Tensor | None  # [2B, C]
-    casa_target: Tensor | None  # [2B, N, K]
-    casa_shuffled: Tensor | None  # [2B, N, K]
-
-
-class AliceLoss(nn.Module):
-    """The weighted sum of the three terms, with the centres as its state."""
-
-    def __init__(
-        self,
-        lambda1: float = 1.0,
-        lambda2: float = 1.0,
-        lambda3: float = 10.0,
-        out_dim: int = 512,
-        student_temp: float = 0.1,
-        centre_momentum: float = 0.9,
-        recon_on: str = "masked",
-        centring: str = "mean",
-    ) -> None:
-        """Set the weights of cls, tokens and reconstruction (0 = off) and the temperatures.
-
-        Args:
-            out_dim: K, the width of the logits.
-            recon_on: "masked", or "all" for the released code's choice: half the error over all voxels.
-            centring: "mean" as in P(t) above, or "sinkhorn": P(t) balanced over the rows of one forward pass and all
-                ranks instead (`losses.sinkhorn`); the centres are then only watched.
-
-        Raises:
-            ValueError: a value out of range, naming the flag.
-        """
+    def __init__(self, widths: dict[str, int], options: DistillationOptions | None = None) -> None:
+        """`widths`: name of an output -> its number of logits K; the first one's mean distribution is watched."""
         super().__init__()
-        if recon_on not in RECON_CHOICES:
-            raise ValueError(f"--recon_on must be one of {RECON_CHOICES}, got {recon_on!r}")
-        if centring not in CENTRING_CHOICES:
-            raise ValueError(f"--centring must be one of {CENTRING_CHOICES}, got {centring!r}")
-        if student_temp <= 0:
-            raise ValueError(f"--student_temp must be above 0, got {student_temp}")
-        self.lambda1, self.lambda2, self.lambda3 = lambda1, lambda2, lambda3
-        self.student_temp, self.recon_on, self.centring = student_temp, recon_on, centring
+        self.options = options or DistillationOptions()
+        self.first = next(iter(widths))
         # The mean teacher distribution starts uniform; it is watched, not part of the loss.
-        dims = {"cls": out_dim, "tokens": out_dim, "cls_distribution": out_dim}
-        self.centres = RunningMeans(dims, centre_momentum, start={"cls_distribution": 1.0 / out_dim})
+        watched, width = f"{self.first}_distribution", widths[self.first]
+        self.centres = RunningMeans(
+            widths | {watched: width}, self.options.centre_momentum, start={watched: 1.0 / width}
+        )
 
-    def forward(
-        self,
-        student: OnlineOutputs,
-        teacher: TargetOutputs,
-        batch: dict[str, Tensor],
-        teacher_temp: float,
-        update_centres: bool = True,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss, and its detached terms with the monitors of collapse.
+    def targets(self, name: str, logits: Tensor, teacher_temp: float) -> Tensor:
+        """The teacher's distributions, float32 of the logits' shape [..., K]; training collects for the centres.
 
         Args:
-            student, teacher: their outputs for 2B rows, first Q then K.
-            batch: "query", "key" [B, 1, D, H, W] un-augmented crops; "query_mask", "key_mask" bool [B, d, h, w], True
-                = in the loss.
-            teacher_temp: temperature of the teacher's softmax, above 0.
-            update_centres: fold the teacher's rows into the centres afterwards (in training mode only). With gradient
-                accumulation pass False for all but the last part: the parts then count as one batch.
-
-        Returns:
-            total: scalar with gradient.
-            terms: "loss_cls", "loss_tokens", "loss_recon" unweighted, where switched on; monitors as in
-                `collapse_monitors`.
+            logits: [..., K]; with sinkhorn all rows of one call (and of all ranks) are balanced together.
+            teacher_temp: above 0.
         """
         if teacher_temp <= 0:
             raise ValueError(f"--teacher_temp must be above 0, got {teacher_temp}")
-        terms: dict[str, Tensor] = {}
-        monitors: dict[str, Tensor] = {}
-        if self.lambda1:
-            targets = self._teacher_probabilities("cls", teacher.cls_logits, teacher_temp)
-            terms["loss_cls"] = self._cross_entropy(swap_views(targets), student.cls_logits)
-            monitors |= self._watch_cls(targets, teacher.cls_features)
-        if self.lambda2:
-            targets = self._teacher_probabilities("tokens", teacher.casa_target, teacher_temp)
-            terms["loss_tokens"] = self._cross_entropy(targets, student.casa_online)
-            monitors["casa_cos_right"] = mean_cosine(student.casa_online, teacher.casa_target)
-            monitors["casa_cos_shuffled"] = mean_cosine(student.casa_online, teacher.casa_shuffled)
-        if self.lambda3:
-            terms["loss_recon"] = self._reconstruction_error(student.reconstruction, batch)
-        weights = {"loss_cls": self.lambda1, "loss_tokens": self.lambda2, "loss_recon": self.lambda3}
-        total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        if self.training and update_centres:
-            self.centres.apply()
-        return total, {name: value.detach() for name, value in (terms | monitors).items()}
-
-    def _teacher_probabilities(self, name: str, logits: Tensor, teacher_temp: float) -> Tensor:
         logits = logits.detach().float()
         if self.training:
             self.centres.collect(name, logits)
-        if self.centring == "sinkhorn":  # ranks may validate different numbers of batches: each for itself then
-            return balanced_probabilities(logits, teacher_temp, across_ranks=self.training)
-        return F.softmax((logits - getattr(self.centres, name)) / teacher_temp, dim=-1)
+        if self.options.centring == "sinkhorn":  # ranks may validate different numbers of batches: each for itself
+            found = balanced_probabilities(logits, teacher_temp, across_ranks=self.training)
+        else:
+            found = F.softmax((logits - getattr(self.centres, name)) / teacher_temp, dim=-1)
+        if self.training and name == self.first:
+            self.centres.collect(f"{name}_distribution", found)
+        return found
 
-    def _cross_entropy(self, targets: Tensor, logits: Tensor) -> Tensor:
-        """-sum(targets * log_softmax(logits / student_temp)) over K, mean over the rest."""
-        return -(targets * F.log_softmax(logits.float() / self.student_temp, dim=-1)).sum(-1).mean()
+    def cross_entropy(self, targets: Tensor, logits: Tensor) -> Tensor:
+        """H of targets and a student's logits, both [..., K]: mean over all rows, in float32."""
+        return -(targets * F.log_softmax(logits.float() / self.options.student_temp, dim=-1)).sum(-1).mean()
 
-    def _reconstruction_error(self, reconstruction: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Squared error [2B, 1, D, H, W] -> per sample over its loss voxels -> mean over samples."""
-        target = torch.cat([batch["query"], batch["key"]]).float()
-        squared = (reconstruction.float() - target).square()
-        if self.recon_on == "all":
-            return 0.5 * squared.mean()
-        loss_mask = torch.cat([batch["query_mask"], batch["key_mask"]]).float()  # [2B, d, h, w]
-        blocks = F.adaptive_avg_pool3d(squared, loss_mask.shape[1:])[:, 0]  # [2B, d, h, w]: mean error of each block
-        per_sample = (blocks * loss_mask).sum(dim=(1, 2, 3)) / loss_mask.sum(dim=(1, 2, 3)).clamp(min=1)
-        return per_sample.mean()
+    @property
+    def mean_distribution(self) -> Tensor:
+        """Running mean [K] of the first output's targets over batches and ranks."""
+        return getattr(self.centres, f"{self.first}_distribution")
 
-    @torch.no_grad()
-    def _watch_cls(self, targets: Tensor, features: Tensor) -> dict[str, Tensor]:
-        """Monitors of collapse in the teacher's cls.
+    def update(self) -> None:
+        """Fold what was collected into the centres, over all ranks."""
+        self.centres.apply()
 
-        teacher_entropy: mean entropy of one sample's distribution, log K when it is uniform.
-        teacher_kl_uniform: KL to uniform of the running mean distribution (batch and ranks): 0 when all K outputs are
-            used alike, log K when every sample falls on the same one.
-        feature_std: standard deviation over the batch of L2-normalised features, times the square root of their width:
-            about 1 when samples spread over the sphere, 0 when all are the same.
-        """
-        if self.training:
-            self.centres.collect("cls_distribution", targets)
-        mean_distribution = self.centres.cls_distribution
-        directions = F.normalize(features.float(), dim=-1)
-        return {
-            "teacher_entropy": torch.special.entr(targets).sum(-1).mean(),
-            "teacher_kl_uniform": math.log(targets.shape[-1]) - torch.special.entr(mean_distribution).sum(),
-            "feature_std": directions.std(dim=0, correction=0).mean() * directions.shape[-1] ** 0.5,
-        }
+    def forget(self) -> None:
+        """Drop what was collected: the step was skipped."""
+        self.centres.forget()
 
 
 def swap_views(rows: Tensor) -> Tensor:
-    """Rows of (Q, K) [2B, ...] -> rows of (K, Q)."""
-    return rows.roll(rows.shape[0] // 2, dims=0)
-
-
-def mean_cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Mean over tokens and samples of the cosine between what is particular in [2B, N, K] and [2B, N, K].
-
-    Particular is what differs from the mean over tokens and samples. S and T point almost the same way wherever they
-    look: in a training that went well, plain cosines were 0.633 for the right and another view alike, these 0.22 and
-    -0.10.
-    """
-    left, right = (x.detach().float() for x in (left, right))
-    left, right = (x - x.mean(dim=(0, 1)) for x in (left, right))
-    return F.cosine_similarity(left, right, dim=-1).mean()
+    """Rows [2B, ...] whose pairs stand together: the two rows of every pair exchanged."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

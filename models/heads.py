@@ -7,10 +7,37 @@ State-dict names are the published ones: `mlp.0/2/4`, `last_layer` (cls), `last_
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Sizes of the projection head.
+
+    Attributes:
+        out_dim: width K of the compared distributions
+        head_hidden_dim: width of the head's hidden layers
+        head_bottleneck_dim: width before the head's last layer
+        norm_last_layer: keep the gains of the last layers at 1
+        freeze_last_layer: epochs that the head's last layers stand still; 0 = off
+    """
+
+    out_dim: int = 512
+    head_hidden_dim: int = 2048
+    head_bottleneck_dim: int = 256
+    norm_last_layer: bool = True
+    freeze_last_layer: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("out_dim", "head_hidden_dim", "head_bottleneck_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
+        if self.freeze_last_layer < 0:
+            raise ValueError(f"--freeze_last_layer {self.freeze_last_layer}: expected 0 (off) or more")
 
 
 class WeightNormLinear(nn.Module):
@@ -94,6 +121,11 @@ class ProjectionHead(nn.Module):
     def project_decoder_tokens(self, tokens: Tensor) -> Tensor:
         """[B, M, decoder_dim] -> [B, M, K]: phi in the student, psi in the teacher (fed encoder tokens)."""
         return self._token_logits(self.mlp4(tokens))
+
+    def last_layer_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of the last layers, which DINO's training freezes at first."""
+        layers = [layer for layer in (self.last_layer, self.last_layer2) if layer is not None]
+        return [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
 
     def target_twin(self, shared_last_layer: bool) -> "ProjectionHead":
         """An independent copy for the teacher; with `shared_last_layer` its tokens use cls's last layer."""

@@ -32,7 +32,7 @@ from datasets.samples.loader import make_pair_loader
 from datasets.store.format import checksum_of
 from datasets.store.volumes import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
-from engine.checkpoint import find_wanted, load_checkpoint, set_aside, tell_resumed
+from engine.checkpoint import describe_resumed, find_wanted, load_checkpoint, set_aside
 from engine.device import make_scaler, pick_precision
 from engine.distributed import World, main_decides
 from engine.flags import RunInfo, options_of, run_main
@@ -184,7 +184,7 @@ def start_run(
     )
     if resumed is not None:
         run.restore(*resumed)
-        started = tell_resumed(options.resume, resumed)
+        started = describe_resumed(options.resume, resumed)
         run.is_stopped = 0 < options.patience <= run.num_without_gain  # more --patience goes on
         if run.best_step and not main_decides(world, lambda: holds_best(options.output_dir, resumed[1])):
             run.forget_best()

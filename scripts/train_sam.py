@@ -27,7 +27,7 @@ from datasets.lists.data_list import Case, load_data_list
 from datasets.samples.loader import make_pair_loader
 from datasets.store.volumes import VolumeStore, fill_store
 from engine import distributed
-from engine.checkpoint import find_wanted, save_checkpoint, set_aside, tell_resumed
+from engine.checkpoint import describe_resumed, find_wanted, save_checkpoint, set_aside
 from engine.device import autocast, make_scaler, pick_precision
 from engine.distributed import World, all_max
 from engine.flags import RunInfo, add_options, add_resume, add_switch, make_parser, options_of, run_main
@@ -178,7 +178,7 @@ def resume(run: SamRun, flags: jsonargparse.Namespace, world: World) -> str:
             set_aside(flags.output_dir)
         return "starting anew"
     run.restore(found[0], str(found[1]))
-    return tell_resumed(flags.resume, found)
+    return describe_resumed(flags.resume, found)
 
 
 def open_store(flags: jsonargparse.Namespace, world: World, cases: Sequence[Case]) -> VolumeStore:

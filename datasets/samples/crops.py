@@ -5,12 +5,43 @@ start + (roi - 1) / 2, so that an even-sized crop is centred between two voxels.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from datasets.ct.geometry import index_to_world, world_to_index
 
 AIR_HU = -1024
+
+
+@dataclass(frozen=True)
+class CropOptions:
+    """What a crop is: its size, its HU window, and whether its views are augmented.
+
+    Attributes:
+        roi_x: crop size along W (towards the patient's left), voxels (multiple of 32 for swin_unetr, else 16)
+        roi_y: crop size along H (posterior), voxels
+        roi_z: crop size along D (superior), voxels
+        a_min: HU that becomes 0
+        a_max: HU that becomes 1
+        augment: intensity augmentation, another one for every view
+    """
+
+    roi_x: int = 96
+    roi_y: int = 96
+    roi_z: int = 96
+    a_min: float = -125.0
+    a_max: float = 225.0
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        if self.a_min >= self.a_max:
+            raise ValueError(f"--a_min {self.a_min}, --a_max {self.a_max}: expected a low end below the high end (HU)")
+
+    @property
+    def roi(self) -> tuple[int, int, int]:
+        """The crop's size (D, H, W) in voxels."""
+        return self.roi_z, self.roi_y, self.roi_x
 
 
 def start_at(record, point_mm: np.ndarray, roi: Sequence[int]) -> np.ndarray:

@@ -6,9 +6,27 @@ masked.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How much of a crop the student does not see.
+
+    Attributes:
+        mask_ratio: share of blocks hidden from the student, from 0 to below 1; 0 = off
+        mask_block: side of a mask block, voxels
+    """
+
+    mask_ratio: float = 0.75
+    mask_block: int = 16
+
+    def check(self, roi: Sequence[int]) -> None:
+        """Raise ValueError where masks of this kind do not fit crops of `roi` (D, H, W) voxels."""
+        num_masked_blocks(mask_grid(roi, self.mask_block), self.mask_ratio)
 
 
 def mask_grid(roi: Sequence[int], block_vox: int) -> tuple[int, int, int]:

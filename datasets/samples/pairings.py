@@ -1,20 +1,19 @@
-"""Pairing rules: which two places make the two views Q and K of one sample.
+"""Pairing rules: which V places of which volumes make one sample.
 
 - `sam` (Alice, ICCV 2023, figure 2): the same anatomy in two patients, from the correspondence table;
 - `iou`: two crops of one volume whose intersection over union lies in a range, the positives of the IoU-based peers;
 - `random`: random crops of two different volumes, the control that any pairing must beat.
 
-All rules draw the first crop alike, anywhere in the box of the body: they differ in the second alone. (Crops centred at
-matched points, as published, overhang the body; masked image modelling on such crops taught a U-Net far less than on
-crops within: benchmarks/RESULTS.md.)
+All rules of two places draw the first crop in the same way, anywhere in the box of the body: they differ in the second
+alone. (Crops centred at matched points, as published, overhang the body, and networks learn less from them.)
 
-A rule is a class with `draw(rng, case) -> PairDraw`; adding one takes a class and a line in `PAIRINGS`. Every draw is a
+A rule is a subclass of `Pairing` with `draw_places`; adding one takes a class and a line in `PAIRINGS`. Every draw is a
 function of the generator alone. A rule that cannot keep its promise falls back and says so (`is_fallback`).
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from datasets.ct.geometry import world_to_index
 from datasets.samples.correspondences import CorrespondenceTable, Selection
 from datasets.samples.crops import body_start_range, centre_mm, crop_iou, draw_centre, draw_starts, shared_shift_mm
 
-PAIR_KINDS = ("sam", "iou", "random")  # `pair_kind` in a sample is an index into this
 FIRST_DRAWS = 4  # 4 first crops with 30 second crops each: the 120 draws of the published rule
 SECOND_DRAWS = 30
 NEAR_MM = 1e-3  # points so near to each other are one
@@ -32,58 +30,46 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PairDraw:
-    """Where the two crops of one sample lie.
+class Places:
+    """Where the V crops of one sample lie.
 
     Attributes:
-        query_name, key_name: cases.
-        query_mm, key_mm: crop centres, world mm float64 [3].
+        names: the case of each crop.
+        points_mm: float64 [V, 3], crop centres in world mm.
         score: similarity of the match (`sam`), the crops' IoU (pairs within one volume), or 0 (`random`).
-        is_fallback: the rule could not be kept, and a lesser pair stands in.
-        kind: what kind of pair this is in truth, a name in `PAIR_KINDS`.
+        is_fallback: the rule could not be kept, and a lesser sample stands in.
     """
 
-    query_name: str
-    key_name: str
-    query_mm: np.ndarray
-    key_mm: np.ndarray
-    score: float
-    is_fallback: bool
-    kind: str
+    names: tuple[str, ...]
+    points_mm: np.ndarray
+    score: float = 0.0
+    is_fallback: bool = False
 
-    def swapped(self) -> "PairDraw":
-        """The same pair with query and key exchanged."""
-        return replace(
-            self,
-            query_name=self.key_name,
-            key_name=self.query_name,
-            query_mm=self.key_mm,
-            key_mm=self.query_mm,
-        )
+    def reversed(self) -> "Places":
+        """The same crops in the opposite order."""
+        return replace(self, names=self.names[::-1], points_mm=self.points_mm[::-1])
 
 
 @dataclass(frozen=True)
 class PairingOptions:
-    """What the rules need to know besides the volumes.
+    """What the rules need to know besides the volumes and the crop's size.
 
     Attributes:
-        roi: crop size (D, H, W) in voxels.
-        min_score: lowest match score that `sam` accepts, in [-1, 1]. This default and the next make 95 % of the mined
-            pairs of held-out phantoms right within 15 mm (`scripts/evaluate_matching.py`, figures in RESULTS.md).
-        max_cycle_mm: largest cycle error that `sam` accepts, mm (inf = any, also unmeasured).
-        iou_range: smallest and largest IoU of two crops of one volume, in [0, 1].
-        jitter_mm: how far, along each world axis, the two crops of a match may lie off its two points, mm; both lie off
-            by the same vector. 0 = centred at them, as published.
+        min_score: lowest score of a matched pair, -1 to 1; -1 = any
+        max_cycle_mm: largest cycle error of a matched pair, mm; 1e6 = any
+        iou_range: IoU of two crops of one volume, low high
+        jitter_mm: how far both crops of a matched pair may lie off its points, by the same vector, along each axis, mm;
+            0 = centred at the points, as published
         max_outside: share of a crop's side by which the two crops of a match may overhang the bodies' boxes where one
-            vector can bring both inside, in [0, 1]; 1 = they stay where they are.
+            vector can bring both inside, in [0, 1]; 1 = they stay where they are
     """
 
-    roi: tuple[int, int, int]
+    # These two make 95 % of the mined pairs of held-out phantoms right within 15 mm (scripts/evaluate_matching.py).
     min_score: float = 0.65
     max_cycle_mm: float = 18.0
     iou_range: tuple[float, float] = (0.3, 0.6)
     jitter_mm: float = 30.0
-    max_outside: float = 0.0
+    max_outside: float = field(default=0.0, metadata={"flag": False})
 
     def __post_init__(self) -> None:
         low, high = self.iou_range
@@ -91,12 +77,48 @@ class PairingOptions:
             raise ValueError(f"--iou_range is {low} {high}, expected 0 <= low <= high <= 1")
         if self.jitter_mm < 0 or not 0.0 <= self.max_outside <= 1.0 or self.max_cycle_mm < 0:
             raise ValueError(
-                f"expected --jitter_mm >= 0, --max_cycle_mm >= 0 and --max_outside in [0, 1], got {self.jitter_mm}, "
+                f"expected --jitter_mm >= 0, --max_cycle_mm >= 0 and max_outside in [0, 1], got {self.jitter_mm}, "
                 f"{self.max_cycle_mm} and {self.max_outside}"
             )
 
 
-class IouPairing:
+class Pairing:
+    """What all rules share: the volumes, the crop's size, and which of two crops comes first."""
+
+    needs_table = False
+
+    def __init__(
+        self,
+        store,
+        names: Sequence[str],
+        roi: Sequence[int],
+        options: PairingOptions | None = None,
+        table: CorrespondenceTable | None = None,
+    ) -> None:
+        """Prepare to draw from the cases `names` of `store`; `roi` is the crop (D, H, W) in voxels."""
+        self.store, self.names, self.roi = store, list(names), tuple(int(side) for side in roi)
+        self.options = options or PairingOptions()
+        self.table = table
+
+    def draw(self, rng: np.random.Generator, case: int) -> Places:
+        """The places of one sample of `names[case]`; the order of its crops is a matter of chance."""
+        places = self.draw_places(rng, case)
+        return places.reversed() if rng.random() < 0.5 else places
+
+    def draw_places(self, rng: np.random.Generator, case: int) -> Places:
+        """The places of one sample, those of `names[case]` first."""
+        raise NotImplementedError
+
+    def draw_alone(self, rng: np.random.Generator, case: int) -> Places:
+        """A sample of one volume, for a corpus in which every pair meets a broken one; counted as a fallback."""
+        return replace(IouPairing(self.store, self.names, self.roi, self.options).draw(rng, case), is_fallback=True)
+
+    def statistics(self) -> dict:
+        """Plain facts about what this rule can draw from, for logs."""
+        return {}
+
+
+class IouPairing(Pairing):
     """Two overlapping crops of one volume (the IoU-based positives of the peers, 3-D).
 
     The first crop lies anywhere in the body; the second is redrawn up to 30 times until the IoU lies in the range, then
@@ -104,16 +126,9 @@ class IouPairing:
     (In a large volume hardly one crop in a thousand overlaps another, so the second is drawn from its neighbourhood.)
     """
 
-    def __init__(
-        self, store, names: Sequence[str], options: PairingOptions, table: CorrespondenceTable | None = None
-    ) -> None:
-        self.store = store
-        self.names = list(names)
-        self.options = options
-
-    def draw(self, rng: np.random.Generator, case: int) -> PairDraw:
+    def draw_places(self, rng: np.random.Generator, case: int) -> Places:
         """A pair within `names[case]`."""
-        record, roi = self.store.record(self.names[case]), self.options.roi
+        record, roi = self.store.record(self.names[case]), self.roi
         low, high = self.options.iou_range
         first, last = body_start_range(record, roi, 0.0)
         if crop_iou(first, last, roi) > low:  # a small body: without overhang no two crops lie far enough apart
@@ -132,35 +147,24 @@ class IouPairing:
         start, second = draw_starts(rng, first, last, 2)
         return self._pair(record, start, second, True)
 
-    def _pair(self, record, start: np.ndarray, second: np.ndarray, is_fallback: bool) -> PairDraw:
-        roi = self.options.roi
-        points = centre_mm(record, np.stack([start, second]), roi)
-        iou = float(crop_iou(start, second, roi))
-        kind = "random" if is_fallback else "iou"
-        return PairDraw(record.name, record.name, points[0], points[1], iou, is_fallback, kind)
+    def _pair(self, record, start: np.ndarray, second: np.ndarray, is_fallback: bool) -> Places:
+        points = centre_mm(record, np.stack([start, second]), self.roi)
+        return Places((record.name, record.name), points, float(crop_iou(start, second, self.roi)), is_fallback)
 
 
-class RandomPairing:
+class RandomPairing(Pairing):
     """Random crops of two different volumes; with a single volume both come from it, counted as a fallback."""
 
-    def __init__(
-        self, store, names: Sequence[str], options: PairingOptions, table: CorrespondenceTable | None = None
-    ) -> None:
-        self.store = store
-        self.names = list(names)
-        self.options = options
-
-    def draw(self, rng: np.random.Generator, case: int) -> PairDraw:
+    def draw_places(self, rng: np.random.Generator, case: int) -> Places:
         """A pair of `names[case]` and any other case."""
         num = len(self.names)
         other = (case + int(rng.integers(1, num))) % num if num > 1 else case
-        points = []
-        for index in (case, other):
-            points.append(draw_centre(rng, self.store.record(self.names[index]), self.options.roi))
-        return PairDraw(self.names[case], self.names[other], points[0], points[1], 0.0, other == case, "random")
+        names = (self.names[case], self.names[other])
+        points = np.stack([draw_centre(rng, self.store.record(name), self.roi) for name in names])
+        return Places(names, points, is_fallback=other == case)
 
 
-class SamPairing:
+class SamPairing(Pairing):
     """The same anatomy in two patients: a row of the correspondence table that passes both thresholds.
 
     The query crop is drawn anywhere in the body; of the rows whose point lies nearest to its centre, one at random says
@@ -168,40 +172,45 @@ class SamPairing:
     case without a row gives an `iou` pair of its own, counted as a fallback.
     """
 
+    needs_table = True
+
     def __init__(
-        self, store, names: Sequence[str], options: PairingOptions, table: CorrespondenceTable | None = None
+        self,
+        store,
+        names: Sequence[str],
+        roi: Sequence[int],
+        options: PairingOptions | None = None,
+        table: CorrespondenceTable | None = None,
     ) -> None:
+        """As every rule, with the table; ValueError where it is missing or of other volumes."""
+        super().__init__(store, names, roi, options, table)
         if table is None:
             raise ValueError(
                 "--pairing sam needs a correspondence table; mine one (scripts/mine_pairs.py) and give its folder as "
                 "--embed_dir, or choose --pairing iou or random"
             )
         table.check_cases(store.names)
-        self.store = store
-        self.names = list(names)
-        self.options = options
-        self.table = table
-        self.fallback = IouPairing(store, names, options)
+        self.fallback = IouPairing(store, names, roi, self.options)
         self.selection = self._select()
         position = {name: index for index, name in enumerate(table.case_names)}
         self.table_case = [position.get(name, -1) for name in self.names]
         self._warn_of_cases_without_rows()
         self._check_places()
 
-    def draw(self, rng: np.random.Generator, case: int) -> PairDraw:
-        """A matched pair whose query (before a possible exchange) is `names[case]`."""
+    def draw_places(self, rng: np.random.Generator, case: int) -> Places:
+        """A matched pair whose first crop is of `names[case]`."""
         table_case = self.table_case[case]
         candidates = self.selection.of_case(table_case) if table_case >= 0 else ()
         if len(candidates) == 0:
-            return replace(self.fallback.draw(rng, case), is_fallback=True)
+            return replace(self.fallback.draw_places(rng, case), is_fallback=True)
         query = self.store.record(self.names[case])
-        centre = draw_centre(rng, query, self.options.roi)
+        centre = draw_centre(rng, query, self.roi)
         row = self._nearest_row(rng, candidates, centre)
         key = self.store.record(self.table.case_names[row["key_case"]])
         offset = np.clip(centre - row["query_mm"], -self.options.jitter_mm, self.options.jitter_mm)
         query_mm, key_mm = row["query_mm"] + offset, row["key_mm"] + offset
-        shift = shared_shift_mm(query, query_mm, key, key_mm, self.options.roi, self.options.max_outside)
-        return PairDraw(query.name, key.name, query_mm + shift, key_mm + shift, float(row["score"]), False, "sam")
+        shift = shared_shift_mm(query, query_mm, key, key_mm, self.roi, self.options.max_outside)
+        return Places((query.name, key.name), np.stack([query_mm + shift, key_mm + shift]), float(row["score"]))
 
     def _nearest_row(self, rng: np.random.Generator, candidates: np.ndarray, centre_mm: np.ndarray) -> np.void:
         """One of the rows with the query point nearest to a place: a point has a row for each of its partners."""
@@ -210,15 +219,18 @@ class SamPairing:
         return self.table.rows[int(nearest[rng.integers(len(nearest))])]
 
     @property
-    def num_usable_rows(self) -> int:
-        """Rows that pass the thresholds and whose two cases are both in use."""
-        return len(self.selection.rows)
-
-    @property
     def num_cases_without_rows(self) -> int:
         """Cases in use that can only give fallback pairs."""
         counts = self.selection.num_per_case
         return sum(1 for case in self.table_case if case < 0 or counts[case] == 0)
+
+    def statistics(self) -> dict:
+        """Rows of the table, those that pass the thresholds between cases in use, and cases without any."""
+        return {
+            "num_rows": len(self.table),
+            "num_usable_rows": len(self.selection.rows),
+            "num_cases_without_rows": self.num_cases_without_rows,
+        }
 
     def _select(self) -> Selection:
         used = set(self.names)
@@ -260,15 +272,4 @@ class SamPairing:
             )
 
 
-PAIRINGS: dict[str, type] = {"sam": SamPairing, "iou": IouPairing, "random": RandomPairing}
-
-
-def make_pairing(name: str, store, names: Sequence[str], options: PairingOptions, table: CorrespondenceTable | None):
-    """The rule called `name` over the cases `names`.
-
-    Raises:
-        ValueError: no such rule, or the rule lacks what it needs.
-    """
-    if name not in PAIRINGS:
-        raise ValueError(f"--pairing is {name!r}, expected one of {', '.join(PAIRINGS)}")
-    return PAIRINGS[name](store, names, options, table)
+PAIRINGS: dict[str, type[Pairing]] = {"sam": SamPairing, "iou": IouPairing, "random": RandomPairing}

@@ -1,26 +1,23 @@
-"""Pictures of what the networks look at: CASA's attention (Alice, figure 3) and dense features as colours.
+"""Pictures of what the networks look at: attention and dense features as colours.
 
-Attention: the query token at the crop's centre, where both crops show the matched place, asks the student's and the
-teacher's view. Side by side one sees whether both look at the same organ. Colours are multiples of uniform attention on
-a fixed scale, so that attention that prefers nothing shows nothing.
+Attention (Alice, ICCV 2023, figure 3): the query token at the crop's centre asks every network's view. Side by side one
+sees whether all look at the same organ. Colours are multiples of uniform attention on a fixed scale, so that attention
+that prefers nothing shows nothing.
 
-Features: the three main components of the teacher's encoder map at CASA's key stride, as red, green and blue. All views
-of a sheet share their components, so that the same colour in query and key means the same features.
+Features: the three main components of an encoder map as red, green and blue. All views of a sheet share their
+components, so that the same colour means the same features.
 
-Arrays are [D, H, W] in canonical orientation; planes are those of `datasets.ct.planes`.
+Arrays are [D, H, W] in canonical orientation; planes are drawn as in `datasets.ct.planes`.
 """
 
-from typing import NamedTuple
+import math
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.ct.planes import cut_plane, pixel_aspect
-from engine.device import autocast
-from engine.loop import evaluating
-from models.methods.alice import AliceStudent, AliceTeacher
 
 PLANES = ("axial", "coronal")
 MOST_TIMES_UNIFORM = 4.0  # the end of the colour scale of attention
@@ -29,77 +26,39 @@ CLIPPED_SHARE = 0.02  # of feature values at either end of the colour scale
 Size3 = tuple[int, int, int]
 
 
-class Looks(NamedTuple):
-    """What was found of 2B views, first B queries, then B keys; float32 on the CPU."""
-
-    student: Tensor | None  # [2B, N, M]: attention of the student, mean over heads; None without CASA
-    teacher: Tensor | None  # [2B, N, M]
-    features: Tensor  # [2B, C, d, h, w]: the teacher's encoder map at its key stride
+def token_stride(size: Size3, num_tokens: int) -> int:
+    """The stride in voxels of the map of a crop that has so many tokens."""
+    return round((math.prod(size) / num_tokens) ** (1 / 3))
 
 
-@torch.no_grad()
-def look(student: AliceStudent, teacher: AliceTeacher, batch: dict, precision: str = "fp32") -> Looks:
-    """Run both networks on a batch of `PairedCropDataset` (on the CPU), in evaluation mode; their modes come back."""
-    device = next(student.parameters()).device
-    names = ("query_student", "query_mask", "key_student", "key_mask", "query_teacher", "key_teacher")
-    views = [batch[name].to(device) for name in names]
-    kept: dict[str, list[Tensor]] = {"student": [], "teacher": []}
-    hooks = [
-        keep_attention(network.casa, kept[name])
-        for name, network in (("student", student), ("teacher", teacher))
-        if network.casa is not None
-    ]
-    try:
-        with evaluating(student), autocast(precision, device):
-            # Not called as modules: torch.compile, where it is on, would not see the hooks.
-            teacher.forward(*views[4:], student.forward(*views[:4]))
-            features = teacher.backbone.encode(torch.cat(views[4:]))[teacher.key_stride]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    # The teacher's second attention is that to shuffled views.
-    attention = [found[0].mean(1).float().cpu() if found else None for found in kept.values()]
-    return Looks(*attention, features.float().cpu())
-
-
-def keep_attention(casa: nn.Module, kept: list[Tensor]):
-    """Add the weights [2B, heads, N, M] of every use of `casa` to `kept`; returns the hook's handle."""
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        kept.append(module.attention_weights(*inputs[:2]))
-
-    return casa.Cross_Att.MH_attn.register_forward_hook(hook)
-
-
-def attention_figure(
-    crops: Tensor, attention: tuple[Tensor, Tensor], strides: tuple[int, int], titles: list[str], voxel_mm: tuple
-) -> Figure:
-    """One row per view: the crop with the asking token, where student and teacher look, in two planes through it.
+def attention_figure(crops: Tensor, attention: dict[str, Tensor], titles: list[str], voxel_mm: tuple) -> Figure:
+    """One row per view: the crop with the asking token, where every network looks, in two planes through it.
 
     Args:
         crops: [V, 1, D, H, W] in [0, 1].
-        attention: student's and teacher's [V, N, M], rows that add up to 1.
-        strides: of the N asking and of the M asked tokens, in voxels.
+        attention: by network [V, N, M]: rows of N asking tokens over M asked tokens, which add up to 1.
         titles: one per view.
         voxel_mm: voxel size (D, H, W).
     """
     size = tuple(crops.shape[2:])
+    strides = [token_stride(size, num) for num in next(iter(attention.values())).shape[1:]]
     asking, asked = (tuple(side // stride for side in size) for stride in strides)
     token = tuple(side // 2 for side in asking)
     row = int(np.ravel_multi_index(token, asking))
     centre = tuple(int((place + 0.5) * strides[0]) for place in token)
-    figure = Figure(figsize=(12.5, 2.2 * len(titles) + 0.3), layout="constrained")
-    axes = figure.subplots(len(titles), 3 * len(PLANES), squeeze=False)
+    width = 1 + len(attention)
+    figure = Figure(figsize=(0.5 + 4 * width, 2.2 * len(titles) + 0.3), layout="constrained")
+    axes = figure.subplots(len(titles), width * len(PLANES), squeeze=False)
     for view, title in enumerate(titles):
         crop = crops[view, 0].float().cpu().numpy()
         for number, plane in enumerate(PLANES):
-            columns = axes[view, 3 * number : 3 * number + 3]
+            columns = axes[view, width * number : width * (number + 1)]
             draw_plane(columns[0], crop, plane, centre, voxel_mm, f"{plane}: asking token")
             outline_token(columns[0], token, strides[0], size, plane)
-            for axis, name, weights in zip(columns[1:], ("student", "teacher"), attention):
+            for axis, (name, weights) in zip(columns[1:], attention.items()):
                 times = weights[view, row].reshape(asked).numpy() * weights.shape[-1]
-                title = f"{name} looks (at most {times.max():.2f}x uniform)"
-                draw_plane(axis, crop, plane, centre, voxel_mm, title)
+                label = f"{name} looks (at most {times.max():.2f}x uniform)"
+                draw_plane(axis, crop, plane, centre, voxel_mm, label)
                 draw_heat(axis, enlarge(times, size), plane, centre, voxel_mm)
         axes[view, 0].set_ylabel(title, fontsize=7)
     return figure

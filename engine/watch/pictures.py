@@ -1,46 +1,41 @@
-"""The pictures of a run; drawn here: what the student saw, what it made of the hidden blocks, and the truth.
+"""The pictures of a run: the samples, the networks' features, and what the method shows of itself.
 
-What the networks look at is drawn in `engine.watch.feature_pictures`, the pairs by whom the caller names.
+A method's `look` gives what can be drawn: what the student saw and reconstructed, and where networks attend. Attention
+and features are drawn in `engine.watch.feature_pictures`, samples in `engine.watch.sample_sheet`.
 
-Arrays are [D, H, W] in the canonical orientation; planes are those of `datasets.ct.planes`.
+Arrays are [D, H, W] in the canonical orientation (indices grow to Superior, Posterior, Left).
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor
 
 from datasets.ct.planes import cut_plane, pixel_aspect
+from datasets.samples.dataset import CropDataset
 from engine.device import autocast
 from engine.logging import RunLog
-from engine.loop import evaluating
-from engine.run import RunState
-from engine.watch.feature_pictures import attention_figure, feature_figure, look
-from models.methods.alice import AliceStudent, AliceTeacher
+from engine.loop import evaluating, on_device
+from engine.watch.feature_pictures import attention_figure, feature_figure
+from engine.watch.sample_sheet import sample_figure, samples_of
+from models.methods.method import Method, rows_of
 
 NUM_PICTURED = 2
+FEATURE_STRIDE = 8  # of the encoder map that is drawn, voxels
 PLANES = ("axial", "coronal")
 COLUMNS = ("crop", "seen by the student", "reconstruction", "hidden blocks filled")
 
 
 def draw_pictures(
-    run: RunState,
-    batch: dict,
-    step: int,
-    store,
-    precision: str,
-    output_dir: Path,
-    log: RunLog,
-    draw_pairs: Callable[[dict], Figure],
+    method: Method, dataset: CropDataset, batch: dict, step: int, precision: str, output_dir: Path, log: RunLog
 ) -> None:
-    """The sheets of a batch's first pairs, to TensorBoard and (the latest of each) as PNG into the run's folder."""
+    """The sheets of a batch's first samples, to TensorBoard and (the latest of each) as PNG into the run's folder."""
     batch = {name: value[:NUM_PICTURED] for name, value in batch.items()}
-    log.image("pairs", figure_pixels(draw_pairs(batch)), step)
-    for name, figure in sheets(run.student, run.teacher, batch, store, precision).items():
+    log.image("samples", figure_pixels(sample_figure(samples_of(batch), dataset.store, first_view(dataset))), step)
+    for name, figure in sheets(method, dataset, batch, precision).items():
         log.image(name, figure_pixels(figure), step)
         try:
             save_figure(figure, output_dir / f"{name}.png")
@@ -48,63 +43,52 @@ def draw_pictures(
             log.warn_once(f"pictures cannot be written to {output_dir}", error)
 
 
-def sheets(student: AliceStudent, teacher: AliceTeacher, batch: dict, store, precision: str = "fp32") -> dict:
-    """What the networks make of the pairs of a batch: {name: figure}, without those that switched-off objectives lack.
+def first_view(dataset: CropDataset) -> str:
+    """The first view that is a picture."""
+    return next((name for name, kind in dataset.views.items() if kind != "blocks"), "crop")
+
+
+def sheets(method: Method, dataset: CropDataset, batch: dict, precision: str = "fp32") -> dict[str, Figure]:
+    """What the networks make of the samples of a batch: {name: figure}, without those that the method lacks.
 
     Args:
-        student, teacher: on one device; in evaluation mode while they are used, their modes come back.
-        batch: of `PairedCropDataset`, on the CPU.
-        store: the volume store, for names and voxel sizes.
+        method: in evaluation mode while it is used; its modes come back.
+        dataset: where the batch comes from, for names and voxel sizes.
+        batch: on the CPU.
         precision: fp32, bf16 or fp16.
     """
-    order, titles, voxel_mm = describe_views(batch, store)
-    looks = look(student, teacher, batch, precision)
-    crops = torch.cat([batch["query_teacher"], batch["key_teacher"]])[order]
-    found = {"features": feature_figure(crops, looks.features[order], titles, voxel_mm)}
-    if looks.student is not None:
-        attention, strides = (looks.student[order], looks.teacher[order]), (student.query_stride, student.key_stride)
-        found["attention"] = attention_figure(crops, attention, strides, titles, voxel_mm)
-    reconstructions = reconstruction_sheet(student, batch, store, precision)
-    return found if reconstructions is None else found | {"reconstruction": reconstructions}
-
-
-def describe_views(batch: dict, store) -> tuple[list[int], list[str], tuple[float, float, float]]:
-    """The rows of joined queries and keys in the order Q1 K1 Q2 K2 ..., their titles, and the voxel size in mm."""
-    num_pairs = len(batch["query"])
-    order = [row for pair in range(num_pairs) for row in (pair, num_pairs + pair)]
-    cases = [store.names[int(index)] for index in torch.cat([batch["query_case"], batch["key_case"]])[order]]
-    titles = [f"{side} {case}" for side, case in zip(("query", "key") * num_pairs, cases)]
-    return order, titles, store.record(cases[0]).spacing_mm
+    cases = dataset.case_names(batch)
+    voxel_mm = dataset.store.record(cases[0]).spacing_mm
+    num_crops = batch["case"].shape[1]
+    titles = [f"crop {index % num_crops + 1} {case}" for index, case in enumerate(cases)]
+    crops = rows_of(batch["crop"])
+    features, looks = look(method, batch, precision)
+    found = {"features": feature_figure(crops, features, titles, voxel_mm)}
+    attention = {name.removeprefix("attention_"): rows for name, rows in looks.items() if name.startswith("attention_")}
+    if attention:
+        found["attention"] = attention_figure(crops, attention, titles, voxel_mm)
+    if "reconstruction" in looks:
+        made = (looks["seen"], looks["reconstruction"])
+        found["reconstruction"] = reconstruction_figure(crops, *made, titles, voxel_mm)
+    return found
 
 
 @torch.no_grad()
-def reconstruction_sheet(student: nn.Module, batch: dict, store, precision: str = "fp32") -> Figure | None:
-    """What the student makes of the pairs of a batch, query and key of each.
-
-    Args:
-        student: called as in training, in evaluation mode; its own mode comes back afterwards.
-        batch: of `PairedCropDataset`, on the CPU.
-        store: the volume store, for names and voxel sizes.
-        precision: fp32, bf16 or fp16.
-
-    Returns:
-        The figure, or None when the student reconstructs nothing (--lambda3 0).
-    """
-    device = next(student.parameters()).device
-    views = [batch[name].to(device) for name in ("query_student", "query_mask", "key_student", "key_mask")]
-    with evaluating(student), autocast(precision, device):
-        made = student.forward(*views).reconstruction  # never compiled for this one batch size
-    if made is None:
-        return None
-    order, titles, voxel_mm = describe_views(batch, store)
-    crops, seen, masks = (torch.cat([batch["query" + s], batch["key" + s]])[order] for s in ("", "_student", "_mask"))
-    return reconstruction_figure(crops, seen, masks, made.cpu()[order], titles, voxel_mm)
+def look(method: Method, batch: dict, precision: str = "fp32") -> tuple[Tensor, dict[str, Tensor]]:
+    """An encoder map of the un-augmented crops [B * V, C, d, h, w], and the method's `look`; float32 on the CPU."""
+    device = next(method.parameters()).device
+    batch = on_device(batch, device)
+    network = getattr(method, "teacher", None) or method.student
+    with evaluating(method), autocast(precision, device):
+        maps = network.backbone.encode(rows_of(batch["crop"]))
+        looks = method.look(batch)
+    features = maps[min((stride for stride in maps if stride > 1), key=lambda stride: abs(stride - FEATURE_STRIDE))]
+    return features.float().cpu(), {name: value.float().cpu() for name, value in looks.items()}
 
 
 def reconstruction_figure(
     crops: torch.Tensor,
-    views: torch.Tensor,
-    masks: torch.Tensor,
+    seen: torch.Tensor,
     reconstructions: torch.Tensor,
     titles: list[str],
     voxel_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
@@ -113,8 +97,7 @@ def reconstruction_figure(
 
     Args:
         crops: [N, 1, D, H, W] in [0, 1], un-augmented.
-        views: [N, 1, D, H, W] in [0, 1], the student's augmented views, not yet masked.
-        masks: bool [N, d, h, w] block masks, True = hidden from the student.
+        seen: [N, 1, D, H, W] in [0, 1], what the student saw; NaN = hidden from it.
         reconstructions: [N, 1, D, H, W], the student's output.
         titles: one per view.
         voxel_mm: voxel size (D, H, W), for the pictures' proportions.
@@ -122,22 +105,14 @@ def reconstruction_figure(
     figure = Figure(figsize=(16, 2.3 * len(titles) + 0.3), layout="constrained")
     axes = figure.subplots(len(titles), 2 * len(COLUMNS), squeeze=False)
     for index, title in enumerate(titles):
-        crop, view, made = (tensor[index, 0].float().cpu().numpy() for tensor in (crops, views, reconstructions))
-        hidden = spread_mask(masks[index].cpu().numpy(), crop.shape)
-        volumes = (crop, np.where(hidden, np.nan, view), made, np.where(hidden, made, crop))
+        crop, view, made = (tensor[index, 0].float().cpu().numpy() for tensor in (crops, seen, reconstructions))
+        volumes = (crop, view, made, np.where(np.isnan(view), made, crop))
         pictures = [(plane, name, volume) for plane in PLANES for name, volume in zip(COLUMNS, volumes)]
         for axis, (plane, name, volume) in zip(axes[index], pictures):
             show(axis, cut_plane(volume, plane), pixel_aspect(plane, voxel_mm))
             axis.set_title(f"{plane}: {name}", fontsize=7, pad=2)
         axes[index, 0].set_ylabel(title, fontsize=7)
     return figure
-
-
-def spread_mask(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A block mask bool [d, h, w] spread to voxels bool [D, H, W]."""
-    for axis, (blocks, voxels) in enumerate(zip(mask.shape, shape)):
-        mask = np.repeat(mask, voxels // blocks, axis=axis)
-    return mask
 
 
 def show(axis, picture: np.ndarray, aspect: float) -> None:

@@ -267,13 +267,11 @@ def probe_encoder(
     return {"knn": score(knn, truth, names), "linear": score(linear, truth, names)}
 
 
-def watch_probe(
-    student: nn.Module, teacher: nn.Module, voxels, options: ProbeOptions, world: World
-) -> dict[str, float]:
+def watch_probe(method: nn.Module, voxels, options: ProbeOptions, world: World) -> dict[str, float]:
     """The numbers that pretraining is watched with; leaves no trace in modules or random states.
 
     Args:
-        student, teacher: with a `backbone` that encodes (`models.methods.alice`), not wrapped by DDP.
+        method: not wrapped by DDP; its student has a `backbone` that encodes, and its teacher where it has one.
         voxels: see `probe_encoder`; rank 0 alone needs them.
 
     Returns:
@@ -281,10 +279,13 @@ def watch_probe(
         nothing on the others, which wait as long as it takes.
     """
     values = {}
+    networks = {"": method.student, "_teacher": getattr(method, "teacher", None)}
     if world.is_main:
-        with evaluating(student, teacher):
-            for network, ending in ((student, ""), (teacher, "_teacher")):
+        with evaluating(method):
+            for ending, network in networks.items():
+                if network is None:
+                    continue
                 found = probe_encoder(network.backbone.encode, voxels, options, world.device)
-                values |= {f"probe_{name}_balanced{ending}": one.balanced_accuracy for name, one in found.items()}
+                values |= {f"probe_{name}_balanced{ending}": score.balanced_accuracy for name, score in found.items()}
     wait_for_all(world)
     return values

@@ -1,7 +1,7 @@
-"""A picture of paired crops: does the key show the same place as the query, and do the masks lie where they should?
+"""A picture of samples: do the crops of one sample show what the pairing rule promises, and do masks lie right?
 
-Each row is one pair: the query in three planes through its centre (`datasets.ct.planes`), then the key. Masked blocks
-are tinted, a cross marks the matched point.
+Each row is one sample: every crop in three planes through its centre. Masked blocks are tinted, a cross marks the
+crop's centre.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from datasets.ct.planes import PLANES, cut_plane, pixel_aspect
 from datasets.samples.masks import upsample_mask
-from datasets.samples.pairings import PAIR_KINDS
+
+MOST_CROPS = 4  # of a sample that are drawn
 
 
 def samples_of(batch: Mapping[str, torch.Tensor], num: int | None = None) -> list[dict[str, torch.Tensor]]:
@@ -22,43 +23,50 @@ def samples_of(batch: Mapping[str, torch.Tensor], num: int | None = None) -> lis
     return [{key: value[i] for key, value in batch.items()} for i in range(size if num is None else min(num, size))]
 
 
-def draw_pair_sheet(
-    samples: Sequence[Mapping[str, torch.Tensor]], path: str | Path, store=None, view: str = "target"
+def draw_sample_sheet(
+    samples: Sequence[Mapping[str, torch.Tensor]], path: str | Path, store=None, view: str = "crop"
 ) -> None:
-    """Write the sheet of `pair_figure` as a picture file (suffix of `path`: .png, .pdf, ...); folders are made."""
+    """Write the sheet of `sample_figure` as a picture file (suffix of `path`: .png, .pdf, ...); folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pair_figure(samples, store, view).savefig(path, dpi=80)
+    sample_figure(samples, store, view).savefig(path, dpi=80)
 
 
-def pair_figure(samples: Sequence[Mapping[str, torch.Tensor]], store=None, view: str = "target") -> Figure:
-    """Draw samples of `PairedCropDataset` as rows of query and key planes.
+def sample_figure(samples: Sequence[Mapping[str, torch.Tensor]], store=None, view: str = "crop") -> Figure:
+    """Draw samples of `CropDataset` as rows, three planes for each crop.
 
     Args:
         samples: single samples (see `samples_of` for a batch).
         store: the volume store, for case names and voxel spacing; without it cases are numbered and voxels cubes.
-        view: "target" (not augmented), "student" or "teacher".
+        view: "crop" (not augmented), or the name of a view that is a picture.
 
     Returns:
-        a figure (no window is opened); `SummaryWriter.add_figure` takes it too.
+        a figure (no window is opened).
     """
     if not samples:
-        raise ValueError("a pair sheet needs at least one sample")
-    suffix = "" if view == "target" else f"_{view}"
-    figure = Figure(figsize=(13, 2.6 * len(samples)))
-    axes = figure.subplots(len(samples), 6, squeeze=False)
+        raise ValueError("a sample sheet needs at least one sample")
+    num_crops = min(MOST_CROPS, len(samples[0]["case"]))
+    figure = Figure(figsize=(6.5 * num_crops, 2.6 * len(samples)))
+    axes = figure.subplots(len(samples), 3 * num_crops, squeeze=False)
     figure.subplots_adjust(0.005, 0.01, 0.995, 1 - 0.4 / (2.6 * len(samples)), wspace=0.03, hspace=0.28)
     for row, sample in zip(axes, samples):
-        row[0].text(0, 1.14, _title(sample, store), transform=row[0].transAxes, fontsize=9)
-        for side, columns in (("query", row[:3]), ("key", row[3:])):
-            image = sample[side + suffix][0].float().cpu().numpy()
-            block_vox = image.shape[0] // sample[f"{side}_mask"].shape[0]
-            mask = upsample_mask(sample[f"{side}_mask"].cpu(), block_vox).numpy()
-            spacing = _case(store, sample[f"{side}_case"])[1]
-            for axis, plane in zip(columns, PLANES):
+        row[0].text(0, 1.14, _title(sample, store, num_crops), transform=row[0].transAxes, fontsize=9)
+        for crop in range(num_crops):
+            image = sample[view][crop, 0].float().cpu().numpy()
+            mask = _voxel_mask(sample, crop, image.shape)
+            spacing = _case(store, sample["case"][crop])[1]
+            for axis, plane in zip(row[3 * crop :], PLANES):
                 pictures = (cut_plane(array, plane) for array in (image, mask))
-                _draw_plane(axis, f"{side} {plane}", *pictures, pixel_aspect(plane, spacing))
+                _draw_plane(axis, f"crop {crop + 1} {plane}", *pictures, pixel_aspect(plane, spacing))
     return figure
+
+
+def _voxel_mask(sample: Mapping[str, torch.Tensor], crop: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The crop's block mask spread to voxels; nothing is masked where the sample has none."""
+    if "mask" not in sample:
+        return np.zeros(shape, dtype=bool)
+    mask = sample["mask"][crop].cpu()
+    return upsample_mask(mask, shape[0] // mask.shape[0]).numpy()
 
 
 def _draw_plane(axis, label: str, image: np.ndarray, mask: np.ndarray, aspect: float) -> None:
@@ -71,15 +79,14 @@ def _draw_plane(axis, label: str, image: np.ndarray, mask: np.ndarray, aspect: f
     axis.set_axis_off()
 
 
-def _title(sample: Mapping[str, torch.Tensor], store) -> str:
-    """Cases, kind, score, and where both crops are centred (mm)."""
-
-    def place(side: str) -> str:
-        x, y, z = sample[f"{side}_mm"].tolist()
-        return f"{_case(store, sample[f'{side}_case'])[0]} ({x:.0f}, {y:.0f}, {z:.0f}) mm"
-
-    kind = PAIR_KINDS[int(sample["pair_kind"])] + (", fallback" if bool(sample["is_fallback"]) else "")
-    return f"{place('query')}  |  {place('key')}     {kind}, score {float(sample['score']):.2f}"
+def _title(sample: Mapping[str, torch.Tensor], store, num_crops: int) -> str:
+    """Cases, where the crops are centred (mm), score, and whether the rule fell back."""
+    places = []
+    for case, point in zip(sample["case"][:num_crops], sample["centre_mm"].tolist()):
+        x, y, z = point
+        places.append(f"{_case(store, case)[0]} ({x:.0f}, {y:.0f}, {z:.0f}) mm")
+    fallback = ", fallback" if bool(sample["is_fallback"]) else ""
+    return "  |  ".join(places) + f"     score {float(sample['score']):.2f}{fallback}"
 
 
 def _case(store, index: torch.Tensor) -> tuple[str, tuple[float, float, float]]:

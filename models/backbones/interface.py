@@ -1,7 +1,7 @@
-"""What Alice asks of a backbone, so that adding one touches one file and a line of the registry.
+"""What methods ask of a backbone, so that adding one touches one file and a line of the registry.
 
 Letters used for shapes in `models/` and `losses/`:
-    B   volumes in a call; a student or teacher call joins both views, so that B there is 2 x the number of pairs
+    B   volumes in a call; networks see all V crops of all samples in one call, so that B there is samples x V
     D H W   voxels of a crop (canonical axes: Superior, Posterior, Left)
     s   stride of a feature map in voxels; a map at stride s is [B, C_s, D/s, H/s, W/s]
     N   query tokens of CASA (stride 16 by default)
@@ -30,9 +30,13 @@ class Backbone(Protocol):
     decoder_key_prefixes: tuple[str, ...]
     roi_multiple: int
 
-    def __init__(self, feature_size: int, roi: Size3, decoder_stride: int | None, use_checkpoint: bool) -> None:
-        """Build for crops of `roi` (D, H, W) voxels; `decoder_stride` is the finest decoder map that will be needed:
-        None builds no decoder, 1 builds all of it with the reconstruction output."""
+    def __init__(
+        self, feature_size: int, roi: Size3, decoder_stride: int | None, use_checkpoint: bool, with_masks: bool = True
+    ) -> None:
+        """Build for crops of `roi` (D, H, W) voxels.
+
+        `decoder_stride` is the finest decoder map that will be needed: None builds no decoder, 1 builds all of it with
+        the reconstruction output. `with_masks` adds the tokens that `encode` puts where a mask hides voxels."""
 
     def encode(self, volumes: Tensor, masked: Tensor | None = None) -> dict[int, Tensor]:
         """Map volumes [B, 1, D, H, W] in [0, 1] and block masks (True = masked = hidden) to {stride: feature map}."""
@@ -46,6 +50,13 @@ class Backbone(Protocol):
     @staticmethod
     def make_network(in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool) -> nn.Module:
         """The whole `network`, for other tasks too: volumes [B, in_channels, D, H, W] -> [B, out_channels, D, H, W]."""
+
+
+class MakeBackbone(Protocol):
+    """How a method gets its backbone; everything else about it is the user's choice."""
+
+    def __call__(self, decoder_stride: int | None, with_masks: bool) -> Backbone:
+        """Arguments as of `Backbone`."""
 
 
 def upsample_mask(masked: Tensor, size: Size3) -> Tensor:
@@ -77,6 +88,13 @@ def upsample_mask(masked: Tensor, size: Size3) -> Tensor:
 def flatten_tokens(feature_map: Tensor) -> Tensor:
     """[B, C, d, h, w] -> tokens [B, d*h*w, C]; the same D, H, W order for encoder and decoder maps."""
     return feature_map.flatten(2).transpose(1, 2)
+
+
+def drop_mask_tokens(backbone: nn.Module) -> None:
+    """Delete what only masks need."""
+    for name in ("mask_token", "mask_voxel"):
+        if hasattr(backbone, name):
+            delattr(backbone, name)
 
 
 def truncated_normal(*shape: int) -> nn.Parameter:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.backbones.interface import Size3, truncated_normal, upsample_mask
+from models.backbones.interface import Size3, drop_mask_tokens, truncated_normal, upsample_mask
 from models.layers.convolution import use_steady_convolutions
 from models.layers.instance_norm import use_steady_instance_norm
 
@@ -106,7 +106,12 @@ class StagedBackbone(nn.Module):
     decoder_strides: ClassVar[tuple[int, ...]]
 
     def __init__(
-        self, feature_size: int, roi: Size3, decoder_stride: int | None = 1, use_checkpoint: bool = False
+        self,
+        feature_size: int,
+        roi: Size3,
+        decoder_stride: int | None = 1,
+        use_checkpoint: bool = False,
+        with_masks: bool = True,
     ) -> None:
         """Build the network for crops of `roi` (D, H, W) voxels.
 
@@ -114,6 +119,7 @@ class StagedBackbone(nn.Module):
             feature_size: channels at stride 2.
             decoder_stride: finest decoder map that is needed, or None for no decoder; 1 adds the output.
             use_checkpoint: recompute activations in the backward pass instead of keeping them.
+            with_masks: whether `encode` will be given masks.
 
         Raises:
             ValueError: a size that the network cannot take.
@@ -122,8 +128,9 @@ class StagedBackbone(nn.Module):
         self._check_sizes(feature_size, roi, decoder_stride)
         self.channels = {stride: int(feature_size * width) for stride, width in self.stage_widths.items()}
         self.network = self.make_network(1, 1, feature_size, use_checkpoint)
-        self.mask_voxel = nn.Parameter(torch.zeros(1))
-        self.mask_token = truncated_normal(1, self.channels[self.network.embed_stride], 1, 1, 1)
+        if with_masks:
+            self.mask_voxel = nn.Parameter(torch.zeros(1))
+            self.mask_token = truncated_normal(1, self.channels[self.network.embed_stride], 1, 1, 1)
         self._drop_decoder_below(decoder_stride)
 
     @classmethod
@@ -185,5 +192,5 @@ class StagedBackbone(nn.Module):
         """An independent copy without decoder and mask tokens: the EMA teacher."""
         twin = copy.deepcopy(self)
         twin._drop_decoder_below(None)
-        del twin.mask_token, twin.mask_voxel
+        drop_mask_tokens(twin)
         return twin

@@ -24,7 +24,7 @@ from monai.networks.nets import SwinUNETR
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.backbones.interface import Size3, truncated_normal, upsample_mask
+from models.backbones.interface import Size3, drop_mask_tokens, truncated_normal, upsample_mask
 from models.layers.convolution import use_steady_convolutions
 from models.layers.instance_norm import use_steady_instance_norm
 from models.layers.window_attention import use_fast_window_attention
@@ -53,6 +53,7 @@ class SwinUNETRBackbone(nn.Module):
         roi: Size3 = (96, 96, 96),
         decoder_stride: int | None = 1,
         use_checkpoint: bool = False,
+        with_masks: bool = True,
     ) -> None:
         """Build the network for crops of `roi` (D, H, W) voxels.
 
@@ -61,6 +62,7 @@ class SwinUNETRBackbone(nn.Module):
             decoder_stride: finest decoder map that is needed (16, 8, 4, 2, 1), or None for no decoder; 1 adds the
                 output.
             use_checkpoint: recompute activations in the backward pass instead of keeping them.
+            with_masks: whether `encode` will be given masks.
 
         Raises:
             ValueError: a size that the network cannot take.
@@ -71,9 +73,10 @@ class SwinUNETRBackbone(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.channels = {stride: feature_size * stride // 2 for stride in STAGE_STRIDES}
         self.network = self.make_network(1, 1, feature_size, use_checkpoint)
-        self.mask_token = truncated_normal(1, feature_size, 1, 1, 1)
-        if decoder_stride == 1:
-            self.mask_voxel = nn.Parameter(torch.zeros(1))
+        if with_masks:
+            self.mask_token = truncated_normal(1, feature_size, 1, 1, 1)
+            if decoder_stride == 1:
+                self.mask_voxel = nn.Parameter(torch.zeros(1))
         self._drop_unused_modules()
 
     @staticmethod
@@ -168,9 +171,7 @@ class SwinUNETRBackbone(nn.Module):
         for name in [prefix.rstrip(".") for prefix in self.decoder_key_prefixes] + ["out"]:
             if hasattr(twin.network, name):
                 delattr(twin.network, name)
-        for name in ("mask_token", "mask_voxel"):
-            if hasattr(twin, name):
-                delattr(twin, name)
+        drop_mask_tokens(twin)
         return twin
 
 

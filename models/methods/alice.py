@@ -1,7 +1,8 @@
-"""Alice: the student, its EMA teacher, and the function that builds the pair (Jiang et al., ICCV 2023, figure 2).
+"""Alice: anatomical invariance and semantic alignment between patients (Jiang et al., ICCV 2023, figure 2).
 
-Two views Q and K of the same anatomy in different patients. The student sees both under block masks, the teacher both
-unmasked. Each network runs both views in one forward: rows 0..B-1 of every output belong to Q, rows B..2B-1 to K.
+Two views Q and K of the same anatomy in different patients are the V = 2 crops of a sample. The student sees both under
+block masks, the teacher both unmasked. Each network runs all views in one forward: rows 2i and 2i + 1 of every output
+belong to Q and K of sample i.
 
     student   backbone.encode -> pooled tokens        -> head -> cls_logits
                               -> tokens at stride 16 -> CASA's query
@@ -9,49 +10,116 @@ unmasked. Each network runs both views in one forward: rows 0..B-1 of every outp
     teacher   backbone.encode -> pooled tokens        -> head -> cls_logits
                               -> map at stride 8 -> head (psi) -> CASA, same query -> casa_target (T)
 
-Everything trainable hangs under the student: one DDP wrap, one gradient clip, one state dict. What an objective of
-weight 0 would have trained is not built, so every parameter gets a gradient.
+    loss        = lambda1 * loss_cls + lambda2 * loss_tokens + lambda3 * loss_recon
+    loss_cls    = 1/2 [ H(t_cls(K), s_cls(Q)) + H(t_cls(Q), s_cls(K)) ]           crossed between the two patients
+    loss_tokens = 1/2 [ H(T(Q), S(Q)) + H(T(K), S(K)) ], mean over tokens         within one patient, through CASA
+    loss_recon  = mean squared error against the un-augmented crop, mean over masked voxels, then over samples
 
-Shape letters: `models.backbones.interface`.
+H is the cross-entropy of `losses.distillation`. Everything trainable hangs under the student. What an objective of
+weight 0 would have trained is not built, so every parameter gets a gradient. Masked image modelling alone is
+`--lambda1 0 --lambda2 0`.
+
+Shape letters: `models.backbones.interface`; R = B * V rows.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.backbones import BACKBONES
-from models.backbones.interface import Backbone, Size3, flatten_tokens
-from models.heads import ProjectionHead
+from datasets.samples.masks import MaskOptions
+from losses.collapse import distribution_monitors, feature_spread, mean_cosine
+from losses.distillation import Distillation, DistillationOptions, swap_views
+from losses.reconstruction import reconstruction_error
+from models.backbones.interface import Backbone, MakeBackbone, flatten_tokens
+from models.heads import HeadOptions, ProjectionHead
 from models.methods.casa import CASA_VARIANTS, FigureCASA, PublishedCASA, relative_entropy
+from models.methods.method import Batch, Method, Now, average_towards, rows_of
+from models.methods.schedules import CosineSchedule, LinearSchedule
 
-CLS_FEATURES = ("deepest", "multiscale")
+
+@dataclass(frozen=True)
+class AliceOptions(MaskOptions, HeadOptions, DistillationOptions):
+    """Alice's flags.
+
+    Attributes:
+        lambda1: weight of loss_cls, between patients; 0 = off
+        lambda2: weight of loss_tokens, through CASA; 0 = off
+        lambda3: weight of loss_recon; 0 = off
+        recon_on: voxels that are reconstructed: those of masked blocks, or all of them at half the weight (released
+            code)
+        momentum_teacher: EMA momentum of the teacher at the start; rises to 1 along a cosine
+        cls_features: what cls is: pooled tokens of the deepest stage, or of all stages joined
+        shared_head: student: tokens share the last layer of cls
+        shared_head_teacher: teacher: tokens use the moving average of cls's last layer
+        casa_variant: CASA as drawn, or as released
+        casa_heads: attention heads of CASA
+        casa_head_dim: width of one head
+        casa_hidden_dim: width of CASA's feed-forward block
+        casa_cosine_scale: compare CASA's queries and keys by cosine, times a trained scale that starts here; 0 = off
+        query_stride: stride of the encoder tokens that CASA asks with, voxels
+        key_stride: stride of the tokens that CASA asks, voxels
+    """
+
+    lambda1: float = 1.0
+    lambda2: float = 1.0
+    lambda3: float = 10.0
+    recon_on: Literal["masked", "all"] = "masked"
+    momentum_teacher: float = 0.996
+    cls_features: Literal["deepest", "multiscale"] = "deepest"
+    shared_head: bool = False
+    shared_head_teacher: bool = True
+    casa_variant: Literal["figure", "published"] = "figure"
+    casa_heads: int = 8
+    casa_head_dim: int = 64
+    casa_hidden_dim: int = 2048
+    casa_cosine_scale: float = 0.0
+    query_stride: int = 16
+    key_stride: int = 8
+
+    def __post_init__(self) -> None:
+        HeadOptions.__post_init__(self)
+        DistillationOptions.__post_init__(self)
+        weights = self.lambda1, self.lambda2, self.lambda3
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(f"--lambda1, --lambda2, --lambda3 must be >= 0 and not all 0, got {weights}")
+        if self.lambda3 > 0 and self.recon_on == "masked" and self.mask_ratio <= 0:
+            raise ValueError(
+                f"--mask_ratio {self.mask_ratio}, --lambda3 {self.lambda3}: expected masked voxels to reconstruct, or "
+                "--recon_on all"
+            )
+        if not 0 <= self.momentum_teacher <= 1:
+            raise ValueError(f"--momentum_teacher {self.momentum_teacher}: expected a momentum between 0 and 1")
+        for name in ("casa_heads", "casa_head_dim", "casa_hidden_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
+        if self.casa_cosine_scale < 0:
+            raise ValueError(f"--casa_cosine_scale must be 0 (off) or more, got {self.casa_cosine_scale}")
 
 
 class StudentOutputs(NamedTuple):
-    """What the student says about 2B views; None where an objective is switched off."""
+    """What the student says about R views; None where an objective is switched off."""
 
-    cls_logits: Tensor | None  # [2B, K]
-    cls_features: Tensor  # [2B, C]: pooled tokens (--cls_features), before the head
-    casa_query: Tensor | None  # [2B, N, inner] (figure) or [2B, N, K] (published)
-    casa_online: Tensor | None  # S [2B, N, K]
-    reconstruction: Tensor | None  # [2B, 1, D, H, W]
+    cls_logits: Tensor | None  # [R, K]
+    casa_query: Tensor | None  # [R, N, inner] (figure) or [R, N, K] (published)
+    casa_online: Tensor | None  # S [R, N, K]
+    reconstruction: Tensor | None  # [R, 1, D, H, W]
     casa_entropy: Tensor | None = None  # scalar, without gradient: see `models.methods.casa.relative_entropy`
 
 
 class TeacherOutputs(NamedTuple):
-    """What the teacher says about the same 2B views, without gradient; None where an objective is switched off."""
+    """What the teacher says about the same R views, without gradient; None where an objective is switched off."""
 
-    cls_logits: Tensor | None  # [2B, K]
-    cls_features: Tensor | None  # [2B, C]
-    casa_target: Tensor | None  # T [2B, N, K]
-    casa_shuffled: (
-        Tensor | None
-    )  # the same queries asked of another row's view [2B, N, K], to watch for a CASA that ignores it
+    cls_logits: Tensor | None  # [R, K]
+    cls_features: Tensor | None  # [R, C]
+    casa_target: Tensor | None  # T [R, N, K]
+    casa_shuffled: Tensor | None  # the same queries asked of another sample's view [R, N, K], to watch CASA ignore it
 
 
 class AliceStudent(nn.Module):
-    """The online network. Its forward is all that DDP needs to see."""
+    """The online network."""
 
     def __init__(
         self,
@@ -71,43 +139,27 @@ class AliceStudent(nn.Module):
         self.backbone, self.head, self.casa = backbone, head, casa
         self.query_stride, self.key_stride = query_stride, key_stride
 
-    def forward(self, view_q: Tensor, mask_q: Tensor | None, view_k: Tensor, mask_k: Tensor | None) -> StudentOutputs:
-        """Run both views under their masks.
-
-        Args:
-            view_q, view_k: [B, 1, D, H, W], intensities in [0, 1].
-            mask_q, mask_k: bool [B, d, h, w] block masks, True = hidden from the student; both None hides nothing.
-        """
-        masked = None if mask_q is None or mask_k is None else torch.cat([mask_q, mask_k])
-        features = self.backbone.encode(torch.cat([view_q, view_k]), masked)
+    def forward(self, views: Tensor, masks: Tensor | None = None) -> StudentOutputs:
+        """Run views [R, 1, D, H, W] in [0, 1] under block masks, bool [R, d, h, w], True = hidden."""
+        features = self.backbone.encode(views, masks)
         reconstruction, decoded = self.backbone.decode(features)
-        pooled = pool_tokens(features, self.pooled_strides)
-        cls_logits = (
-            self.head.project_cls(pooled) if self.head is not None and self.head.last_layer is not None else None
-        )
-        query = online = entropy = None
+        cls_logits = query = online = entropy = None
+        if self.head is not None and self.head.last_layer is not None:
+            cls_logits = self.head.project_cls(pool_tokens(features, self.pooled_strides))
         if self.casa is not None:
-            tokens = flatten_tokens(features[self.query_stride])  # [2B, N, C]
+            tokens = flatten_tokens(features[self.query_stride])  # [R, N, C]
             if self.casa.projects_query_through_head:
-                tokens = self.head.project_encoder_tokens(tokens)  # [2B, N, K]
+                tokens = self.head.project_encoder_tokens(tokens)  # [R, N, K]
             query = self.casa.make_query(tokens)
-            source = self.head.project_decoder_tokens(flatten_tokens(decoded[self.key_stride]))  # [2B, M, K]
+            source = self.head.project_decoder_tokens(flatten_tokens(decoded[self.key_stride]))  # [R, M, K]
             online = self.casa.align(query, source)
-            entropy = self._watch_attention(query, source, step=len(view_q))
-        return StudentOutputs(cls_logits, pooled.detach(), query, online, reconstruction, entropy)
-
-    @torch.no_grad()
-    def _watch_attention(self, query: Tensor, source: Tensor, step: int) -> Tensor:
-        """The attention's relative entropy over the first Q and the first K: a sample, as all take much memory."""
-        return relative_entropy(self.casa.attention_weights(query[::step], source[::step]))
-
-    def last_layer_parameters(self) -> list[nn.Parameter]:
-        """The head's last layers, which training freezes at first (DINO: one epoch)."""
-        return [p for name, p in self.named_parameters() if name.startswith("head.last_layer") and p.requires_grad]
+            with torch.no_grad():  # a sample: the attention of all rows would take much memory
+                entropy = relative_entropy(self.casa.attention_weights(query[:2], source[:2]))
+        return StudentOutputs(cls_logits, query, online, reconstruction, entropy)
 
 
 class AliceTeacher(nn.Module):
-    """The target network: an exponential moving average of the student's encoder, head and CASA. Stays outside DDP."""
+    """The target network: an exponential moving average of the student's encoder, head and CASA."""
 
     def __init__(self, student: AliceStudent, shared_last_layer: bool = True) -> None:
         """Start as an exact copy of `student`'s encoder, head and CASA.
@@ -122,137 +174,181 @@ class AliceTeacher(nn.Module):
         self.casa = student.casa.target_twin() if student.casa is not None else None
         self.key_stride, self.pooled_strides = student.key_stride, student.pooled_strides
         self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> "AliceTeacher":
-        """Stay in evaluation mode whatever the caller asks."""
-        return super().train(False)
 
     @torch.no_grad()
-    def forward(self, view_q: Tensor, view_k: Tensor, student: StudentOutputs) -> TeacherOutputs:
-        """Run both unmasked views [B, 1, D, H, W]; CASA's queries come from the student's outputs, detached."""
+    def forward(self, views: Tensor, casa_query: Tensor | None) -> TeacherOutputs:
+        """Run unmasked views [R, 1, D, H, W]; CASA's queries come from the student's outputs."""
         if self.head is None:
             return TeacherOutputs(None, None, None, None)
-        features = self.backbone.encode(torch.cat([view_q, view_k]))
+        features = self.backbone.encode(views)
         pooled = pool_tokens(features, self.pooled_strides)
         cls_logits = self.head.project_cls(pooled) if self.head.last_layer is not None else None
         target = shuffled = None
         if self.casa is not None:
-            source = self.head.project_decoder_tokens(flatten_tokens(features[self.key_stride]))  # [2B, M, K]
-            query = student.casa_query.detach()
+            source = self.head.project_decoder_tokens(flatten_tokens(features[self.key_stride]))  # [R, M, K]
+            query = casa_query.detach()
             target = self.casa.align(query, source)
-            shuffled = self.casa.align(query, source.roll(1, dims=0))
+            # Rows of one sample stand together and show the same anatomy: the next sample's is another place.
+            shuffled = self.casa.align(query, source.roll(2 if len(source) > 2 else 1, dims=0))
         return TeacherOutputs(cls_logits, pooled, target, shuffled)
 
-    @torch.no_grad()
-    def update(self, student: AliceStudent, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, over the names that the teacher has.
 
-        The published CASA is copied instead: there both branches share one cross-attention.
+class Alice(Method):
+    """The method: student, EMA teacher, and the centres of both distributions."""
+
+    Options = AliceOptions
+    pairings = ("sam", "iou", "random")
+    views = {"student": "augmented", "teacher": "augmented", "mask": "blocks"}
+
+    def __init__(self, options: AliceOptions, make_backbone: MakeBackbone) -> None:
+        """Build student and teacher, an exact copy to begin with; torch's seed decides the weights.
+
+        Raises:
+            ValueError: sizes or strides that do not fit, naming the flag.
         """
-        source = {**dict(student.named_parameters()), **dict(student.named_buffers())}
-        averaged: list[Tensor] = []
-        towards: list[Tensor] = []
-        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            copied = not tensor.is_floating_point() or (name.startswith("casa.") and self.casa.target_copies_online)
-            if copied:
-                tensor.copy_(source[name])
-            else:
-                averaged.append(tensor)
-                towards.append(source[name])
-        torch._foreach_lerp_(averaged, towards, 1.0 - momentum)
+        super().__init__()
+        self.options = options
+        self.student = make_student(options, make_backbone)
+        self.teacher = AliceTeacher(self.student, options.shared_head_teacher)
+        self.loss = Distillation({"cls": options.out_dim, "tokens": options.out_dim}, options)
+        self.train()
+
+    def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Callable[[int], float]]:
+        """The teacher's momentum and temperature per step."""
+        return {
+            "momentum_teacher": CosineSchedule(self.options.momentum_teacher, 1.0, num_steps),
+            **distillation_schedules(self.options, self.options.freeze_last_layer, steps_per_epoch),
+        }
+
+    def forward(self, batch: Batch, now: Now) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the three terms; terms are "loss_cls", "loss_tokens", "loss_recon" where switched on."""
+        options, terms, monitors = self.options, {}, {}
+        student = self.student(rows_of(batch["student"]), rows_of(batch["mask"]))
+        teacher = self.teacher(rows_of(batch["teacher"]), student.casa_query)
+        if options.lambda1:
+            targets = self.loss.targets("cls", teacher.cls_logits, now["teacher_temp"])
+            terms["loss_cls"] = self.loss.cross_entropy(swap_views(targets), student.cls_logits)
+            monitors |= distribution_monitors(targets, self.loss.mean_distribution)
+            monitors["feature_std"] = feature_spread(teacher.cls_features)
+        if options.lambda2:
+            targets = self.loss.targets("tokens", teacher.casa_target, now["teacher_temp"])
+            terms["loss_tokens"] = self.loss.cross_entropy(targets, student.casa_online)
+            monitors["casa_cos_right"] = mean_cosine(student.casa_online, teacher.casa_target)
+            monitors["casa_cos_shuffled"] = mean_cosine(student.casa_online, teacher.casa_shuffled)
+            monitors["casa_entropy"] = student.casa_entropy
+        if options.lambda3:
+            terms["loss_recon"] = self._reconstruction_error(student.reconstruction, batch)
+        weights = {"loss_cls": options.lambda1, "loss_tokens": options.lambda2, "loss_recon": options.lambda3}
+        total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return total, {name: value.detach() for name, value in (terms | monitors).items()}
+
+    def _reconstruction_error(self, reconstruction: Tensor, batch: Batch) -> Tensor:
+        target = rows_of(batch["crop"])
+        if self.options.recon_on == "all":  # the released code halves it
+            return 0.5 * reconstruction_error(reconstruction, target)
+        return reconstruction_error(reconstruction, target, rows_of(batch["mask"]))
+
+    def before_step(self, now: Now) -> None:
+        """The head's last layers stand still at first."""
+        if now["last_layer_frozen"] and self.student.head is not None:
+            for parameter in self.student.head.last_layer_parameters():
+                parameter.grad = None
+
+    def after_step(self, now: Now, was_skipped: bool) -> None:
+        """Move the teacher and the centres. The published CASA is copied: there both branches share one."""
+        if was_skipped:
+            self.loss.forget()
+            return
+        copied = ("casa.",) if self.teacher.casa is not None and self.teacher.casa.target_copies_online else ()
+        average_towards(self.teacher, self.student, now["momentum_teacher"], copied)
+        self.loss.update()
+
+    def look(self, batch: Batch) -> dict[str, Tensor]:
+        """What the student saw and reconstructed, and where both networks' CASA looks."""
+        views, masks = rows_of(batch["student"]), rows_of(batch["mask"])
+        # Not called as modules: torch.compile, where it is on, would compile for this one batch size.
+        with CasaAttention(self.student) as online, CasaAttention(self.teacher) as target:
+            student = self.student.forward(views, masks)
+            self.teacher.forward(rows_of(batch["teacher"]), student.casa_query)
+        found = online.found("student") | target.found("teacher")
+        if student.reconstruction is not None:
+            hidden = masks
+            for axis in (1, 2, 3):
+                hidden = hidden.repeat_interleave(views.shape[axis + 1] // masks.shape[axis], dim=axis)
+            found["seen"] = views.masked_fill(hidden[:, None], float("nan"))
+            found["reconstruction"] = student.reconstruction
+        return found
+
+
+class CasaAttention:
+    """Keeps the attention of the first use of a network's CASA inside a `with` block."""
+
+    def __init__(self, network: AliceStudent | AliceTeacher) -> None:
+        self.casa, self.kept = network.casa, []
+
+    def __enter__(self) -> "CasaAttention":
+        if self.casa is not None:
+            attention = self.casa.Cross_Att.MH_attn
+            keep = lambda module, inputs, output: self.kept.append(module.attention_weights(*inputs[:2]))  # noqa: E731
+            self.hook = attention.register_forward_hook(keep)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.casa is not None:
+            self.hook.remove()
+
+    def found(self, name: str) -> dict[str, Tensor]:
+        """{"attention_NAME": [R, N, M], mean over heads}, or nothing without CASA."""
+        return {f"attention_{name}": self.kept[0].mean(1)} if self.kept else {}
+
+
+def distillation_schedules(
+    options: DistillationOptions, freeze_epochs: float, steps_per_epoch: int
+) -> dict[str, Callable[[int], float]]:
+    """The teacher's temperature, and whether the head's last layers stand still (1 or 0), per step."""
+    num_freeze_steps = round(freeze_epochs * steps_per_epoch)
+    warmup = options.warmup_teacher_temp_epochs * steps_per_epoch
+    return {
+        "teacher_temp": LinearSchedule(options.warmup_teacher_temp, options.teacher_temp, warmup),
+        "last_layer_frozen": lambda step: float(step < num_freeze_steps),
+    }
 
 
 def pool_tokens(features: dict[int, Tensor], strides: tuple[int, ...]) -> Tensor:
-    """Means over the tokens of the maps at `strides`, joined: {stride: map} -> [B, sum of C] in float32."""
+    """Means over the tokens of the maps at `strides`, joined: {stride: map} -> [R, sum of C] in float32."""
     return torch.cat([features[stride].float().mean(dim=(2, 3, 4)) for stride in strides], dim=1)
 
 
-def build_alice(
-    backbone: str = "swin_unetr",
-    feature_size: int = 48,
-    roi: Size3 = (96, 96, 96),
-    casa_variant: str = "figure",
-    cls_features: str = "deepest",
-    out_dim: int = 512,
-    head_hidden_dim: int = 2048,
-    head_bottleneck_dim: int = 256,
-    shared_head: bool = False,
-    shared_head_teacher: bool = True,
-    norm_last_layer: bool = True,
-    casa_heads: int = 8,
-    casa_head_dim: int = 64,
-    casa_hidden_dim: int = 2048,
-    casa_cosine_scale: float = 0.0,
-    query_stride: int = 16,
-    key_stride: int = 8,
-    lambda1: float = 1.0,
-    lambda2: float = 1.0,
-    lambda3: float = 10.0,
-    use_checkpoint: bool = False,
-) -> tuple[AliceStudent, AliceTeacher]:
-    """Build the student and its teacher, an exact copy to begin with; torch's seed decides the weights.
-
-    Args:
-        roi: crop size (D, H, W) in voxels.
-        cls_features: "deepest" for the pooled tokens of the deepest stage, "multiscale" for those of all stages joined.
-        out_dim: K, the width of the compared distributions and of CASA.
-        shared_head, shared_head_teacher: whether tokens share cls's last layer in the student and in the teacher.
-        norm_last_layer: keep the last layers' gains at 1.
-        casa_cosine_scale: 0, or where the scale starts with which CASA's queries and keys are compared by cosine.
-        query_stride, key_stride: strides in voxels of CASA's V, and of its H and Y.
-        lambda1, lambda2, lambda3: weights of cls, CASA and reconstruction; 0 leaves the objective's modules out.
-
-    Raises:
-        ValueError: unknown names or sizes that do not fit, naming the flag.
-    """
-    if backbone not in BACKBONES:
-        raise ValueError(f"--backbone must be one of {sorted(BACKBONES)}, got {backbone!r}")
-    if casa_variant not in CASA_VARIANTS:
-        raise ValueError(f"--casa_variant must be one of {sorted(CASA_VARIANTS)}, got {casa_variant!r}")
-    if cls_features not in CLS_FEATURES:
-        raise ValueError(f"--cls_features must be one of {CLS_FEATURES}, got {cls_features!r}")
-    if min(lambda1, lambda2, lambda3) < 0 or max(lambda1, lambda2, lambda3) == 0:
-        raise ValueError(
-            f"--lambda1, --lambda2, --lambda3 must be >= 0 and not all 0, got {lambda1}, {lambda2}, {lambda3}"
-        )
-    for flag, size in (
-        ("--out_dim", out_dim),
-        ("--head_hidden_dim", head_hidden_dim),
-        ("--head_bottleneck_dim", head_bottleneck_dim),
-        ("--casa_heads", casa_heads),
-        ("--casa_head_dim", casa_head_dim),
-        ("--casa_hidden_dim", casa_hidden_dim),
-    ):
-        if size < 1:
-            raise ValueError(f"{flag} must be at least 1, got {size}")
-    if casa_cosine_scale < 0:
-        raise ValueError(f"--casa_cosine_scale must be 0 (off) or more, got {casa_cosine_scale}")
-    decoder_stride = 1 if lambda3 else (key_stride if lambda2 else None)
-    network = BACKBONES[backbone](feature_size, tuple(roi), decoder_stride, use_checkpoint)
-    casa_class = CASA_VARIANTS[casa_variant]
-    pooled_strides = tuple(network.channels) if cls_features == "multiscale" else (max(network.channels),)
+def make_student(options: AliceOptions, make_backbone: MakeBackbone) -> AliceStudent:
+    """The online network with the modules that the weights of the objectives ask for."""
+    decoder_stride = 1 if options.lambda3 else (options.key_stride if options.lambda2 else None)
+    network = make_backbone(decoder_stride, with_masks=True)
+    pooled_strides = tuple(network.channels) if options.cls_features == "multiscale" else (max(network.channels),)
     head = casa = None
-    if lambda2:
-        check_casa_strides(network, query_stride, key_stride)
-        sizes = (network.channels[query_stride], out_dim, casa_heads, casa_head_dim, casa_hidden_dim)
-        casa = casa_class(*sizes, cosine_scale=casa_cosine_scale)
-    if lambda1 or lambda2:
+    if options.lambda2:
+        check_casa_strides(network, options.query_stride, options.key_stride)
+        casa = CASA_VARIANTS[options.casa_variant](
+            network.channels[options.query_stride],
+            options.out_dim,
+            options.casa_heads,
+            options.casa_head_dim,
+            options.casa_hidden_dim,
+            cosine_scale=options.casa_cosine_scale,
+        )
+    if options.lambda1 or options.lambda2:
+        asks_through_head = casa is not None and casa.projects_query_through_head
         head = ProjectionHead(
             in_dim=sum(network.channels[stride] for stride in pooled_strides),
-            out_dim=out_dim,
-            hidden_dim=head_hidden_dim,
-            bottleneck_dim=head_bottleneck_dim,
-            with_cls=lambda1 > 0,
-            encoder_dim=network.channels[query_stride]
-            if casa is not None and casa.projects_query_through_head
-            else None,
-            decoder_dim=network.decoder_channels[key_stride] if casa is not None else None,
-            shared_last_layer=shared_head,
-            train_gain=not norm_last_layer,
+            out_dim=options.out_dim,
+            hidden_dim=options.head_hidden_dim,
+            bottleneck_dim=options.head_bottleneck_dim,
+            with_cls=options.lambda1 > 0,
+            encoder_dim=network.channels[options.query_stride] if asks_through_head else None,
+            decoder_dim=network.decoder_channels[options.key_stride] if casa is not None else None,
+            shared_last_layer=options.shared_head,
+            train_gain=not options.norm_last_layer,
         )
-    student = AliceStudent(network, head, casa, query_stride, key_stride, pooled_strides)
-    return student, AliceTeacher(student, shared_head_teacher)
+    return AliceStudent(network, head, casa, options.query_stride, options.key_stride, pooled_strides)
 
 
 def check_casa_strides(backbone: Backbone, query_stride: int, key_stride: int) -> None:
@@ -262,5 +358,5 @@ def check_casa_strides(backbone: Backbone, query_stride: int, key_stride: int) -
     both = [s for s, width in backbone.decoder_channels.items() if backbone.channels.get(s) == width]
     if key_stride not in both:
         raise ValueError(
-            f"--key_stride must be one of {sorted(both)} (encoder and decoder maps alike), got {key_stride}"
+            f"--key_stride must be one of {sorted(both)} (encoder and decoder maps of one width), got {key_stride}"
         )

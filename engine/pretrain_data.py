@@ -1,0 +1,90 @@
+"""The data of a pretraining run: the volume store, the samples to train and to validate with, the voxels to probe."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.lists.data_list import Case, load_data_list
+from datasets.lists.label_classes import read_classes
+from datasets.samples.correspondences import CorrespondenceTable
+from datasets.samples.crops import CropOptions
+from datasets.samples.dataset import CropDataset
+from datasets.samples.loader import make_pair_loader
+from datasets.samples.masks import MaskOptions
+from datasets.samples.pairings import PAIRINGS, PairingOptions
+from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
+from datasets.store.volumes import VolumeStore, fill_store, parse_spacing
+from engine import distributed
+from engine.distributed import World
+from engine.flags import options_of
+from models.methods.method import Method
+
+VALIDATION_SEED = 1_000_003
+
+
+@dataclass(frozen=True)
+class Data:
+    """The volumes of a run: the store, samples to train and to validate with (None without held-out cases), and the
+    voxels to probe."""
+
+    store: VolumeStore
+    training: CropDataset
+    validation: CropDataset | None
+    probe: ProbeVoxels | None = None  # on rank 0, with --probe_freq
+
+
+def open_data(flags, method: Method, world: World) -> Data:
+    """Open the volume store, building what is missing of it on rank 0, and make the datasets."""
+    cases = {
+        section: load_data_list(flags.json_list, flags.data_dir, section, must_exist=False)
+        for section in ("training", "validation")
+    }
+    store_dir = Path(flags.store_dir or Path(flags.output_dir) / "store")
+    probed = probe_cases(flags)
+    if world.is_main:
+        everything = cases["training"] + cases["validation"] + probed[0] + probed[1]
+        fill_store(everything, store_dir, flags.spacing_mm, flags.num_workers)
+    distributed.wait_for_all(world)
+    spacing = None if flags.spacing_mm is None else parse_spacing(flags.spacing_mm) or "native"
+    store = VolumeStore(store_dir, expected_spacing_mm=spacing)
+    names = {section: [case.name for case in listed if case.name in store] for section, listed in cases.items()}
+    table = None
+    if PAIRINGS[flags.pairing].needs_table:
+        table = CorrespondenceTable.load(flags.table_file or flags.embed_dir)
+    training = make_dataset(flags, method, store, table, names["training"], flags.seed)
+    validation = None
+    if names["validation"] and flags.val_freq:
+        seed = flags.seed + VALIDATION_SEED
+        validation = make_dataset(flags, method, store, table, names["validation"], seed)
+    probe = None
+    if flags.probe_freq and world.is_main:
+        classes = read_classes(flags.probe_json_list or flags.json_list)
+        probe = choose_probe_voxels(store, classes, *probed, flags.probe_voxels)
+    return Data(store, training, validation, probe)
+
+
+def probe_cases(flags) -> tuple[list[Case], list[Case]]:
+    """Labelled cases to teach and to judge the frozen probes of --probe_freq; none without it."""
+    if not flags.probe_freq:
+        return [], []
+    return split_probe_cases(flags.probe_json_list or flags.json_list, flags.data_dir, max_cases=flags.probe_cases)
+
+
+def make_dataset(
+    flags, method: Method, store: VolumeStore, table: CorrespondenceTable | None, names: list[str], seed: int
+) -> CropDataset:
+    """Samples of the cases `names`, with the views that the method asks for."""
+    crops = options_of(flags, CropOptions)
+    pairing = PAIRINGS[flags.pairing](store, names, crops.roi, options_of(flags, PairingOptions), table)
+    masks = method.options if isinstance(method.options, MaskOptions) else None
+    return CropDataset(store, pairing, method.views, crops, masks, seed=seed)
+
+
+def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:
+    """This rank's share of the held-out samples: the same ones every time, as many on every rank."""
+    if data.validation is None:
+        return []
+    num_steps = -(-flags.num_val_pairs // (flags.batch_size * world.size))
+    return make_pair_loader(
+        data.validation, flags.batch_size, world.rank, world.size, min(flags.num_workers, 2), num_steps=num_steps
+    )

@@ -1,0 +1,101 @@
+"""What a pretraining method is: the one interface between methods and the training loop.
+
+A method owns its networks, its losses and what it keeps between steps. The loop calls, in this order:
+
+    total, terms = method(batch, now)            forward; several times a step with gradient accumulation
+    method.before_step(now)                      gradients are there, not yet clipped
+    method.after_step(now, was_skipped)          averages, centres, queues
+
+Shape letters: `models.backbones.interface`; V = crops of one sample.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+Now = dict[str, float]  # "step", "lr", "weight_decay", and the values of the method's own schedules
+
+
+class Method(nn.Module):
+    """A pretraining method. Subclasses fill in `__init__`, `forward` and the first three class variables.
+
+    Attributes:
+        Options: a dataclass; its fields are the method's flags.
+        pairings: values of --pairing that it can use; the first is its default.
+        views: batch name -> what that entry is made of every crop ("augmented", "blocks"); the class's default, which
+            an instance may overwrite.
+        constant_lr: parts of the student whose learning rate follows no schedule.
+        sees_batch: a norm looks across samples, so that ranks and accumulated parts do not equal one big batch.
+        student: everything that has gradients; `student.backbone` is what people want.
+    """
+
+    Options: ClassVar[type]
+    pairings: ClassVar[tuple[str, ...]]
+    views: ClassVar[dict[str, str]]
+    constant_lr: ClassVar[tuple[str, ...]] = ()
+    sees_batch: ClassVar[bool] = False
+
+    student: nn.Module  # `teacher` has no default here: nn.Module would never find the module of that name
+
+    def train(self, mode: bool = True) -> "Method":
+        """As every module's, but a teacher stays in evaluation mode."""
+        super().train(mode)
+        if isinstance(teacher := getattr(self, "teacher", None), nn.Module):
+            teacher.eval()
+        return self
+
+    def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Callable[[int], float]]:
+        """The method's own values per step, by the name that they have in `now` and in the log."""
+        return {}
+
+    def forward(self, batch: Batch, now: Now) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss (a scalar with gradient) and its detached terms and monitors; changes no state but norms'.
+
+        Args:
+            batch: on the method's device: "crop" [B, V, 1, D, H, W] in [0, 1] and one entry [B, V, ...] for each name
+                in `views`.
+            now: values of this step.
+        """
+        raise NotImplementedError
+
+    def before_step(self, now: Now) -> None:
+        """Change gradients before they are clipped, for example to freeze a layer."""
+
+    def after_step(self, now: Now, was_skipped: bool) -> None:
+        """Move averages, centres and queues on; after a skipped step forget what `forward` collected instead."""
+
+    def look(self, batch: Batch) -> dict[str, Tensor]:
+        """For pictures, rows [B * V, ...] in the order of `rows_of`; called in evaluation mode, without gradient.
+
+        "seen": what the student saw [R, 1, D, H, W], NaN = hidden; "reconstruction": what it made of it;
+        "attention_NAME": [R, N, M], attention of N asking tokens to M tokens of the view, mean over heads.
+        """
+        return {}
+
+
+def rows_of(entry: Tensor) -> Tensor:
+    """[B, V, ...] -> rows [B * V, ...]; the V rows of one sample stand together."""
+    return entry.flatten(0, 1)
+
+
+@torch.no_grad()
+def average_towards(teacher: nn.Module, student: nn.Module, momentum: float, copied: tuple[str, ...] = ()) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, over the names that the teacher has.
+
+    Args:
+        momentum: 0 copies, 1 keeps.
+        copied: prefixes of names that are copied instead. Integers are copied too.
+    """
+    source = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    averaged: list[Tensor] = []
+    towards: list[Tensor] = []
+    for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
+        if name.startswith(copied) or not tensor.is_floating_point():
+            tensor.copy_(source[name])
+        else:
+            averaged.append(tensor)
+            towards.append(source[name])
+    torch._foreach_lerp_(averaged, towards, 1.0 - momentum)
