@@ -14,7 +14,7 @@ load like this:
     model.load_state_dict(torch.load("alice.pth", weights_only=True), strict=False)
 
 A .pth (`--format monai`) holds a plain dict of tensors, with a description beside it (`alice.pth.json`); a .safetensors
-(`--format safetensors`) holds both, under the same names. Without --format the suffix decides. The description tells
+(`--format safetensors`) holds both, under the same names. Without --format the suffix decides. The description states
 the preprocessing that the weights expect: spacing, HU window, crop, axis codes.
 """
 
@@ -96,12 +96,12 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> 
         raise CheckpointError(f"does not fit {built}: {report.describe()}")
     counts = {part: report.counts(prefixes) for part, prefixes in parts.items()}
     shares = ", ".join(f"{part} {matched}/{wanted}" for part, (matched, wanted) in counts.items())
-    told = f"{built}: {shares} keys matched"
+    message = f"{built}: {shares} keys matched"
     matched, wanted = counts["encoder"]
     if matched < wanted:
         modules = sorted({key.split(".")[0] for key in report.missing if key.startswith(parts["encoder"])})
-        told += f" ({', '.join(modules)} not trained by this run's objectives)"
-    return told
+        message += f" ({', '.join(modules)} not trained by this run's objectives)"
+    return message
 
 
 def main(argv: list[str] | None = None) -> None:

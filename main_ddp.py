@@ -37,6 +37,7 @@ from engine.loop import Hooks, LoopOptions, Schedules, pretrain, validate, value
 from engine.optim import make_optimizer
 from engine.pretrain_data import Data, held_out_batches, open_data, probe_cases
 from engine.pretrain_flags import (
+    DEFAULT_METHOD,
     GROUPS,
     OptimiserOptions,
     check_all,
@@ -58,7 +59,7 @@ from models.backbones import BACKBONES
 from models.methods import METHODS, Method
 
 
-def make_flags(method: str = "alice"):
+def make_flags(method: str = DEFAULT_METHOD):
     """The command line of one method."""
     return make_pretrain_flags(__doc__, method)
 

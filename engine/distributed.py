@@ -168,16 +168,16 @@ def main_decides(world: World, decide: Callable[[], object]) -> object:
     """What `decide()` returns on rank 0 (a picklable value), on every rank; a ValueError is raised on all of them."""
     if not has_group():
         return decide()
-    told: list = [None, None]
+    answer: list = [None, None]
     if world.is_main:
         try:
-            told[0] = decide()
+            answer[0] = decide()
         except ValueError as error:
-            told[1] = error
-    dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def was_restarted() -> bool:

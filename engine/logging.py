@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, log.txt (one JSON object a line) and TensorBoard, all on rank 0 only.
+"""What a run reports: a progress line, log.txt (one JSON object a line) and TensorBoard, all on rank 0 only.
 
 Other ranks get a silent stand-in with the same methods, so that the loop needs no branches. Values stay on their device
 until a logging step reads them all at once.
@@ -65,9 +65,9 @@ class Clock:
     def read(self) -> dict[str, float]:
         """`samples_per_s` and `data_wait_share` (0 to 1); starts anew."""
         elapsed = max(time.perf_counter() - self.started, 1e-9)
-        told = {"samples_per_s": self.num_samples / elapsed, "data_wait_share": min(1.0, self.waited_s / elapsed)}
+        values = {"samples_per_s": self.num_samples / elapsed, "data_wait_share": min(1.0, self.waited_s / elapsed)}
         self.started, self.waited_s, self.num_samples = time.perf_counter(), 0.0, 0
-        return told
+        return values
 
 
 class RunLog:

@@ -20,6 +20,7 @@ from models.backbones import BACKBONES
 from models.methods import METHODS, Method
 
 WEIGHT_DECAY_END = 0.4
+DEFAULT_METHOD = next(iter(METHODS))
 
 
 def expect(options, rules: dict[str, tuple[bool, str]]) -> None:
@@ -259,7 +260,7 @@ GROUPS = {
 }
 
 
-def make_pretrain_flags(description: str, method_name: str = "alice"):
+def make_pretrain_flags(description: str, method_name: str = DEFAULT_METHOD):
     """The parser of main_ddp.py for one method: the shared flags, and the method's own."""
     method = METHODS[method_name]
     parser = make_parser(description)
@@ -289,7 +290,7 @@ def make_pretrain_flags(description: str, method_name: str = "alice"):
 
 
 def chosen_method(argv: list[str]) -> str:
-    """The method that a command line names, itself or through its --config; "alice" where it names none.
+    """The method that a command line names, itself or through its --config; the default where it names none.
 
     Raises:
         ValueError: no such method, or a flag of another method is given.
@@ -303,7 +304,7 @@ def chosen_method(argv: list[str]) -> str:
         if Path(path).is_file():
             content = yaml.safe_load(Path(path).read_text())
             settings |= content if isinstance(content, dict) else {}
-    name = given.method or settings.get("method", "alice")
+    name = given.method or settings.get("method", DEFAULT_METHOD)
     if name not in METHODS:
         raise ValueError(f"--method {name}: expected one of {', '.join(METHODS)}")
     names = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}

@@ -1,4 +1,4 @@
-"""Frozen probes: how well a network's features, left as they are, tell organs apart voxel by voxel.
+"""Frozen probes: how well organs can be distinguished, voxel by voxel, by a network's features as they are.
 
 Two readers of the same features. The k-NN probe asks the most similar voxels of other patients, each with the weight
 exp(cosine / temperature) (Caron et al., DINO, 2021; Wu et al., 2018). The linear probe is multinomial logistic
