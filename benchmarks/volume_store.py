@@ -9,6 +9,7 @@ the shared reference data, or else a noisy synthetic torso, is tiled to 512x512x
 thread, file cache warm for everybody; medians. Takes about a minute.
 """
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from monai.transforms import LoadImage
 from scipy import ndimage
 
-from benchmarks.results import real_ct_dir, save, timed
+from benchmarks.results import measure_and_show, real_ct_dir, timed
 from datasets.ct.nifti import read_ct, write_nifti
 from datasets.lists.data_list import Case
 from datasets.store.volumes import VolumeStore, build_store
@@ -108,27 +109,6 @@ def measure(array: np.ndarray, affine: np.ndarray, flags: jsonargparse.Namespace
     }
 
 
-def table(found: dict) -> str:
-    """The results as a person reads them."""
-    store_s, store_bytes = found["crop_store_s"], found["store_bytes"]
-    rows = [
-        ("", "crop", "beside store", "size", "beside store"),
-        ("volume store", f"{store_s * 1e3:.2f} ms", "1", f"{store_bytes / 2**20:.1f} MiB", "1"),
-    ]
-    for title, crop, size in (("MONAI LoadImage + crop", "monai", "nifti"), ("memory-mapped .npy", "npy", "npy")):
-        crop_s, size_bytes = found[f"crop_{crop}_s"], found[f"{size}_bytes"]
-        rows.append(
-            (
-                title,
-                f"{crop_s * 1e3:.2f} ms",
-                f"{crop_s / store_s:.2f} x",
-                f"{size_bytes / 2**20:.1f} MiB",
-                f"{size_bytes / store_bytes:.2f} x",
-            )
-        )
-    return "\n".join(f"{a:24}{b:>14}{c:>16}{d:>14}{e:>16}" for a, b, c, d, e in rows)
-
-
 def run(flags: jsonargparse.Namespace) -> dict:
     """Measure in a temporary folder."""
     torch.set_num_threads(1)
@@ -162,16 +142,7 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    found = run(flags)
-    print(f"{found['source']}: {' x '.join(map(str, found['shape']))} int16, crops of {flags.roi}³")
-    print(table(found))
-    print(
-        f"store: {found['speedup_over_monai']:.0f} x faster than MONAI (wanted >= 200), "
-        f"{found['slowdown_to_npy']:.1f} x the time of the memory map (wanted <= 5), "
-        f"{found['size_ratio_to_nifti']:.2f} of the .nii.gz (wanted <= 0.8); made in {found['build_s']:.1f} s"
-    )
-    save(found, flags.output)
+    measure_and_show(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Yan et al., "SAM", TMI 2022: 2 mm isotropic, HU [-1024, 3071] -> [0, 255], minus
 the project's canonical one ("SPL"), which is what the published checkpoint saw.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,39 +23,37 @@ def scale_hu(hu: Tensor, info: EmbedderInfo) -> Tensor:
     return (clipped - info.hu_min) * (info.scale_to / (info.hu_max - info.hu_min)) + info.offset
 
 
-class Prepared(NamedTuple):
-    """A volume as the network wants it.
+def cut_body(volume: Volume, spacing_mm: Sequence[float], margin_mm: float = 0.0) -> tuple[Volume, np.ndarray]:
+    """Resample a volume and cut out the patient's box.
 
-    Attributes:
-        tensor: float32 [1, 1, D, H, W], scaled.
-        affine: float64 [4, 4], index (d, h, w) of that grid -> world mm.
-        body: bool [D, H, W], True inside the patient.
+    Args:
+        volume: int16 HU in the canonical orientation, any spacing.
+        spacing_mm: wanted voxel size (D, H, W).
+        margin_mm: of surroundings kept around the body.
+
+    Returns:
+        The volume, and where the patient is in it, bool [D, H, W]; the whole volume where there is no patient.
     """
+    array, affine = resample(volume.array, volume.affine, spacing_mm)
+    body = body_mask(array, spacing_mm)
+    margin = np.ceil(margin_mm / np.array(spacing_mm)).astype(int)
+    start, stop = mask_box(body)
+    start, stop = np.maximum(start - margin, 0), np.minimum(stop + margin, body.shape)
+    affine = affine.copy()
+    affine[:3, 3] = index_to_world(affine, start)
+    box = tuple(map(slice, start, stop))
+    return Volume(np.ascontiguousarray(array[box]), affine, volume.path), np.ascontiguousarray(body[box])
 
-    tensor: Tensor
-    affine: np.ndarray
-    body: np.ndarray
 
-
-def prepare(volume: Volume, info: EmbedderInfo) -> Prepared:
-    """Resample a volume to the checkpoint's spacing, cut out the body and scale its intensities.
+def prepare(volume: Volume, info: EmbedderInfo) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """The network's input from a volume: the checkpoint's spacing, the body cut out, intensities scaled.
 
     Args:
         volume: int16 HU [D, H, W] in the canonical orientation, any spacing.
         info: of the checkpoint.
+
+    Returns:
+        float32 [1, 1, D, H, W]; its affine float64 [4, 4], index -> world mm; bool [D, H, W], True inside the patient.
     """
-    array, affine = resample(volume.array, volume.affine, info.spacing_mm)
-    body = body_mask(array, info.spacing_mm)
-    box = _box_of(body, info.spacing_mm)
-    affine = affine.copy()
-    affine[:3, 3] = index_to_world(affine, [part.start for part in box])
-    tensor = scale_hu(torch.from_numpy(np.ascontiguousarray(array[box])), info)[None, None]
-    return Prepared(tensor, affine, body[box])
-
-
-def _box_of(body: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[slice, slice, slice]:
-    """The mask's box with a margin; the whole volume where the mask is empty."""
-    margin = np.ceil(BODY_MARGIN_MM / np.array(spacing_mm)).astype(int)
-    start, stop = mask_box(body)
-    start, stop = np.maximum(start - margin, 0), np.minimum(stop + margin, body.shape)
-    return tuple(slice(int(low), int(high)) for low, high in zip(start, stop))
+    cut, body = cut_body(volume, info.spacing_mm, BODY_MARGIN_MM)
+    return scale_hu(torch.from_numpy(cut.array), info)[None, None], cut.affine, body

@@ -14,9 +14,9 @@ from scipy.spatial.transform import Rotation
 
 from datasets.ct.geometry import (
     CANONICAL_AXCODES,
-    body_box,
     body_mask,
     index_to_world,
+    mask_box,
     resample,
     resampled_grid,
     spacing_of,
@@ -236,7 +236,7 @@ def test_body_mask_has_lungs_but_no_table():
     assert mask[body].mean() > 0.995
     assert (mask & ~body).sum() / body.sum() < 0.02
     assert not mask[:, 149:152].any()  # the lower plate
-    start, stop = body_box(hu, (5.0, 2.0, 2.0))
+    start, stop = mask_box(body_mask(hu, (5.0, 2.0, 2.0)))
     true_rows, true_columns = np.flatnonzero(body[0].any(axis=1)), np.flatnonzero(body[0].any(axis=0))
     assert start[0] == 0 and stop[0] == 20
     assert np.abs(np.array([start[1], stop[1] - 1]) - true_rows[[0, -1]]).max() <= 3
@@ -246,7 +246,7 @@ def test_body_mask_has_lungs_but_no_table():
 def test_body_of_nothing_is_empty_and_its_box_is_everything():
     hu = np.full((5, 40, 40), -1024, np.int16)
     assert not body_mask(hu, (3, 3, 3)).any()
-    start, stop = body_box(hu, (3, 3, 3))
+    start, stop = mask_box(body_mask(hu, (3, 3, 3)))
     assert start.tolist() == [0, 0, 0] and stop.tolist() == [5, 40, 40]
 
 

@@ -16,7 +16,7 @@ from sam_embed.embeddings.embedding_store import (
     embedding_path,
     load_embedding,
     save_embedding,
-    stored_fingerprint,
+    stored_header,
 )
 from sam_embed.network import AnatomicalEmbedder
 from sam_embed.preprocess import prepare, scale_hu
@@ -129,11 +129,11 @@ def test_files_come_back_and_damage_is_named(tmp_path):
         assert torch.equal(getattr(loaded, field), getattr(embedding, field))
     np.testing.assert_array_equal(loaded.fine_affine, embedding.fine_affine)
     np.testing.assert_array_equal(loaded.coarse_affine, embedding.coarse_affine)
-    assert loaded.fingerprint == stored_fingerprint(tmp_path, "case_1") == "abc"
+    assert loaded.fingerprint == stored_header(tmp_path, "case_1")["fingerprint"] == "abc"
     assert loaded.fine_spacing_mm == pytest.approx((8, 8, 8)) and embedded_cases(tmp_path) == ["case_1"]
     path = embedding_path(tmp_path, "case_1")
     path.write_bytes(path.read_bytes()[:100])
-    assert stored_fingerprint(tmp_path, "case_1") is None
+    assert stored_header(tmp_path, "case_1") == {}
     for name in ("case_1", "absent"):
         with pytest.raises(EmbeddingError, match=name):
             load_embedding(tmp_path, name)

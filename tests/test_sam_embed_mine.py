@@ -138,7 +138,7 @@ def test_a_corpus_is_read_about_once_and_never_held(num_kept, most_reads, tmp_pa
     one_mb = reads(None, "case000").num_bytes / 2**20
     reads.num_reads = 0
     monkeypatch.setattr("sam_embed.embeddings.embedding_store.load_embedding", reads)
-    monkeypatch.setattr("sam_embed.matching.mine.stored_fingerprint", lambda *_: "counted")
+    monkeypatch.setattr("sam_embed.matching.mine.stored_header", lambda *_: {"fingerprint": "counted"})
     monkeypatch.setattr("sam_embed.matching.mine._mine_pair", lambda *_: np.zeros(1, dtype=ROW_DTYPE))
     options = MiningOptions(num_points=1, num_partners=8)
     table = mine_corpus("nowhere", reads.names, tmp_path, options, cache_mb=(num_kept + 0.5) * one_mb)
@@ -150,7 +150,7 @@ def test_a_corpus_is_read_about_once_and_never_held(num_kept, most_reads, tmp_pa
 def test_ranks_read_their_own_part_of_the_corpus(tmp_path, monkeypatch):
     reads = CountedReads(num_cases=200)
     monkeypatch.setattr("sam_embed.embeddings.embedding_store.load_embedding", reads)
-    monkeypatch.setattr("sam_embed.matching.mine.stored_fingerprint", lambda *_: "counted")
+    monkeypatch.setattr("sam_embed.matching.mine.stored_header", lambda *_: {"fingerprint": "counted"})
     monkeypatch.setattr("sam_embed.matching.mine._mine_pair", lambda *_: np.zeros(1, dtype=ROW_DTYPE))
     mine_corpus("nowhere", reads.names, tmp_path, MiningOptions(1, 8), rank=3, world_size=4)
     assert len(list((tmp_path / SHARD_FOLDER).iterdir())) == 50

@@ -25,8 +25,8 @@ from sam_embed.embeddings.embedding_store import (
     embedding_path,
     load_embedding,
     save_embedding,
-    stored_fingerprint,
     stored_form,
+    stored_header,
 )
 from sam_embed.matching.match import match_points
 from sam_embed.network import AnatomicalEmbedder
@@ -81,7 +81,7 @@ def embedding() -> Embedding:
 def test_forms_come_back_as_unit_vectors_near_the_originals(form, embedding, tmp_path):
     save_embedding(tmp_path, embedding, COMPACT[form])
     loaded = load_embedding(tmp_path, "case_1")
-    assert stored_form(tmp_path, "case_1") == form and stored_fingerprint(tmp_path, "case_1") == "abc"
+    assert stored_form(tmp_path, "case_1") == form and stored_header(tmp_path, "case_1")["fingerprint"] == "abc"
     assert torch.equal(loaded.body, embedding.body) and loaded.name == "case_1" and loaded.fingerprint == "abc"
     np.testing.assert_array_equal(loaded.fine_affine, embedding.fine_affine)
     np.testing.assert_array_equal(loaded.coarse_affine, embedding.coarse_affine)

@@ -12,6 +12,7 @@ from datasets.ct.nifti import write_nifti
 from datasets.lists.data_list import Case
 from datasets.store.files import FileWriteError
 from datasets.store.volumes import VolumeStore, build_store
+from sam_embed import preprocess
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.training import training_volumes
 from sam_embed.training.training_volumes import TrainingVolumes, make_training_volumes, to_training_volume
@@ -98,7 +99,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_with_its_flag(tmp_path):
 def test_volumes_of_air_are_left_out_and_bodies_are_outlined_once(tmp_path, monkeypatch, capsys):
     store, grid = make_store(tmp_path, ("air", "patient", "more_air"), air=("air", "more_air")), tmp_path / "grid"
     calls, body_mask = [], geometry.body_mask
-    monkeypatch.setattr(training_volumes, "body_mask", lambda *words: calls.append(words) or body_mask(*words))
+    monkeypatch.setattr(preprocess, "body_mask", lambda *words: calls.append(words) or body_mask(*words))
     assert make_training_volumes(store, INFO, grid) == 3 and make_training_volumes(store, INFO, grid) == 0
     capsys.readouterr()
     (volume,) = TrainingVolumes(store, INFO, grid)

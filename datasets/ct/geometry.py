@@ -228,11 +228,6 @@ def _fill_slices(mask: np.ndarray) -> np.ndarray:
     return np.stack([ndimage.binary_fill_holes(axial) for axial in mask])
 
 
-def body_box(hu: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The `mask_box` of `body_mask`."""
-    return mask_box(body_mask(hu, spacing_mm))
-
-
 def mask_box(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The box around a mask: first voxel and one past the last, int [3] each; the whole volume if the mask is empty."""
     start, stop = np.zeros(3, dtype=int), np.array(mask.shape)

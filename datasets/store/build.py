@@ -20,21 +20,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.ct.geometry import body_box, resample, spacing_of
+from datasets.ct.geometry import body_mask, mask_box, resample, spacing_of
 from datasets.ct.nifti import CTReadError, read_ct, read_label_of
 from datasets.lists.data_list import Case
 from datasets.store.files import FileWriteError, exclusive, remove_asides, write_bytes, write_text
 from datasets.store.format import (
+    ARRAY,
+    LABEL,
+    MANIFEST,
     CaseRecord,
     StoreError,
-    array_file,
+    case_file,
     check_file,
     checksum_of,
     compress,
     create_settings,
     files_of,
-    label_file,
-    manifest_file,
     read_manifest,
     read_records,
     write_index,
@@ -147,7 +148,7 @@ def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: b
     """Store one case unless it is there; returns "built", "reused" or the reason of the failure."""
     with exclusive(store_dir / "locks" / "cases" / case.name) as locked:
         try:
-            record = read_manifest(manifest_file(store_dir, case.name))
+            record = read_manifest(case_file(store_dir, case.name, MANIFEST))
             if is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
                 return "reused"
             _make_case(case, store_dir, spacing_mm, record, locked)
@@ -205,7 +206,7 @@ def _keeps_label(case: Case, record: CaseRecord | None, store_dir: Path) -> bool
     if case.label is not None or record is None or not record.has_label:
         return False
     try:
-        check_file(label_file(store_dir, case.name), record.label_checksum)
+        check_file(case_file(store_dir, case.name, LABEL), record.label_checksum)
         return _stamp([case.image]) == record.source_stamp.split()[0]
     except (StoreError, CTReadError):
         return False
@@ -220,7 +221,7 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
         stored: what the store knew of the case.
         locked: whether no other process makes this case now.
     """
-    paths = [find(store_dir, case.name) for find in (array_file, label_file, manifest_file)]
+    paths = [case_file(store_dir, case.name, suffix) for suffix in (ARRAY, LABEL, MANIFEST)]
     keeps_label = _keeps_label(case, stored, store_dir)
     stamp = stored.source_stamp if keeps_label else _stamp(_sources(case))  # a missing file ends it here, at no loss
     paths[2].unlink(missing_ok=True)
@@ -233,7 +234,7 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
     if spacing_mm is not None:
         array, affine = resample(array, image.affine, spacing_mm)
         label = None if label is None else resample(label, image.affine, spacing_mm, order=0)[0]
-    body_start, body_stop = body_box(array, spacing_of(affine))
+    body_start, body_stop = mask_box(body_mask(array, spacing_of(affine)))
     checksums = []
     for path, content in zip(paths, (array, label)):
         if content is None and keeps_label:

@@ -1,13 +1,11 @@
 """What a volume store is on disk, and how its files are written and read.
 
-    <store>/store.json            format version, spacing, chunk and block size
-    <store>/cases/<name>.b2nd     int16 HU [D, H, W], Blosc2 NDArray: zstd level 5, byte shuffle, chunks 64³, blocks 32³
-    <store>/cases/<name>.label.b2nd   labels on the same grid, where there are any
-    <store>/cases/<name>.json     manifest, written last: a case without it does not exist
-    <store>/index.json            all manifests in one file, only to open quickly; whatever is outdated in it is re-read
-    <store>/failures.json         cases that could not be stored, with the reason
-
-Level 9 and delta filters were measured and do not pay on CT.
+<store>/store.json            format version, spacing, chunk and block size
+<store>/cases/<name>.b2nd     int16 HU [D, H, W], Blosc2 NDArray: zstd level 5, byte shuffle, chunks 64³, blocks 32³
+<store>/cases/<name>.label.b2nd   labels on the same grid, where there are any
+<store>/cases/<name>.json     manifest, written last: a case without it does not exist
+<store>/index.json            all manifests in one file, only to open quickly; whatever is outdated in it is re-read
+<store>/failures.json         cases that could not be stored, with the reason
 """
 
 import hashlib
@@ -22,6 +20,7 @@ import numpy as np
 from datasets.store.files import exclusive, write_text
 
 FORMAT, VERSION = "alice volume store", 1
+ARRAY, LABEL, MANIFEST = ".b2nd", ".label.b2nd", ".json"
 CHUNK_VOX, BLOCK_VOX, ZSTD_LEVEL = 64, 32, 5
 # One thread: a DataLoader worker or a builder is one of many processes, and a pool of threads does not survive a fork.
 NUM_THREADS = 1
@@ -79,23 +78,16 @@ def cases_dir(store_dir: Path) -> Path:
     return store_dir / "cases"
 
 
-def array_file(store_dir: Path, name: str) -> Path:
-    return cases_dir(store_dir) / f"{name}.b2nd"
-
-
-def label_file(store_dir: Path, name: str) -> Path:
-    return cases_dir(store_dir) / f"{name}.label.b2nd"
-
-
-def manifest_file(store_dir: Path, name: str) -> Path:
-    return cases_dir(store_dir) / f"{name}.json"
+def case_file(store_dir: Path, name: str, suffix: str) -> Path:
+    """A file of a case: its ARRAY, LABEL or MANIFEST."""
+    return cases_dir(store_dir) / f"{name}{suffix}"
 
 
 def files_of(record: CaseRecord, store_dir: Path) -> list[tuple[Path, str]]:
     """The data files of a case and their checksums."""
-    files = [(array_file(store_dir, record.name), record.checksum)]
+    files = [(case_file(store_dir, record.name, ARRAY), record.checksum)]
     if record.has_label:
-        files.append((label_file(store_dir, record.name), record.label_checksum))
+        files.append((case_file(store_dir, record.name, LABEL), record.label_checksum))
     return files
 
 
@@ -237,9 +229,9 @@ def _collect(store_dir: Path) -> dict[str, tuple[list[int], dict]]:
     if not cases_dir(store_dir).is_dir():
         return entries
     with os.scandir(cases_dir(store_dir)) as files:
-        manifests = [entry for entry in files if entry.name.endswith(".json") and not entry.name.startswith(".")]
+        manifests = [entry for entry in files if entry.name.endswith(MANIFEST) and not entry.name.startswith(".")]
     for entry in manifests:
-        name = entry.name.removesuffix(".json")
+        name = entry.name.removesuffix(MANIFEST)
         try:
             stat = entry.stat()
         except FileNotFoundError:  # another process is storing this case anew

@@ -15,11 +15,12 @@ from datasets.ct.nifti import Volume
 from datasets.lists.data_list import Case
 from datasets.store.build import BuildReport, build_store, is_current
 from datasets.store.format import (
+    ARRAY,
+    LABEL,
     CaseRecord,
     StoreError,
-    array_file,
+    case_file,
     check_spacing,
-    label_file,
     read_records,
     read_region,
     read_settings,
@@ -103,7 +104,7 @@ class VolumeStore:
 
     def read(self, name: str) -> Volume:
         """The whole volume, int16 HU [D, H, W]."""
-        return self._read(array_file(self.store_dir, name), self.record(name))
+        return self._read(case_file(self.store_dir, name, ARRAY), self.record(name))
 
     def read_label(self, name: str) -> Volume:
         """The whole label map [D, H, W] on the grid of `read(name)`."""
@@ -121,16 +122,16 @@ class VolumeStore:
         Returns:
             int16 HU of shape `size`, contiguous and owned by the caller.
         """
-        return self._crop(array_file(self.store_dir, name), self.record(name), start, size, fill)
+        return self._crop(case_file(self.store_dir, name, ARRAY), self.record(name), start, size, fill)
 
-    def label_crop(self, name: str, start: Sequence[int], size: Sequence[int], fill: int = 0) -> np.ndarray:
-        """The labels of `crop(name, start, size)`."""
-        return self._crop(self._label_file(name), self.record(name), start, size, fill)
+    def label_crop(self, name: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """The labels of `crop(name, start, size)`; 0 outside of the volume."""
+        return self._crop(self._label_file(name), self.record(name), start, size, 0)
 
     def _label_file(self, name: str) -> Path:
         if not self.record(name).has_label:
             raise StoreError(f"{self.store_dir}: case {name} has no label")
-        return label_file(self.store_dir, name)
+        return case_file(self.store_dir, name, LABEL)
 
     def _read(self, path: Path, record: CaseRecord) -> Volume:
         return Volume(_checked(read_region(path, (slice(None),) * 3), record.shape, path), record.affine, str(path))
@@ -141,7 +142,7 @@ class VolumeStore:
             raise ValueError(f"a crop needs start (d, h, w) and a size above zero, received {start} and {size}")
         low, high = np.maximum(start, 0), np.minimum(start + size, shape)
         if (low >= high).any():
-            return np.full(size, fill, dtype=np.uint8 if path.name.endswith(".label.b2nd") else np.int16)
+            return np.full(size, fill, dtype=np.uint8 if path.name.endswith(LABEL) else np.int16)
         inside = read_region(path, tuple(slice(int(a), int(b)) for a, b in zip(low, high)))
         _checked(inside, tuple(high - low), path)
         if inside.shape == tuple(size):

@@ -108,22 +108,12 @@ def save_embedding(embed_dir: str | Path, embedding: Embedding, storage: Storage
     return path
 
 
-def stored_fingerprint(embed_dir: str | Path, name: str) -> str | None:
-    """The fingerprint of the weights behind a stored embedding; None where there is no usable file."""
-    return _stored_header(embed_dir, name).get("fingerprint")
-
-
-def stored_source(embed_dir: str | Path, name: str) -> str:
-    """The identity of the CT behind a stored embedding; empty where it is not known (older files state none)."""
-    return _stored_header(embed_dir, name).get("source", "")
-
-
 def is_embedded(embed_dir: str | Path, name: str, fingerprint: str, source: str) -> bool:
     """Whether a case is embedded by these weights and, as far as the two identities show, from the CT as it is now.
 
     Only identities of one kind ("store:...", "file:...") can show that a CT has changed.
     """
-    header = _stored_header(embed_dir, name)
+    header = stored_header(embed_dir, name)
     stored = header.get("source", "")
     has_changed = stored != source and stored.partition(":")[0] == source.partition(":")[0]
     return header.get("fingerprint") == fingerprint and not has_changed
@@ -131,14 +121,14 @@ def is_embedded(embed_dir: str | Path, name: str, fingerprint: str, source: str)
 
 def stored_form(embed_dir: str | Path, name: str) -> str | None:
     """The form ("fp16", "pca", ...) of a stored embedding; None where there is no usable file."""
-    header = _stored_header(embed_dir, name)
+    header = stored_header(embed_dir, name)
     if header.get("format") == COMPACT_FORMAT:
         return json.loads(header["compact"])["storage"]["form"]
     return FP16.form if header.get("format") == FORMAT else None
 
 
-def _stored_header(embed_dir: str | Path, name: str) -> dict[str, str]:
-    """A file's header without its tensors; empty where there is no usable file."""
+def stored_header(embed_dir: str | Path, name: str) -> dict[str, str]:
+    """A file's header without its tensors: `fingerprint`, `source` and more; empty where there is no usable file."""
     try:
         with safe_open(embedding_path(embed_dir, name), framework="pt") as stored:
             return stored.metadata() or {}

@@ -11,26 +11,22 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from datasets.ct.geometry import body_box, index_to_world, resample, spacing_of, world_to_index
+from datasets.ct.geometry import spacing_of, world_to_index
 from datasets.ct.nifti import Volume
 from datasets.ct.planes import PLANES, cut_plane
 from sam_embed.judging.evaluate import PairErrors
+from sam_embed.preprocess import cut_body
 
 WINDOW_HU = (-160.0, 240.0)
 DISPLAY_SPACING_MM = (2.0, 2.0, 2.0)
-MARGIN_VOX = 4
+MARGIN_MM = 8.0
 SLAB_MM = 18.0  # points at most so far from an axial slice are drawn on it
 BACKGROUND, TEXT = "#101216", "#e8eaed"
 
 
 def for_display(volume: Volume) -> Volume:
     """The patient on an isotropic 2 mm grid, without the air around: slices are cheap and fill the picture."""
-    array, affine = resample(volume.array, volume.affine, DISPLAY_SPACING_MM)
-    start, stop = body_box(array, DISPLAY_SPACING_MM)
-    start, stop = np.maximum(start - MARGIN_VOX, 0), np.minimum(stop + MARGIN_VOX, array.shape)
-    affine = affine.copy()
-    affine[:3, 3] = index_to_world(affine, start)
-    return Volume(array[tuple(map(slice, start, stop))], affine, volume.path)
+    return cut_body(volume, DISPLAY_SPACING_MM, MARGIN_MM)[0]
 
 
 def _extent(shape: Sequence[int], spacing: Sequence[float], plane: str) -> tuple[float, float, float, float]:
@@ -131,72 +127,44 @@ def draw_match(
     return figure
 
 
-def draw_landmarks(
-    query: Volume,
-    key: Volume,
-    names: Sequence[str],
-    query_mm: np.ndarray,
-    match_mm: np.ndarray,
-    true_mm: np.ndarray,
-    title: str = "",
-) -> Figure:
-    """Numbered landmarks in one patient, and where they are found in another: coronal above, axial below.
+def draw_landmark_matches(
+    query: Volume, key: Volume, errors: PairErrors, path: str | Path, num_landmarks: int = 16
+) -> None:
+    """Write a picture of numbered landmarks in one patient, and where they are found in another.
 
-    In the key, a ring is the match, a cross the true place, and a line joins them. All points are projected onto the
-    coronal slice; the axial slice shows those within 18 mm of it.
+    Coronal above, axial below. In the key, a ring is the match, a cross the true place, and a line joins them. The
+    coronal slice shows all points, the axial slice those within 18 mm of it.
 
     Args:
-        query, key: canonical HU volumes.
-        names: N landmarks.
-        query_mm, match_mm, true_mm: world mm [N, 3]: places in the query, matches and true places in the key.
-        title: above the figure; empty for the median error.
+        query, key: the canonical HU volumes of `errors.query` and `errors.key`.
+        errors: of `evaluate_pairs`.
+        path: picture file.
+        num_landmarks: how many to draw, spread over the body; matches outside of the key are left out.
     """
+    matched = np.flatnonzero(np.isfinite(errors.match_mm).all(axis=1))
+    chosen = matched[_spread(errors.query_mm[matched], num_landmarks)]
+    query_mm, match_mm, true_mm = errors.query_mm[chosen], errors.match_mm[chosen], errors.key_mm[chosen]
     query, key = for_display(query), for_display(key)
-    errors_mm = np.linalg.norm(match_mm - true_mm, axis=1)
-    colours = [_bright_colour(number / max(len(names), 1)) for number in range(len(names))]
+    colours = [_bright_colour(number / len(chosen)) for number in range(len(chosen))]
     figure = Figure(figsize=(15, 11), facecolor=BACKGROUND, layout="constrained")
     grid = figure.subplots(2, 3, width_ratios=[1, 1, 0.55])
     level = _busiest_level(query, query_mm)
     near = np.abs(world_to_index(query.affine, query_mm)[:, 0] * query.spacing_mm[0] - level) <= SLAB_MM
-    for row, (plane, shown) in enumerate((("coronal", np.ones(len(names), bool)), ("axial", near))):
+    for row, (plane, shown) in enumerate((("coronal", np.ones(len(chosen), bool)), ("axial", near))):
         show_plane(grid[row, 0], query, plane, query_mm[shown].mean(axis=0))
         show_plane(grid[row, 1], key, plane, true_mm[shown].mean(axis=0))
         for number in np.flatnonzero(shown):
             _numbered(grid[row, 0], place_on(query, plane, query_mm[number]), number + 1, colours[number])
-            _found(
-                grid[row, 1],
-                place_on(key, plane, match_mm[number]),
-                place_on(key, plane, true_mm[number]),
-                number + 1,
-                colours[number],
-            )
+            ends = place_on(key, plane, match_mm[number]), place_on(key, plane, true_mm[number])
+            _found(grid[row, 1], *ends, number + 1, colours[number])
     grid[0, 0].set_title("query", color=TEXT)
     grid[0, 1].set_title("key: ring = match, cross = true place", color=TEXT)
-    _list_errors(grid[:, 2], names, errors_mm, colours)
-    figure.suptitle(title or f"median error {np.nanmedian(errors_mm):.1f} mm", color=TEXT, fontsize=14)
-    return figure
-
-
-def draw_landmark_matches(
-    query: Volume, key: Volume, errors: PairErrors, path: str | Path, num_landmarks: int = 16
-) -> None:
-    """Write the picture of `draw_landmarks` for some landmarks of an evaluated pair, spread over the body.
-
-    Args:
-        query, key: the volumes of `errors.query` and `errors.key`.
-        errors: of `evaluate_pairs`.
-        path: picture file.
-        num_landmarks: how many to draw; matches outside of the key are left out.
-    """
-    matched = np.flatnonzero(np.isfinite(errors.match_mm).all(axis=1))
-    chosen = matched[_spread(errors.query_mm[matched], num_landmarks)]
-    all_errors_mm = errors.error_mm["sam"][matched]
-    title = (
-        f"{errors.query} to {errors.key}: median error {np.median(all_errors_mm):.1f} mm over "
-        f"{len(matched)} landmarks, {len(chosen)} of them shown"
-    )
-    places = (errors.query_mm[chosen], errors.match_mm[chosen], errors.key_mm[chosen])
-    save_figure(draw_landmarks(query, key, [errors.landmarks[number] for number in chosen], *places, title), path)
+    names = [errors.landmarks[number] for number in chosen]
+    _list_errors(grid[:, 2], names, np.linalg.norm(match_mm - true_mm, axis=1), colours)
+    title = f"median error {np.median(errors.error_mm['sam'][matched]):.1f} mm over {len(matched)} landmarks"
+    title = f"{errors.query} to {errors.key}: {title}, {len(chosen)} of them shown"
+    figure.suptitle(title, color=TEXT, fontsize=14)
+    save_figure(figure, path)
 
 
 def _spread(points_mm: np.ndarray, num: int) -> np.ndarray:

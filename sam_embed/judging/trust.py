@@ -81,15 +81,7 @@ def choose_thresholds(judged: Judged, wanted: float = WANTED_SHARE) -> Threshold
     # Without any that reaches it, the best share decides; among equals the one that keeps more.
     rank = np.where(reached, num_kept, -1) if reached.any() else np.where(enough, correct + 1e-9 * num_kept, -1)
     row, column = np.unravel_index(rank.argmax(), rank.shape)
-    return Thresholds(
-        wanted=wanted,
-        min_score=float(SCORE_GRID[row]),
-        max_cycle_mm=float(CYCLE_GRID_MM[column]),
-        kept=float(num_kept[row, column] / len(judged)),
-        correct=float(correct[row, column]),
-        found=float(num_correct[row, column] / max(is_correct.sum(), 1)),
-        is_reached=bool(reached.any()),
-    )
+    return try_thresholds(judged, float(SCORE_GRID[row]), float(CYCLE_GRID_MM[column]), wanted)
 
 
 def try_thresholds(judged: Judged, min_score: float, max_cycle_mm: float, wanted: float = WANTED_SHARE) -> Thresholds:

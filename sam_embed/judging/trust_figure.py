@@ -16,12 +16,13 @@ SHARE = f"share_within_{CORRECT_MM:g}mm"
 LINES = (("median_mm", "median error", MEDIAN_COLOUR), ("p90_mm", "90th percentile of the error", P90_COLOUR))
 
 
-def draw_trust(report: dict, what: str) -> Figure:
-    """Two panels, against score and against cycle error: errors in mm (left axis) and the share that is correct.
+def save_trust_figure(report: dict, what: str, path: str | Path) -> None:
+    """Draw errors in mm (left axis) and the share that is correct, against score and against cycle error, into a file.
 
     Args:
         report: of `trust_report`.
         what: the matches it is about, for the title.
+        path: picture file; folders are made.
     """
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -44,7 +45,8 @@ def draw_trust(report: dict, what: str) -> Figure:
     handles = [*panels[0].get_lines()[: len(LINES)], right.get_lines()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"{what}\n{thresholds.describe()}", fontsize=11)
-    return figure
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def _draw_curve(axes: Axes, bins: list[dict], label: str) -> Axes:
@@ -71,9 +73,3 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_major_locator(FixedLocator(TICKS_MM))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def save_trust_figure(report: dict, what: str, path: str | Path) -> None:
-    """Write `draw_trust` to a picture file; folders are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    draw_trust(report, what).savefig(path, dpi=120)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from datasets.ct.geometry import index_to_world, world_to_index
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.store.files import write_bytes
-from sam_embed.embeddings.embedding_store import Embedding, EmbeddingCache, stored_fingerprint, stored_source
+from sam_embed.embeddings.embedding_store import Embedding, EmbeddingCache, stored_header
 from sam_embed.matching.consensus import consensus
 from sam_embed.matching.match import Matches, cycle_error_mm, match_points, on_device
 
@@ -191,14 +191,14 @@ def _settings_digest(
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _one_fingerprint(embed_dir: Path, names: Sequence[str]) -> str:
+def _one_fingerprint(embed_dir: str | Path, headers: Mapping[str, Mapping[str, str]]) -> str:
     """The weights behind all embeddings, or a complaint about mixed ones."""
     by_fingerprint: dict[str | None, list[str]] = {}
-    for name in names:
-        by_fingerprint.setdefault(stored_fingerprint(embed_dir, name), []).append(name)
+    for name, header in headers.items():
+        by_fingerprint.setdefault(header.get("fingerprint"), []).append(name)
     if None in by_fingerprint:
         raise ValueError(
-            f"{embed_dir}: {len(by_fingerprint[None])} of {len(names)} cases have no usable embedding, first "
+            f"{embed_dir}: {len(by_fingerprint[None])} of {len(headers)} cases have no usable embedding, first "
             f"{', '.join(by_fingerprint[None][:3])}; run scripts/generate_sam_embeddings.py"
         )
     if len(by_fingerprint) > 1:
@@ -238,8 +238,9 @@ def mine_corpus(
     names = sorted(names)
     if len(names) < 2:
         raise ValueError(f"{embed_dir}: mining needs at least 2 embedded cases, found {len(names)} (--embed_dir)")
-    fingerprint = _one_fingerprint(Path(embed_dir), names)
-    sources = {name: stored_source(embed_dir, name) for name in names}
+    headers = {name: stored_header(embed_dir, name) for name in names}
+    fingerprint = _one_fingerprint(embed_dir, headers)
+    sources = {name: header.get("source", "") for name, header in headers.items()}
     digest = _settings_digest(options, sources, fingerprint, groups)
     shards = {name: Path(output_dir) / SHARD_FOLDER / f"{name}.{digest}.npy" for name in names}
     cache = EmbeddingCache(embed_dir, cache_mb)

@@ -178,7 +178,9 @@ def level_loss(
     queries = [level.vectors_at(view, points[view]) for view in (0, 1)]  # [B, N, C]
     keys = [level.vectors_of(view, chosen) for view in (0, 1)]  # [B, K, C]
     near = [too_near(points[view], voxels, spacing_mm, options.ignore_mm) for view in (0, 1)]
-    others = draw_others(level, draws, options.num_other)
+    if options.num_other > 0:
+        others, owners = draw_others(level, draws, options.num_other)
+        is_own = draws.to(owners.device)[:, None, None] == owners  # [B, 1, V * num_other]
     positive = (queries[0] * queries[1]).sum(dim=-1)  # [B, N]
     losses = []
     for here, there in ((0, 1), (1, 0)):
@@ -189,8 +191,9 @@ def level_loss(
             if ranked_by is not None:
                 hardness = hardness_of(ranked_by, points[here], chosen, here, near, sources)
             negatives = pick_hard(negatives, hardness, options, draws)
-        if others is not None:
-            negatives = torch.cat([negatives, others.similarities(queries[here], draws)], dim=-1)
+        if options.num_other > 0:
+            similarity = (queries[here] @ others.T).masked_fill(is_own, EXCLUDED)
+            negatives = torch.cat([negatives, similarity], dim=-1)
         losses.append(info_nce(positive, negatives, options.temperature).mean())
     return torch.stack(losses).mean()
 
@@ -210,29 +213,17 @@ def hardness_of(
     return similarities(level.vectors_at(here, points), keys, near, sources)
 
 
-@dataclass(frozen=True)
-class Others:
-    """Vectors drawn from every volume of the joined batch: `vectors` [V, M, C], and the volumes' `draws` [V]."""
+def draw_others(level: Level, draws: Tensor, num_other: int) -> tuple[Tensor, Tensor]:
+    """`num_other` vectors of view b of each of the joined batch's V volumes at random voxels, gathered from all ranks.
 
-    vectors: Tensor
-    draws: Tensor
-
-    def similarities(self, queries: Tensor, draws: Tensor) -> Tensor:
-        """Similarity of queries [B, N, C] to all vectors, `EXCLUDED` for a volume's own: [B, N, V * M]."""
-        similarity = queries @ self.vectors.flatten(0, 1).T
-        own = (draws.to(self.draws.device)[:, None] == self.draws).repeat_interleave(self.vectors.shape[1], dim=1)
-        return similarity.masked_fill(own[:, None], EXCLUDED)
-
-
-def draw_others(level: Level, draws: Tensor, num_other: int) -> Others | None:
-    """`num_other` vectors of view b of each volume at random voxels, gathered from all ranks; None for 0."""
-    if num_other == 0:
-        return None
+    Returns:
+        [V * num_other, C], and the draws of the volumes they come from, int64 [V * num_other].
+    """
     shape = level.key_shape()
     chosen = [torch.randint(math.prod(shape), (num_other,), generator=stream(d, 2)) for d in draws.tolist()]
     voxels = torch.stack(chosen).to(level.parts[1][0].device)
-    vectors = gather_with_gradient(level.vectors_of(1, voxels))
-    return Others(vectors, gather_with_gradient(draws.to(vectors.device)))
+    vectors = gather_with_gradient(level.vectors_of(1, voxels)).flatten(0, 1)
+    return vectors, gather_with_gradient(draws.to(vectors.device)).repeat_interleave(num_other)
 
 
 def stream(draw: int, purpose: int) -> torch.Generator:

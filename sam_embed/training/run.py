@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets.ct.geometry import body_mask, index_to_world, resample
+from datasets.ct.geometry import index_to_world
 from datasets.ct.nifti import Volume
 from sam_embed.checkpoint import CheckpointError, EmbedderInfo, embedder_checkpoint
 from sam_embed.embeddings.embed import embed_volume
 from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.judging.baselines import find_body
 from sam_embed.judging.evaluate import Landmarks, error_figures, evaluate_pairs, summarise
 from sam_embed.matching.match import cycle_error_mm, match_points
 from sam_embed.network import AnatomicalEmbedder, NetworkOptions
@@ -140,21 +141,19 @@ class SamRun:
         self.is_judged = state.get("is_judged", True)  # older checkpoints were written after their validation
 
 
+@dataclass(frozen=True)
 class Validator:
     """Judges weights on held-out volumes: landmark error where landmarks are known, else the cycle error.
 
-    Args:
-        volumes: name -> volume; every ordered pair of them is matched.
+    Attributes:
+        volumes: name -> volume, two or more; every ordered pair of them is matched.
         landmarks: of `sam_embed.judging.evaluate.load_landmarks`, or None.
         memory_mb: for embedding one volume.
     """
 
-    def __init__(
-        self, volumes: dict[str, Volume], landmarks: dict[str, Landmarks] | None, memory_mb: float = 4096
-    ) -> None:
-        if len(volumes) < 2:
-            raise ValueError(f"validation matches pairs of cases and needs two of them, found {len(volumes)}")
-        self.volumes, self.landmarks, self.memory_mb = volumes, landmarks, memory_mb
+    volumes: dict[str, Volume]
+    landmarks: dict[str, Landmarks] | None
+    memory_mb: float = 4096
 
     def __call__(self, network: AnatomicalEmbedder, info: EmbedderInfo) -> dict[str, float]:
         """`error_median_mm`, `error_p90_mm`, `error_share_within_10mm` (or `cycle_*`) over all ordered pairs."""
@@ -177,11 +176,10 @@ class Validator:
 
     def _points_in_body(self, name: str) -> np.ndarray:
         """World mm [N, 3] of random places in the body of a case, the same ones in every validation."""
-        volume = self.volumes[name]
-        array, affine = resample(volume.array, volume.affine, (8.0, 8.0, 8.0))
-        places = np.argwhere(body_mask(array, (8.0, 8.0, 8.0)))
+        body = find_body(self.volumes[name])
+        places = np.argwhere(body.mask)
         chosen = np.random.default_rng(0).choice(len(places), min(NUM_CYCLE_POINTS, len(places)), replace=False)
-        return index_to_world(affine, places[chosen])
+        return index_to_world(body.affine, places[chosen])
 
 
 def main_error(measured: Mapping[str, float]) -> float:

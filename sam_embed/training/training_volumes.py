@@ -17,12 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.ct.geometry import body_mask, mask_box, resample
 from datasets.ct.nifti import Volume
 from datasets.store.files import FileWriteError, write_bytes
 from datasets.store.volumes import VolumeStore
 from sam_embed.case_source import record_identity
 from sam_embed.checkpoint import EmbedderInfo
+from sam_embed.preprocess import cut_body
 from sam_embed.training.views import TrainingVolume
 
 SUFFIX = ".safetensors"
@@ -39,14 +39,10 @@ def to_training_volume(volume: Volume, name: str, info: EmbedderInfo) -> Trainin
     Raises:
         NoPatientError: nothing in the volume is denser than -500 HU.
     """
-    array, _ = resample(volume.array, volume.affine, info.spacing_mm)
-    inside = body_mask(array, info.spacing_mm)
-    if not inside.any():
+    cut, body = cut_body(volume, info.spacing_mm)
+    if not body.any():
         raise NoPatientError(f"{volume.path}: no patient in it (nothing is denser than -500 HU)")
-    start, stop = mask_box(inside)
-    cut = tuple(slice(int(low), int(high)) for low, high in zip(start, stop))
-    hu = torch.from_numpy(np.ascontiguousarray(array[cut]))
-    return TrainingVolume(name, hu, torch.from_numpy(np.ascontiguousarray(inside[cut])), tuple(info.spacing_mm))
+    return TrainingVolume(name, torch.from_numpy(cut.array), torch.from_numpy(body), tuple(info.spacing_mm))
 
 
 def default_grid_dir(store_dir: str | Path, spacing_mm: Sequence[float]) -> Path:
