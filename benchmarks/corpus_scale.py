@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import main_ddp
-from benchmarks.results import measure_and_show
+from benchmarks.results import benchmark_parser, measure_and_show
 from datasets.ct.geometry import index_to_world
 from datasets.ct.nifti import read_ct, write_nifti
 from datasets.lists.data_list import Case, load_data_list, write_data_list
@@ -38,7 +38,7 @@ from datasets.samples.dataset import PairedCropDataset
 from datasets.samples.loader import make_pair_loader
 from datasets.store.volumes import VolumeStore, build_store
 from engine.distributed import World
-from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
+from engine.flags import REPOSITORY, git_commit, run_main
 
 NOISE_HU = 5.0
 WANTED_START_S = 10.0
@@ -59,7 +59,7 @@ main_ddp.main(sys.argv[1:])
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = make_parser(__doc__)
+    parser = benchmark_parser(__doc__, "80 cases of 2 phantoms, smaller")
     parser.add_argument("--num_cases", type=int, default=2000, help="volumes of the store")
     parser.add_argument("--num_phantoms", type=int, default=100, help="phantoms rendered; cases share their anatomy")
     parser.add_argument("--coarsen", type=float, default=3.0, help="factor on the phantoms' voxel sizes")
@@ -71,8 +71,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--work_dir", type=str, default="", help="folder for the corpus, reused; empty = a temporary one"
     )
-    add_switch(parser, "--quick", False, "80 cases of 2 phantoms, smaller")
-    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
     return parser
 
 

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.memory import peak_resident_bytes, reset_peak_resident, resident_bytes
-from benchmarks.results import show_and_save
+from benchmarks.results import benchmark_parser, show_and_save
 from datasets.phantom.cases import PhantomCase, render
 from engine.device import keep_freed_memory
-from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
+from engine.flags import REPOSITORY, git_commit, run_main
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.embed import embed_tensor, for_inference, output_affine
 from sam_embed.embeddings.embedding_store import Embedding
@@ -50,15 +50,13 @@ GB = 2**30
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = make_parser(__doc__)
+    parser = benchmark_parser(__doc__, "a small network and volume: does every way run?")
     add = parser.add_argument
     add("--checkpoint_file", type=str, default=None, help="trained SAM; none = the published layout, random weights")
     add("--memory_mb", type=float, default=512.0, help="working memory of our way")
     add("--num_threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch, for every way")
     add("--only", type=str, default=None, help="one way (for the processes that this command starts)")
     add("--kept", type=str, default=None, help="file for the embeddings of --only")
-    add_switch(parser, "--quick", False, "a small network and volume: does every way run?")
-    add("--output", type=str, default=None, help="JSON file for the results")
     return parser
 
 

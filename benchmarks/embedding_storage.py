@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from benchmarks.matching import GRID_MM, QUICK_VOX, TORSO_VOX, random_embedding
+from benchmarks.results import benchmark_parser
 from datasets.ct.nifti import Volume
 from datasets.store.files import write_text
 from engine.device import pick_device
-from engine.flags import RunInfo, add_options, add_switch, git_commit, make_parser, options_of, run_main
+from engine.flags import RunInfo, add_options, git_commit, options_of, run_main
 from sam_embed.case_source import CaseOptions, CaseSource, open_cases
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.compact import FP16, Storage
@@ -60,7 +61,7 @@ BODY_RADII = (0.75, 0.98)  # of the ellipse along (H, W), in half widths of the 
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = make_parser(__doc__)
+    parser = benchmark_parser(__doc__, "fp16 and the default only; without a checkpoint a volume of an eighth")
     add = parser.add_argument
     add("--checkpoint_file", type=str | None, default=None, help="embedding network; none: random vectors, sizes only")
     add_options(parser, CaseOptions, {"sections": ["validation"]})
@@ -71,8 +72,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--cache_mb", type=float, default=2048.0, help="decoded embeddings kept in memory, MB")
     add("--num_threads", type=int, default=1, help="threads of PyTorch")
     add("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
-    add_switch(parser, "--quick", False, "fp16 and the default only; without a checkpoint a volume of an eighth")
-    add("--output", type=str | None, default=None, help="JSON file for the results")
     return parser
 
 

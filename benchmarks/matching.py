@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.results import show_and_save, timed
+from benchmarks.results import benchmark_parser, show_and_save, timed
 from datasets.ct.geometry import index_to_world, world_to_index
-from engine.flags import add_switch, git_commit, make_parser, run_main
+from engine.flags import git_commit, run_main
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.match import Matches, match_points
 
@@ -55,15 +55,13 @@ class Place(NamedTuple):
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = make_parser(__doc__)
+    parser = benchmark_parser(__doc__, "volumes of an eighth")
     parser.add_argument("--grid", type=list[int], default=None, help="2 mm voxels (D, H, W) of the embedded volumes")
     parser.add_argument("--num_channels", type=int, default=NUM_CHANNELS, help="channels of each embedding")
     parser.add_argument("--num_points", type=int, default=256, help="points to match")
     parser.add_argument("--num_maps", type=int, default=2, help="points to time with maps of their own")
     parser.add_argument("--num_repeats", type=int, default=2, help="repeats of ours on smooth vectors")
     parser.add_argument("--num_threads", type=int, default=1, help="threads of PyTorch, for every way")
-    add_switch(parser, "--quick", False, "volumes of an eighth")
-    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
     return parser
 
 
@@ -157,18 +155,11 @@ def place_by_map(fine: Tensor, coarse: Tensor, key: Embedding, key_coarse: Tenso
     return Place(np.array(np.unravel_index(best, similarity.shape)), float(similarity.flatten()[best]))
 
 
-class Found(NamedTuple):
-    """Matches of N points and the places they are matched back to."""
-
-    matches: Matches
-    back: Matches
-
-
-def match_and_back(query: Embedding, key: Embedding, points_mm: np.ndarray) -> Found:
+def match_and_back(query: Embedding, key: Embedding, points_mm: np.ndarray) -> tuple[Matches, Matches]:
     """Ours, as mining does it. Copies of the embeddings have none of what ours derives from them and keeps."""
     query, key = dataclasses.replace(query), dataclasses.replace(key)
     matches = match_points(query, key, points_mm, refine=False)
-    return Found(matches, match_points(key, query, matches.points_mm, refine=False))
+    return matches, match_points(key, query, matches.points_mm, refine=False)
 
 
 def maps_and_back(query: Embedding, key: Embedding, index: np.ndarray, upsampled: Callable) -> tuple[Place, Place]:
@@ -185,7 +176,7 @@ def _vectors(embedding: Embedding, coarse: Tensor, index: np.ndarray) -> tuple[T
 
 def measure_ours(
     query: Embedding, key: Embedding, flags: jsonargparse.Namespace, num_repeats: int
-) -> tuple[Found, dict]:
+) -> tuple[tuple[Matches, Matches], dict]:
     """What ours finds, and its seconds per point."""
     ours = timed(lambda _: match_and_back(query, key, points_of(query, flags)), range(num_repeats))
     return ours.results[0], {"wall_s": ours.wall_s / flags.num_points, "cpu_s": ours.cpu_s / flags.num_points}
@@ -200,7 +191,7 @@ def indices_of(query: Embedding, flags: jsonargparse.Namespace) -> np.ndarray:
     return np.random.default_rng(0).integers(0, query.fine.shape[1:], size=(flags.num_points, 3))
 
 
-def measure_maps(query: Embedding, key: Embedding, ours: Found, flags: jsonargparse.Namespace) -> dict:
+def measure_maps(query: Embedding, key: Embedding, ours: Sequence[Matches], flags: jsonargparse.Namespace) -> dict:
     """Seconds per point of the ways with one map per search, and how well ours agrees with them."""
     mapped = indices_of(query, flags)[: flags.num_maps]
     published = timed(lambda index: maps_and_back(query, key, index, coarse_upsampled), mapped)

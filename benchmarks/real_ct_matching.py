@@ -26,19 +26,19 @@ import jsonargparse
 import numpy as np
 from scipy.spatial import cKDTree
 
-from benchmarks.results import real_ct_dir, save
+from benchmarks.results import benchmark_parser, real_ct_dir, save
 from datasets.ct.geometry import index_to_world, world_to_index
 from datasets.ct.nifti import Volume, read_ct, read_label
 from datasets.lists.data_list import Case, load_data_list, write_data_list
 from datasets.samples.pairings import PairingOptions
 from engine.device import pick_device
-from engine.flags import add_switch, git_commit, make_parser, run_main
+from engine.flags import git_commit, run_main
 from sam_embed.case_source import CaseSource
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.corpus import embed_corpus
 from sam_embed.embeddings.embed import for_inference
 from sam_embed.embeddings.embedding_store import Embedding, load_embedding
-from sam_embed.matching.match import cycle_error_mm, match_points
+from sam_embed.matching.match import Matches, cycle_error_mm, match_points
 from sam_embed.matching.mine import MiningOptions, draw_points
 
 CHEST, ABDOMEN = "chest_2mm", "abdomen_pelvis_3mm"
@@ -95,7 +95,7 @@ class Labelled:
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = make_parser(__doc__)
+    parser = benchmark_parser(__doc__, "40 points a scan, 10 an organ")
     add = parser.add_argument
     add("--checkpoint_files", type=str, nargs="*", default=[], help="weights, each FILE or NAME=FILE")
     add("--ct_dir", type=str, default=str(real_ct_dir()), help="folder of the four scans")
@@ -105,8 +105,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--max_cycle_mm", type=float, default=PairingOptions.max_cycle_mm, help="largest cycle error likewise, mm")
     add("--memory_mb", type=float, default=2048.0, help="working memory of the embedding, MB")
     add("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
-    add_switch(parser, "--quick", False, "40 points a scan, 10 an organ")
-    add("--output", type=str, default=None, help="JSON file for the results")
     add("--write_list", type=str, default=None, help="write a data list of phantoms and these scans here, and end")
     add("--data_dir", type=str, default="phantom", help="for --write_list: the phantoms' folder")
     add("--json_list", type=str, default="phantom.json", help="for --write_list: their data list")
@@ -143,6 +141,15 @@ def organ_points(label: Labelled, structure: str, levels_mm: tuple[float, float]
     return points_mm[chosen]
 
 
+def trusted_matches(
+    query: Embedding, key: Embedding, points_mm: np.ndarray, flags: jsonargparse.Namespace
+) -> tuple[Matches, np.ndarray, np.ndarray]:
+    """Matches of points [N, 3], their cycle errors in mm [N], and which of them the thresholds keep, bool [N]."""
+    matches = match_points(query, key, points_mm)
+    cycle_mm = cycle_error_mm(query, key, points_mm, matches)
+    return matches, cycle_mm, (matches.score >= flags.min_score) & (cycle_mm <= flags.max_cycle_mm)
+
+
 def landing(distance_mm: np.ndarray, cycle_mm: np.ndarray) -> dict:
     """Shares that land in and near the same organ; `distance_mm` [N] to it, `cycle_mm` [N] of the same points."""
     return {
@@ -160,9 +167,7 @@ def cycle_errors(embeddings: dict[str, Embedding], flags: jsonargparse.Namespace
     for query, embedding in embeddings.items():
         points_mm = draw_points(embedding, options)
         for key in [name for name in embeddings if name != query]:
-            matches = match_points(embedding, embeddings[key], points_mm)
-            cycle_mm = cycle_error_mm(embedding, embeddings[key], points_mm, matches)
-            kept = (matches.score >= flags.min_score) & (cycle_mm <= flags.max_cycle_mm)
+            matches, cycle_mm, kept = trusted_matches(embedding, embeddings[key], points_mm, flags)
             found[f"{query} to {key}"] = {
                 "num_points": len(points_mm),
                 "median_score": float(np.nanmedian(matches.score)),
@@ -184,9 +189,7 @@ def organs_across(
     for query, key, structures in ACROSS:
         for structure in structures:
             points_mm = organ_points(labels[query], structure, levels, flags.num_organ_points)
-            matches = match_points(embeddings[query], embeddings[key], points_mm)
-            cycle_mm = cycle_error_mm(embeddings[query], embeddings[key], points_mm, matches)
-            kept = (matches.score >= flags.min_score) & (cycle_mm <= flags.max_cycle_mm)
+            matches, cycle_mm, kept = trusted_matches(embeddings[query], embeddings[key], points_mm, flags)
             distance_mm = labels[key].distance_mm(structure, matches.points_mm)
             found[f"{structure}, {query} to {key}"] = {
                 **landing(distance_mm, cycle_mm),

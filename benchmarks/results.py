@@ -9,8 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import jsonargparse
+
 from datasets.store.files import write_text
-from engine.flags import REPOSITORY
+from engine.flags import REPOSITORY, add_switch, make_parser
 
 
 def real_ct_dir() -> Path:
@@ -35,6 +37,14 @@ def timed(run: Callable, arguments: Sequence) -> Timed:
         wall_s.append(time.perf_counter() - begin)
         cpu_s.append(time.process_time() - begin_cpu)
     return Timed(results, statistics.median(wall_s), statistics.median(cpu_s))
+
+
+def benchmark_parser(description: str, quick: str) -> jsonargparse.ArgumentParser:
+    """A parser with --output and --quick, whose help is `quick`; add a benchmark's own flags."""
+    parser = make_parser(description)
+    add_switch(parser, "--quick", False, quick)
+    parser.add_argument("--output", type=str | None, default=None, help="JSON file for the results")
+    return parser
 
 
 def save(found: dict, output: str | None) -> None:

@@ -23,12 +23,12 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing
 
-from benchmarks.results import measure_and_show
+from benchmarks.results import benchmark_parser, measure_and_show
 from benchmarks.volume_store import source_volume
 from datasets.ct.nifti import write_nifti
 from datasets.lists.data_list import Case, write_data_list
 from datasets.store.volumes import VolumeStore
-from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
+from engine.flags import REPOSITORY, git_commit, run_main
 
 SPACING_MM = (2.0, 1.5, 1.5)  # D, H, W: main_ddp.py's default
 MAX_MEAN_DIFFERENCE_HU = 2.0
@@ -36,16 +36,14 @@ MAX_MEAN_DIFFERENCE_HU = 2.0
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = make_parser(__doc__)
+    parser = benchmark_parser(
+        __doc__, "fewer and smaller files, one process (starting several takes longer than these)"
+    )
     parser.add_argument("--num_cases", type=int, default=8, help="files to store")
     parser.add_argument("--num_slices", type=int, default=120, help="of 512x512 voxels in each")
     parser.add_argument(
         "--num_workers", type=int, default=2, help="processes of ours; PyTorch threads of the other way"
     )
-    add_switch(
-        parser, "--quick", False, "fewer and smaller files, one process (starting several takes longer than these)"
-    )
-    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
     return parser
 
 

@@ -20,11 +20,11 @@ import torch
 from monai.transforms import LoadImage
 from scipy import ndimage
 
-from benchmarks.results import measure_and_show, real_ct_dir, timed
+from benchmarks.results import benchmark_parser, measure_and_show, real_ct_dir, timed
 from datasets.ct.nifti import read_ct, write_nifti
 from datasets.lists.data_list import Case
 from datasets.store.volumes import VolumeStore, build_store
-from engine.flags import add_switch, git_commit, make_parser, run_main
+from engine.flags import git_commit, run_main
 
 SHAPE_VOX = (200, 512, 512)
 QUICK_SLICES = 100
@@ -32,13 +32,11 @@ QUICK_SLICES = 100
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = make_parser(__doc__)
+    parser = benchmark_parser(__doc__, "half the slices and fewer repeats")
     parser.add_argument("--image", type=str, default=None, help="a CT to use as it is, .nii or .nii.gz")
     parser.add_argument("--roi", type=int, default=96, help="side of the crop in voxels")
     parser.add_argument("--num_crops", type=int, default=100, help="crops to time from the store and the memory map")
     parser.add_argument("--num_loads", type=int, default=3, help="whole loads to time with MONAI")
-    add_switch(parser, "--quick", False, "half the slices and fewer repeats")
-    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
     return parser
 
 

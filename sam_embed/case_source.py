@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.ct.nifti import Volume, read_ct
-from datasets.lists.data_list import Case, find_cases, load_sections
+from datasets.lists.data_list import find_cases, load_sections
 from datasets.store.volumes import CaseRecord, VolumeStore
 
 SECTIONS = ("training", "validation")
@@ -50,9 +50,10 @@ def open_cases(options: CaseOptions, rank: int = 0) -> CaseSource:
     """
     if options.store_dir is None and options.data_dir is None:
         raise ValueError("no volumes to read: pass --store_dir, or --data_dir (with --json_list or without)")
-    listed = _listed_cases(options) if options.json_list else None
-    if listed == []:
-        raise ValueError(f"{options.json_list}: no cases in {', '.join(options.sections)} (--sections)")
+    listed = None
+    if options.json_list:  # files must exist only where they are read
+        must_exist = options.store_dir is None
+        listed = load_sections(options.json_list, options.data_dir or ".", options.sections, must_exist)
     if options.store_dir is not None:
         store = VolumeStore(options.store_dir)
         names = store.names if listed is None else _stored_cases(store, [case.name for case in listed], rank)
@@ -74,13 +75,6 @@ def _file_identity(path: Path) -> str:
     except OSError:
         return ""
     return f"file:{stat.st_size}:{stat.st_mtime_ns}"
-
-
-def _listed_cases(options: CaseOptions) -> list[Case]:
-    """Cases of all sections, each once, in the list's order; files must exist only where they are read."""
-    return load_sections(
-        options.json_list, options.data_dir or ".", options.sections, must_exist=options.store_dir is None
-    )
 
 
 def _stored_cases(store: VolumeStore, names: list[str], rank: int) -> list[str]:

@@ -91,7 +91,9 @@ def load_embedder(checkpoint_file: str | Path) -> tuple[AnatomicalEmbedder, Embe
     content = _load_plain(Path(checkpoint_file))
     state_dict = _state_dict_of(content, checkpoint_file)
     is_ours = content.get("kind") == KIND
-    options = content["options"] if is_ours else _published_options(state_dict)
+    # A published file says nothing about itself; only UAE-S has a semantic head.
+    published = {"semantic": any(name.startswith("semantic_head.") for name in state_dict)}
+    options = content["options"] if is_ours else published
     network = AnatomicalEmbedder(**options)
     _check_fit(state_dict, network.state_dict(), checkpoint_file)
     network.load_state_dict(state_dict, strict=True)
@@ -152,11 +154,6 @@ def _state_dict_of(content: dict, source: str | Path) -> dict[str, Tensor]:
     if not weights:
         raise CheckpointError(f"{source}: holds no tensors, expected the weights of a SAM network")
     return weights
-
-
-def _published_options(state_dict: Mapping[str, Tensor]) -> dict:
-    """A published file says nothing about itself; only UAE-S has a semantic head."""
-    return {"semantic": any(name.startswith("semantic_head.") for name in state_dict)}
 
 
 def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path) -> None:

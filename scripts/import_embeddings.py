@@ -80,50 +80,38 @@ def import_all(
     Returns:
         `written` and `reused` (lists of case names) and `failed` (pickle -> reason).
     """
-    report = {"written": [], "reused": [], "failed": {}}
-    owner = {}
-    bar = tqdm(pickles, desc="importing", unit="case")
-    for path in bar:
-        bar.set_postfix_str(path.name)
+    report, owner = {"written": [], "reused": [], "failed": {}}, {}
+
+    def import_one(path: Path) -> tuple[str, str]:
+        """The case's name, and whether it was "written" or "reused"."""
+        name, published = _case_called(path.name.removesuffix(path.suffix), cases), None
+        if name is None:
+            published = read_published(path)
+            name = _case_called(published.name or "", cases)
+        if name is None:
+            raise PublishedPickleError(
+                f"{path}: no case is called so ({len(cases.names)} cases, first {cases.names[0]}); rename the file to "
+                "<case>.pkl or check --data_dir and --json_list"
+            )
+        if owner.setdefault(name, path) != path:
+            raise PublishedPickleError(f"{path}: case {name} was already taken from {owner[name]}")
+        source = cases.identity(name)
+        if not overwrite and is_embedded(embed_dir, name, fingerprint, source):
+            return name, "reused"
+        published = published or read_published(path)
+        if _case_called(published.name or "", cases) not in (None, name):
+            raise PublishedPickleError(f"{path}: its file name says {name}, its content says {published.name}")
+        embedding = to_embedding(published, cases.read(name), name, fingerprint, path)
+        save_embedding(embed_dir, dataclasses.replace(embedding, source=source), storage)
+        return name, "written"
+
+    for path in tqdm(pickles, desc="importing", unit="case"):
         try:
-            name, kind = _import_one(path, cases, embed_dir, fingerprint, overwrite, storage, owner)
+            name, kind = import_one(path)
             report[kind].append(name)
         except (PublishedPickleError, CTReadError, StoreError) as error:
             report["failed"][str(path)] = str(error)
     return report
-
-
-def _import_one(
-    path: Path,
-    cases: CaseSource,
-    embed_dir: str | Path,
-    fingerprint: str,
-    overwrite: bool,
-    storage: Storage,
-    owner: dict[str, Path],
-) -> tuple[str, str]:
-    """The case's name and whether it was "written" or "reused"; `owner` remembers which pickle was whose."""
-    name = _case_called(path.name.removesuffix(path.suffix), cases)
-    published = None
-    if name is None:
-        published = read_published(path)
-        name = _case_called(published.name or "", cases)
-    if name is None:
-        raise PublishedPickleError(
-            f"{path}: no case is called so ({len(cases.names)} cases, first {cases.names[0]}); rename the file to "
-            "<case>.pkl or check --data_dir and --json_list"
-        )
-    if owner.setdefault(name, path) != path:
-        raise PublishedPickleError(f"{path}: case {name} was already taken from {owner[name]}")
-    source = cases.identity(name)
-    if not overwrite and is_embedded(embed_dir, name, fingerprint, source):
-        return name, "reused"
-    published = published or read_published(path)
-    if _case_called(published.name or "", cases) not in (None, name):
-        raise PublishedPickleError(f"{path}: its file name says {name}, its content says {published.name}")
-    embedding = to_embedding(published, cases.read(name), name, fingerprint, path)
-    save_embedding(embed_dir, dataclasses.replace(embedding, source=source), storage)
-    return name, "written"
 
 
 def _case_called(text: str, cases: CaseSource) -> str | None:

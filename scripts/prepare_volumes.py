@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
-from datasets.lists.data_list import Case, DataListError, load_sections
+from datasets.lists.data_list import load_sections
 from datasets.store.volumes import BuildReport, StoreError, build_store, parse_spacing, spacing_text
 from engine.flags import RunInfo, add_switch, available_cpus, make_parser, run_main
 
@@ -41,14 +41,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def list_cases(flags: jsonargparse.Namespace) -> list[Case]:
-    """The cases of all sections. Missing files are left to the build, which names them all."""
-    cases = load_sections(flags.json_list, flags.data_dir, flags.sections, must_exist=False)
-    if not cases:
-        raise DataListError(f"{flags.json_list}: no cases in {', '.join(flags.sections)} (--sections)")
-    return cases
-
-
 def print_report(report: BuildReport, store_dir: str, num_cases: int) -> None:
     """Print what was done, and fail when nothing can be used."""
     for name, reason in sorted(report.failed.items()):
@@ -64,7 +56,8 @@ def print_report(report: BuildReport, store_dir: str, num_cases: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     spacing_mm = parse_spacing(flags.spacing_mm)
-    cases = list_cases(flags)
+    # Missing files are left to the build, which names them all.
+    cases = load_sections(flags.json_list, flags.data_dir, flags.sections, must_exist=False)
     print(f"{flags.store_dir}: {len(cases)} cases at {spacing_text(spacing_mm)}, {flags.num_workers} workers")
     report = build_store(cases, flags.store_dir, spacing_mm, flags.num_workers, flags.verify)
     RunInfo.collect(flags).write(flags.store_dir)

@@ -194,9 +194,12 @@ def load_data_list(
 def load_sections(
     json_list: str | Path, data_dir: str | Path, sections: Sequence[str], must_exist: bool = True
 ) -> list[Case]:
-    """The cases of several sections, each once; arguments and errors as of `load_data_list`."""
+    """The cases of several sections, each once; as `load_data_list`, with an error where there is no case at all."""
     listed = (load_data_list(json_list, data_dir, section, must_exist) for section in sections)
-    return list({case.name: case for cases in listed for case in cases}.values())
+    cases = list({case.name: case for part in listed for case in part}.values())
+    if not cases:
+        raise DataListError(f"{json_list}: no cases in {', '.join(sections)} (--sections)")
+    return cases
 
 
 def _nifti_files(folder: Path) -> Iterable[Path]:

@@ -13,6 +13,8 @@ import numpy as np
 from scipy.interpolate import CubicSpline
 from scipy.ndimage import gaussian_filter
 
+from datasets.ct.geometry import mask_box
+
 FAR_MM = 1.0e3
 NOISE_CELL_MM = 1.6
 NOISE_CELLS = 160
@@ -70,15 +72,12 @@ class Canvas:
         for axis in (0, 1):
             active &= self._block_low[axis][blocks] <= high_mm[axis] + self.softness_mm
             active &= self._block_high[axis][blocks] >= low_mm[axis] - self.softness_mm
-        box = []
-        flat = active.any(axis=2)
-        for axis, hits in enumerate((flat.any(axis=1), flat.any(axis=0), active.any(axis=(0, 1)))):
-            hits = np.flatnonzero(hits)
-            if not len(hits):
-                return None
-            start, stop = int(hits[0]) + first[axis], int(hits[-1]) + 1 + first[axis]
-            box.append(slice(start * self.BLOCK[axis], min(stop * self.BLOCK[axis], self.shape[axis])))
-        return tuple(box)
+        if not active.any():
+            return None
+        return tuple(
+            slice((low + f) * step, min((high + f) * step, size))
+            for low, high, f, step, size in zip(*mask_box(active), first, self.BLOCK, self.shape)
+        )
 
     def region(self, low_mm, high_mm, within: Region | None = None) -> Region | None:
         """The voxels whose atlas coordinates may lie between two corners (mm); None when there are none.
@@ -91,12 +90,7 @@ class Canvas:
     def trim(self, region: Region, distance: np.ndarray, *others: np.ndarray, pad_mm: float = 0.0) -> tuple:
         """Cut a region and its arrays to the box where `distance` is below `pad_mm` and an edge's softness."""
         near = distance < pad_mm + self.softness_mm
-        flat = near.any(axis=2)
-        box = []
-        for hits in (flat.any(axis=1), flat.any(axis=0), near.any(axis=(0, 1))):
-            hits = np.flatnonzero(hits)
-            box.append(slice(int(hits[0]), int(hits[-1]) + 1) if len(hits) else slice(0, 0))
-        box = tuple(box)
+        box = tuple(map(slice, *mask_box(near))) if near.any() else (slice(0, 0),) * 3
         index = tuple(slice(r.start + b.start, r.start + b.stop) for r, b in zip(region.index, box))
         return Region(index, region.x[box], region.y[box], region.z[box]), distance[box], *(a[box] for a in others)
 

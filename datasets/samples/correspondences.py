@@ -221,7 +221,7 @@ class CorrespondenceTable:
             "rows_per_case_min": int(per_case.min()),
             "rows_per_case_median": float(np.median(per_case)),
             "rows_per_case_max": int(per_case.max()),
-            "mean_score": _mean_score(self.rows),
+            "mean_score": float(self.rows["score"].mean(dtype=np.float64)) if len(self) else 0.0,
         }
 
 
@@ -229,11 +229,6 @@ def _passing(rows: np.ndarray, min_score: float, max_cycle_mm: float) -> np.ndar
     """Bool per row: good enough; an unmeasured cycle error (NaN) passes only where no limit is set."""
     passing = rows["score"] >= min_score
     return passing if np.isposinf(max_cycle_mm) else passing & (rows["cycle_mm"] <= max_cycle_mm)
-
-
-def _mean_score(rows: np.ndarray) -> float:
-    total = sum(float(chunk["score"].sum(dtype=np.float64)) for _, chunk in _chunks(rows))
-    return total / max(len(rows), 1)
 
 
 def _checksum(rows: np.ndarray) -> int:

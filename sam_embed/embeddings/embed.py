@@ -10,7 +10,8 @@ Networks whose norms look at the whole map (`norm="instance"` or `"group"`) cann
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from datasets.ct.nifti import Volume
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.network import AnatomicalEmbedder, BasicBlock, ConvNorm, OutputGrid, Pyramid
+from sam_embed.network import AnatomicalEmbedder, ConvNorm, OutputGrid, Pyramid
 from sam_embed.preprocess import prepare
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,10 +86,15 @@ def embed_tensor(network: AnatomicalEmbedder, volume: Tensor, memory_mb: float =
         raise ValueError("embedding needs the network in evaluation mode: call network.eval() first")
     if network.options.norm != "batch":
         return _embed_in_one_piece(network, volume, memory_mb)
-    features = [_run_stage(_first_stage(network), volume, memory_mb)]
-    for number in (2, 3, 4):
-        stage = _Stage.of_blocks(getattr(network.backbone, f"layer{number}"))
-        features.append(_run_stage(stage, features[-1], memory_mb))
+    backbone = network.backbone
+    # Stem, first stage and pool in one: nothing between them is kept at full resolution.
+    stages = [
+        _stage(backbone.first_stage, [backbone.conv1, *_convolutions(backbone.layer1)], backbone.pool_stride[0]),
+        *(_stage(layer, _convolutions(layer)) for layer in (backbone.layer2, backbone.layer3, backbone.layer4)),
+    ]
+    features = []
+    for stage in stages:
+        features.append(_run_stage(stage, features[-1] if features else volume, memory_mb))
     outputs = [_run_pyramid(network.neck, features[:3]), _run_pyramid(network.read_out_head, features[3:])]
     if network.semantic_head is not None:
         outputs.append(_run_pyramid(network.semantic_head, features[:3]))
@@ -106,38 +112,28 @@ def _embed_in_one_piece(network: AnatomicalEmbedder, volume: Tensor, memory_mb: 
     return tuple(output[0].half().cpu() for output in network(volume))
 
 
-class _Stage:
-    """A part of the network, with its stride along D and the input slices that its kernels reach beyond a slab."""
+class _Stage(NamedTuple):
+    """A part of the network, with its stride along D and the input slices that a slab must carry on either side."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor], depth_stride: int, reach: int, width: int) -> None:
-        self.run, self.depth_stride, self.width = run, depth_stride, width
-        self.halo = math.ceil(reach / depth_stride) * depth_stride  # whole strides, so that slabs stay aligned
-
-    @staticmethod
-    def of_blocks(layer: nn.Sequential) -> "_Stage":
-        stride, reach = _stride_and_reach(layer)
-        return _Stage(layer, stride, reach, layer[0].conv1.conv.out_channels)
+    run: Callable[[Tensor], Tensor]
+    depth_stride: int
+    halo: int
+    width: int
 
 
-def _stride_and_reach(layer: nn.Sequential, before: int = 1) -> tuple[int, int]:
-    """Depth stride of a stage, `before` included, and the input slices its kernels reach to either side."""
-    stride, reach = before, 0
-    for block in layer:
-        assert isinstance(block, BasicBlock)
-        for unit in (block.conv1, block.conv2):
-            reach += unit.conv.kernel_size[0] // 2 * stride
-            stride *= unit.conv.stride[0]
-    return stride, reach
+def _stage(run: Callable[[Tensor], Tensor], units: Sequence[ConvNorm], pool_stride: int = 1) -> _Stage:
+    """The stage that `run` computes: convolutions one after the other, perhaps a pool; shortcuts reach less far."""
+    stride, reach = 1, 0
+    for unit in units:
+        reach += unit.conv.kernel_size[0] // 2 * stride
+        stride *= unit.conv.stride[0]
+    stride *= pool_stride
+    # The halo is whole strides, so that slabs stay aligned.
+    return _Stage(run, stride, math.ceil(reach / stride) * stride, units[0].conv.out_channels)
 
 
-def _first_stage(network: AnatomicalEmbedder) -> _Stage:
-    """Stem, first stage and pool in one: nothing between them is kept at full resolution."""
-    backbone = network.backbone
-    stem = backbone.conv1.conv
-    stride, reach = _stride_and_reach(backbone.layer1, before=stem.stride[0])
-    return _Stage(
-        backbone.first_stage, stride * backbone.pool_stride[0], reach + stem.kernel_size[0] // 2, stem.out_channels
-    )
+def _convolutions(layer: nn.Sequential) -> list[ConvNorm]:
+    return [unit for block in layer for unit in (block.conv1, block.conv2)]
 
 
 def _run_stage(stage: _Stage, x: Tensor, memory_mb: float) -> Tensor:

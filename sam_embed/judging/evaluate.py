@@ -87,24 +87,18 @@ def evaluate_pairs(
     pairs = [(one, other) for one, other in itertools.permutations(sorted(landmarks), 2)]
     results = []
     for query, key in tqdm(pairs, desc="landmarks", unit="pair", disable=not show_progress):
-        shared = sorted(set(landmarks[query]) & set(landmarks[key]))
-        if shared:
-            query_mm = np.stack([landmarks[query][name] for name in shared])
-            key_mm = np.stack([landmarks[key][name] for name in shared])
-            results.append(_evaluate_pair(embedding_of(query), embedding_of(key), shared, query_mm, key_mm, bodies))
+        if set(landmarks[query]) & set(landmarks[key]):
+            results.append(_evaluate_pair(embedding_of(query), embedding_of(key), landmarks, bodies))
     if not results:
         raise ValueError("no two cases share a landmark; check that --landmark_dir belongs to these cases")
     return results
 
 
 def _evaluate_pair(
-    query: Embedding,
-    key: Embedding,
-    shared: list[str],
-    query_mm: np.ndarray,
-    key_mm: np.ndarray,
-    bodies: Mapping[str, Body] | None,
+    query: Embedding, key: Embedding, landmarks: Mapping[str, Landmarks], bodies: Mapping[str, Body] | None
 ) -> PairErrors:
+    shared = sorted(set(landmarks[query.name]) & set(landmarks[key.name]))
+    query_mm, key_mm = (np.stack([landmarks[case.name][name] for name in shared]) for case in (query, key))
     matches = match_points(query, key, query_mm)
     placed = {"sam": matches.points_mm}
     if bodies is not None:

@@ -189,7 +189,9 @@ def level_loss(
         if options.num_hard > 0:
             hardness = negatives.detach()
             if ranked_by is not None:
-                hardness = hardness_of(ranked_by, points[here], chosen, here, near, sources)
+                with torch.no_grad():
+                    keys_ranked = [ranked_by.vectors_of(view, chosen) for view in (0, 1)]
+                    hardness = similarities(ranked_by.vectors_at(here, points[here]), keys_ranked, near, sources)
             negatives = pick_hard(negatives, hardness, options, draws)
         if options.num_other > 0:
             similarity = (queries[here] @ others.T).masked_fill(is_own, EXCLUDED)
@@ -202,15 +204,6 @@ def similarities(queries: Tensor, keys: list[Tensor], near: list[Tensor], source
     """Similarity of queries [B, N, C] to the keys [B, K, C] of the views `sources`, `EXCLUDED` where too near."""
     parts = [(queries @ keys[view].transpose(1, 2)).masked_fill(near[view], EXCLUDED) for view in sources]
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-
-
-@torch.no_grad()
-def hardness_of(
-    level: Level, points: Tensor, voxels: Tensor, here: int, near: list[Tensor], sources: Sequence[int]
-) -> Tensor:
-    """The similarity that another level sees between points of view `here` and the key voxels; [B, N, K]."""
-    keys = [level.vectors_of(view, voxels) for view in (0, 1)]
-    return similarities(level.vectors_at(here, points), keys, near, sources)
 
 
 def draw_others(level: Level, draws: Tensor, num_other: int) -> tuple[Tensor, Tensor]:
@@ -260,8 +253,6 @@ class SamLoss(torch.nn.Module):
         spacing_mm: Sequence[float],
     ) -> None:
         super().__init__()
-        if sorted(levels) != sorted(LEVELS):
-            raise ValueError(f"SAM's loss has the levels {', '.join(LEVELS)}; received {', '.join(levels)}")
         if not any(options.weight > 0 for options in levels.values()):
             raise ValueError("every level of SAM's loss has weight 0; raise --fine_weight and --coarse_weight")
         self.options = levels
