@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,20 +86,14 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     Where two would be the same, the folders above are put in front, as in `siteA__case1`.
     """
     subjects = [_subject(Path(path)) for path in paths]
-    counts = defaultdict(int)
-    for subject in subjects:
-        counts[subject.lower()] += 1  # some file systems do not tell upper from lower case
+    counts = Counter(subject.lower() for subject in subjects)  # to some file systems upper and lower case are the same
     names = [
         subject if counts[subject.lower()] == 1 else "__".join(_stem(path).lstrip("./").split("/"))
         for path, subject in zip(paths, subjects)
     ]
-    if len({name.lower() for name in names}) < len(names):
-        seen, twice = set(), set()
-        for name in names:
-            (twice if name.lower() in seen else seen).add(name.lower())
-        raise DataListError(
-            f"several images are called {', '.join(sorted(twice)[:5])}; rename one or keep one format of it"
-        )
+    twice = sorted(name for name, count in Counter(name.lower() for name in names).items() if count > 1)
+    if twice:
+        raise DataListError(f"several images are called {', '.join(twice[:5])}; rename one or keep one format of it")
     return names
 
 
@@ -123,10 +117,8 @@ def split_cases(
         )
     shuffled = sorted(cases, key=lambda case: case.name)
     random.Random(seed).shuffle(shuffled)
-    by_name = [
-        sorted(part, key=lambda case: case.name) for part in (shuffled[num_validation:], shuffled[:num_validation])
-    ]
-    return by_name[0], by_name[1]
+    parts = shuffled[num_validation:], shuffled[:num_validation]
+    return tuple(sorted(part, key=lambda case: case.name) for part in parts)
 
 
 def write_data_list(
@@ -175,7 +167,7 @@ def load_data_list(
         DataListError: no such list or section, an entry without image, clashing names, or missing files.
     """
     json_list, data_dir = Path(json_list), Path(data_dir)
-    content = _load_json(json_list)
+    content = read_json_list(json_list)
     sections = {key: value for key, value in content.items() if isinstance(value, list)}
     if section not in sections and section != "validation":
         raise DataListError(f"{json_list}: no section {section!r}; it has {', '.join(sorted(sections)) or 'none'}")
@@ -311,9 +303,10 @@ def _relative(file: Path, data_dir: Path) -> str:
         return str(file.resolve())
 
 
-def _load_json(json_list: Path) -> dict:
+def read_json_list(json_list: str | Path) -> dict:
+    """The content of a data list; DataListError where there is none, or it is no JSON object."""
     try:
-        content = json.loads(json_list.read_text())
+        content = json.loads(Path(json_list).read_text())
     except FileNotFoundError as error:
         raise DataListError(f"{json_list}: no such data list. Write one with scripts/create_json.py.") from error
     except (OSError, ValueError) as error:

@@ -4,13 +4,12 @@ A network's channel c stands for `values[c]`; channel 0 is background. Values th
 so that a list may name only the organs of interest.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from datasets.lists.data_list import DataListError
+from datasets.lists.data_list import DataListError, read_json_list
 
 FLARE22 = (
     *("liver", "right kidney", "spleen", "pancreas", "aorta", "inferior vena cava", "right adrenal gland"),
@@ -82,12 +81,7 @@ def read_classes(json_list: str | Path, wanted: str = "list") -> LabelClasses:
     """
     if wanted in BUILT_IN:
         return LabelClasses.built_in(wanted)
-    try:
-        content = json.loads(Path(json_list).read_text())
-    except (OSError, ValueError) as error:
-        raise DataListError(f"{json_list}: not a JSON data list ({error})") from error
-    labels = content.get("labels", {}) if isinstance(content, dict) else {}
-    by_value = _by_value(labels, json_list)
+    by_value = _by_value(read_json_list(json_list).get("labels", {}), json_list)
     by_value.pop(0, None)
     if not by_value:
         raise DataListError(

@@ -33,9 +33,9 @@ def paint_organs(canvas: Canvas, patient: Patient) -> None:
         _paint_kidney(canvas, patient, side, label)
     _paint_spleen(canvas, patient)
     _paint_liver(canvas, patient)
-    _paint_stomach(canvas, patient)
+    _paint_gut(canvas, patient, "stomach", 4.5, 11, "stomach_wall", 0.0, (-55, 60, 140), 36.0, -960.0)
     _paint_pancreas(canvas, patient)
-    _paint_duodenum(canvas, patient)
+    _paint_gut(canvas, patient, "duodenum", 3.0, 12, "bowel_wall", 61.0, (45, 58, 105), 26.0, -900.0)
     _paint_gallbladder(canvas, patient)
     _paint_adrenals(canvas, patient)
     _paint_vessels(canvas, patient)
@@ -151,12 +151,15 @@ def _paint_kidney(canvas: Canvas, patient: Patient, side: int, label: int) -> No
     canvas.paint_tube(*curve(ureter, 14.0), np.float32(hu["urine"] + 25), None)
 
 
-def _hollow(canvas: Canvas, patient: Patient, name: str, wall_mm: float, label: int | None, wall: str, seed_mm: float):
+def _paint_gut(
+    canvas: Canvas, patient: Patient, name: str, wall_mm: float, label: int, wall: str, seed_mm: float,
+    gas_around: tuple, gas_reach_mm: float, gas_hu: float,
+) -> None:  # fmt: skip
     """Paint a stretch of gut: folded wall, fluid and gas on top of it."""
     found = canvas.tube(*CURVES[name], pad_mm=4)
     if found is None:
-        return None
-    region, distance, position = found
+        return
+    region, distance, _ = found
     own = noise(region, "middle", tuple(o + seed_mm for o in patient.noise_offset_mm))
     distance = distance + 1.2 * noise(region, "coarse")
     if name == "stomach":
@@ -165,22 +168,8 @@ def _hollow(canvas: Canvas, patient: Patient, name: str, wall_mm: float, label: 
     lumen = distance + wall_mm + 1.3 * np.maximum(own, 0)
     content = patient.hu["gut_fluid"] + 8 * own + (220 if patient.oral_contrast else 0)
     canvas.paint(region, lumen, content.astype(np.float32), label)
-    return region, lumen, position
-
-
-def _paint_stomach(canvas: Canvas, patient: Patient) -> None:
-    found = _hollow(canvas, patient, "stomach", 4.5, 11, "stomach_wall", 0.0)
-    if found is not None:
-        level = _gas_level(patient, (-55, 60, 140), 36.0)
-        gas = np.maximum(found[1] + 1, level - _world_y(canvas, found[0]))
-        canvas.paint(found[0], gas, np.float32(-960.0), 11)
-
-
-def _paint_duodenum(canvas: Canvas, patient: Patient) -> None:
-    found = _hollow(canvas, patient, "duodenum", 3.0, 12, "bowel_wall", 61.0)
-    if found is not None:
-        gas = np.maximum(found[1] + 1, _gas_level(patient, (45, 58, 105), 26.0) - _world_y(canvas, found[0]))
-        canvas.paint(found[0], gas, np.float32(-900.0), 12)
+    gas = np.maximum(lumen + 1, _gas_level(patient, gas_around, gas_reach_mm) - _world_y(canvas, region))
+    canvas.paint(region, gas, np.float32(gas_hu), label)
 
 
 def _paint_pancreas(canvas: Canvas, patient: Patient) -> None:

@@ -170,16 +170,13 @@ class Validator:
         return {f"{kind}_{name}": figures.get(name, float("nan")) for name in shown}
 
     def _cycle_errors(self, query: Embedding, key: Embedding) -> np.ndarray:
-        points = self._points_in_body(query.name)
-        errors = cycle_error_mm(query, key, points, match_points(query, key, points))
-        return errors[np.isfinite(errors)]
-
-    def _points_in_body(self, name: str) -> np.ndarray:
-        """World mm [N, 3] of random places in the body of a case, the same ones in every validation."""
-        body = find_body(self.volumes[name])
+        """Cycle errors in mm of random places in the query's body, the same ones in every validation."""
+        body = find_body(self.volumes[query.name])
         places = np.argwhere(body.mask)
         chosen = np.random.default_rng(0).choice(len(places), min(NUM_CYCLE_POINTS, len(places)), replace=False)
-        return index_to_world(body.affine, places[chosen])
+        points = index_to_world(body.affine, places[chosen])
+        errors = cycle_error_mm(query, key, points, match_points(query, key, points))
+        return errors[np.isfinite(errors)]
 
 
 def main_error(measured: Mapping[str, float]) -> float:
