@@ -166,9 +166,9 @@ def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sour
     ]
     if missing or unexpected or misshapen:
         problems = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        listed = "; ".join(f"{len(names)} {what}: {_first_of(names)}" for what, names in problems if names)
+        listed = "; ".join(
+            f"{len(names)} {what}: {', '.join(names[:NUM_NAMES_SHOWN])}{', ...' if names[NUM_NAMES_SHOWN:] else ''}"
+            for what, names in problems
+            if names
+        )
         raise CheckpointError(f"{source}: does not fit the SAM network ({listed})")
-
-
-def _first_of(names: list[str]) -> str:
-    return ", ".join(names[:NUM_NAMES_SHOWN]) + (", ..." if len(names) > NUM_NAMES_SHOWN else "")

@@ -41,13 +41,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def sample_rows(rows: np.ndarray, max_pairs: int, seed: int) -> np.ndarray:
-    """At most so many rows, at random, in the table's order; all for 0."""
-    if not max_pairs or len(rows) <= max_pairs:
-        return np.asarray(rows)
-    return np.asarray(rows[np.sort(np.random.default_rng(seed).choice(len(rows), max_pairs, replace=False))])
-
-
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     if not 0 < flags.wanted < 1 or flags.max_pairs < 0:
@@ -56,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
             f"{flags.max_pairs}"
         )
     table = CorrespondenceTable.load(flags.embed_dir)
-    rows = sample_rows(table.rows, flags.max_pairs, flags.seed)
+    rows = table.rows
+    if 0 < flags.max_pairs < len(rows):
+        rows = rows[np.sort(np.random.default_rng(flags.seed).choice(len(rows), flags.max_pairs, replace=False))]
     if not len(rows):
         raise ValueError(f"{flags.embed_dir}: the table has no pairs; mine again with a lower --min_score")
     used = np.union1d(rows["query_case"], rows["key_case"])

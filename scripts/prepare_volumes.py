@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 
 from datasets.lists.data_list import load_sections
-from datasets.store.volumes import BuildReport, StoreError, build_store, parse_spacing, spacing_text
+from datasets.store.volumes import StoreError, build_store, parse_spacing, spacing_text
 from engine.flags import RunInfo, add_switch, available_cpus, make_parser, run_main
 
 
@@ -41,18 +41,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def print_report(report: BuildReport, store_dir: str, num_cases: int) -> None:
-    """Print what was done, and fail when nothing can be used."""
-    for name, reason in sorted(report.failed.items()):
-        print(f"failed {name}: {reason}", file=sys.stderr)
-    print(
-        f"{store_dir}: {len(report.built)} cases stored, {len(report.reused)} were there already, "
-        f"{len(report.failed)} failed" + (" (see failures.json)" if report.failed else "")
-    )
-    if len(report.failed) == num_cases:
-        raise StoreError(f"{store_dir}: none of {num_cases} cases could be stored; the reasons are above")
-
-
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     spacing_mm = parse_spacing(flags.spacing_mm)
@@ -61,7 +49,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{flags.store_dir}: {len(cases)} cases at {spacing_text(spacing_mm)}, {flags.num_workers} workers")
     report = build_store(cases, flags.store_dir, spacing_mm, flags.num_workers, flags.verify)
     RunInfo.collect(flags).write(flags.store_dir)
-    print_report(report, flags.store_dir, len(cases))
+    for name, reason in sorted(report.failed.items()):
+        print(f"failed {name}: {reason}", file=sys.stderr)
+    print(
+        f"{flags.store_dir}: {len(report.built)} cases stored, {len(report.reused)} were there already, "
+        f"{len(report.failed)} failed" + (" (see failures.json)" if report.failed else "")
+    )
+    if len(report.failed) == len(cases):
+        raise StoreError(f"{flags.store_dir}: none of {len(cases)} cases could be stored; the reasons are above")
 
 
 if __name__ == "__main__":

@@ -283,30 +283,23 @@ def train(
 def validate_and_save(
     run: SamRun, validator: Validator | None, flags: jsonargparse.Namespace, world: World, log
 ) -> None:
-    """Judge the weights and save them, as the best ones where they are; all ranks wait for it.
+    """Judge the averaged weights, if there is a validator, and save them, perhaps as the best ones; all ranks wait.
 
     They are saved before too, as not yet judged, so that a validation that fails loses nothing.
     """
     if world.is_main:
+        is_best = True
         if validator is not None:
             run.is_judged = False
             save_checkpoint(run.as_checkpoint(), flags.output_dir)
-        is_best = judge(run, validator, log)
+            measured = validator(run.average.network, run.info)
+            log.record("validation", run.step, 0, measured)
+            error = main_error(measured)
+            is_best = run.best is None or error < run.best
+            run.best = error if is_best else run.best
         run.is_judged = True
         save_checkpoint(run.as_checkpoint(), flags.output_dir, BEST if is_best else None)
     distributed.wait_for_all(world)
-
-
-def judge(run: SamRun, validator: Validator | None, log) -> bool:
-    """Validate the averaged weights, if there is a validator; whether they are the best so far."""
-    if validator is None:
-        return True
-    measured = validator(run.average.network, run.info)
-    log.record("validation", run.step, 0, measured)
-    error = main_error(measured)
-    is_best = run.best is None or error < run.best
-    run.best = error if is_best else run.best
-    return is_best
 
 
 def main(argv: list[str] | None = None) -> None:

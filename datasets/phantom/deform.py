@@ -139,11 +139,6 @@ class Deformation:
         return float((cross[0] * c[0] + cross[1] * c[1] + cross[2] * c[2]).min())
 
 
-def _lattice_points() -> np.ndarray:
-    axes = [low + LATTICE_STEP_MM * np.arange(count) for low, count in zip(LATTICE_LOW_MM, LATTICE_SHAPE)]
-    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
-
-
 def _smooth_noise(rng: np.random.Generator, scale_mm: float, std_mm: float) -> np.ndarray:
     """Random displacement whose features are about `scale_mm` (Gaussian sigma) and whose spread is `std_mm`."""
     pad = int(np.ceil(2 * scale_mm / LATTICE_STEP_MM))
@@ -182,12 +177,6 @@ def _fat_stretch(points: np.ndarray, fat_factor: float, belly_factor: float, bre
     return direction * (beyond * (1 / factor - 1))[..., None]
 
 
-def _rotation(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
-    """Displacement of a small rotation (radians about x, y, z) around the middle of the torso."""
-    turn = rng.standard_normal(3) * np.radians([1.5, 1.5, 2.5])
-    return np.cross(turn, points - np.array([0.0, 20.0, 130.0]))
-
-
 def sample_deformation(rng: np.random.Generator, fat_factor: float, size: np.ndarray) -> Deformation:
     """Draw a patient's shape.
 
@@ -195,9 +184,12 @@ def sample_deformation(rng: np.random.Generator, fat_factor: float, size: np.nda
         rng: source of randomness; fat_factor: thickness of the fat under the skin relative to the atlas, 0.4 to 2.4.
         size: [3] width, depth and height relative to the atlas.
     """
-    points = _lattice_points()
+    axes = [low + LATTICE_STEP_MM * np.arange(count) for low, count in zip(LATTICE_LOW_MM, LATTICE_SHAPE)]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
     parts = _smooth_noise(rng, 75.0, 7.0) + _smooth_noise(rng, 38.0, 2.6)
-    parts += _organ_displacement(rng, points) + _rotation(rng, points)
+    moved = _organ_displacement(rng, points)
+    turn = rng.standard_normal(3) * np.radians([1.5, 1.5, 2.5])  # a small rotation around the middle of the torso
+    parts += moved + np.cross(turn, points - np.array([0.0, 20.0, 130.0]))
     breast_factor = rng.uniform(1.3, 2.6) if rng.uniform() < 0.45 else 1.0
     fat = _fat_stretch(points, fat_factor, rng.uniform(0.8, 1.4), breast_factor)
     offset = rng.normal(0.0, (8.0, 12.0, 120.0))

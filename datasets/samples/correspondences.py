@@ -203,7 +203,9 @@ class CorrespondenceTable:
         counts = np.zeros(len(self.case_names), dtype=np.int64)
         index_type = np.uint32 if len(self) < 2**32 else np.int64
         for start, chunk in _chunks(self.rows):
-            passing = _passing(chunk, min_score, max_cycle_mm)
+            passing = chunk["score"] >= min_score
+            if not np.isposinf(max_cycle_mm):  # else also those never measured, whose error is NaN
+                passing &= chunk["cycle_mm"] <= max_cycle_mm
             if allowed is not None:
                 passing &= allowed[chunk["query_case"]] & allowed[chunk["key_case"]]
             kept.append((np.flatnonzero(passing) + start).astype(index_type))
@@ -223,12 +225,6 @@ class CorrespondenceTable:
             "rows_per_case_max": int(per_case.max()),
             "mean_score": float(self.rows["score"].mean(dtype=np.float64)) if len(self) else 0.0,
         }
-
-
-def _passing(rows: np.ndarray, min_score: float, max_cycle_mm: float) -> np.ndarray:
-    """Bool per row: good enough; an unmeasured cycle error (NaN) passes only where no limit is set."""
-    passing = rows["score"] >= min_score
-    return passing if np.isposinf(max_cycle_mm) else passing & (rows["cycle_mm"] <= max_cycle_mm)
 
 
 def _checksum(rows: np.ndarray) -> int:

@@ -113,7 +113,11 @@ def unpack(parts: Parts, described: str) -> dict[str, Tensor]:
         header = json.loads(described)
         shapes = {name: tuple(int(size) for size in entry["shape"]) for name, entry in header["maps"].items()}
         forms = {name: entry["form"] for name, entry in header["maps"].items()}
-        maps = {"body": _unpack_body(parts["body.codes"], shapes["fine"][1:])} if "body.codes" in parts else {}
+        maps = {}
+        if "body.codes" in parts:
+            number = int(np.prod(shapes["fine"][1:]))
+            bits = np.unpackbits(expand(parts["body.codes"], (-(-number // 8),), np.uint8), count=number)
+            maps["body"] = torch.from_numpy(bits.view(bool).reshape(shapes["fine"][1:]))
         body = maps.get("body")
         for name, shape in shapes.items():
             index = _stored_voxels(name, body)
@@ -126,12 +130,6 @@ def unpack(parts: Parts, described: str) -> dict[str, Tensor]:
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise CompactError(f"lacks or garbles a part ({error!r})") from error
     return maps
-
-
-def _unpack_body(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    number = int(np.prod(shape))
-    bits = expand(packed, (-(-number // 8),), np.uint8)
-    return torch.from_numpy(np.unpackbits(bits, count=number).view(bool).reshape(shape))
 
 
 def _decoder(form: str, parts: Parts, num_channels: int, num_vectors: int, storage: dict) -> Decoder:

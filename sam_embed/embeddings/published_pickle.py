@@ -119,11 +119,6 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _storage(content: bytes) -> torch.storage.TypedStorage:
-    """torch's own function unpickles `content` without restriction."""
-    return _load_torch(io.BytesIO(content))
-
-
 def _tensor(storage: torch.storage.TypedStorage, offset: int, shape: tuple, stride: tuple, *_grad: object) -> Tensor:
     flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
     return flat.as_strided(tuple(shape), tuple(stride), offset)  # refuses to reach beyond the storage
@@ -139,7 +134,8 @@ def _admitted() -> dict[str, _Admitted]:
         "torch._utils._rebuild_tensor": _tensor,
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_parameter": lambda data, *_: data,
-        "torch.storage._load_from_bytes": _storage,
+        # torch's own function unpickles without restriction
+        "torch.storage._load_from_bytes": lambda content: _load_torch(io.BytesIO(content)),
         "torch.Size": tuple,
         "collections.OrderedDict": OrderedDict,
         "_codecs.encode": _latin1,

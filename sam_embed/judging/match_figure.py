@@ -154,9 +154,12 @@ def draw_landmark_matches(
         show_plane(grid[row, 0], query, plane, query_mm[shown].mean(axis=0))
         show_plane(grid[row, 1], key, plane, true_mm[shown].mean(axis=0))
         for number in np.flatnonzero(shown):
-            _numbered(grid[row, 0], place_on(query, plane, query_mm[number]), number + 1, colours[number])
-            ends = place_on(key, plane, match_mm[number]), place_on(key, plane, true_mm[number])
-            _found(grid[row, 1], *ends, number + 1, colours[number])
+            colour, place = colours[number], place_on(query, plane, query_mm[number])
+            _numbered(grid[row, 0], place, number + 1, colour, mfc=colour, mec="black", ms=6, mew=0.6)
+            match, truth = place_on(key, plane, match_mm[number]), place_on(key, plane, true_mm[number])
+            grid[row, 1].plot([match[0], truth[0]], [match[1], truth[1]], "-", color=colour, lw=1.2)
+            grid[row, 1].plot(*truth, "x", color=colour, ms=6, mew=1.6)
+            _numbered(grid[row, 1], match, number + 1, colour, mfc="none", mec=colour, ms=8, mew=1.6)
     grid[0, 0].set_title("query", color=TEXT)
     grid[0, 1].set_title("key: ring = match, cross = true place", color=TEXT)
     names = [errors.landmarks[number] for number in chosen]
@@ -187,20 +190,10 @@ def _busiest_level(volume: Volume, points_mm: np.ndarray) -> float:
     return heights[(np.abs(heights[:, None] - heights) <= SLAB_MM).sum(axis=1).argmax()]
 
 
-def _numbered(axes: Axes, place: tuple, number: int, colour: tuple) -> None:
-    axes.plot(*place, "o", mfc=colour, mec="black", ms=6, mew=0.6)
-    axes.annotate(
-        str(number), place, xytext=(5, 4), textcoords="offset points", color=colour, fontsize=9, weight="bold"
-    )
-
-
-def _found(axes: Axes, match: tuple, truth: tuple, number: int, colour: tuple) -> None:
-    axes.plot([match[0], truth[0]], [match[1], truth[1]], "-", color=colour, lw=1.2)
-    axes.plot(*truth, "x", color=colour, ms=6, mew=1.6)
-    axes.plot(*match, "o", mfc="none", mec=colour, ms=8, mew=1.6)
-    axes.annotate(
-        str(number), match, xytext=(6, 5), textcoords="offset points", color=colour, fontsize=9, weight="bold"
-    )
+def _numbered(axes: Axes, place: tuple, number: int, colour: tuple, **marker) -> None:
+    axes.plot(*place, "o", **marker)
+    words = {"xytext": (6, 5), "textcoords": "offset points", "color": colour, "fontsize": 9, "weight": "bold"}
+    axes.annotate(str(number), place, **words)
 
 
 def _list_errors(columns: Sequence[Axes], names: Sequence[str], errors_mm: np.ndarray, colours: list) -> None:

@@ -69,10 +69,6 @@ class MiningOptions:
             raise ValueError(f"--consensus_mm must be 0 or more and --max_spread_mm above 0, received {received}")
 
 
-def _generator(seed: int, name: str) -> np.random.Generator:
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
-
-
 def draw_points(embedding: Embedding, options: MiningOptions) -> np.ndarray:
     """Query points of one case: world mm float64 [K, 3], spread over the body, off its surface and the scan's ends.
 
@@ -84,7 +80,7 @@ def draw_points(embedding: Embedding, options: MiningOptions) -> np.ndarray:
     deep = depth_mm >= options.border_mm
     if not deep.any():
         deep = depth_mm >= np.quantile(depth_mm[inside], 0.8) if inside.any() else np.ones_like(inside)
-    rng = _generator(options.seed, embedding.name)
+    rng = np.random.default_rng([options.seed, zlib.crc32(embedding.name.encode())])
     voxels = np.argwhere(deep)
     drawn = rng.integers(len(voxels), size=(options.num_points, NUM_CANDIDATES))
     jitter = rng.uniform(-0.5, 0.5, (options.num_points, NUM_CANDIDATES, 3))

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 from tqdm import tqdm
 
 from datasets.ct.nifti import Volume
@@ -71,7 +70,7 @@ def make_training_volumes(
     def make(name: str) -> None:
         try:
             made = to_training_volume(store.read(name), name, info)
-            tensors = {"hu": made.hu, "body": _to_bits(made.body)}
+            tensors = {"hu": made.hu, "body": torch.from_numpy(np.packbits(made.body.numpy()))}
         except NoPatientError:
             tensors = {"hu": torch.zeros(0, 0, 0, dtype=torch.int16), "body": torch.zeros(0, dtype=torch.uint8)}
         try:
@@ -100,7 +99,7 @@ class TrainingVolumes(Sequence[TrainingVolume]):
             NoPatientError: none is left.
         """
         self.grid_dir, self.spacing_mm = Path(grid_dir), tuple(info.spacing_mm)
-        self.names = [name for name in store.names if _num_slices(self.grid_dir, name)]
+        self.names = [name for name in store.names if self._shows_patient(name)]
         left_out = set(store.names) - set(self.names)
         for name in sorted(left_out) if rank == 0 else ():
             print(f"left out {name}: no patient in it (nothing is denser than -500 HU)", file=sys.stderr)
@@ -109,6 +108,10 @@ class TrainingVolumes(Sequence[TrainingVolume]):
                 f"{store.store_dir}: none of its {len(store)} training volumes shows a patient (nothing is denser than "
                 "-500 HU); check that the files of --json_list are CT in HU"
             )
+
+    def _shows_patient(self, name: str) -> bool:
+        with safe_open(_path(self.grid_dir, name), framework="pt") as stored:
+            return stored.get_slice("hu").get_shape()[0] > 0
 
     def __len__(self) -> int:
         return len(self.names)
@@ -126,7 +129,8 @@ class TrainingVolumes(Sequence[TrainingVolume]):
                 hu, bits = stored.get_tensor("hu"), stored.get_tensor("body")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: cannot be read any more ({error}); start again, and it is made anew") from error
-        return TrainingVolume(name, hu, _from_bits(bits, hu.shape), self.spacing_mm)
+        body = np.unpackbits(bits.numpy(), count=hu.numel()).astype(bool).reshape(hu.shape)
+        return TrainingVolume(name, hu, torch.from_numpy(body), self.spacing_mm)
 
 
 def _path(grid_dir: Path, name: str) -> Path:
@@ -145,18 +149,3 @@ def _is_made(grid_dir: Path, name: str, header: dict[str, str]) -> bool:
             return stored.metadata() == header
     except (OSError, SafetensorError):
         return False
-
-
-def _num_slices(grid_dir: Path, name: str) -> int:
-    with safe_open(_path(grid_dir, name), framework="pt") as stored:
-        return stored.get_slice("hu").get_shape()[0]
-
-
-def _to_bits(mask: Tensor) -> Tensor:
-    """bool of any shape -> uint8 [ceil(n / 8)], an eighth of its size."""
-    return torch.from_numpy(np.packbits(mask.numpy().ravel()))
-
-
-def _from_bits(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_to_bits`."""
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool)).view(shape)
