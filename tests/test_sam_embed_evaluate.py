@@ -137,7 +137,7 @@ def test_commands_embed_and_evaluate(corpus, tmp_path, capsys, monkeypatch):
     evaluate_matching.main([*common, *files])
     told, written = capsys.readouterr().out, json.loads(output.read_text())
     assert written["num_cases"] == 3 and figure.stat().st_size > 20_000
-    assert written["landmarks"]["in_words"] in told and "affine fit of the body: median" in told
+    assert written["landmarks"]["summary"] in told and "affine fit of the body: median" in told
     assert written["mined"] is None and "No mined pairs were judged" in told  # these patients are no phantoms
     for method in ("sam", "body_box", "body_affine"):
         assert set(written[method]) >= {"median_mm", "mean_mm", "p90_mm", "share_within_10mm"}

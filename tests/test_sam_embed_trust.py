@@ -228,7 +228,7 @@ def test_command_judges_a_table(phantom, tmp_path, capsys):
     evaluate_pairs.main([*command, "--output", str(output), "--figure", str(tmp_path / "trust.png")])
     report = json.loads(output.read_text())
     assert 0.66 <= report["thresholds"]["min_score"] <= 0.7 and report["thresholds"]["correct"] >= 0.95
-    assert report["in_words"] in capsys.readouterr().out and (tmp_path / "trust.png").exists()
+    assert report["summary"] in capsys.readouterr().out and (tmp_path / "trust.png").exists()
     evaluate_pairs.main([*command, "--max_pairs", "50", "--output", str(output)])
     assert json.loads(output.read_text())["all"]["num_matches"] == 50
     with pytest.raises(ValueError, match="--wanted"):

@@ -165,7 +165,7 @@ def trust_report(judged: Judged, wanted: float = WANTED_SHARE) -> dict:
         "all": error_figures(judged.error_mm),
         "share_possible": float(judged.is_possible.mean()),
         "thresholds": dataclasses.asdict(best),
-        "in_words": best.describe(),
+        "summary": best.describe(),
         "defaults": dataclasses.asdict(
             try_thresholds(judged, PairingOptions.min_score, PairingOptions.max_cycle_mm, wanted)
         ),

@@ -39,7 +39,7 @@ def mined_lines(report: Mapping) -> list[str]:
 def threshold_lines(report: Mapping) -> list[str]:
     """The chosen thresholds, how they do on cases they were not chosen on, and what other shares would cost."""
     defaults = Thresholds(**report["defaults"])
-    lines = [report["in_words"], f"as main_ddp.py has them by default, {defaults.line()}"]
+    lines = [report["summary"], f"as main_ddp.py has them by default, {defaults.line()}"]
     if other := report["on_other_cases"]:
         lines.append(
             f"chosen without a case and tried on it: {other['correct']:.1%} within {CORRECT_MM:g} mm, keeps "
