@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.segmenters import kind_of
 from models.weights_file import WeightsError, WeightsFile, read_weights_file
 
-PARTS = ("encoder", "whole")
+PARTS = {"encoder": "encoder", "whole": "whole network"}
 # What training code puts around a network: DDP, torch.compile, Lightning, our students and teachers, others' wrappers.
 WRAPPERS = re.compile(r"^(?:module|_orig_mod|model|network|net|backbone|student|teacher|segmenter)\.")
 
@@ -25,8 +25,8 @@ class LoadReport:
     """What became of every key of the network's wanted part, and of the file's others.
 
     Attributes:
-        matched: loaded as they are.
-        adapted: loaded after their one input channel was spread over the network's.
+        loaded: the keys that now hold the file's values.
+        adapted: those of them whose one input channel was spread over the network's.
         missing: wanted by the network, not in the file; they keep their random values.
         misshapen: "name (file's shape) for (network's shape)"; they keep their random values.
         unexpected: of the file, not wanted.
@@ -35,35 +35,28 @@ class LoadReport:
 
     path: str
     part: str
-    matched: list[str]
+    loaded: list[str]
     adapted: list[str]
     missing: list[str]
     misshapen: list[str]
     unexpected: list[str]
     description: dict = field(default_factory=dict)
 
-    @property
-    def loaded(self) -> list[str]:
-        """The keys that now hold the file's values."""
-        return self.matched + self.adapted
-
-    @property
-    def share(self) -> float:
-        """Loaded keys over wanted keys, 0 to 1."""
-        num_wanted = len(self.loaded) + len(self.missing) + len(self.misshapen)
-        return len(self.loaded) / max(1, num_wanted)
-
-    def counts(self, prefixes: tuple[str, ...]) -> tuple[int, int]:
+    def counts(self, prefixes: tuple[str, ...] = ("",)) -> tuple[int, int]:
         """(loaded, wanted) of the network's keys that start with one of `prefixes`."""
         loaded = sum(key.startswith(prefixes) for key in self.loaded)
         return loaded, loaded + sum(key.startswith(prefixes) for key in self.missing + self.misshapen)
 
+    @property
+    def share(self) -> float:
+        """Loaded keys over wanted keys, 0 to 1."""
+        loaded, wanted = self.counts()
+        return loaded / max(1, wanted)
+
     def describe(self) -> str:
         """One line for people."""
-        num_wanted = len(self.loaded) + len(self.missing) + len(self.misshapen)
-        text = f"{self.path}: {len(self.loaded)} of {num_wanted} keys of the {self.part} network loaded"
-        if self.part == "encoder":
-            text = text.replace("encoder network", "encoder")
+        loaded, wanted = self.counts()
+        text = f"{self.path}: {loaded} of {wanted} keys of the {PARTS[self.part]} loaded"
         for name in ("adapted", "missing", "misshapen", "unexpected"):
             keys = getattr(self, name)
             if keys:
@@ -93,31 +86,23 @@ def load_pretrained(
     own = model.state_dict()
     wanted = wanted_keys(model, own, part)
     given = best_spelling(file.tensors, own)
-    fitting, adapted, misshapen = {}, [], []
-    for key in wanted:
-        if key not in given:
-            continue
-        tensor = fit_input_channels(given[key], own[key])
-        if tensor is None:
-            misshapen.append(f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}")
-            continue
-        fitting[key] = tensor
-        if tensor.shape != given[key].shape:
-            adapted.append(key)
+    found = {key: fit_input_channels(given[key], own[key]) for key in wanted if key in given}
+    fitting = {key: tensor for key, tensor in found.items() if tensor is not None}
+    shapes = {key: (tuple(given[key].shape), tuple(own[key].shape)) for key in found}
     report = LoadReport(
         path=file.path,
         part=part,
-        matched=[key for key in fitting if key not in adapted],
-        adapted=adapted,
+        loaded=list(fitting),
+        adapted=[key for key in fitting if shapes[key][0] != shapes[key][1]],
         missing=[key for key in wanted if key not in given],
-        misshapen=misshapen,
+        misshapen=[f"{key} {shapes[key][0]} for {shapes[key][1]}" for key in found if key not in fitting],
         unexpected=[key for key in given if key not in wanted],
         description=file.description,
     )
     if report.share < min_share or not fitting:
         advice = "Does the network (--backbone, --feature_size) equal the one that the weights are for?"
         encoder = wanted_keys(model, own, "encoder") if part == "whole" and kind_of(model) is not None else []
-        if encoder and set(report.loaded) == set(encoder) and not misshapen:
+        if encoder and set(report.loaded) == set(encoder) and not report.misshapen:
             advice = "The file holds an encoder only: load it with --weights_part encoder"
         raise WeightsError(
             f"{report.describe()}: that is {report.share:.0%}, less than the {min_share:.0%} that must fit. {advice}"

@@ -102,7 +102,7 @@ def make_plan(options: FinetuneOptions) -> Plan:
             "hu_min": options.a_min,
             "hu_max": options.a_max,
             "roi": [options.roi_z, options.roi_y, options.roi_x],
-            "backbone": options.backbone,
+            "name": options.backbone,
             "feature_size": options.feature_size,
         },
         SEGMENTERS,

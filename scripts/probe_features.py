@@ -10,7 +10,6 @@ Spacing, HU window, window size and backbone come from the weights' description.
 Minutes on two CPU cores for the quickstart's network. Several --weights are compared in one table.
 """
 
-import dataclasses
 import json
 import sys
 import time
@@ -101,8 +100,7 @@ def probe_networks(flags, files: dict[str, WeightsFile], setup: Setup, voxels: P
         if name in files:
             print(load_pretrained(network.network, files[name], flags.min_share).describe(), flush=True)
         started = time.perf_counter()
-        scores = probe_encoder(network.encode, voxels, options, device, progress=name)
-        results[name] = {probe: dataclasses.asdict(found) for probe, found in scores.items()}
+        results[name] = probe_encoder(network.encode, voxels, options, device, progress=name)
         results[name]["seconds"] = round(time.perf_counter() - started, 1)
     return results
 
@@ -135,7 +133,7 @@ def common_setup(flags, files: dict[str, WeightsFile]) -> Setup:
     Raises:
         ValueError: weights that were trained differently, or an unknown backbone.
     """
-    given = {"backbone": flags.backbone, "feature_size": flags.feature_size}
+    given = {"name": flags.backbone, "feature_size": flags.feature_size}
     descriptions = {path: file.description for path, file in files.items()} or {"": {}}
     setups = {path: resolve_setup(text, given, BACKBONES, flags.store_dir) for path, text in descriptions.items()}
     for path, setup in setups.items():

@@ -179,7 +179,7 @@ def test_extracted_weights_can_start_another_run(checkpoint, tmp_path, name):
     extract(checkpoint, tmp_path / name, "--checkpoint_key", "student", "--with_head")
     student = constant_student()
     report = start_from(student, tmp_path / name)
-    assert len(report.matched) == 157 and not report.missing and not report.misshapen and not report.unexpected
+    assert len(report.loaded) == 157 and not report.missing and not report.misshapen and not report.unexpected
     source = torch.load(checkpoint, weights_only=True)["student"]
     for key, value in student.state_dict().items():
         if key.startswith(("backbone.network.swinViT", "backbone.network.decoder", "head.")):
@@ -190,7 +190,7 @@ def test_bare_encoder_of_monais_own_pretraining_can_start_a_run(tmp_path):
     source = monai_network().swinViT.state_dict()
     torch.save({"state_dict": {"module." + key: value for key, value in source.items()}}, tmp_path / "swinvit.pt")
     student = constant_student()
-    assert len(start_from(student, tmp_path / "swinvit.pt").matched) == len(source) == 126
+    assert len(start_from(student, tmp_path / "swinvit.pt").loaded) == len(source) == 126
     for key, value in student.backbone.network.swinViT.state_dict().items():
         assert torch.equal(value, source[key]), key
 

@@ -2,46 +2,59 @@
 
 import pytest
 
+from datasets.store.format import create_settings
 from engine.flags import options_of
 from engine.segmentation.flags import FinetuneOptions
-from engine.segmentation.setup import Preprocessing, resolve_network, resolve_preprocessing
+from engine.segmentation.setup import Preprocessing, Setup, resolve_setup
+from models.segmenters import SEGMENTERS
 from scripts.finetune_segmentation import make_flags
 
 DESCRIBED = {"axcodes": "SPL", "spacing_mm": [3.0, 2.0, 2.0], "hu_min": -175.0, "hu_max": 250.0, "roi": [64, 96, 96]}
-NOTHING = {"spacing_mm": None, "hu_min": None, "hu_max": None, "roi": [None, None, None]}
+STANDARD = Preprocessing((2.0, 1.5, 1.5), -125.0, 225.0, (96, 96, 96))
 
 
-def test_values_come_from_the_weights():
-    found, warnings = resolve_preprocessing(NOTHING, DESCRIBED, in_store=[1.0, 1.0, 1.0])
-    assert found == Preprocessing((3.0, 2.0, 2.0), -175.0, 250.0, (64, 96, 96)) and not warnings
+def resolve(described: dict | None = None, backbone: dict | None = None, store_dir=None, **given) -> Setup:
+    weights = {"preprocessing": described or {}, "backbone": backbone or {}}
+    return resolve_setup(weights, given, SEGMENTERS, store_dir)
+
+
+def test_values_come_from_the_weights(tmp_path):
+    create_settings(tmp_path, (1.0, 1.0, 1.0))
+    setup = resolve(DESCRIBED, store_dir=tmp_path)
+    found = setup.preprocessing
+    assert found == Preprocessing((3.0, 2.0, 2.0), -175.0, 250.0, (64, 96, 96)) and not setup.notes
     assert Preprocessing.from_dict(found.as_dict()) == found and found.as_dict()["axcodes"] == "SPL"
 
 
 def test_flags_win_with_a_warning_where_they_differ():
-    given = NOTHING | {"spacing_mm": [2.0, 2.0, 2.0], "hu_min": -175.0, "roi": [None, 64, None]}
-    found, warnings = resolve_preprocessing(given, DESCRIBED)
-    assert found.spacing_mm == (2.0, 2.0, 2.0) and found.roi == (64, 64, 96)
-    assert len(warnings) == 1 and "--spacing_mm 2 2 2 differs from the 3 2 2" in warnings[0]
-    _, warnings = resolve_preprocessing(NOTHING | {"spacing_mm": "native", "hu_max": 300.0}, DESCRIBED)
-    assert len(warnings) == 2 and "--a_max 300" in warnings[1]
-    _, warnings = resolve_preprocessing(NOTHING, DESCRIBED | {"axcodes": "RAS"})
-    assert len(warnings) == 1 and "axis order RAS, here it is SPL" in warnings[0]
+    setup = resolve(DESCRIBED, spacing_mm=[2.0, 2.0, 2.0], hu_min=-175.0, roi=[None, 64, None])
+    assert setup.preprocessing.spacing_mm == (2.0, 2.0, 2.0) and setup.preprocessing.roi == (64, 64, 96)
+    assert len(setup.notes) == 1 and "--spacing_mm 2 2 2 differs from the 3 2 2" in setup.notes[0]
+    notes = resolve(DESCRIBED, spacing_mm="native", hu_max=300.0).notes
+    assert len(notes) == 2 and "--a_max 300" in notes[1]
+    notes = resolve(DESCRIBED | {"axcodes": "RAS"}).notes
+    assert len(notes) == 1 and "axis order RAS, here it is SPL" in notes[0]
 
 
-def test_without_weights_the_store_and_then_the_defaults_decide():
-    found, warnings = resolve_preprocessing(NOTHING, {}, in_store="native")
-    assert found.spacing_mm is None and not warnings
-    assert resolve_preprocessing(NOTHING, {})[0] == Preprocessing((2.0, 1.5, 1.5), -125.0, 225.0, (96, 96, 96))
+def test_without_weights_the_store_and_then_the_defaults_decide(tmp_path):
+    assert resolve(store_dir=tmp_path).preprocessing == STANDARD, "no store there yet"
+    create_settings(tmp_path, None)
+    setup = resolve(store_dir=tmp_path)
+    assert setup.preprocessing.spacing_mm is None and not setup.notes
     with pytest.raises(ValueError, match="--a_min 400 --a_max 225"):
-        resolve_preprocessing(NOTHING | {"hu_min": 400.0}, {})
+        resolve(hu_min=400.0)
 
 
 def test_network_comes_from_the_weights():
-    assert resolve_network(None, None, {"name": "unet", "feature_size": 24}) == ("unet", 24, [])
-    assert resolve_network(None, None, {}) == ("swin_unetr", 48, [])
-    assert resolve_network(None, 0, {"feature_size": 24})[1] == 0, "a flag that was given is not unset"
-    name, size, warnings = resolve_network("swin_unetr", 24, {"name": "unet", "feature_size": 24})
-    assert (name, size) == ("swin_unetr", 24) and warnings == ["--backbone swin_unetr differs from the weights' unet"]
+    unet = {"name": "unet", "feature_size": 24}
+    assert resolve(backbone=unet) == Setup(STANDARD, "unet", 24)
+    assert resolve() == Setup(STANDARD, "swin_unetr", 48)
+    assert resolve(backbone=unet, feature_size=0).feature_size == 0, "a flag that was given is not unset"
+    setup = resolve(backbone=unet, name="swin_unetr", feature_size=24)
+    assert (setup.backbone, setup.feature_size) == ("swin_unetr", 24)
+    assert len(setup.notes) == 1 and "--backbone swin_unetr differs from the unet that" in setup.notes[0]
+    with pytest.raises(ValueError, match="'vit', expected nnformer"):
+        resolve(backbone={"name": "vit"})
 
 
 def test_all_mistakes_are_told_together(tmp_path):

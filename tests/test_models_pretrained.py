@@ -58,7 +58,7 @@ def test_encoder_loads_from_our_files(name, files, encoder):
     model = swin()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     report = load_pretrained(model, files[name])
-    assert len(report.matched) == len(encoder) == 137 and report.share == 1
+    assert len(report.loaded) == len(encoder) == 137 and report.share == 1
     assert not report.missing and not report.misshapen and not report.adapted
     for key, value in model.state_dict().items():
         assert torch.equal(value, encoder[key] if key in encoder else before[key]), key
@@ -70,7 +70,7 @@ def test_encoder_loads_from_our_files(name, files, encoder):
 def test_whole_network_loads_and_an_encoder_alone_is_refused_for_it(files, source):
     model = swin()
     report = load_pretrained(model, files["whole.safetensors"], part="whole")
-    assert len(report.matched) == len(source) == 157 and "out.conv.conv.weight" not in report.loaded
+    assert len(report.loaded) == len(source) == 157 and "out.conv.conv.weight" not in report.loaded
     assert torch.equal(
         model.state_dict()["decoder1.conv_block.conv1.conv.weight"], source["decoder1.conv_block.conv1.conv.weight"]
     )
@@ -101,14 +101,14 @@ SPELLINGS = {
 def test_other_spellings_are_found_out(spelling, encoder, tmp_path):
     torch.save(SPELLINGS[spelling](encoder), tmp_path / "weights.pt")
     report = load_pretrained(swin(), tmp_path / "weights.pt")
-    assert len(report.matched) == 137, report.describe()
+    assert len(report.loaded) == 137, report.describe()
 
 
 def test_bare_swin_transformer_of_monais_own_pretraining(encoder, tmp_path):
     bare = {"module." + key.removeprefix("swinViT."): v for key, v in encoder.items() if key.startswith("swinViT.")}
     torch.save({"state_dict": bare}, tmp_path / "model_swinvit.pt")
     report = load_pretrained(swin(), tmp_path / "model_swinvit.pt")
-    assert len(report.matched) == 126 and report.share == pytest.approx(126 / 137)
+    assert len(report.loaded) == 126 and report.share == pytest.approx(126 / 137)
 
 
 def test_one_channel_spreads_over_three(files):

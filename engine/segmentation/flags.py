@@ -11,26 +11,11 @@ from typing import Literal
 
 from datasets.lists.label_classes import BUILT_IN
 from engine.checkpoint import CheckpointError
-from engine.flags import DeviceOptions, FlagChecks, add_options, add_resume, make_parser
+from engine.flags import DeviceOptions, FlagChecks, add_options, add_resume, flag_names, make_parser
 from engine.run import changed_flags
-from engine.segmentation.setup import FLAG_OF, agree, as_typed
+from engine.segmentation.setup import DEFAULTS, FLAG_OF, agree, as_typed
 from engine.segmentation.sliding_window import WindowOptions
 from models.segmenters import SEGMENTERS
-
-# These flags decide the result, so a resumed run must not change them.
-DECISIVE_FLAGS = {
-    *("num_labelled", "fold", "held_out_share", "weights_part", "batch_size", "lr", "min_lr", "warmup_steps"),
-    *("weight_decay", "layer_decay", "freeze_encoder_steps", "clip_grad", "class_weights", "foreground_share"),
-    *("augment", "seed"),
-}
-# Neither may these change, but their meaning is compared: a file may have moved, a default may be spelt out.
-FILE_FLAGS = ("weights", "json_list")
-RESOLVED_FLAGS = {"classes", "backbone", "feature_size", "spacing_mm", "a_min", "a_max", "roi_x", "roi_y", "roi_z"}
-# These decide neither the weights nor which of them are best. A change of any other flag is a warning.
-FREE_FLAGS = {
-    *("store_dir", "output_dir", "resume", "save_freq", "log_freq", "num_workers", "device", "dist_timeout_min"),
-    *("min_share", "use_checkpoint", "evaluate", "section", "overlap", "nsd_mm", "window_batch"),
-}
 
 
 @dataclass(frozen=True)
@@ -247,11 +232,27 @@ def make_finetune_flags(description: str):
     return parser
 
 
-# Going on
+# Resuming
+
+# These flags decide the result, so a resumed run must not change them.
+DECISIVE_FLAGS = {
+    *("num_labelled", "fold", "held_out_share", "weights_part"),
+    *(name for name in flag_names(TrainingOptions) if name != "steps"),
+}
+# Neither must the content of these files; other paths are fine.
+FILE_FLAGS = ("weights", "json_list")
+# What these decide is compared by `resolved_changes`: a default may be spelt out.
+RESOLVED_FLAGS = {"classes", "backbone", "feature_size", "spacing_mm", "a_min", "a_max", "roi_x", "roi_y", "roi_z"}
+# These decide neither the weights nor which of them are best. A change of any other flag is a warning.
+FREE_FLAGS = {
+    *flag_names(EvaluationOptions),
+    *(name for name in flag_names(RunningOptions) if name != "precision"),
+    *("evaluate", "resume", "store_dir", "num_workers", "min_share", "use_checkpoint"),
+}
 
 
 def check_continuation(before: dict, now: dict, path: str | Path) -> None:
-    """Refuse to go on from a checkpoint whose result other flags decided; warn of other changes.
+    """Refuse to resume from a checkpoint whose result other flags decided; warn of other changes.
 
     Args:
         before: the checkpoint, of which "flags", "contents" (digests of files), "backbone", "preprocessing", "classes"
@@ -283,27 +284,23 @@ def file_changes(before: dict, now: dict) -> list[str]:
     changes = []
     for name in FILE_FLAGS:
         old, new = before.get("flags", {}).get(name), now["flags"][name]
-        if old is None:
-            continue
         if "contents" in before:
             is_same = before["contents"].get(name) == now["contents"].get(name)
         else:
-            is_same = Path(old).resolve() == Path(new).resolve()
-        if not is_same:
+            is_same = Path(old or new).resolve() == Path(new).resolve()
+        if old is not None and not is_same:
             changes.append(f"--{name} {old} (its content has changed)" if old == new else f"--{name} {old} -> {new}")
     return changes
 
 
 def resolved_changes(before: dict, now: dict) -> list[str]:
     """Values that flags, weights and store decide together, and that differ."""
-    names = [("--backbone", "backbone", "name"), ("--feature_size", "backbone", "feature_size")]
-    names += [(flag, "preprocessing", name) for name, flag in FLAG_OF.items()]
     changes = []
-    for flag, part, name in names:
-        old, new = (side.get(part, {}).get(name) for side in (before, now))
-        if old is not None and not agree(old, new):
-            changes.append(f"{flag} {as_typed(old)} -> {as_typed(new)}")
-    organs = [side.get("classes", {}).get("names") for side in (before, now)]
-    if organs[0] is not None and before["classes"] != now["classes"]:
-        changes.append("--classes " + " -> ".join(", ".join(names[1:]) for names in organs))
+    for part, names in DEFAULTS.items():
+        for name in names:
+            old, new = (side.get(part, {}).get(name) for side in (before, now))
+            if old is not None and not agree(old, new):
+                changes.append(f"{FLAG_OF[name]} {as_typed(old)} -> {as_typed(new)}")
+    if "classes" in before and before["classes"] != now["classes"]:
+        changes.append("--classes " + " -> ".join(", ".join(side["classes"]["names"][1:]) for side in (before, now)))
     return changes

@@ -27,15 +27,26 @@ def write_report(folder: str | Path, scores: list[OrganScore], description: dict
     Returns:
         The summary: "dice" and "nsd" with "mean", "std" over cases, and per organ the same under "organs".
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / CASES).open("w", newline="") as file:
+    summary = write_summary(folder, summarise(scores), "mean ± std over cases", description)
+    with (Path(folder) / CASES).open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
-        rows.writerows([shown(getattr(score, name)) for name in COLUMNS] for score in scores)
-    summary = summarise(scores) | {"description": description}
+        rows.writerows([as_cell(getattr(score, name)) for name in COLUMNS] for score in scores)
+    return summary
+
+
+def write_joined(folder: str | Path, folders: Sequence[str | Path]) -> dict:
+    """Write the joined table and summary of several evaluations; returns the summary."""
+    meaning, description = f"mean ± std over {len(folders)} runs", {"runs": [str(path) for path in folders]}
+    return write_summary(folder, join_reports(folders), meaning, description)
+
+
+def write_summary(folder: str | Path, summary: dict, meaning: str, description: dict) -> dict:
+    """Write a summary as JSON and as a table; returns it with its description."""
+    folder, summary = Path(folder), summary | {"description": description}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY).write_text(json.dumps(without_nan(summary), indent=2) + "\n")
-    (folder / TABLE).write_text(markdown_table(summary, "mean ± std over cases", description))
+    (folder / TABLE).write_text(markdown_table(summary, meaning))
     return summary
 
 
@@ -50,11 +61,6 @@ def summarise(scores: list[OrganScore]) -> dict:
     return summary
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean, sample standard deviation and number of the values that are numbers."""
-    return {"mean": nan_mean(values), "std": nan_std(values), "num": sum(not math.isnan(value) for value in values)}
-
-
 def join_reports(folders: Sequence[str | Path]) -> dict:
     """One summary of several evaluations: mean and standard deviation over the folders' means.
 
@@ -66,25 +72,18 @@ def join_reports(folders: Sequence[str | Path]) -> dict:
     for folder, summary in zip(folders, summaries):
         if list(summary["organs"]) != organs:
             raise ValueError(f"{folder}: other organs than {folders[0]} ({', '.join(summary['organs'])})")
-    joined = {"num_cases": sum(summary["num_cases"] for summary in summaries), "num_runs": len(summaries)}
-    for measure in MEASURES:
-        joined[measure] = spread([summary[measure]["mean"] for summary in summaries])
-    joined["organs"] = {
-        organ: {m: spread([summary["organs"][organ][m]["mean"] for summary in summaries]) for m in MEASURES}
-        for organ in organs
-    }
-    return joined
+
+    def joined(parts: list[dict]) -> dict:
+        return {measure: spread([part[measure]["mean"] for part in parts]) for measure in MEASURES}
+
+    counts = {"num_cases": sum(summary["num_cases"] for summary in summaries), "num_runs": len(summaries)}
+    by_organ = {organ: joined([summary["organs"][organ] for summary in summaries]) for organ in organs}
+    return counts | joined(summaries) | {"organs": by_organ}
 
 
-def write_joined(folder: str | Path, folders: Sequence[str | Path]) -> dict:
-    """Write the joined table and summary of several evaluations; returns the summary."""
-    joined = join_reports(folders)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    description = {"runs": [str(path) for path in folders]}
-    (folder / SUMMARY).write_text(json.dumps(without_nan(joined | {"description": description}), indent=2) + "\n")
-    (folder / TABLE).write_text(markdown_table(joined, f"mean ± std over {len(folders)} runs", description))
-    return joined
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean, sample standard deviation and number of the values that are numbers."""
+    return {"mean": nan_mean(values), "std": nan_std(values), "num": sum(not math.isnan(value) for value in values)}
 
 
 def read_scores(path: Path) -> list[OrganScore]:
@@ -99,22 +98,19 @@ def read_scores(path: Path) -> list[OrganScore]:
         rows = csv.DictReader(file)
         if tuple(rows.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path}: columns {rows.fieldnames}, expected {', '.join(COLUMNS)}")
-        numbers = COLUMNS[2:]
-        return [OrganScore(row["case"], row["organ"], *(float(row[n] or "nan") for n in numbers)) for row in rows]
+        return [OrganScore(row["case"], row["organ"], *(float(row[n] or "nan") for n in COLUMNS[2:])) for row in rows]
 
 
-def markdown_table(summary: dict, meaning: str, description: dict) -> str:
+def markdown_table(summary: dict, meaning: str) -> str:
     """A table of Dice and NSD in percent, organs first, their mean last."""
-    has_nsd = summary["nsd"]["num"] > 0
-    heads = (
-        ["organ", "Dice (%)"] + (["NSD (%)"] if has_nsd else []) + ["cases" if "num_runs" not in summary else "runs"]
-    )
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    shown = {"dice": "Dice (%)"} | ({"nsd": "NSD (%)"} if summary["nsd"]["num"] else {})
+    rows = [["organ", *shown.values(), "runs" if "num_runs" in summary else "cases"]]
     for organ, values in [*summary["organs"].items(), ("**mean**", summary)]:
-        cells = [percent(values["dice"])] + ([percent(values["nsd"])] if has_nsd else []) + [str(values["dice"]["num"])]
-        lines.append("| " + " | ".join([organ, *cells]) + " |")
-    told = "; ".join(f"{name}: {value}" for name, value in description.items())
-    return "\n".join([*lines, "", f"{meaning}; {summary['num_cases']} cases. {told}", ""])
+        rows.append([organ, *(percent(values[measure]) for measure in shown), str(values["dice"]["num"])])
+    head, *lines = ["| " + " | ".join(row) + " |" for row in rows]
+    facts = "; ".join(f"{name}: {value}" for name, value in summary["description"].items())
+    last = f"{meaning}; {summary['num_cases']} cases. {facts}"
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines, "", last, ""])
 
 
 def percent(values: dict[str, float]) -> str:
@@ -125,7 +121,7 @@ def percent(values: dict[str, float]) -> str:
     return text if math.isnan(values["std"]) else f"{text} ± {100 * values['std']:.1f}"
 
 
-def shown(value: str | float) -> str:
+def as_cell(value: str | float) -> str:
     """A CSV cell; NaN is empty."""
     if isinstance(value, str):
         return value

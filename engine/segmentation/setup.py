@@ -11,8 +11,14 @@ from pathlib import Path
 from datasets.ct.geometry import CANONICAL_AXCODES as AXCODES
 from datasets.store.volumes import VolumeStore
 
-DEFAULTS = {"spacing_mm": [2.0, 1.5, 1.5], "hu_min": -125.0, "hu_max": 225.0, "roi": [96, 96, 96]}
-FLAG_OF = {"spacing_mm": "--spacing_mm", "hu_min": "--a_min", "hu_max": "--a_max", "roi": "--roi_z, --roi_y, --roi_x"}
+DEFAULTS = {
+    "preprocessing": {"spacing_mm": [2.0, 1.5, 1.5], "hu_min": -125.0, "hu_max": 225.0, "roi": [96, 96, 96]},
+    "backbone": {"name": "swin_unetr", "feature_size": 48},
+}
+FLAG_OF = {
+    **{"spacing_mm": "--spacing_mm", "hu_min": "--a_min", "hu_max": "--a_max", "roi": "--roi_z, --roi_y, --roi_x"},
+    **{"name": "--backbone", "feature_size": "--feature_size"},
+}
 
 
 @dataclass(frozen=True)
@@ -37,13 +43,8 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, plain: dict) -> "Preprocessing":
-        spacing = plain["spacing_mm"]
-        return cls(
-            None if spacing == "native" else tuple(float(value) for value in spacing),
-            float(plain["hu_min"]),
-            float(plain["hu_max"]),
-            tuple(int(side) for side in plain["roi"]),
-        )
+        spacing = None if plain["spacing_mm"] == "native" else tuple(map(float, plain["spacing_mm"]))
+        return cls(spacing, float(plain["hu_min"]), float(plain["hu_max"]), tuple(map(int, plain["roi"])))
 
 
 @dataclass(frozen=True)
@@ -67,60 +68,42 @@ def resolve_setup(
 
     Args:
         described: the weights' description; empty where there is none.
-        given: values of flags, None or absent where a flag was not used: "backbone", "feature_size", and those of
-            `resolve_preprocessing`.
+        given: values of flags under the names in `DEFAULTS`, None or absent where a flag was not used; a `roi` may
+            hold None for single sides.
         backbones: known names.
         store_dir: a volume store, which may not exist yet.
 
     Raises:
         ValueError: a HU window whose ends are swapped, or an unknown backbone.
     """
-    in_store = None
+    defaults, chosen, notes = dict(DEFAULTS["preprocessing"]), {}, []
     if store_dir is not None and (Path(store_dir) / "store.json").exists():
-        in_store = plain_spacing(VolumeStore(store_dir, names=()).spacing_mm)
-    preprocessing, notes = resolve_preprocessing(given, described.get("preprocessing", {}), in_store)
-    network = described.get("backbone", {})
-    name, size, more = resolve_network(given.get("backbone"), given.get("feature_size"), network)
-    if name not in backbones:
-        raise ValueError(f"the weights' backbone (or --backbone) is {name!r}, expected one of {', '.join(backbones)}")
-    return Setup(preprocessing, name, size, notes + more)
+        defaults["spacing_mm"] = plain_spacing(VolumeStore(store_dir, names=()).spacing_mm)
+    for part, values in (("preprocessing", defaults), ("backbone", DEFAULTS["backbone"])):
+        for name, default in values.items():
+            from_weights, flag = described.get(part, {}).get(name), given.get(name)
+            chosen[name] = default if from_weights is None else from_weights
+            if name == "roi":
+                flag = [side if own is None else own for own, side in zip(flag or [None] * 3, chosen[name])]
+            elif None not in (flag, from_weights) and not agree(flag, from_weights):
+                notes.append(
+                    f"{FLAG_OF[name]} {as_typed(flag)} differs from the {as_typed(from_weights)} that the weights were "
+                    "trained with; leave the flag away to keep what they know"
+                )
+            chosen[name] = chosen[name] if flag is None else flag
+    axcodes = described.get("preprocessing", {}).get("axcodes", AXCODES)
+    if axcodes != AXCODES:
+        notes.append(f"the weights were trained on volumes in axis order {axcodes}, here it is {AXCODES}")
+    if chosen["hu_min"] >= chosen["hu_max"]:
+        raise ValueError(f"--a_min {chosen['hu_min']:g} --a_max {chosen['hu_max']:g}: expected a_min below a_max (HU)")
+    if chosen["name"] not in backbones:
+        raise ValueError(f"--backbone (unset = the weights') is {chosen['name']!r}, expected {', '.join(backbones)}")
+    return Setup(Preprocessing.from_dict(chosen), chosen["name"], int(chosen["feature_size"]), notes)
 
 
 def plain_spacing(spacing_mm: Sequence[float] | None) -> list[float] | str:
     """Voxel size as checkpoints write it."""
     return "native" if spacing_mm is None else list(spacing_mm)
-
-
-def resolve_preprocessing(given: dict, described: dict, in_store: object = None) -> tuple[Preprocessing, list[str]]:
-    """The preprocessing, and warnings for the user.
-
-    Args:
-        given: values of flags under the names of `DEFAULTS`; a `roi` may hold None for single sides.
-        described: "preprocessing" of the weights' description; empty where there is none.
-        in_store: spacing of a store that is there already, as in `given`; None = no store.
-    """
-    chosen, warnings = {}, []
-    for name, default in DEFAULTS.items():
-        from_weights, flag = described.get(name), given.get(name)
-        fallback = in_store if name == "spacing_mm" and in_store is not None else default
-        base = fallback if from_weights is None else from_weights
-        if name == "roi" and flag is not None:
-            flag = [side if own is None else own for own, side in zip(flag, base)]
-        chosen[name] = base if flag is None else flag
-        if from_weights is not None and not agree(chosen[name], from_weights) and name != "roi":
-            warnings.append(
-                f"{FLAG_OF[name]} {as_typed(chosen[name])} differs from the {as_typed(from_weights)} that the weights "
-                "were trained with; leave the flag away to keep what they know"
-            )
-    if described.get("axcodes", AXCODES) != AXCODES:
-        warnings.append(
-            f"the weights were trained on volumes in axis order {described['axcodes']}, here it is {AXCODES}: expect "
-            "little of them"
-        )
-    found = Preprocessing.from_dict(chosen)
-    if found.hu_min >= found.hu_max:
-        raise ValueError(f"--a_min {found.hu_min:g} --a_max {found.hu_max:g}: expected a_min below a_max (HU)")
-    return found, warnings
 
 
 def agree(one: object, other: object) -> bool:
@@ -136,19 +119,3 @@ def as_typed(value: object) -> str:
     if isinstance(value, str):
         return value
     return " ".join(f"{number:g}" for number in (value if isinstance(value, Sequence) else [value]))
-
-
-def resolve_network(name: str | None, feature_size: int | None, described: dict) -> tuple[str, int, list[str]]:
-    """Backbone, feature size and warnings: the flag, else what the weights say, else swin_unetr of 48.
-
-    Args:
-        described: "backbone" of the weights' description.
-    """
-    warnings = [
-        f"{flag} {value} differs from the weights' {described[key]}"
-        for flag, value, key in (("--backbone", name, "name"), ("--feature_size", feature_size, "feature_size"))
-        if value is not None and described.get(key) not in (None, value)
-    ]
-    name = described.get("name", "swin_unetr") if name is None else name
-    size = described.get("feature_size", 48) if feature_size is None else feature_size
-    return name, int(size), warnings

@@ -54,21 +54,6 @@ class ProbeOptions(WindowOptions):
         checks.finish()
 
 
-@dataclass(frozen=True)
-class ProbeScores:
-    """What one probe got right, 0 to 1.
-
-    Attributes:
-        accuracy: over all judged voxels.
-        balanced_accuracy: mean of the classes' recalls.
-        recall: by class that was judged.
-    """
-
-    accuracy: float
-    balanced_accuracy: float
-    recall: dict[str, float]
-
-
 # Features
 
 
@@ -147,29 +132,15 @@ def interpolate(feature_map: Tensor, places: Tensor, roi: tuple[int, int, int]) 
 
 
 def collect(
-    encode: Encode,
-    cases: Sequence,
-    read_hu: Callable[[str], np.ndarray],
-    options: ProbeOptions,
-    device: torch.device,
-    progress: str = "",
+    encode: Encode, cases: Sequence, voxels, options: ProbeOptions, device: torch.device, progress: str
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Features and classes of the chosen voxels of several cases, joined.
-
-    Args:
-        cases: with `name`, `voxels` [n, 3] and `channels` [n] (`datasets.samples.probe_voxels.CaseVoxels`).
-        read_hu: name -> int16 [D, H, W].
-        progress: name of the progress bar; empty = none.
-
-    Returns:
-        {stride: [n, C_stride]}, int64 [n].
-    """
+    """Features {stride: [n, C_stride]} and classes int64 [n] of the chosen voxels of several cases, joined."""
     read = [
-        (voxel_features(encode, read_hu(case.name), case.voxels, options, device), case.channels)
+        voxel_features(encode, voxels.read_hu(case.name), case.voxels, options, device)
         for case in tqdm(cases, desc=progress, unit="case", disable=not progress)
     ]
-    features = {stride: torch.cat([one[stride] for one, _ in read]) for stride in read[0][0]}
-    return features, torch.cat([torch.from_numpy(np.asarray(channels)) for _, channels in read])
+    features = {stride: torch.cat([one[stride] for one in read]) for stride in read[0]}
+    return features, torch.cat([torch.from_numpy(np.asarray(case.channels)) for case in cases])
 
 
 def standardise(taught: dict[int, Tensor], judged: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
@@ -234,33 +205,38 @@ def fit_logistic(
     return weight.detach(), bias.detach()
 
 
-def score(predicted: Tensor, classes: Tensor, names: Sequence[str]) -> ProbeScores:
-    """Compare predicted and true classes [m]; classes that no judged voxel has do not count."""
+def score(predicted: Tensor, classes: Tensor, names: Sequence[str]) -> dict:
+    """Compare predicted and true classes [m]; classes that no judged voxel has do not count.
+
+    Returns:
+        "accuracy" over all voxels, "recall" by class, "balanced_accuracy" (the mean recall); all 0 to 1.
+    """
     is_right = predicted == classes
     recall = {
         name: float(is_right[classes == channel].float().mean())
         for channel, name in enumerate(names)
         if (classes == channel).any()
     }
-    return ProbeScores(float(is_right.float().mean()), sum(recall.values()) / len(recall), recall)
+    balanced = sum(recall.values()) / len(recall)
+    return {"accuracy": float(is_right.float().mean()), "balanced_accuracy": balanced, "recall": recall}
 
 
 def probe_encoder(
     encode: Encode, voxels, options: ProbeOptions, device: torch.device, progress: str = ""
-) -> dict[str, ProbeScores]:
+) -> dict[str, dict]:
     """Both probes on one frozen encoder.
 
     Args:
         encode: see `voxel_features`.
-        voxels: with `taught`, `judged`, `read_hu` and `classes` (`datasets.samples.probe_voxels.ProbeVoxels`).
-        progress: see `collect`.
+        voxels: `datasets.samples.probe_voxels.ProbeVoxels`.
+        progress: name of the progress bar; empty = none.
 
     Returns:
-        {"knn": scores, "linear": scores}.
+        {"knn": scores, "linear": scores}, see `score`.
     """
     names = voxels.classes.names
-    taught, classes = collect(encode, voxels.taught, voxels.read_hu, options, device, progress)
-    judged, truth = collect(encode, voxels.judged, voxels.read_hu, options, device, progress)
+    taught, classes = collect(encode, voxels.taught, voxels, options, device, progress)
+    judged, truth = collect(encode, voxels.judged, voxels, options, device, progress)
     taught, judged = standardise(taught, judged)
     knn = knn_predict(taught, classes, judged, len(names), options.num_neighbours, options.temperature)
     linear = linear_predict(taught, classes, judged, len(names), options.weight_decay)
@@ -286,6 +262,6 @@ def watch_probe(method: nn.Module, voxels, options: ProbeOptions, world: World) 
                 if network is None:
                     continue
                 found = probe_encoder(network.backbone.encode, voxels, options, world.device)
-                values |= {f"probe_{name}_balanced{ending}": score.balanced_accuracy for name, score in found.items()}
+                values |= {f"probe_{name}_balanced{ending}": one["balanced_accuracy"] for name, one in found.items()}
     wait_for_all(world)
     return values

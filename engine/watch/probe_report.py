@@ -17,13 +17,11 @@ def with_random_mean(results: dict[str, dict]) -> dict[str, dict]:
     joined = {"seconds": statistics.fmean(result["seconds"] for result in random), "num_networks": len(random)}
     for probe in PROBES:
         found = [result[probe] for result in random]
-        measures = ("accuracy", "balanced_accuracy")
-        joined[probe] = {name: statistics.fmean(one[name] for one in found) for name in measures}
-        joined[probe]["recall"] = {
-            organ: statistics.fmean(one["recall"][organ] for one in found) for organ in found[0]["recall"]
-        }
+        values = {name: [one[name] for one in found] for name in ("accuracy", "balanced_accuracy")}
+        recall = {organ: statistics.fmean(one["recall"][organ] for one in found) for organ in found[0]["recall"]}
+        joined[probe] = {name: statistics.fmean(numbers) for name, numbers in values.items()} | {"recall": recall}
         joined[probe]["std"] = {
-            name: statistics.stdev(one[name] for one in found) if len(found) > 1 else 0.0 for name in measures
+            name: statistics.stdev(numbers) if len(numbers) > 1 else 0.0 for name, numbers in values.items()
         }
     return results | {"random": joined}
 
