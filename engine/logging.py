@@ -1,4 +1,4 @@
-"""What a run reports: a progress line, log.txt (one JSON object a line) and TensorBoard, all on rank 0 only.
+"""The log of a run: a progress line, log.txt (one JSON object a line) and TensorBoard, all on rank 0 only.
 
 Other ranks get a silent stand-in with the same methods, so that the loop needs no branches. Values stay on their device
 until a logging step reads them all at once.
@@ -35,7 +35,7 @@ class Meters:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """Means over the steps added and over all ranks; starts anew."""
+        """Means over the steps added and over all ranks; resets them."""
         if not self.sums:
             return {}
         names = sorted(self.sums)
@@ -63,7 +63,7 @@ class Clock:
         self.num_samples += num_samples
 
     def read(self) -> dict[str, float]:
-        """`samples_per_s` and `data_wait_share` (0 to 1); starts anew."""
+        """`samples_per_s` and `data_wait_share` (0 to 1); resets both."""
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         values = {"samples_per_s": self.num_samples / elapsed, "data_wait_share": min(1.0, self.waited_s / elapsed)}
         self.started, self.waited_s, self.num_samples = time.perf_counter(), 0.0, 0
@@ -73,7 +73,7 @@ class Clock:
 class RunLog:
     """Progress line, log.txt and TensorBoard of one run.
 
-    Where a file cannot be written (the disk is full), a warning says so once, and the training goes on.
+    Where a file cannot be written (the disk is full), one warning says so, and the training continues.
 
     Args:
         output_dir: log.txt and the TensorBoard files go here.

@@ -23,7 +23,7 @@ def profiled(
     Args:
         num_parts: batches that make one step.
         output: file ending in .json.gz, written once; opens in chrome://tracing and ui.perfetto.dev.
-        say: shows the table of the costliest operators and where the trace lies.
+        say: prints the table of the costliest operators and the path of the trace.
     """
     has_cuda = ProfilerActivity.CUDA in supported_activities()
 

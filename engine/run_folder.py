@@ -1,7 +1,6 @@
 """One run, one folder: a second process that would write to the same --output_dir is refused.
 
-Two runs of the same command overwrite each other's checkpoints and interleave their logs, and either one alone looks
-well.
+Two runs of the same command overwrite each other's checkpoints and mix their logs, and neither of them notices.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ class FolderInUseError(ValueError):
 
 @contextlib.contextmanager
 def claimed(output_dir: str | Path, world: World) -> Iterator[None]:
-    """Hold the folder (made if missing) on rank 0; the system lets go of it however the process ends.
+    """Lock the folder (made if missing) on rank 0; the system unlocks it when the process ends, also after a crash.
 
     Where the platform or the file system has no advisory locks, this does nothing.
 

@@ -1,8 +1,8 @@
 """Asked to stop: SIGTERM and SIGUSR1 (Slurm's warning before the time limit) end a run at the next step's end.
 
-The loop then writes a checkpoint and the program exits with `EXIT_INTERRUPTED`, so that a job script can tell "start me
-again" from success (0) and failure (anything else). Before the first step there is nothing to save, and the program
-exits with the same code at once.
+The loop then writes a checkpoint and the program exits with `EXIT_INTERRUPTED`: a job script sees "start me again"
+beside success (0) and failure (anything else). Before the first step there is nothing to save, and the program exits
+with the same code at once.
 """
 
 import signal

@@ -58,16 +58,9 @@ class SegmenterKind:
 
 # The convolutions on SwinUNETR's skip connections lie as deep as the map that they read.
 SWIN_UNETR_DEPTHS = {
-    "swinViT.patch_embed.": 0,
-    "encoder1.": 0,
-    "swinViT.layers1.": 1,
-    "encoder2.": 1,
-    "swinViT.layers2.": 2,
-    "encoder3.": 2,
-    "swinViT.layers3.": 3,
-    "encoder4.": 3,
-    "swinViT.layers4.": 4,
-    "encoder10.": 5,
+    **{"swinViT.patch_embed.": 0, "encoder1.": 0, "encoder10.": 5},
+    **{f"swinViT.layers{depth}.": depth for depth in range(1, 5)},
+    **{f"encoder{depth + 1}.": depth for depth in range(1, 4)},
 }
 STAGED_DEPTHS = {"embed.": 0, "encoder.2.": 1, "encoder.4.": 2, "encoder.8.": 3, "encoder.16.": 4}
 
@@ -90,7 +83,7 @@ def layer_groups(
 
     Args:
         network: parameters that need no gradient are left out.
-        layer_decay: a weight `n` depths below the output learns at `layer_decay ** n` of the rate; 1 = all alike.
+        layer_decay: a weight `n` depths below the output learns at `layer_decay ** n` of the rate; 1 = off.
         decays: (name, parameter) -> whether weight decay applies.
 
     Returns:

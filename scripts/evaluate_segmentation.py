@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.store.volumes import VolumeStore
 from engine import distributed
 from engine.flags import DeviceOptions, RunInfo, add_options, add_switch, make_parser, run_main
-from engine.segmentation.evaluation import evaluate_files, labelled_cases
+from engine.segmentation.evaluation import evaluate, file_cases, labelled_cases
 from engine.segmentation.flags import EvaluationOptions
 from engine.segmentation.report import TABLE, write_joined
 from engine.segmentation.segmenter import open_segmenter
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     if world.is_main:
         RunInfo.collect(flags).write(output_dir)
     predictions_dir = output_dir / "predictions" if flags.save_predictions else None
-    judged = evaluate_files(segmenter, cases, store, world, flags.nsd_mm, flags.pictures, predictions_dir)
+    load, names = file_cases(cases, segmenter, store, flags.pictures), [case.name for case in cases]
+    judged = evaluate(segmenter, load, names, world, flags.nsd_mm, predictions_dir, progress=len(names) > 1)
     if world.is_main:
         description = {"checkpoint": flags.checkpoint_file, "section": flags.section}
         judged.write(output_dir, segmenter.classes.names, description | {"NSD tolerance in mm": flags.nsd_mm})

@@ -8,9 +8,9 @@
         --json_list flare_labelled.json --store_dir store --output_dir results/scratch_1shot
 
 Voxel size, HU window, crop, backbone and feature size come from the weights' own description; flags that differ win
-with a warning. The same command again goes on where the run stopped (--resume auto); with other flags that decide the
-result it is refused. SIGTERM and SIGUSR1 write a checkpoint and end the run with exit code 75. best.pth serves
-scripts/predict.py and scripts/evaluate_segmentation.py.
+with a warning. The same command again resumes the run where it stopped (--resume auto); it is refused where flags
+that decide the result have changed. SIGTERM and SIGUSR1 write a checkpoint and end the run with exit code 75. best.pth
+is for scripts/predict.py and scripts/evaluate_segmentation.py.
 """
 
 import json
@@ -39,7 +39,7 @@ from engine.flags import RunInfo, options_of, run_main
 from engine.logging import make_log
 from engine.optim import decays
 from engine.run_folder import claimed
-from engine.segmentation.evaluation import EVALUATION, evaluate, evaluate_files, labelled_cases, stored_case
+from engine.segmentation.evaluation import EVALUATION, evaluate, file_cases, labelled_cases, stored_cases
 from engine.segmentation.flags import FinetuneOptions, check_continuation, make_finetune_flags
 from engine.segmentation.loop import BEST, KIND, FinetuneRun, finetune, holds_best
 from engine.segmentation.report import TABLE
@@ -170,7 +170,7 @@ def start_run(
         report = load_pretrained(network, plan.weights, options.min_share, options.weights_part)
         keys, started = report.loaded, f"started from {report.describe()}"
     elif options.freeze_encoder_steps:
-        started += "; the encoder stands still all the same: a control, what freezing alone does (no --weights)"
+        started += "; the encoder is frozen all the same: a control, what freezing alone does (no --weights)"
     encoder = [key for key in keys if key.startswith(kind.encoder_key_prefixes)]
     if options.freeze_encoder_steps == -1:
         freeze(network, encoder)
@@ -207,10 +207,8 @@ def describe_run(plan: Plan, info: RunInfo) -> dict:
         "backbone": {"name": plan.setup.backbone, "feature_size": plan.setup.feature_size, "in_channels": 1},
         "classes": plan.classes.as_dict(),
         "preprocessing": plan.setup.preprocessing.as_dict(),
-        "pretrained": {
-            "path": options.weights,
-            **{k: described[k] for k in ("method", "step", "commit") if k in described},
-        },
+        "pretrained": {"path": options.weights}
+        | {name: described[name] for name in ("method", "step", "commit") if name in described},
         "training_cases": [case.name for case in plan.training],
         "validation_cases": [case.name for case in plan.held_out],
         "contents": {
@@ -277,34 +275,22 @@ def start_and_train(plan: Plan, info: RunInfo, world: World) -> bool:
 def train(plan: Plan, store: VolumeStore, run: FinetuneRun, world: World, log) -> bool:
     """Compose data, loss and validation, and run the loop; True when it is complete."""
     options, known = plan.options, plan.setup.preprocessing
+    augment = SegmentationAugment() if options.augment else SegmentationAugment.off()
+    names, window = [case.name for case in plan.training], (known.roi, known.hu_min, known.hu_max)
     dataset = SegmentationCropDataset(
-        store,
-        [case.name for case in plan.training],
-        plan.classes,
-        known.roi,
-        known.hu_min,
-        known.hu_max,
-        options.foreground_share,
-        SegmentationAugment() if options.augment else SegmentationAugment.off(),
-        options.seed,
+        store, names, plan.classes, *window, options.foreground_share, augment, options.seed
     )
+    steps, is_cuda = {"start_step": run.step, "num_steps": options.steps}, world.device.type == "cuda"
     loader = make_pair_loader(
-        dataset,
-        options.batch_size,
-        world.rank,
-        world.size,
-        options.num_workers,
-        start_step=run.step,
-        num_steps=options.steps,
-        pin_memory=world.device.type == "cuda",
+        dataset, options.batch_size, world.rank, world.size, options.num_workers, **steps, pin_memory=is_cuda
     )
     precision = pick_precision(options.precision, world.device)
-    windows = WindowOptions(known.roi, known.hu_min, known.hu_max, options.val_overlap, options.window_batch, precision)
+    windows = WindowOptions(*window, options.val_overlap, options.window_batch, precision)
     segmenter = Segmenter(run.network, plan.classes, known.spacing_mm, windows, world.device)
-    names = [case.name for case in plan.held_out][: options.num_val_cases or None]
+    held_out = [case.name for case in plan.held_out][: options.num_val_cases or None]
 
     def validate() -> dict[str, float]:
-        return {"dice": evaluate(segmenter, lambda name: stored_case(name, store, plan.classes), names, world).dice}
+        return {"dice": evaluate(segmenter, stored_cases(store, plan.classes), held_out, world).dice}
 
     weights = rare_class_weights(dataset.count_voxels()).to(world.device) if options.class_weights == "rare" else None
     return finetune(run, make_dice_ce(weights), iter(loader), validate, options, world, log)
@@ -316,7 +302,8 @@ def evaluate_best(plan: Plan, store: VolumeStore, world: World) -> None:
     options = plan.options
     best, folder = Path(options.output_dir) / BEST, Path(options.output_dir) / EVALUATION
     segmenter = open_segmenter(best, world.device, options.overlap, options.window_batch, options.precision)
-    judged = evaluate_files(segmenter, plan.judged, store, world, options.nsd_mm)
+    load, names = file_cases(plan.judged, segmenter, store), [case.name for case in plan.judged]
+    judged = evaluate(segmenter, load, names, world, options.nsd_mm, progress=len(names) > 1)
     if world.is_main:
         trained = load_checkpoint(best, KIND)
         description = {

@@ -4,7 +4,7 @@
     python scripts/make_nnunet_plans.py --weights alice_student.safetensors \\
         --plans $nnUNet_preprocessed/Dataset001_Organs/nnUNetPlans.json
 
-Writes alicePlans.json there and prints the commands that go on: preprocess, train with `nnUNetTrainerAlice`, predict.
+Writes alicePlans.json there and prints the next commands: preprocess, train with `nnUNetTrainerAlice`, predict.
 What changes against nnU-Net's plans, all of it taken from the weights' own description: the reader (so that axes do not
 depend on the file), the axis order, spacing, patch, HU window, and the network. Needs nnU-Net 2.8 or newer, installed
 beside this project's requirements.
@@ -104,18 +104,14 @@ def make_plans(plans: dict, flags: jsonargparse.Namespace, description: dict) ->
     in_file_order = in_reader_order(plans, configuration["spacing"])
     spacing = in_file_order if wanted.spacing_mm is None else list(wanted.spacing_mm)
     shape = in_reader_order(plans, configuration["median_image_size_in_voxels"])
+    network = {"backbone": setup.backbone, "feature_size": setup.feature_size}
     configuration |= {
         "data_identifier": f"{flags.plans_name}_{flags.configuration}",
         "spacing": spacing,
         "patch_size": list(wanted.roi),
         "batch_size": flags.batch_size or configuration["batch_size"],
         "median_image_size_in_voxels": [n * old / new for n, old, new in zip(shape, in_file_order, spacing)],
-        "alice": {
-            "weights": str(Path(flags.weights).resolve()),
-            "part": flags.weights_part,
-            "backbone": setup.backbone,
-            "feature_size": setup.feature_size,
-        },
+        "alice": {"weights": str(Path(flags.weights).resolve()), "part": flags.weights_part} | network,
     }
     made |= {
         "plans_name": flags.plans_name,
@@ -127,10 +123,9 @@ def make_plans(plans: dict, flags: jsonargparse.Namespace, description: dict) ->
     for name in ("original_median_spacing_after_transp", "original_median_shape_after_transp"):
         made[name] = in_reader_order(plans, plans[name])
     # CTNormalization clips to the percentiles, subtracts the mean and divides by the deviation: this is [0, 1].
-    window = {"percentile_00_5": wanted.hu_min, "percentile_99_5": wanted.hu_max}
-    window |= {"mean": wanted.hu_min, "std": wanted.hu_max - wanted.hu_min}
-    properties = made["foreground_intensity_properties_per_channel"]
-    properties["0"] = properties["0"] | window
+    low, high = wanted.hu_min, wanted.hu_max
+    window = {"percentile_00_5": low, "percentile_99_5": high, "mean": low, "std": high - low}
+    made["foreground_intensity_properties_per_channel"]["0"] |= window
     return made
 
 
@@ -140,7 +135,7 @@ def in_reader_order(plans: dict, values: list[float]) -> list[float]:
 
 
 def describe(made: dict, plans: dict, flags: jsonargparse.Namespace, target: Path) -> str:
-    """What was written, and how to go on."""
+    """What was written, and the next commands."""
     now, before = (each["configurations"][flags.configuration] for each in (made, plans))
     spacing, patch = (in_reader_order(plans, before[name]) for name in ("spacing", "patch_size"))
     window = made["foreground_intensity_properties_per_channel"]["0"]

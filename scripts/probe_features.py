@@ -1,4 +1,4 @@
-"""Probe frozen features: can a k-NN and a linear probe tell organs apart, voxel by voxel, in patients they never saw?
+"""Probe frozen features: do a k-NN and a linear probe recognise organs, voxel by voxel, in unseen patients?
 
     python scripts/probe_features.py --weights alice_teacher.pth --data_dir phantom --json_list phantom.json \\
         --store_dir store --output probe.json

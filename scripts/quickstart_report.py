@@ -1,4 +1,4 @@
-"""Tell what the quickstart did: a table, results/quickstart/summary.json, and four pictures.
+"""The results of the quickstart: a table, results/quickstart/summary.json, and four pictures.
 
     python scripts/quickstart_report.py --quickstart_dir results/quickstart
 
@@ -49,20 +49,15 @@ def read_stages(folder: Path) -> dict[str, float]:
 
 
 def read_losses(log: Path) -> dict[str, dict[str, float]]:
-    """Loss terms of the first and the last training record of a log, and the last validation."""
+    """Loss terms of the first and the last training record of a log, and of the last validation."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    train = [record for record in records if record["kind"] == "train"]
-    validation = [record for record in records if record["kind"] == "validation"]
+    train, validation = ([one for one in records if one["kind"] == kind] for kind in ("train", "validation"))
     if not train:
         raise ValueError(f"{log}: no training record; did pretraining run?")
-
-    def losses(record: dict) -> dict[str, float]:
-        return {name: record[name] for name in ("step", *LOSSES) if name in record}
-
-    report = {"start": losses(train[0]), "end": losses(train[-1])}
-    if validation:
-        report["validation"] = losses(validation[-1])
-    return report
+    chosen = {"start": train[0], "end": train[-1]} | ({"validation": validation[-1]} if validation else {})
+    return {
+        when: {name: record[name] for name in ("step", *LOSSES) if name in record} for when, record in chosen.items()
+    }
 
 
 def open_pairs(folder: Path, run: dict) -> PairedCropDataset:
@@ -122,25 +117,19 @@ def describe(summary: dict) -> str:
         row = matching[key]
         figures = f"{row['median_mm']:>8.1f} {row['mean_mm']:>8.1f} {row['p90_mm']:>8.1f}"
         lines.append(f"{name:<12} {figures} {row['share_within_10mm']:>9.0%}")
-    lines += ["", "pretraining", f"{'':<12} " + " ".join(f"{name:>12}" for name in ("start", "end", "validation"))]
-    losses = summary["losses"]
+    moments = ("start", "end", "validation")
+    lines += ["", "pretraining", f"{'':<12} " + " ".join(f"{name:>12}" for name in moments)]
     for name in LOSSES:
-        cells = [
-            f"{losses[when][name]:.4f}" if name in losses.get(when, {}) else "-"
-            for when in ("start", "end", "validation")
-        ]
-        lines.append(f"{name:<12} " + " ".join(f"{cell:>12}" for cell in cells))
+        values = [summary["losses"].get(when, {}).get(name) for when in moments]
+        lines.append(f"{name:<12} " + " ".join(f"{'-' if value is None else f'{value:.4f}':>12}" for value in values))
     lines += ["", *describe_finetuning(summary["finetuning"])]
-    lines += ["", "pairs"]
-    lines += [
-        f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}"
-        for name, value in summary["pairs"].items()
-    ]
+    shown = {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in summary["pairs"].items()}
+    lines += ["", "pairs", *(f"{name}: {value}" for name, value in shown.items())]
     return "\n".join(lines) + "\n"
 
 
 def describe_finetuning(runs: dict[str, dict]) -> list[str]:
-    """Dice of pretrained beside scratch; one seed and a few patients: a taste, no proof."""
+    """Dice of pretrained beside scratch; one seed and a few patients prove nothing."""
     run = runs["alice"]
     lines = [
         f"{run['num_labelled']}-shot segmentation, {run['steps']} steps, {run['num_cases']} held-out patients, "

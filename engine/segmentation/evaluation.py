@@ -78,7 +78,7 @@ def evaluate(
     case_names: list[str],
     world: World,
     tolerance_mm: float = 0.0,
-    on_prediction: Callable[[str, np.ndarray], None] | None = None,
+    predictions_dir: Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Judge a network; every rank takes every W-th case, and every rank gets all scores.
@@ -87,74 +87,54 @@ def evaluate(
         segmenter: its network is in evaluation mode inside, and as before outside.
         load_case: name -> case.
         tolerance_mm: of NSD; 0 leaves it out.
-        on_prediction: called with (case, uint8 channels on the truth's grid), for example to write it.
+        predictions_dir: where to write label maps `<case>.nii.gz` on the label files' own grids; None = nowhere.
         progress: show a bar on rank 0.
     """
     scores: list[OrganScore] = []
     views: dict[str, CaseView] = {}
-    mine = case_names[world.rank :: world.size]
+    classes, mine = segmenter.classes, case_names[world.rank :: world.size]
     with evaluating(segmenter.network):
         for name in tqdm(mine, desc="evaluation", unit="case", disable=not (progress and world.is_main)):
             case = load_case(name)
             truth, spacing_mm = case.truth.array, case.truth.spacing_mm
             predicted = segmenter.segment(case.volume, case.truth)
-            scores += score_case(name, predicted, truth, spacing_mm, segmenter.classes.names, tolerance_mm)
+            scores += score_case(name, predicted, truth, spacing_mm, classes.names, tolerance_mm)
             if case.truth_hu is not None:
                 views[name] = case_view(name, case.truth_hu, truth, predicted, spacing_mm)
-            if on_prediction is not None:
-                on_prediction(name, predicted)
+            if predictions_dir is not None:
+                grid = read_file_grid(case.truth.path)
+                write_label_like(predictions_dir / f"{name}.nii.gz", classes.to_values(predicted), grid)
     gathered = gather_objects((scores, views))
     order = {name: number for number, name in enumerate(case_names)}
     joined = sorted((score for part, _ in gathered for score in part), key=lambda score: order[score.case])
     return Evaluation(joined, {name: view for _, part in gathered for name, view in part.items()})
 
 
-def evaluate_files(
-    segmenter: Segmenter,
-    cases: list[Case],
-    store: VolumeStore | None,
-    world: World,
-    nsd_mm: float,
-    with_pictures: bool = True,
-    predictions_dir: Path | None = None,
-) -> Evaluation:
-    """Evaluate on the voxels of the label files.
+def file_cases(
+    cases: list[Case], segmenter: Segmenter, store: VolumeStore | None, with_pictures: bool = True
+) -> Callable[[str], EvaluationCase]:
+    """`load_case` of `evaluate` on the voxels of the label files.
 
     Args:
         store: at the network's spacing: volumes come from it where it has them.
-        predictions_dir: where to write label maps `<case>.nii.gz` on the labels' own grids; None = nowhere.
     """
     by_name = {case.name: case for case in cases}
 
-    def write(name: str, predicted: np.ndarray) -> None:
-        values, grid = segmenter.classes.to_values(predicted), read_file_grid(by_name[name].label)
-        write_label_like(predictions_dir / f"{name}.nii.gz", values, grid)
+    def load(name: str) -> EvaluationCase:
+        case, in_store = by_name[name], store is not None and name in store
+        label = read_label(case.label)
+        image = read_ct(case.image) if with_pictures or not in_store else None
+        if case.image.exists():  # else the store stands alone
+            check_label_grid(label, case.image)
+        volume = store.read(name) if in_store else segmenter.on_own_grid(image)
+        return EvaluationCase(volume, as_channels(label, segmenter.classes), image.array if with_pictures else None)
 
-    return evaluate(
-        segmenter,
-        lambda name: read_case(by_name[name], segmenter, store, with_pictures),
-        list(by_name),
-        world,
-        nsd_mm,
-        write if predictions_dir else None,
-        progress=len(cases) > 1,
-    )
+    return load
 
 
-def read_case(case: Case, segmenter: Segmenter, store: VolumeStore | None, with_picture: bool) -> EvaluationCase:
-    """A case on the voxels of its label file; the image file is read where the store lacks it or for a picture."""
-    label = read_label(case.label)
-    in_store = store is not None and case.name in store
-    image = read_ct(case.image) if with_picture or not in_store else None
-    if case.image.exists():  # else the store stands alone
-        check_label_grid(label, case.image)
-    volume = store.read(case.name) if in_store else segmenter.on_own_grid(image)
-    return EvaluationCase(volume, as_channels(label, segmenter.classes), image.array if with_picture else None)
-
-
-def stored_case(name: str, store: VolumeStore, classes: LabelClasses) -> EvaluationCase:
-    """A case on the volume store's own grid: quick, for validation during training."""
-    return EvaluationCase(store.read(name), as_channels(store.read_label(name), classes))
+def stored_cases(store: VolumeStore, classes: LabelClasses) -> Callable[[str], EvaluationCase]:
+    """`load_case` of `evaluate` on the volume store's own grid: quick, for validation during training."""
+    return lambda name: EvaluationCase(store.read(name), as_channels(store.read_label(name), classes))
 
 
 def as_channels(label: Volume, classes: LabelClasses) -> Volume:

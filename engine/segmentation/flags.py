@@ -192,34 +192,27 @@ class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptio
                 checks.problems.append(f"--{name} is not given")
         if self.data_dir and not Path(self.data_dir).is_dir():
             checks.problems.append(f"--data_dir {self.data_dir} is not a folder")
-        for name, words, hint in (
-            ("json_list", [""], ""),
-            ("weights", ["none"], " (none = from scratch)"),
-            ("resume", ["auto", "none"], " (expected auto, none or a checkpoint)"),
-        ):
+        for name, others in (("json_list", [""]), ("weights", ["none"]), ("resume", ["auto", "none"])):
             value = getattr(self, name)
-            if value not in words and not Path(value).is_file():
+            if value not in others and not Path(value).is_file():
+                hint = f" (expected a file, or {' or '.join(others)})" if any(others) else ""
                 checks.problems.append(f"--{name} {value}: no such file{hint}")
-        check_numbers(self, checks)
+        each, expect = checks.expect_each, checks.expect
+        each(lambda value: value >= 1, "steps batch_size save_freq log_freq window_batch feature_size", "1 or more")
+        each(lambda value: value >= 0, "fold num_workers min_lr seed", "0 or more")
+        each(lambda value: value >= 0, "num_labelled num_val_cases", "0 (all) or more")
+        switches = "warmup_steps weight_decay clip_grad val_freq patience nsd_mm"
+        each(lambda value: value >= 0, switches, "0 (off) or more")
+        each(lambda value: value > 0, "lr dist_timeout_min", "more than 0")
+        each(lambda value: 0 <= value < 1, "val_overlap overlap", "0 to below 1")
+        each(lambda value: 0 <= value <= 1, "min_share foreground_share", "a share between 0 and 1")
+        each(lambda value: 0 < value <= 1, "layer_decay", "above 0 and up to 1 (1 = off)")
+        each(lambda value: value >= -1, "freeze_encoder_steps", "-1 (always), 0 (off) or more")
+        expect(self.min_lr <= self.lr, "min_lr lr", "an end not above the peak")
+        expect(self.warmup_steps <= self.steps, "warmup_steps steps", "a warm-up no longer than the run")
+        is_judged = self.val_freq > 0 or not self.patience
+        expect(is_judged, "patience val_freq", "validations, without which nothing can stop")
         checks.finish()
-
-
-def check_numbers(options: FinetuneOptions, checks: FlagChecks) -> None:
-    """Numbers out of range, alone or against each other."""
-    each, expect = checks.expect_each, checks.expect
-    each(lambda value: value >= 1, "steps batch_size save_freq log_freq window_batch feature_size", "1 or more")
-    each(lambda value: value >= 0, "fold num_workers min_lr seed", "0 or more")
-    each(lambda value: value >= 0, "num_labelled num_val_cases", "0 (all) or more")
-    each(lambda value: value >= 0, "warmup_steps weight_decay clip_grad val_freq patience nsd_mm", "0 (off) or more")
-    each(lambda value: value > 0, "lr dist_timeout_min", "more than 0")
-    each(lambda value: 0 <= value < 1, "val_overlap overlap", "0 to below 1")
-    each(lambda value: 0 <= value <= 1, "min_share foreground_share", "a share between 0 and 1")
-    each(lambda value: 0 < value <= 1, "layer_decay", "above 0 and up to 1 (1 = off)")
-    each(lambda value: value >= -1, "freeze_encoder_steps", "-1 (always), 0 (off) or more")
-    expect(options.min_lr <= options.lr, "min_lr lr", "an end not above the peak")
-    expect(options.warmup_steps <= options.steps, "warmup_steps steps", "a warm-up no longer than the run")
-    is_judged = options.val_freq > 0 or not options.patience
-    expect(is_judged, "patience val_freq", "validations, without which nothing can stop")
 
 
 def make_finetune_flags(description: str):

@@ -47,16 +47,12 @@ def score_case(
     if predicted.shape != truth.shape:
         raise ValueError(f"{case}: prediction has shape {predicted.shape}, truth {truth.shape}")
     boxes = [ndimage.find_objects(array, max_label=len(names) - 1) for array in (predicted, truth)]
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
-    scores = []
-    for channel, name in enumerate(names[1:], start=1):
-        box = joined_box(boxes[0][channel - 1], boxes[1][channel - 1])
-        if box is None:
-            scores.append(OrganScore(case, name, float("nan"), float("nan"), 0.0, 0.0))
-            continue
-        masks = [array[box] == channel for array in (predicted, truth)]
-        dice, nsd = organ_scores(*masks, spacing_mm, tolerance_mm)
-        scores.append(OrganScore(case, name, dice, nsd, masks[1].sum() * voxel_ml, masks[0].sum() * voxel_ml))
+    voxel_ml, scores = float(np.prod(spacing_mm)) / 1000, []
+    for channel, (name, *both) in enumerate(zip(names[1:], *boxes), start=1):
+        box = joined_box(*both)
+        found, true = (array[box] == channel if box else np.zeros(0, bool) for array in (predicted, truth))
+        dice, nsd = organ_scores(found, true, spacing_mm, tolerance_mm) if box else (float("nan"), float("nan"))
+        scores.append(OrganScore(case, name, dice, nsd, true.sum() * voxel_ml, found.sum() * voxel_ml))
     return scores
 
 

@@ -1,4 +1,4 @@
-"""Frozen probes: how well organs can be distinguished, voxel by voxel, by a network's features as they are.
+"""Frozen probes: how well a network's unchanged features separate organs, voxel by voxel.
 
 Two readers of the same features. The k-NN probe asks the most similar voxels of other patients, each with the weight
 exp(cosine / temperature) (Caron et al., DINO, 2021; Wu et al., 2018). The linear probe is multinomial logistic
@@ -145,7 +145,7 @@ def collect(
 
 def standardise(taught: dict[int, Tensor], judged: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
     """Join the strides: every channel with mean 0 and spread 1 over the teaching voxels, over the root of its stride's
-    number of channels, so that every stride weighs alike in a cosine, however wide it is."""
+    number of channels, so that every stride has the same weight in a cosine."""
     joined = ([], [])
     for stride, values in taught.items():
         mean, spread = values.mean(0), values.std(0, unbiased=False).clamp(min=1e-6)
@@ -172,7 +172,7 @@ def knn_predict(
 
 
 def linear_predict(taught: Tensor, classes: Tensor, judged: Tensor, num_classes: int, weight_decay: float) -> Tensor:
-    """The class that multinomial logistic regression finds most probable; every class weighs alike in its fit."""
+    """The most probable class of multinomial logistic regression; every class has the same weight in its fit."""
     weight, bias = fit_logistic(taught, classes, num_classes, weight_decay)
     return (judged @ weight.T + bias).argmax(1)
 

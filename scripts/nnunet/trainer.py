@@ -35,7 +35,7 @@ class nnUNetTrainerAlice(nnUNetTrainer):  # noqa: N801 (nnU-Net's own way of nam
         self.weight_decay = 0.01
 
     def initialize(self) -> None:
-        """Build as nnU-Net does, then load the weights; a run that goes on overwrites them with its checkpoint."""
+        """Build as nnU-Net does, then load the weights; a resumed run overwrites them with its checkpoint."""
         super().initialize()
         given = self.configuration_manager.configuration["alice"]
         report = load_pretrained(self.plain_network().segmenter, given["weights"], part=given["part"])
