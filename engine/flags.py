@@ -85,7 +85,7 @@ def add_options(group, Options: type, defaults: dict[str, typing.Any] | None = N
     - `int`, `float`, `str`, and these `| None`: one value, where YAML's `null` is None;
     - `bool`: a switch, see `add_switch`;
     - `Literal["a", "b"]`, or a field with `metadata={"choices": [...]}`: one of these;
-    - `tuple[float, float]`: two values; `tuple[float, ...]`: any number of values.
+    - `tuple[float, float]`: two values; `tuple[float, ...]`: any number of values, one or more where it is `| None`.
 
     A field without a default becomes a required flag. A field with `metadata={"flag": False}` becomes none.
 
@@ -155,7 +155,8 @@ def flag_type(annotation) -> dict:
     if origin is typing.Literal:
         return {"type": type(parts[0]), "choices": list(parts)}
     if origin is tuple:
-        return {"type": parts[0], "nargs": "*" if parts[-1] is Ellipsis else len(parts)}
+        any_number = "*" if plain is annotation else "+"  # where None means unset, an empty tuple means nothing
+        return {"type": parts[0], "nargs": any_number if parts[-1] is Ellipsis else len(parts)}
     return {"type": annotation}
 
 

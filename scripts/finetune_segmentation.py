@@ -84,7 +84,7 @@ class Plan:
     judged: list[Case]
     classes: LabelClasses
     setup: Setup
-    weights: WeightsFile | None
+    weights: WeightsFile  # without tensors: from scratch
 
 
 def make_plan(options: FinetuneOptions) -> Plan:
@@ -93,10 +93,10 @@ def make_plan(options: FinetuneOptions) -> Plan:
     judged = held_out
     if options.evaluate and options.section != "validation":
         judged = labelled_cases(options.json_list, options.data_dir, options.section)
-    weights = None if options.weights == "none" else read_weights_file(options.weights)
+    weights = WeightsFile("none", {}) if options.weights == "none" else read_weights_file(options.weights)
     classes = read_classes(options.json_list, options.classes)
     setup = resolve_setup(
-        {} if weights is None else weights.description,
+        weights.description,
         {
             "spacing_mm": None if options.spacing_mm is None else plain_spacing(parse_spacing(options.spacing_mm)),
             "hu_min": options.a_min,
@@ -166,7 +166,7 @@ def start_run(
     kind = SEGMENTERS[plan.setup.backbone]
     network = kind.build(1, len(plan.classes), plan.setup.feature_size, options.use_checkpoint)
     keys, started = list(network.state_dict()), "started from random weights"
-    if plan.weights is not None:
+    if plan.weights.tensors:
         report = load_pretrained(network, plan.weights, options.min_share, options.weights_part)
         keys, started = report.loaded, f"started from {report.describe()}"
     elif options.freeze_encoder_steps:
@@ -202,7 +202,7 @@ def make_optimizer(network: nn.Module, plan: Plan, world: World) -> torch.optim.
 
 def describe_run(plan: Plan, info: RunInfo) -> dict:
     """What a user of the finetuned network must know, and where it comes from, in plain values."""
-    options, described = plan.options, {} if plan.weights is None else plan.weights.description
+    options, described = plan.options, plan.weights.description
     return {
         "backbone": {"name": plan.setup.backbone, "feature_size": plan.setup.feature_size, "in_channels": 1},
         "classes": plan.classes.as_dict(),
@@ -212,7 +212,7 @@ def describe_run(plan: Plan, info: RunInfo) -> dict:
         "training_cases": [case.name for case in plan.training],
         "validation_cases": [case.name for case in plan.held_out],
         "contents": {
-            "weights": None if plan.weights is None else checksum_of(Path(options.weights).read_bytes()),
+            "weights": checksum_of(Path(options.weights).read_bytes()) if plan.weights.tensors else None,
             "json_list": list_digest(options.json_list),
         },
         "flags": info.flags,

@@ -6,7 +6,15 @@ from typing import Literal
 
 import pytest
 
-from engine.flags import add_options, flag_names, flags_as_dict, make_parser, options_of
+from engine.flags import (
+    DeviceOptions,
+    FlagChecks,
+    add_options,
+    flag_names,
+    flags_as_dict,
+    make_parser,
+    options_of,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ def test_every_type_is_read_from_the_command_line():
     options = parse(*words.split(), "--spacing_mm", "2", "1.5", "1.5")
     assert options == CropOptions(32, "random", "unet", (0.1, 0.2), (4, 8, 32), (2.0, 1.5, 1.5), -125.0, None, False)
     assert isinstance(options.hu_min, float) and isinstance(options.iou_range, tuple)
-    assert parse("--spacing_mm", "native").spacing_mm == ("native",)
+    assert parse("--spacing_mm", "native").spacing_mm == ("native",) and parse("--strides").strides == ()
 
 
 @pytest.mark.parametrize(
@@ -72,6 +80,7 @@ def test_every_type_is_read_from_the_command_line():
         ("--network vit", "network"),
         ("--iou_range 0.1", "iou_range"),
         ("--strides x", "strides"),
+        ("--spacing_mm", "spacing_mm"),
         ("--hu_max soft", "hu_max"),
         ("--side 32", "--side"),
         ("--num_cases 3", "--num_cases"),
@@ -193,3 +202,46 @@ def test_a_field_that_nobody_explains_is_an_error():
 
     with pytest.raises(ValueError, match="Unexplained.forgotten"):
         add_options(make_parser(""), Unexplained)
+
+
+# Ranges
+
+
+@dataclass(frozen=True)
+class RateOptions:
+    """Rates.
+
+    Attributes:
+        lr: peak
+        min_lr: end
+        steps: length; unset = for ever
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    steps: int | None = None
+
+    def __post_init__(self):
+        checks = FlagChecks(self)
+        checks.expect_each(lambda value: value > 0, "lr steps", "more than 0")
+        checks.expect(self.min_lr <= self.lr, "min_lr lr", "an end not above the peak")
+        checks.finish()
+
+
+def test_all_ranges_are_reported_together():
+    with pytest.raises(ValueError) as several:
+        RateOptions(lr=-1.0, steps=0)
+    lines = str(several.value).splitlines()
+    assert lines[0] == "3 flags need a change:" and lines[1:] == [
+        "  - --lr -1.0: expected more than 0",
+        "  - --steps 0: expected more than 0",
+        "  - --min_lr 0.0, --lr -1.0: expected an end not above the peak",
+    ]
+    with pytest.raises(ValueError, match="^--min_lr 1.0, --lr 0.001: expected an end not above the peak$"):
+        RateOptions(min_lr=1.0)
+
+
+def test_where_networks_run_is_one_group_for_every_command():
+    parser = make_parser("Computes.")
+    add_options(parser, DeviceOptions)
+    assert options_of(parser.parse_args(["--precision", "bf16"]), DeviceOptions) == DeviceOptions("auto", "bf16")

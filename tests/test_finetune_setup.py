@@ -3,8 +3,8 @@
 import pytest
 
 from datasets.store.format import create_settings
-from engine.flags import options_of
-from engine.segmentation.flags import FinetuneOptions
+from engine.flags import flag_names, options_of
+from engine.segmentation.flags import DECISIVE_FLAGS, FREE_FLAGS, GROUPS, RESOLVED_FLAGS, FinetuneOptions
 from engine.segmentation.setup import Preprocessing, Setup, resolve_setup
 from models.segmenters import SEGMENTERS
 from scripts.finetune_segmentation import make_flags
@@ -80,3 +80,10 @@ def test_all_mistakes_are_told_together(tmp_path):
         "--clip_grad -1.0: expected 0 (off) or more",
     ):
         assert part in str(told.value), part
+
+
+def test_every_flag_has_a_group_and_every_named_flag_exists():
+    grouped = {name for kind in GROUPS.values() for name in flag_names(kind)} | {"resume"}
+    assert grouped == set(flag_names(FinetuneOptions)) == set(vars(make_flags().parse_args([]))) - {"config"}
+    assert grouped > DECISIVE_FLAGS | FREE_FLAGS | RESOLVED_FLAGS
+    assert not DECISIVE_FLAGS & FREE_FLAGS and "steps" not in DECISIVE_FLAGS and "precision" not in FREE_FLAGS
