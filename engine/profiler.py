@@ -1,7 +1,5 @@
 """Where a step's time goes: a torch.profiler trace of a few steps, taken in the middle of a real run."""
 
-import gzip
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,25 +23,19 @@ def profiled(
         output: file ending in .json.gz, written once; opens in chrome://tracing and ui.perfetto.dev.
         say: prints the table of the costliest operators and the path of the trace.
     """
-    has_cuda = ProfilerActivity.CUDA in supported_activities()
+    has_cuda, output = ProfilerActivity.CUDA in supported_activities(), Path(output)
 
     def write(recorded: profile) -> None:
         order = "self_device_time_total" if has_cuda else "self_cpu_time_total"
         say(recorded.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=40))
         try:
-            save(recorded, Path(output))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+                recorded.export_chrome_trace(str(Path(folder) / output.name))
+                (Path(folder) / output.name).replace(output)
             say(f"trace of {num_steps} steps: {output} (ui.perfetto.dev or chrome://tracing)")
         except OSError as error:  # a full disk does not end the training
             say(f"warning: no trace, {output} cannot be written: {error}")
-
-    def save(recorded: profile, output_file: Path) -> None:
-        output_file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output_file.parent) as folder:
-            plain, packed = Path(folder) / "trace.json", Path(folder) / "trace.json.gz"
-            recorded.export_chrome_trace(str(plain))
-            with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=5) as target:
-                shutil.copyfileobj(source, target)
-            packed.replace(output_file)
 
     plan = schedule(wait=FIRST_STEPS, warmup=WARM_UP_STEPS, active=num_steps, repeat=1)
     with profile(schedule=plan, on_trace_ready=write) as recorder:
