@@ -31,7 +31,7 @@ from engine import distributed
 from engine.checkpoint import BackgroundSaver, describe_resumed, find_wanted, set_aside
 from engine.device import compile_networks, make_scaler, pick_device, pick_precision, use_channels_last
 from engine.distributed import World
-from engine.flags import RunInfo, options_of, run_main
+from engine.flags import RunInfo, check_all, options_of, run_main
 from engine.logging import RunLog, SilentLog, make_log
 from engine.loop import Hooks, LoopOptions, Schedules, pretrain, validate, values_at
 from engine.optim import make_optimizer
@@ -40,7 +40,6 @@ from engine.pretrain_flags import (
     DEFAULT_METHOD,
     GROUPS,
     OptimiserOptions,
-    check_all,
     check_mask_block,
     check_paths,
     chosen_method,

@@ -20,7 +20,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -216,11 +216,38 @@ class FlagChecks:
             self.expect(value is None or is_right(value), name, expected)
 
     def finish(self) -> None:
-        """Raise ValueError with all mistakes, if there are any."""
-        if len(self.problems) == 1:
-            raise ValueError(self.problems[0])
+        """Raise FlagError with all mistakes, if there are any."""
         if self.problems:
-            raise ValueError(f"{len(self.problems)} flags need a change:\n  - " + "\n  - ".join(self.problems))
+            raise FlagError(self.problems)
+
+
+class FlagError(ValueError):
+    """Mistakes in flags, all of them in one message; `problems` holds a line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(dict.fromkeys(problems))
+        num = len(self.problems)
+        lines = "\n  - ".join([f"{num} flags need a change:", *self.problems])
+        super().__init__(self.problems[0] if num == 1 else lines)
+
+
+def check_all(checks: Iterable[Callable[[], object]]) -> None:
+    """Run every check, and report the mistakes of all of them in one error.
+
+    Args:
+        checks: functions that raise ValueError.
+
+    Raises:
+        FlagError: lists all of them.
+    """
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems += getattr(error, "problems", [str(error)])
+    if problems:
+        raise FlagError(problems)
 
 
 def available_cpus() -> int:

@@ -5,7 +5,6 @@ flags are its `Options`. Names follow the published project where it has one.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,34 +13,13 @@ import yaml
 
 from datasets.samples.crops import CropOptions
 from datasets.samples.pairings import PAIRINGS, PairingOptions
-from engine.flags import add_options, flag_names, make_parser
+from engine.flags import DeviceOptions, FlagChecks, FlagError, add_options, add_resume, flag_names, make_parser
 from engine.schedules import peak_lr
 from models.backbones import BACKBONES
 from models.methods import METHODS, Method
 
 WEIGHT_DECAY_END = 0.4
 DEFAULT_METHOD = next(iter(METHODS))
-
-
-def expect(options, rules: dict[str, tuple[bool, str]]) -> None:
-    """Raise one ValueError, a line each, for the rules that do not hold.
-
-    Args:
-        options: a dataclass of flags.
-        rules: names of flags, separated by spaces -> (whether they are right, what was expected).
-    """
-    problems = []
-    for names, (is_right, expected) in rules.items():
-        if not is_right:
-            received = ", ".join(f"--{name} {getattr(options, name)}" for name in names.split())
-            problems.append(f"{received}: expected {expected}")
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def at_least(options, least: int, expected: str, names: str) -> dict[str, tuple[bool, str]]:
-    """Rules for `expect`: each of these flags is `least` or more."""
-    return {name: (getattr(options, name) >= least, expected) for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +46,9 @@ class DataOptions:
     num_workers: int = 4
 
     def __post_init__(self) -> None:
-        expect(self, at_least(self, 0, "0 (off) or more", "num_workers"))
+        checks = FlagChecks(self)
+        checks.expect(self.num_workers >= 0, "num_workers", "0 (off) or more")
+        checks.finish()
 
 
 @dataclass(frozen=True)
@@ -129,14 +109,13 @@ class OptimiserOptions:
         if self.weight_decay_end is None:  # by default off where it begins switched off
             object.__setattr__(self, "weight_decay_end", WEIGHT_DECAY_END if self.weight_decay else 0.0)
         zero_or_more = "steps_per_epoch lr_reference_batch min_lr warmup_epochs weight_decay weight_decay_end clip_grad"
-        rules = {
-            **at_least(self, 1, "1 or more", "epochs batch_size accumulate_steps"),
-            **at_least(self, 0, "0 (off) or more", zero_or_more + " seed"),
-            "lr": (self.lr > 0, "more than 0"),
-            "sgd_momentum": (0 <= self.sgd_momentum < 1, "a momentum from 0 to below 1"),
-            "warmup_epochs epochs": (self.warmup_epochs <= self.epochs, "a warm-up no longer than the run"),
-        }
-        expect(self, rules)
+        checks = FlagChecks(self)
+        checks.expect_each(lambda value: value >= 1, "epochs batch_size accumulate_steps", "1 or more")
+        checks.expect_each(lambda value: value >= 0, f"{zero_or_more} seed", "0 (off) or more")
+        checks.expect(self.lr > 0, "lr", "more than 0")
+        checks.expect(0 <= self.sgd_momentum < 1, "sgd_momentum", "a momentum from 0 to below 1")
+        checks.expect(self.warmup_epochs <= self.epochs, "warmup_epochs epochs", "a warm-up no longer than the run")
+        checks.finish()
 
     def effective_batch(self, world_size: int) -> int:
         """Samples per optimiser step over all ranks and forward passes."""
@@ -160,12 +139,10 @@ class OptimiserOptions:
 
 
 @dataclass(frozen=True)
-class RunningOptions:
+class RunningOptions(DeviceOptions):
     """Where and in which number format a run computes.
 
     Attributes:
-        device: auto = CUDA where there is one
-        precision: auto = bf16 on CUDA that has it, else fp32
         use_fp16: short for --precision fp16
         channels_last: 3-D convolutions in channels-last layout: same numbers, other speed
         cudnn_benchmark: cuDNN tries its algorithms at the first step, and keeps the fastest
@@ -176,8 +153,6 @@ class RunningOptions:
         dist_timeout_min: minutes that a rank waits for the others
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     use_fp16: bool = False
     channels_last: bool = False
     cudnn_benchmark: bool = False
@@ -187,15 +162,12 @@ class RunningOptions:
     dist_timeout_min: float = 30.0
 
     def __post_init__(self) -> None:
-        rules = {
-            **at_least(self, 0, "0 (off) or more", "profile_steps"),
-            "dist_timeout_min": (self.dist_timeout_min > 0, "more than 0"),
-            "use_fp16 precision": (
-                not self.use_fp16 or self.precision in ("auto", "fp16"),
-                "one number format only",
-            ),
-        }
-        expect(self, rules)
+        checks = FlagChecks(self)
+        checks.expect(self.profile_steps >= 0, "profile_steps", "0 (off) or more")
+        checks.expect(self.dist_timeout_min > 0, "dist_timeout_min", "more than 0")
+        is_one_format = not self.use_fp16 or self.precision in ("auto", "fp16")
+        checks.expect(is_one_format, "use_fp16 precision", "one number format only")
+        checks.finish()
 
 
 @dataclass(frozen=True)
@@ -204,8 +176,6 @@ class OutputOptions:
 
     Attributes:
         output_dir: checkpoints, log.txt, TensorBoard, pictures, run.json
-        resume: auto = go on if OUTPUT_DIR has a checkpoint; none = begin anew, until Slurm or torchrun restarts it; or
-            a file, until OUTPUT_DIR has a checkpoint that is further
         saveckp_freq: epochs between checkpoints
         keep_freq: epochs between numbered checkpoints that stay; 0 = none
         log_freq: steps between log lines
@@ -215,7 +185,6 @@ class OutputOptions:
     """
 
     output_dir: str = ""
-    resume: str = "auto"
     saveckp_freq: int = 1
     keep_freq: int = 0
     log_freq: int = 10
@@ -224,8 +193,10 @@ class OutputOptions:
     num_val_pairs: int = 32
 
     def __post_init__(self) -> None:
-        rules = at_least(self, 1, "1 or more", "saveckp_freq log_freq num_val_pairs")
-        expect(self, rules | at_least(self, 0, "0 (off) or more", "keep_freq picture_freq val_freq"))
+        checks = FlagChecks(self)
+        checks.expect_each(lambda value: value >= 1, "saveckp_freq log_freq num_val_pairs", "1 or more")
+        checks.expect_each(lambda value: value >= 0, "keep_freq picture_freq val_freq", "0 (off) or more")
+        checks.finish()
 
 
 @dataclass(frozen=True)
@@ -245,8 +216,10 @@ class ProbingOptions:
     probe_cases: int = 10
 
     def __post_init__(self) -> None:
-        rules = at_least(self, 1, "1 or more", "probe_voxels")
-        expect(self, rules | at_least(self, 0, "0 (off) or more", "probe_freq probe_cases"))
+        checks = FlagChecks(self)
+        checks.expect(self.probe_voxels >= 1, "probe_voxels", "1 or more")
+        checks.expect_each(lambda value: value >= 0, "probe_freq probe_cases", "0 (off) or more")
+        checks.finish()
 
 
 GROUPS = {
@@ -285,7 +258,10 @@ def make_pretrain_flags(description: str, method_name: str = DEFAULT_METHOD):
     add_options(parser.add_argument_group("Pairing"), PairingOptions)
     add_options(parser.add_argument_group(f"Method {method_name}"), method.Options)
     for title, Options in GROUPS.items():
-        add_options(parser.add_argument_group(title), Options)
+        group = parser.add_argument_group(title)
+        add_options(group, Options)
+        if Options is OutputOptions:
+            add_resume(group)
     return parser
 
 
@@ -321,30 +297,8 @@ def refuse_flags_of_others(chosen: str, names: set[str]) -> None:
             raise ValueError(f"--{name} is a flag of --method {' or '.join(owners)}; this run has --method {chosen}")
 
 
-def check_all(checks: list[Callable[[], object]]) -> None:
-    """Run every check, and report the mistakes of all of them in one error.
-
-    Args:
-        checks: functions that raise ValueError, one line for each mistake.
-
-    Raises:
-        ValueError: lists all of them.
-    """
-    problems: list[str] = []
-    for check in checks:
-        try:
-            check()
-        except ValueError as error:
-            problems += str(error).splitlines()
-    problems = list(dict.fromkeys(problems))
-    if len(problems) == 1:
-        raise ValueError(problems[0])
-    if problems:
-        raise ValueError(f"{len(problems)} flags need a change:\n  - " + "\n  - ".join(problems))
-
-
 def check_paths(flags) -> None:
-    """Raise ValueError, a line each, for missing or unsuitable files and folders."""
+    """Raise FlagError for missing or unsuitable files and folders."""
     problems = [
         f"--{name} is not given" for name in ("data_dir", "json_list", "output_dir") if not getattr(flags, name)
     ]
@@ -358,7 +312,7 @@ def check_paths(flags) -> None:
     if PAIRINGS[flags.pairing].needs_table and not flags.table_file:
         problems += table_problems(flags)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise FlagError(problems)
 
 
 def table_problems(flags) -> list[str]:
