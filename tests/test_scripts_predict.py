@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.checkpoint import CheckpointError
+from engine.segmentation import segmenter
 from scripts import predict
 from tests.labelled_corpus import HU, SHAPE, SPACING_MM, labelled_volume
 
@@ -28,7 +29,7 @@ class FakeKind:
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setitem(predict.SEGMENTERS, "by_intensity", FakeKind())
+    monkeypatch.setitem(segmenter.SEGMENTERS, "by_intensity", FakeKind())
     state = {
         "kind": "segmentation",
         "model": ByIntensity().state_dict(),
