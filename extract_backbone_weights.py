@@ -4,9 +4,9 @@
     python extract_backbone_weights.py results/run/checkpoint.pth alice.safetensors --checkpoint_key student --with_head
     python extract_backbone_weights.py results/run/checkpoint.pth alice --format safetensors
 
-The teacher holds the encoder, the student the encoder and the decoder that learnt to reconstruct. Both come in one
-layout, with the network's own names (of other backbones: those of `models.backbones.segmentation_network`). They
-load like this:
+The teacher holds the encoder, the student the encoder and, where the method trained one, the decoder. Without
+--checkpoint_key the teacher is taken, or the student of a method that has no teacher. Both come in one layout, with the
+network's own names (of other backbones: those of `models.backbones.segmentation_network`). They load like this:
 
     import torch
     from monai.networks.nets import SwinUNETR
@@ -23,7 +23,7 @@ import torch
 from engine.checkpoint import CheckpointError
 from engine.flags import add_switch, make_parser, run_main
 from engine.run import load_pretraining
-from engine.weights import FORMATS, HEAD_PREFIX, extract, save_weights, weights_file_name
+from engine.weights import FORMATS, HEAD_PREFIX, chosen_part, extract, save_weights, weights_file_name
 from models.backbones import BACKBONES, segmentation_network
 from models.pretrained import load_pretrained
 from models.weights_file import WeightsError, WeightsFile
@@ -43,9 +43,10 @@ def make_flags():
     parser.add_argument(
         "--checkpoint_key",
         type=str,
-        choices=["student", "teacher"],
-        default="teacher",
-        help="student: encoder and decoder; teacher: its moving average, encoder only",
+        choices=["auto", "student", "teacher"],
+        default="auto",
+        help="student: encoder and decoder; teacher: its moving average, encoder only; auto: the teacher where the run "
+        "has one, else the student",
     )
     parser.add_argument(
         "--format",
@@ -108,10 +109,11 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     output = weights_file_name(flags.output, flags.format)
     state = load_pretraining(flags.checkpoint)
-    weights = extract(state, flags.checkpoint_key, flags.with_head, flags.checkpoint)
+    key = chosen_part(state, flags.checkpoint_key)
+    weights = extract(state, key, flags.with_head, flags.checkpoint)
     print(check_match(weights, state["backbone"], flags.checkpoint))
-    save_weights(weights, describe(state, flags.checkpoint_key), output)
-    print(f"wrote {len(weights)} tensors of the {flags.checkpoint_key} (step {state['step']}) to {output}")
+    save_weights(weights, describe(state, key), output)
+    print(f"wrote {len(weights)} tensors of the {key} (step {state['step']}) to {output}")
 
 
 if __name__ == "__main__":

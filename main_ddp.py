@@ -55,6 +55,7 @@ from engine.watch.probe import ProbeOptions, watch_probe
 from engine.weights import start_from
 from losses.collapse import CollapseWatch
 from models.backbones import BACKBONES
+from models.layers.batch_norm import synchronise_batch_norms
 from models.methods import METHODS, Method
 
 
@@ -146,6 +147,8 @@ def build_method(flags) -> Method:
 def make_run(flags, method: Method, data: Data, options: LoopOptions, world: World, info: RunInfo) -> RunState:
     """Everything that changes while training, on this rank's device."""
     method = method.to(world.device)
+    if world.size > 1 and flags.sync_batchnorm:
+        synchronise_batch_norms(method)
     if flags.channels_last:
         use_channels_last(method)
     torch.backends.cudnn.benchmark = flags.cudnn_benchmark

@@ -146,6 +146,7 @@ class RunningOptions(DeviceOptions):
         use_fp16: short for --precision fp16
         channels_last: 3-D convolutions in channels-last layout: same numbers, other speed
         cudnn_benchmark: cuDNN tries its algorithms at the first step, and keeps the fastest
+        sync_batchnorm: batch norms see the samples of all ranks
         compile: torch.compile: a slow first step, then faster ones; needs a C++ compiler
         nan_policy: on a non-finite loss: stop all ranks, or skip the step
         profile_steps: record so many steps after the first: OUTPUT_DIR/trace.json.gz for ui.perfetto.dev, a table; 0 =
@@ -156,6 +157,7 @@ class RunningOptions(DeviceOptions):
     use_fp16: bool = False
     channels_last: bool = False
     cudnn_benchmark: bool = False
+    sync_batchnorm: bool = True
     compile: bool = False
     nan_policy: Literal["stop", "skip"] = "stop"
     profile_steps: int = 0

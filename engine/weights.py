@@ -25,6 +25,19 @@ TASK_LAYER_PREFIX = "out."
 FORMATS = {"monai": ".pth", "safetensors": ".safetensors"}  # containers of the same names
 
 
+def chosen_part(state: dict, wanted: str = "auto") -> str:
+    """The part of a checkpoint to extract; "auto" takes the teacher where it has a backbone, else the student.
+
+    Args:
+        state: a loaded checkpoint of pretraining.
+        wanted: auto, student or teacher.
+    """
+    if wanted != "auto":
+        return wanted
+    has_teacher = any(name.startswith(BACKBONE_PREFIX) for name in state.get("teacher", {}))
+    return "teacher" if has_teacher else "student"
+
+
 def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[str, torch.Tensor]:
     """The backbone's weights (and the head's under `head.`) of a checkpoint, under the network's own names.
 

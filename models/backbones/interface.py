@@ -90,6 +90,11 @@ def flatten_tokens(feature_map: Tensor) -> Tensor:
     return feature_map.flatten(2).transpose(1, 2)
 
 
+def pool_tokens(features: dict[int, Tensor], strides: tuple[int, ...]) -> Tensor:
+    """Means over the tokens of the maps at `strides`, joined: {stride: map} -> [R, sum of C] in float32."""
+    return torch.cat([features[stride].float().mean(dim=(2, 3, 4)) for stride in strides], dim=1)
+
+
 def drop_mask_tokens(backbone: nn.Module) -> None:
     """Delete what only masks need."""
     for name in ("mask_token", "mask_voxel"):

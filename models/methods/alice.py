@@ -33,11 +33,11 @@ from datasets.samples.masks import MaskOptions
 from losses.collapse import distribution_monitors, feature_spread, mean_cosine
 from losses.distillation import Distillation, DistillationOptions, swap_views
 from losses.reconstruction import reconstruction_error
-from models.backbones.interface import Backbone, MakeBackbone, flatten_tokens
+from models.backbones.interface import Backbone, MakeBackbone, flatten_tokens, pool_tokens
 from models.heads import HeadOptions, ProjectionHead
 from models.methods.casa import CASA_VARIANTS, FigureCASA, PublishedCASA, relative_entropy
 from models.methods.method import Batch, Method, Now, average_towards, rows_of
-from models.methods.schedules import CosineSchedule, LinearSchedule
+from models.methods.schedules import CosineSchedule, distillation_schedules
 
 
 @dataclass(frozen=True)
@@ -300,23 +300,6 @@ class CasaAttention:
     def found(self, name: str) -> dict[str, Tensor]:
         """{"attention_NAME": [R, N, M], mean over heads}, or nothing without CASA."""
         return {f"attention_{name}": self.kept[0].mean(1)} if self.kept else {}
-
-
-def distillation_schedules(
-    options: DistillationOptions, freeze_epochs: float, steps_per_epoch: int
-) -> dict[str, Callable[[int], float]]:
-    """The teacher's temperature, and whether the head's last layers stand still (1 or 0), per step."""
-    num_freeze_steps = round(freeze_epochs * steps_per_epoch)
-    warmup = options.warmup_teacher_temp_epochs * steps_per_epoch
-    return {
-        "teacher_temp": LinearSchedule(options.warmup_teacher_temp, options.teacher_temp, warmup),
-        "last_layer_frozen": lambda step: float(step < num_freeze_steps),
-    }
-
-
-def pool_tokens(features: dict[int, Tensor], strides: tuple[int, ...]) -> Tensor:
-    """Means over the tokens of the maps at `strides`, joined: {stride: map} -> [R, sum of C] in float32."""
-    return torch.cat([features[stride].float().mean(dim=(2, 3, 4)) for stride in strides], dim=1)
 
 
 def make_student(options: AliceOptions, make_backbone: MakeBackbone) -> AliceStudent:

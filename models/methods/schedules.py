@@ -5,7 +5,10 @@ schedule is a function of the step alone, so that a resumed run needs nothing bu
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from losses.distillation import DistillationOptions
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,15 @@ class LinearSchedule:
         if step >= self.num_steps:
             return self.end
         return self.start + (self.end - self.start) * step / self.num_steps
+
+
+def distillation_schedules(
+    options: DistillationOptions, freeze_epochs: float, steps_per_epoch: int
+) -> dict[str, Callable[[int], float]]:
+    """The teacher's temperature, and whether the head's last layers stand still (1 or 0), per step."""
+    num_freeze_steps = round(freeze_epochs * steps_per_epoch)
+    warmup = options.warmup_teacher_temp_epochs * steps_per_epoch
+    return {
+        "teacher_temp": LinearSchedule(options.warmup_teacher_temp, options.teacher_temp, warmup),
+        "last_layer_frozen": lambda step: float(step < num_freeze_steps),
+    }
