@@ -1,6 +1,6 @@
 """The data of a pretraining run: the volume store, the samples to train and to validate with, the voxels to probe."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +48,12 @@ def open_data(flags, method: Method, world: World) -> Data:
     spacing = None if flags.spacing_mm is None else parse_spacing(flags.spacing_mm) or "native"
     store = VolumeStore(store_dir, expected_spacing_mm=spacing)
     names = {section: [case.name for case in listed if case.name in store] for section, listed in cases.items()}
-    table = None
-    if PAIRINGS[flags.pairing].needs_table:
-        table = CorrespondenceTable.load(flags.table_file or flags.embed_dir)
-    training = make_dataset(flags, method, store, table, names["training"], flags.seed)
+    table = load_table(flags)
+    training = make_dataset(flags, method.views, store, table, names["training"], flags.seed)
     validation = None
     if names["validation"] and flags.val_freq:
         seed = flags.seed + VALIDATION_SEED
-        validation = make_dataset(flags, method, store, table, names["validation"], seed)
+        validation = make_dataset(flags, method.views, store, table, names["validation"], seed)
     probe = None
     if flags.probe_freq and world.is_main:
         classes = read_classes(flags.probe_json_list or flags.json_list)
@@ -70,14 +68,36 @@ def probe_cases(flags) -> tuple[list[Case], list[Case]]:
     return split_probe_cases(flags.probe_json_list or flags.json_list, flags.data_dir, max_cases=flags.probe_cases)
 
 
+def load_table(flags) -> CorrespondenceTable | None:
+    """The correspondence table, where --pairing needs one.
+
+    Raises:
+        ValueError: no flag says where it is.
+    """
+    if not PAIRINGS[flags.pairing].needs_table:
+        return None
+    if not (flags.table_file or flags.embed_dir):
+        raise ValueError(f"--pairing {flags.pairing} needs --embed_dir or --table_file (see scripts/mine_pairs.py)")
+    return CorrespondenceTable.load(flags.table_file or flags.embed_dir)
+
+
 def make_dataset(
-    flags, method: Method, store: VolumeStore, table: CorrespondenceTable | None, names: list[str], seed: int
+    flags,
+    views: Mapping[str, str],
+    store: VolumeStore,
+    table: CorrespondenceTable | None,
+    names: Sequence[str],
+    seed: int,
 ) -> CropDataset:
-    """Samples of the cases `names`, with the views that the method asks for."""
+    """Samples of the cases `names`, with a method's views.
+
+    Args:
+        flags: has --pairing and the flags of `PairingOptions` and `CropOptions`; of `MaskOptions` for views of blocks.
+    """
     crops = options_of(flags, CropOptions)
     pairing = PAIRINGS[flags.pairing](store, names, crops.roi, options_of(flags, PairingOptions), table)
-    masks = method.options if isinstance(method.options, MaskOptions) else None
-    return CropDataset(store, pairing, method.views, crops, masks, seed=seed)
+    masks = options_of(flags, MaskOptions) if "blocks" in views.values() else None
+    return CropDataset(store, pairing, views, crops, masks, seed=seed)
 
 
 def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:

@@ -23,15 +23,15 @@ from datasets.lists.label_classes import BUILT_IN, read_classes
 from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
 from datasets.store.files import write_text
 from datasets.store.volumes import VolumeStore, build_store
-from engine.checkpoint import load_checkpoint
 from engine.device import pick_device, pick_precision
 from engine.flags import DeviceOptions, RunInfo, add_options, make_parser, options_of, run_main
-from engine.run import KIND
+from engine.run import load_pretraining
 from engine.segmentation.setup import Setup, resolve_setup
 from engine.watch.probe import ProbeOptions, probe_encoder
 from engine.watch.probe_report import RANDOM_PREFIX, probe_table, with_random_mean
 from engine.weights import extract
 from models.backbones import BACKBONES
+from models.methods import METHODS
 from models.pretrained import load_pretrained
 from models.weights_file import WeightsFile, read_weights_file
 
@@ -122,9 +122,9 @@ def check_flags(flags) -> None:
 def read_encoder(path: str, key: str) -> WeightsFile:
     """Weights from a file of any kind that we know; of a pretraining checkpoint those of the student or teacher."""
     file = read_weights_file(path)
-    if file.description.get("kind") != KIND:
+    if file.description.get("kind") not in METHODS:
         return file
-    return WeightsFile(path, extract(load_checkpoint(path, KIND), key, False, path), file.description)
+    return WeightsFile(path, extract(load_pretraining(path), key, False, path), file.description)
 
 
 def common_setup(flags, files: dict[str, WeightsFile]) -> Setup:

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -17,18 +18,20 @@ import jsonargparse
 
 from datasets.lists.data_list import load_data_list
 from datasets.samples.correspondences import CorrespondenceTable
-from datasets.samples.dataset import PairedCropDataset
+from datasets.samples.dataset import CropDataset
 from datasets.store.files import write_text
 from datasets.store.volumes import VolumeStore
 from engine.flags import RunInfo, git_commit, make_parser, run_main
+from engine.pretrain_data import make_dataset
 from engine.segmentation.evaluation import EVALUATION, OVERLAY
 from engine.segmentation.report import SUMMARY
-from engine.watch.sample_sheet import draw_pair_sheet
+from engine.watch.sample_sheet import draw_sample_sheet
+from models.methods import METHODS
 from sam_embed.embeddings.embedding_store import load_embedding
 from sam_embed.judging.evaluate import evaluate_pairs, load_landmarks
 from sam_embed.judging.match_figure import draw_landmark_matches
 
-METHODS = {"sam": "SAM", "body_box": "body box", "body_affine": "affine fit"}
+MATCHERS = {"sam": "SAM", "body_box": "body box", "body_affine": "affine fit"}
 LOSSES = ("loss", "loss_cls", "loss_tokens", "loss_recon")
 NUM_SHEET_PAIRS = 5
 FINETUNED = {"scratch": "from scratch", "alice": "pretrained"}
@@ -60,27 +63,15 @@ def read_losses(log: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def open_pairs(folder: Path, run: dict) -> PairedCropDataset:
-    """The pairs as the pretraining run `run` (its run.json) drew them."""
-    flags = run["flags"]
+def open_pairs(folder: Path, run: dict) -> CropDataset:
+    """The samples as the pretraining run `run` (its run.json) drew them."""
+    flags = SimpleNamespace(**run["flags"])
     names = [case.name for case in load_data_list(folder / "data.json", folder / "data", "training")]
-    return PairedCropDataset(
-        VolumeStore(folder / "store"),
-        CorrespondenceTable.load(folder / "embeddings"),
-        flags["pairing"],
-        roi=(flags["roi_z"], flags["roi_y"], flags["roi_x"]),
-        hu_min=flags["a_min"],
-        hu_max=flags["a_max"],
-        mask_ratio=flags["mask_ratio"],
-        mask_block=flags["mask_block"],
-        min_score=flags["min_score"],
-        max_cycle_mm=flags["max_cycle_mm"],
-        seed=flags["seed"],
-        case_names=names,
-    )
+    store, table = VolumeStore(folder / "store"), CorrespondenceTable.load(folder / "embeddings")
+    return make_dataset(flags, METHODS[flags.method].views, store, table, names, flags.seed)
 
 
-def summarise(folder: Path, pairs: PairedCropDataset) -> dict:
+def summarise(folder: Path, pairs: CropDataset) -> dict:
     """All figures of the report as plain values."""
     return {
         "commit": git_commit(),
@@ -113,7 +104,7 @@ def describe(summary: dict) -> str:
     matching = summary["matching"]
     lines += [f"landmark error on {matching['num_cases']} held-out patients, {matching['num_matches']} matches (mm)"]
     lines += [f"{'':<12} {'median':>8} {'mean':>8} {'90th':>8} {'<= 10 mm':>9}"]
-    for key, name in METHODS.items():
+    for key, name in MATCHERS.items():
         row = matching[key]
         figures = f"{row['median_mm']:>8.1f} {row['mean_mm']:>8.1f} {row['p90_mm']:>8.1f}"
         lines.append(f"{name:<12} {figures} {row['share_within_10mm']:>9.0%}")
@@ -161,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     summary = summarise(folder, pairs)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     draw_matches(folder, folder / "matched_landmarks.png")
-    draw_pair_sheet([pairs[index] for index in range(NUM_SHEET_PAIRS)], folder / "paired_crops.png", pairs.store)
+    draw_sample_sheet([pairs[index] for index in range(NUM_SHEET_PAIRS)], folder / "paired_crops.png", pairs.store)
     shutil.copyfile(folder / "alice" / "reconstruction.png", folder / "reconstruction.png")
     shutil.copyfile(folder / "finetune_alice" / EVALUATION / OVERLAY, folder / "segmentation.png")
     RunInfo.collect(flags).write(folder, "report_run.json")

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.samples.dataset import PairedCropDataset
+from datasets.samples.dataset import CropDataset
+from datasets.samples.masks import MaskOptions
+from datasets.samples.pairings import PAIRINGS, PairingOptions
 
 ROI = (16, 24, 32)
+VIEWS = {"student": "augmented", "teacher": "augmented", "mask": "blocks"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +96,23 @@ def make_table(store: FakeStore, num: int = 60, score: float = 0.9, seed: int = 
     return CorrespondenceTable.from_rows(store.names, rows)
 
 
-def make_dataset(pairing: str = "sam", store=None, table=None, **options) -> PairedCropDataset:
+def make_dataset(
+    pairing: str = "sam",
+    store=None,
+    table=None,
+    names=None,
+    views=VIEWS,
+    crops=None,
+    masks=None,
+    augment=None,
+    seed=0,
+    roi=ROI,
+    **options,
+) -> CropDataset:
+    """Samples of a fake or real store, by default with Alice's views; `options` are those of `PairingOptions`."""
     store = store or make_store()
-    table = table or (make_table(store) if pairing == "sam" else None)
-    return PairedCropDataset(store, table, pairing, **{"roi": ROI, "mask_block": 8} | options)
+    rule = PAIRINGS[pairing]
+    table = table or (make_table(store) if rule.needs_table else None)
+    names = store.names if names is None else names
+    drawn = rule(store, names, roi, PairingOptions(**options), table)
+    return CropDataset(store, drawn, views, crops, masks or MaskOptions(mask_block=8), augment, seed)

@@ -5,17 +5,25 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from datasets.ct.geometry import world_to_index
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.samples.crops import centre_mm, crop_iou, cut, start_at
-from datasets.samples.dataset import PairStatistics
-from datasets.samples.loader import make_pair_loader
-from datasets.samples.pairings import PAIR_KINDS, IouPairing, PairingOptions
+from datasets.samples.dataset import summarise_places
+from datasets.samples.pairings import PAIRINGS, IouPairing, PairingOptions, Places
 from tests.fakes import ROI, FakeStore, make_dataset, make_store, make_table
 
 EXACT = {"max_outside": 0.0, "jitter_mm": 0.0}
+
+
+def voxel_indices(store, places: Places) -> list[np.ndarray]:
+    """The fractional voxel index of every crop's centre in its own volume."""
+    return [world_to_index(store.record(name).affine, mm) for name, mm in zip(places.names, places.points_mm)]
+
+
+def starts_of(store, places: Places) -> np.ndarray:
+    """The first voxel of every crop [V, 3]."""
+    return np.array([start_at(store.record(name), mm, ROI) for name, mm in zip(places.names, places.points_mm)])
 
 
 def test_crop_is_centred_at_the_point_and_padded_with_air():
@@ -46,20 +54,17 @@ def test_sam_crops_show_the_same_place_of_two_cases():
         places[(int(row["query_case"]), int(row["key_case"]), *np.round(row["query_mm"]))] = row["key_mm"]
     num_inside = 0
     for index in range(40):
-        draw = dataset.draw_pair(index)
-        a = (dataset.store.names.index(draw.query_name), dataset.store.names.index(draw.key_name))
+        drawn = dataset.places(index)
+        a = tuple(dataset.store.names.index(name) for name in drawn.names)
         assert a[0] != a[1]
-        for query, key, query_mm, key_mm in ((*a, draw.query_mm, draw.key_mm), (*a[::-1], draw.key_mm, draw.query_mm)):
+        one_mm, other_mm = drawn.points_mm
+        for query, key, query_mm, key_mm in ((*a, one_mm, other_mm), (*a[::-1], other_mm, one_mm)):
             found = places.get((query, key, *np.round(query_mm)))
             num_inside += found is not None and np.allclose(found, key_mm, atol=0.01)
     assert num_inside > 0  # matched points well inside are not moved
     for index in range(40):  # and all others are moved by one vector: the voxel index stays the same in both cases
-        draw = dataset.draw_pair(index)
-        indices = [
-            world_to_index(dataset.store.record(name).affine, point)
-            for name, point in ((draw.query_name, draw.query_mm), (draw.key_name, draw.key_mm))
-        ]
-        assert np.abs(indices[0] - indices[1]).max() < 1.5  # 5 % other spacing along one axis
+        one, other = voxel_indices(dataset.store, dataset.places(index))
+        assert np.abs(one - other).max() < 1.5  # 5 % other spacing along one axis
 
 
 def one_row(store: FakeStore, start: tuple[int, int, int] = (12, 10, 8)) -> CorrespondenceTable:
@@ -78,13 +83,13 @@ def test_both_crops_lie_off_their_points_by_one_vector_that_jitter_mm_bounds():
     dataset = make_dataset("sam", store, table, jitter_mm=6.0)
     moved = []
     for index in range(60):
-        draw = dataset.draw_pair(index)
-        if draw.is_fallback:
+        places = dataset.places(index)
+        if places.is_fallback:
             continue
-        if draw.query_name == "case1":
-            draw = draw.swapped()
-        offset = draw.query_mm - table.rows["query_mm"][0]
-        assert np.allclose(offset, draw.key_mm - table.rows["key_mm"][0], atol=1e-4)
+        if places.names[0] == "case1":
+            places = places.reversed()
+        offset = places.points_mm[0] - table.rows["query_mm"][0]
+        assert np.allclose(offset, places.points_mm[1] - table.rows["key_mm"][0], atol=1e-4)
         moved.append(offset)
     assert 4.0 < np.abs(moved).max() <= 6.0 and np.ptp(moved, axis=0).min() > 6.0
 
@@ -93,28 +98,21 @@ def test_query_crops_lie_anywhere_in_the_body_as_random_ones_do():
     """The control: with matches everywhere, the rules differ in their second crop alone."""
     store = make_store(4)
     table = make_table(store, num=4000)
+    rules = {name: make_dataset(name, store, table).pairing for name in ("sam", "random")}
     draws = {
-        name: [
-            make_dataset(name, store, table).pairing.draw(np.random.default_rng(seed), seed % 4) for seed in range(200)
-        ]
-        for name in ("sam", "random")
+        name: [rule.draw_places(np.random.default_rng(seed), seed % 4) for seed in range(200)]
+        for name, rule in rules.items()
     }
     for sam, random in zip(draws["sam"], draws["random"]):
-        assert sam.query_name == random.query_name and not sam.is_fallback
-    starts = {
-        name: np.array([start_at(store.record(draw.query_name), draw.query_mm, ROI) for draw in of_rule])
-        for name, of_rule in draws.items()
-    }
+        assert sam.names[0] == random.names[0] and not sam.is_fallback
+    starts = {name: np.array([starts_of(store, places)[0] for places in drawn]) for name, drawn in draws.items()}
     for name in draws:
         assert (starts[name].min(0) >= 0).all() and (starts[name].max(0) <= np.array([40, 44, 48]) - ROI).all()
     for share in (0.1, 0.5, 0.9):
         assert np.abs(np.quantile(starts["sam"], share, 0) - np.quantile(starts["random"], share, 0)).max() <= 3
-    for draw in draws["sam"]:
-        indices = [
-            world_to_index(store.record(name).affine, point)
-            for name, point in ((draw.query_name, draw.query_mm), (draw.key_name, draw.key_mm))
-        ]
-        assert np.abs(indices[0] - indices[1]).max() < 1.5  # the same anatomy; 5 % other spacing along one axis
+    for places in draws["sam"]:
+        one, other = voxel_indices(store, places)
+        assert np.abs(one - other).max() < 1.5  # the same anatomy; 5 % other spacing along one axis
 
 
 def test_a_place_is_looked_up_at_its_nearest_point_with_any_of_its_partners():
@@ -128,11 +126,11 @@ def test_a_place_is_looked_up_at_its_nearest_point_with_any_of_its_partners():
     dataset = make_dataset("sam", store, CorrespondenceTable.from_rows(store.names, rows))
     partners = set()
     for seed in range(100):
-        draw = dataset.pairing.draw(np.random.default_rng(seed), 0)
-        far = [np.linalg.norm(draw.query_mm - point) for point in points[0]]
+        places = dataset.pairing.draw_places(np.random.default_rng(seed), 0)
+        far = [np.linalg.norm(places.points_mm[0] - point) for point in points[0]]
         if abs(far[0] - far[1]) > 20:  # the shift into the key's body moves a crop by a voxel or two
-            assert draw.score == pytest.approx(0.7 + 0.01 * int(far[1] < far[0]))
-        partners.add(draw.key_name)
+            assert places.score == pytest.approx(0.7 + 0.01 * int(far[1] < far[0]))
+        partners.add(places.names[1])
     assert partners == {"case1", "case2", "case3"}
 
 
@@ -145,28 +143,25 @@ def test_max_outside_bounds_the_air_where_both_bodies_allow_it():
         dataset = make_dataset("sam", store, max_outside=max_outside, jitter_mm=0.0)
         overhang = []
         for index in range(60):
-            draw = dataset.draw_pair(index)
-            for name, point in ((draw.query_name, draw.query_mm), (draw.key_name, draw.key_mm)):
-                start = start_at(store.record(name), point, ROI)
+            for start in starts_of(store, dataset.places(index)):
                 overhang.append(np.maximum(body[0] - start, 0) + np.maximum(start + ROI - body[1], 0))
         slack = max_outside * np.array(ROI)
         assert (overhang <= slack + 1.5).all()  # half a voxel of rounding, and the other spacing
         assert max_outside == 0 or (np.max(overhang, axis=0) > slack - 2).all()
 
 
-def test_query_cases_are_balanced_and_pairs_go_both_ways():
+def test_first_cases_are_balanced_and_pairs_go_both_ways():
     store = make_store(5)
     dataset = make_dataset("random", store)
     for epoch in range(4):
-        draws = [dataset.draw_pair(epoch * 5 + i) for i in range(5)]
-        appearances = [draw.query_name for draw in draws] + [draw.key_name for draw in draws]
-        assert set(appearances) == set(store.names)
-        assert all(draw.query_name != draw.key_name for draw in draws)
+        drawn = [dataset.places(epoch * 5 + i) for i in range(5)]
+        assert {name for places in drawn for name in places.names} == set(store.names)
+        assert all(len(set(places.names)) == 2 for places in drawn)
     dealt = [[dataset._dealt_case(epoch * 5 + i) for i in range(5)] for epoch in range(6)]
     assert all(sorted(cases) == list(range(5)) for cases in dealt) and len({tuple(cases) for cases in dealt}) > 1
     sam = make_dataset("sam", store)
-    swapped = [sam.draw_pair(i).query_name != store.names[sam._dealt_case(i)] for i in range(200)]
-    assert 70 < sum(swapped) < 130  # 4 standard deviations
+    is_reversed = [sam.places(i).names[0] != store.names[sam._dealt_case(i)] for i in range(200)]
+    assert 70 < sum(is_reversed) < 130  # 4 standard deviations
 
 
 def test_rows_below_the_threshold_are_never_used():
@@ -176,10 +171,10 @@ def test_rows_below_the_threshold_are_never_used():
     table.rows["cycle_mm"][1::4] = 40.0
     dataset = make_dataset("sam", store, table, max_cycle_mm=15.0)
     good = {round(float(row["score"]), 3) for row in table.rows[3::4]}
-    assert dataset.pairing.num_usable_rows == 15
+    assert dataset.statistics()["num_usable_rows"] == 15
     for index in range(60):
-        draw = dataset.draw_pair(index)
-        assert draw.is_fallback or round(draw.score, 3) in good
+        places = dataset.places(index)
+        assert places.is_fallback or round(places.score, 3) in good
 
 
 def test_a_case_without_good_rows_falls_back_within_itself_and_is_counted():
@@ -187,18 +182,17 @@ def test_a_case_without_good_rows_falls_back_within_itself_and_is_counted():
     table = make_table(store)
     table.rows["score"][table.rows["query_case"] == 1] = 0.2
     dataset = make_dataset("sam", store, table)
-    statistics = PairStatistics()
     for index in range(30):
-        sample = dataset[index]
-        statistics.add(sample)
-        if dataset._dealt_case(index) == 1:
-            assert sample["is_fallback"] and sample["query_case"] == sample["key_case"] == 1
-            assert PAIR_KINDS[int(sample["pair_kind"])] in ("iou", "random")
+        sample, places = dataset[index], dataset.places(index)
+        assert sample["is_fallback"] == places.is_fallback == (dataset._dealt_case(index) == 1)
+        assert dataset.case_names(sample) == list(places.names)
+        if places.is_fallback:
+            assert places.names == ("case1", "case1")
         else:
-            assert not sample["is_fallback"] and sample["score"] == pytest.approx(0.9)
-    facts = statistics.summary()
-    assert facts["num_pairs"] == 30 and facts["num_fallback"] == 10 and facts["num_sam"] == 20
-    assert facts["mean_score_sam"] == pytest.approx(0.9) and facts["share_fallback"] == pytest.approx(1 / 3)
+            assert sample["score"] == pytest.approx(0.9)
+    facts = summarise_places([dataset.places(index) for index in range(30)])
+    assert facts["num_pairs"] == 30 and facts["num_fallback"] == 10
+    assert facts["mean_score"] == pytest.approx(0.9) and facts["share_fallback"] == pytest.approx(1 / 3)
     assert dataset.statistics()["num_cases_without_rows"] == 1
 
 
@@ -209,10 +203,8 @@ def test_rows_of_cases_that_the_store_lacks_are_not_used(caplog):
     dataset = make_dataset("sam", store, table)
     assert "1 of its 4 cases are not in the volume store (case3)" in caplog.text
     is_usable = (table.rows["query_case"] < 3) & (table.rows["key_case"] < 3)
-    assert 0 < dataset.pairing.num_usable_rows == is_usable.sum() < len(table)
-    assert {name for i in range(60) for name in (dataset.draw_pair(i).query_name, dataset.draw_pair(i).key_name)} == {
-        *store.names
-    }
+    assert 0 < dataset.statistics()["num_usable_rows"] == is_usable.sum() < len(table)
+    assert {name for i in range(60) for name in dataset.places(i).names} == set(store.names)
 
 
 def test_held_out_cases_without_rows_among_themselves_are_told(caplog):
@@ -232,45 +224,34 @@ def test_no_good_row_at_all_warns_and_still_trains(caplog):
     assert "--min_score 0.99" in caplog.text and bool(dataset[0]["is_fallback"])
 
 
-def test_statistics_of_batches_equal_those_of_samples():
-    dataset = make_dataset("iou", make_store(2))
-    one, joined = PairStatistics(), PairStatistics()
-    for index in range(6):
-        one.add(dataset[index])
-    for batch in make_pair_loader(dataset, 3, num_steps=2):
-        joined.add(batch)
-    assert torch.allclose(one.totals, joined.totals) and joined.summary()["num_iou"] == 6
-
-
 @pytest.mark.parametrize("iou_range", [(0.3, 0.6), (0.0001, 0.3), (0.6, 1.0)])
 def test_iou_pairs_lie_in_the_range(iou_range):
     store = make_store()
     dataset = make_dataset("iou", store, iou_range=iou_range)
     seen, fallbacks = [], 0
     for index in range(60):
-        draw = dataset.draw_pair(index)
-        starts = [start_at(store.record(draw.query_name), mm, ROI) for mm in (draw.query_mm, draw.key_mm)]
-        iou = float(crop_iou(*starts, ROI))
-        assert draw.query_name == draw.key_name and draw.score == pytest.approx(iou)
-        assert draw.is_fallback or iou_range[0] <= iou <= iou_range[1]
-        fallbacks += draw.is_fallback
+        places = dataset.places(index)
+        iou = float(crop_iou(*starts_of(store, places), ROI))
+        assert len(set(places.names)) == 1 and places.score == pytest.approx(iou)
+        assert places.is_fallback or iou_range[0] <= iou <= iou_range[1]
+        fallbacks += places.is_fallback
         seen.append(iou)
     assert np.ptp(seen) > 0.1 and fallbacks < 3
 
 
 def test_iou_gives_up_after_120_draws_and_takes_random_crops(monkeypatch):
     counted = []
-    real = IouPairing.draw.__globals__["draw_starts"]
+    real = IouPairing.draw_places.__globals__["draw_starts"]
     monkeypatch.setattr("datasets.samples.pairings.draw_starts", lambda *args: counted.append(args[-1]) or real(*args))
     store = make_store(1)
-    pairing = IouPairing(store, store.names, PairingOptions(ROI, iou_range=(0.9999, 0.99999)))
-    draw = pairing.draw(np.random.default_rng(0), 0)
-    assert draw.is_fallback and draw.kind == "random" and draw.query_name == draw.key_name
+    pairing = IouPairing(store, store.names, ROI, PairingOptions(iou_range=(0.9999, 0.99999)))
+    places = pairing.draw_places(np.random.default_rng(0), 0)
+    assert places.is_fallback and len(set(places.names)) == 1
     assert counted == [1, 30] * 4 + [2]
 
 
 def test_random_with_one_case_is_a_fallback():
-    assert make_dataset("random", make_store(1)).draw_pair(0).is_fallback
+    assert make_dataset("random", make_store(1)).places(0).is_fallback
 
 
 def test_table_in_another_frame_is_refused():
@@ -283,5 +264,13 @@ def test_table_in_another_frame_is_refused():
 
 
 def test_pairing_options_are_checked():
-    with pytest.raises(ValueError, match="--max_outside"):
-        replace(PairingOptions(ROI), max_outside=2.0)
+    with pytest.raises(ValueError, match="max_outside"):
+        PairingOptions(max_outside=2.0)
+
+
+@pytest.mark.parametrize("name", PAIRINGS)
+def test_a_sample_has_the_crops_that_its_rule_promises(name):
+    dataset = make_dataset(name)
+    num_crops = dataset.pairing.num_crops
+    assert len(dataset.places(0).names) == len(dataset.places(0).points_mm) == num_crops
+    assert dataset[0]["crop"].shape == (num_crops, 1, *ROI)

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from datasets.lists.data_list import Case
-from datasets.samples.dataset import PairedCropDataset
+from datasets.samples.crops import CropOptions
+from datasets.samples.dataset import CropDataset
+from datasets.samples.pairings import PAIRINGS, PairingOptions
 from datasets.store.volumes import VolumeStore, build_store
 from sam_embed.case_source import CaseSource
 from sam_embed.checkpoint import EmbedderInfo
@@ -63,13 +65,11 @@ def test_mined_points_lie_in_bodies_and_volumes(real):
 @pytest.mark.parametrize("pairing", ["sam", "iou", "random"])
 def test_crops_of_real_ct_show_bodies(real, pairing):
     _, store, table = real
-    pairs = PairedCropDataset(
-        store, table if pairing == "sam" else None, pairing, (32, 32, 64), min_score=-1.0, max_cycle_mm=1e6, seed=1
-    )
+    options = PairingOptions(min_score=-1.0, max_cycle_mm=1e6)
+    rule = PAIRINGS[pairing](store, store.names, (32, 32, 64), options, table)
+    samples = CropDataset(store, rule, {}, CropOptions(), seed=1)
     for index in range(6):
-        sample = pairs[index]
-        for side in ("query", "key"):
-            crop = sample[side]
+        for number, crop in enumerate(samples[index]["crop"]):
             assert crop.shape == (1, 32, 32, 64) and torch.isfinite(crop).all()
             tissue = ((crop > 0.2) & (crop < 0.9)).float().mean()  # about -55 to 190 HU
-            assert tissue > 0.03, f"{pairing} {index} {side}: {float(tissue):.3f} of the crop is soft tissue"
+            assert tissue > 0.03, f"{pairing} {index} crop {number}: {float(tissue):.3f} of the crop is soft tissue"

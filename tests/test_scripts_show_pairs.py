@@ -5,12 +5,17 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from matplotlib.image import imread
 
 import main_ddp
 from datasets.lists.data_list import Case
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.samples.crops import centre_mm
 from datasets.store.volumes import VolumeStore, build_store
+from engine.distributed import World
+from engine.pretrain_data import open_data
+from models.methods import Alice
 from scripts.show_pairs import main, make_flags, open_pairs
 from tests.fakes import spl_affine, world_volume
 
@@ -54,8 +59,8 @@ def test_sam_sheet_and_statistics(folder, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert output.stat().st_size > 10_000
     assert facts["num_rows"] == 10 and facts["num_usable_rows"] == 7 and facts["num_cases_without_rows"] == 1
-    assert facts["num_pairs"] == 20 and facts["num_sam"] == facts["num_fallback"] == 10  # b is never a query
-    assert 0.7 <= facts["mean_score_sam"] <= 1.0
+    assert facts["num_pairs"] == 20 and facts["num_fallback"] == 10  # no row begins at b
+    assert 0.7 <= facts["mean_score"] <= 1.0
     assert json.loads((output.parent / "pairs.run.json").read_text())["flags"]["roi_x"] == 32
 
 
@@ -68,18 +73,27 @@ def test_pairs_are_those_of_the_lists_training_cases(folder, capsys):
     main(words)
     assert json.loads(capsys.readouterr().out)["num_cases"] == 1
     shown = open_pairs(make_flags().parse_args(words))
-    flags = main_ddp.make_flags().parse_args(["--pairing", "iou", *SMALL[:8]])
-    trained = main_ddp.make_dataset(flags, shown.store, None, ["b"], flags.seed)
+    flags = main_ddp.make_flags().parse_args([*words[:4], *SMALL[:8], *words[-4:], "--output_dir", f"{folder}/run"])
+    trained = open_data(flags, Alice, World()).training
     for index in range(5):
-        one, other = shown.draw_pair(index), trained.draw_pair(index)
-        assert one.query_name == other.query_name == "b"
-        assert np.array_equal(one.query_mm, other.query_mm) and np.array_equal(one.key_mm, other.key_mm)
+        one, other = shown[index], trained[index]
+        assert trained.names == shown.names == ["b"]
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_iou_sheet_of_student_views(folder, capsys):
     output = folder / "iou.png"
     main(["--store_dir", f"{folder}/store", "--pairing", "iou", "--view", "student", "--output", str(output), *SMALL])
-    assert json.loads(capsys.readouterr().out)["num_iou"] > 0 and output.exists()
+    assert json.loads(capsys.readouterr().out)["num_pairs"] == 20 and output.exists()
+
+
+def test_target_is_another_word_for_crop(folder):
+    pictures = []
+    for view in ("crop", "target"):
+        words = ["--store_dir", f"{folder}/store", "--pairing", "iou", "--view", view, *SMALL]
+        main([*words, "--output", f"{folder}/{view}.png"])
+        pictures.append(imread(folder / f"{view}.png"))
+    assert np.array_equal(*pictures)
 
 
 def test_sam_without_a_table_names_the_flags(folder):

@@ -26,7 +26,7 @@ def make_pair_loader(
     Iterate it once for the whole run: there is no epoch at which workers would start anew.
 
     Args:
-        dataset: gives a dict of tensors for any index from 0 on (`PairedCropDataset`).
+        dataset: gives a dict of tensors for any index from 0 on (`CropDataset`).
         batch_size: samples per rank and micro-batch.
         rank, world_size: this process among all.
         num_workers: loading processes (0 = load in this process).

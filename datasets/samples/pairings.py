@@ -83,9 +83,15 @@ class PairingOptions:
 
 
 class Pairing:
-    """What all rules share: the volumes, the crop's size, and which of two crops comes first."""
+    """What all rules share: the volumes, the crop's size, and which of two crops comes first.
+
+    Attributes:
+        needs_table: whether it reads a correspondence table.
+        num_crops: V, the crops of one sample.
+    """
 
     needs_table = False
+    num_crops = 2
 
     def __init__(
         self,

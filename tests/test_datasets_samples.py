@@ -1,7 +1,8 @@
-"""Samples of paired crops: their contract, a pure function of seed and index, broken volumes, the real store."""
+"""Samples of V crops: their contract, a pure function of seed and index, broken volumes, the real store."""
 
 import logging
 import pickle
+import zlib
 
 import nibabel as nib
 import numpy as np
@@ -11,16 +12,14 @@ import torch
 from datasets.lists.data_list import Case
 from datasets.samples.augment import AugmentOptions, window
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.samples.crops import centre_mm, cut
-from datasets.samples.dataset import BrokenVolumeError, PairedCropDataset
+from datasets.samples.crops import CropOptions, centre_mm, cut
+from datasets.samples.dataset import BrokenVolumeError, describe_batch
 from datasets.samples.loader import make_pair_loader
-from datasets.samples.pairings import PAIR_KINDS
+from datasets.samples.masks import MaskOptions
+from datasets.samples.pairings import PairingOptions, SamPairing
 from datasets.store.volumes import VolumeStore, build_store
-from engine.watch.sample_sheet import draw_pair_sheet, samples_of
+from engine.watch.sample_sheet import draw_sample_sheet, samples_of
 from tests.fakes import ROI, make_dataset, make_store, make_table, spl_affine, world_volume
-
-TENSORS = {"query", "key", "query_student", "query_teacher", "key_student", "key_teacher"}
-EXACT = {"max_outside": 0.0, "jitter_mm": 0.0, "augment": AugmentOptions.off(), "roi": ROI, "mask_block": 8}
 
 
 def assert_equal(a: dict, b: dict) -> None:
@@ -33,19 +32,32 @@ def assert_equal(a: dict, b: dict) -> None:
 def test_sample_contract(pairing):
     store = make_store()
     sample = make_dataset(pairing, store)[5]
-    for name in TENSORS:
-        assert sample[name].dtype == torch.float32 and sample[name].shape == (1, *ROI), name
+    for name in ("crop", "student", "teacher"):
+        assert sample[name].dtype == torch.float32 and sample[name].shape == (2, 1, *ROI), name
         assert sample[name].min() >= 0 and sample[name].max() <= 1
-    for side in ("query", "key"):
-        mask = sample[f"{side}_mask"]
-        assert mask.dtype == torch.bool and tuple(mask.shape) == (2, 3, 4) and mask.sum() == 18
-        assert sample[f"{side}_case"].dtype == torch.int64
-        assert sample[f"{side}_mm"].dtype == torch.float32 and sample[f"{side}_mm"].shape == (3,)
-        name = store.names[int(sample[f"{side}_case"])]
-        again = window(cut(store, name, sample[f"{side}_mm"].numpy(), ROI), -125, 225)
-        assert torch.equal(sample[side], again)  # the stated case and place are where the crop is from
+    assert sample["mask"].dtype == torch.bool and sample["mask"].shape == (2, 2, 3, 4)
+    assert sample["mask"].flatten(1).sum(1).tolist() == [18, 18]
+    assert sample["case"].dtype == torch.int64 and sample["case"].shape == (2,)
+    assert sample["centre_mm"].dtype == torch.float32 and sample["centre_mm"].shape == (2, 3)
+    for crop, case, point in zip(sample["crop"], sample["case"], sample["centre_mm"]):
+        again = window(cut(store, store.names[int(case)], point.numpy(), ROI), -125, 225)
+        assert torch.equal(crop, again)  # the stated case and place are where the crop is from
     assert sample["score"].dtype == torch.float32 and sample["is_fallback"].dtype == torch.bool
-    assert PAIR_KINDS[int(sample["pair_kind"])] == pairing and not sample["is_fallback"]
+    assert not sample["is_fallback"] and (sample["case"][0] == sample["case"][1]) == (pairing == "iou")
+
+
+def test_a_sample_holds_the_views_that_were_asked_for():
+    facts = {"crop", "case", "centre_mm", "score", "is_fallback"}
+    assert make_dataset("iou", views={})[0].keys() == facts
+    assert make_dataset("iou", views={"view": "augmented"})[0].keys() == facts | {"view"}
+    with pytest.raises(ValueError, match="views of kind melted; expected augmented, blocks"):
+        make_dataset("iou", views={"view": "melted"})
+
+
+def test_a_batch_describes_its_samples():
+    batch = next(iter(make_pair_loader(make_dataset("iou"), 3)))
+    assert describe_batch(batch).keys() == {"fallback_share", "pair_score"}
+    assert 0.3 <= describe_batch(batch)["pair_score"].mean() <= 0.6
 
 
 # Purity
@@ -57,18 +69,43 @@ def test_sample_is_a_pure_function_of_seed_and_index():
         assert_equal(a[index], b[index])
     assert_equal(pickle.loads(pickle.dumps(a))[4], b[4])
     other = make_dataset(seed=4)
-    assert sum(torch.equal(a[i]["query"], other[i]["query"]) for i in range(12)) < 3
-    assert not torch.equal(a[0]["query_mask"], a[1]["query_mask"])
+    assert sum(torch.equal(a[i]["crop"], other[i]["crop"]) for i in range(12)) < 3
+    assert not torch.equal(a[0]["mask"], a[1]["mask"])
+
+
+# Of the code before samples had V crops (its query is crop 0, its key crop 1), for seed 5 and four cases:
+# (rule, index) -> cases, CRC-32 of crops and of masks, and sums of augmented voxels, weighted from -1 to 1.
+RECORDED = {
+    ("sam", 3): ([2, 1], 3432959604, 3766182288, (856.2949, 925.934, 927.4643, 870.4453)),
+    ("sam", 10**12): ([2, 3], 2739836788, 1906030731, (74.4513, 21.5287, 59.4035, 14.3604)),
+    ("iou", 3): ([1, 1], 1833333463, 3766182288, (870.8767, 925.934, 892.0316, 870.4453)),
+    ("iou", 10**12): ([3, 3], 280362473, 1906030731, (10.3544, 251.3562, 6.408, 193.1576)),
+    ("random", 3): ([1, 3], 3401766619, 3766182288, (870.7958, 781.763, 886.8631, 790.2659)),
+    ("random", 10**12): ([3, 2], 3016440835, 1906030731, (758.2253, 300.296, 770.6041, 233.9774)),
+}
+
+
+@pytest.mark.parametrize("pairing,index", RECORDED)
+def test_samples_are_those_of_recorded_runs(pairing, index):
+    """A resumed run of an older version goes on with the samples that it would have had."""
+    cases, crops, masks, sums = RECORDED[pairing, index]
+    sample = make_dataset(pairing, make_store(4), seed=5)[index]
+    assert sample["case"].tolist() == cases
+    assert zlib.crc32(sample["crop"].numpy().tobytes()) == crops
+    assert zlib.crc32(sample["mask"].numpy().tobytes()) == masks
+    weights = torch.linspace(-1, 1, sample["crop"][0].numel(), dtype=torch.float64)
+    found = [float(view.flatten().double() @ weights) for name in ("student", "teacher") for view in sample[name]]
+    assert found == pytest.approx(sums, abs=0.01)
 
 
 def test_views_and_masks_of_one_sample_are_drawn_independently():
     strong = AugmentOptions(noise_prob=1.0)
     samples = [make_dataset(augment=strong)[i] for i in range(10)]
-    for side in ("query", "key"):
-        assert not any(torch.equal(s[f"{side}_student"], s[f"{side}_teacher"]) for s in samples)
-    assert not all(torch.equal(s["query_mask"], s["key_mask"]) for s in samples)
-    plain = make_dataset(augment=AugmentOptions.off())[0]
-    assert torch.equal(plain["query_student"], plain["query"]) and torch.equal(plain["key_teacher"], plain["key"])
+    for crop in (0, 1):
+        assert not any(torch.equal(s["student"][crop], s["teacher"][crop]) for s in samples)
+    assert not all(torch.equal(*s["mask"]) for s in samples)
+    for plain in (make_dataset(augment=AugmentOptions.off())[0], make_dataset(crops=CropOptions(augment=False))[0]):
+        assert torch.equal(plain["student"], plain["crop"]) and torch.equal(plain["teacher"], plain["crop"])
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -95,7 +132,7 @@ def test_a_broken_volume_is_reported_once_and_skipped(caplog):
     assert [record.message for record in caplog.records].count(caplog.records[0].message) == len(caplog.records) == 1
     assert "case case2" in caplog.text and "input/output error" in caplog.text
     assert store.num_reads["case2"] > 1 and dataset.statistics()["broken"] == ["case2"]
-    assert all(2 not in (int(s["query_case"]), int(s["key_case"])) for s in samples)
+    assert all(2 not in s["case"] for s in samples)
     fresh = make_dataset("random", make_store(4, broken=["case2"]))
     for index in (20, 3, 9):  # what replaces a broken pair does not depend on what was read before
         assert_equal(fresh[index], samples[index])
@@ -110,7 +147,7 @@ def test_workers_report_broken_volumes_to_the_main_process():
 
 def test_nothing_but_broken_volumes_ends_with_the_reason():
     dataset = make_dataset("random", make_store(2, broken=["case0", "case1"]))
-    with pytest.raises(BrokenVolumeError, match=r"sample 0: 20 pairs in a row.*--store_dir"):
+    with pytest.raises(BrokenVolumeError, match=r"sample 0: 20 samples in a row.*--store_dir"):
         dataset[0]
 
 
@@ -119,12 +156,12 @@ def test_nothing_but_broken_volumes_ends_with_the_reason():
 
 def test_subset_of_cases_leaves_the_others_out():
     store = make_store(4)
-    dataset = make_dataset("sam", store, make_table(store, 200), case_names=["case1", "case3"])
+    dataset = make_dataset("sam", store, make_table(store, 200), ["case1", "case3"])
     assert len(dataset) == 2 and dataset.statistics()["num_cases"] == 2
     for index in range(30):
-        draw = dataset.draw_pair(index)
-        assert {draw.query_name, draw.key_name} == {"case1", "case3"} and not draw.is_fallback
-    assert {int(dataset[i]["query_case"]) for i in range(8)} == {1, 3}  # indices into the store's names
+        places = dataset.places(index)
+        assert set(places.names) == {"case1", "case3"} and not places.is_fallback
+    assert {int(dataset[i]["case"][0]) for i in range(8)} == {1, 3}  # indices into the store's names
     rows = dataset.pairing.table.rows[dataset.pairing.selection.rows]
     assert len(rows) and {1, 3} == set(rows["query_case"]) == set(rows["key_case"])
 
@@ -132,21 +169,30 @@ def test_subset_of_cases_leaves_the_others_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pairing": "same"}, "--pairing is 'same', expected one of sam, iou, random"),
-        ({"pairing": "sam"}, "--pairing sam needs a correspondence table"),
-        ({"case_names": ["case0", "x"]}, r"1 of 2 cases are not in the volume store \(x\)"),
-        ({"case_names": []}, "no cases"),
-        ({"case_names": ["case0", "case0"]}, "twice"),
-        ({"mask_block": 5}, "--mask_block"),
-        ({"hu_min": 300.0}, "--a_min 300"),
+        ({"names": ["case0", "x"]}, r"1 of 2 cases are not in the volume store \(x\)"),
+        ({"names": []}, "no cases"),
+        ({"names": ["case0", "case0"]}, "twice"),
+        ({"masks": MaskOptions(mask_block=5)}, "--mask_block"),
         ({"seed": -1}, "--seed"),
-        ({"iou_range": (0.6, 0.3)}, "--iou_range"),
-        ({"jitter_mm": -1.0}, "--jitter_mm"),
     ],
 )
 def test_wrong_options_name_their_flag(options, message):
     with pytest.raises(ValueError, match=message):
-        PairedCropDataset(make_store(), None, **({"pairing": "iou", "roi": ROI, "mask_block": 8} | options))
+        make_dataset("iou", **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SamPairing(make_store(), ["case0"], ROI), "--pairing sam needs a correspondence table"),
+        (lambda: CropOptions(a_min=300.0), "--a_min 300"),
+        (lambda: PairingOptions(iou_range=(0.6, 0.3)), "--iou_range"),
+        (lambda: PairingOptions(jitter_mm=-1.0), "--jitter_mm"),
+    ],
+)
+def test_wrong_values_name_their_flag(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 # The real store
@@ -181,12 +227,13 @@ def test_real_store_gives_the_world_place_of_the_crop(real_store):
             row[f"{side}_mm"] = centre_mm(record, rng.integers(0, np.array(record.shape) - ROI), ROI)
     rows["score"] = 1.0
     table = CorrespondenceTable.from_rows(real_store.names, rows)
-    dataset = PairedCropDataset(real_store, table, "sam", **EXACT, hu_min=-500, hu_max=500)
+    crops = CropOptions(a_min=-500, a_max=500, augment=False)
+    dataset = make_dataset("sam", real_store, table, crops=crops, max_outside=0.0, jitter_mm=0.0)
     for batch in make_pair_loader(dataset, 2, num_workers=2, num_steps=4):
         for sample in samples_of(batch):
-            for side in ("query", "key"):
-                crop = (sample[side][0] * 1000 - 500).numpy()
-                expected = float(sample[f"{side}_mm"].double() @ torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64))
+            for crop, point in zip(sample["crop"], sample["centre_mm"]):
+                crop = (crop[0] * 1000 - 500).numpy()
+                expected = float(point.double() @ torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64))
                 corners = crop[ROI[0] // 2 - 1 : ROI[0] // 2 + 1, ROI[1] // 2 - 1 : ROI[1] // 2 + 1]
                 centre = corners[:, :, ROI[2] // 2 - 1 : ROI[2] // 2 + 1]
                 if 8 < abs(expected) < 450:  # inside the window
@@ -201,9 +248,9 @@ def test_damaged_file_in_the_real_store_is_skipped(real_store, tmp_path):
             (folder / path.relative_to(real_store.store_dir)).write_bytes(path.read_bytes())
     damaged = folder / "cases" / "case1.b2nd"
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
-    dataset = PairedCropDataset(VolumeStore(folder), None, "random", ROI, mask_block=8)
+    dataset = make_dataset("random", VolumeStore(folder))
     samples = [dataset[i] for i in range(6)]
-    assert dataset.broken_names() == ["case1"] and {int(s["query_case"]) for s in samples} == {0}
+    assert dataset.broken_names() == ["case1"] and {int(s["case"][0]) for s in samples} == {0}
     assert all(s["is_fallback"] for s in samples)
 
 
@@ -219,25 +266,25 @@ def test_a_damaged_chunk_costs_its_own_crops_only_whatever_was_read_before(tmp_p
     first, last = int(0.4 * len(content)), int(0.6 * len(content))  # where the second chunk begins, with its header
     content[first:last] = bytes(last - first)
     file.write_bytes(content)
-    options = {"roi": ROI, "mask_block": 8, "seed": 5}
-    dataset = PairedCropDataset(VolumeStore(tmp_path / "store"), None, "random", **options)
+    dataset = make_dataset("random", VolumeStore(tmp_path / "store"), seed=5)
     with caplog.at_level(logging.WARNING):
         samples = [dataset[i] for i in range(40)]
     assert len(caplog.records) == 1 and "case case1 cannot be read" in caplog.text
-    cases_seen = [int(sample[f"{side}_case"]) for sample in samples for side in ("query", "key")]
+    cases_seen = [int(case) for sample in samples for case in sample["case"]]
     assert 0 < cases_seen.count(1) < cases_seen.count(0)  # the sound chunks of the volume are still used
-    fresh = PairedCropDataset(VolumeStore(tmp_path / "store"), None, "random", **options)
+    fresh = make_dataset("random", VolumeStore(tmp_path / "store"), seed=5)
     for index in range(39, -1, -3):
         assert_equal(fresh[index], samples[index])
 
 
 def test_sheet_is_drawn(real_store, tmp_path):
-    dataset = PairedCropDataset(real_store, None, "iou", ROI, mask_block=8)
-    batch = next(iter(make_pair_loader(dataset, 3)))
-    for view in ("target", "student"):
+    batch = next(iter(make_pair_loader(make_dataset("iou", real_store), 3)))
+    for view in ("crop", "student"):
         path = tmp_path / "sub" / f"{view}.png"
-        draw_pair_sheet(samples_of(batch, 2), path, real_store, view)
+        draw_sample_sheet(samples_of(batch, 2), path, real_store, view)
         assert path.stat().st_size > 10_000
-    draw_pair_sheet(samples_of(batch), tmp_path / "no_store.png")
+    draw_sample_sheet(samples_of(batch), tmp_path / "no_store.png")
+    maskless = make_dataset("iou", real_store, views={"view": "augmented"})
+    draw_sample_sheet([maskless[0]], tmp_path / "maskless.png", real_store, "view")
     with pytest.raises(ValueError, match="at least one"):
-        draw_pair_sheet([], tmp_path / "empty.png")
+        draw_sample_sheet([], tmp_path / "empty.png")
