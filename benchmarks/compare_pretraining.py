@@ -5,8 +5,9 @@
     python -m benchmarks.compare_pretraining --output_dir results/comparison --stages data,sam,pretrain,probe
 
 Arms: from scratch (and, with --scratch_flags, once more with those); masked image modelling alone; Alice with random,
-IoU and SAM pairs; Alice without CASA; and Alice with the phantoms' true correspondences, the upper bound of SAM pairs.
-All pretrain on the same unlabelled phantoms, for as many steps of as many pairs. Then each is finetuned with 1, 4, 15
+IoU and SAM pairs; Alice without CASA; Alice with the phantoms' true correspondences, the upper bound of SAM pairs; and
+its peers SimSiam and DINO with IoU pairs. All pretrain on the same unlabelled phantoms until they have seen as many
+voxels (steps x batch x crops of a sample x voxels of a crop). Then each is finetuned with 1, 4, 15
 (cpu: 1 and 4) labelled phantoms, three times, with the same cases, crops, seeds and schedule for every arm, and judged
 on further phantoms; and the frozen encoders are probed, which chance moves less.
 

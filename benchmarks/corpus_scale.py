@@ -34,11 +34,13 @@ from datasets.ct.nifti import read_ct, write_nifti
 from datasets.lists.data_list import Case, load_data_list, write_data_list
 from datasets.phantom.cases import PhantomCase, case_files, write_case
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.samples.dataset import PairedCropDataset
+from datasets.samples.dataset import CropDataset
 from datasets.samples.loader import make_pair_loader
 from datasets.store.volumes import VolumeStore, build_store
 from engine.distributed import World
 from engine.flags import REPOSITORY, git_commit, run_main
+from engine.pretrain_data import open_data
+from models.methods import Alice
 
 NOISE_HU = 5.0
 WANTED_START_S = 10.0
@@ -169,7 +171,7 @@ def memory_mb(process_id: int) -> dict[str, float]:
     return {"rss": sizes["Rss"], "pss": sizes["Pss"], "private": sizes["Private_Clean"] + sizes["Private_Dirty"]}
 
 
-def measure_loading(dataset: PairedCropDataset, flags: jsonargparse.Namespace) -> dict:
+def measure_loading(dataset: CropDataset, flags: jsonargparse.Namespace) -> dict:
     """Waits for batches and memory of the workers over some epochs, without any training in between."""
     steps_per_epoch = len(dataset) // flags.batch_size
     num_steps = steps_per_epoch * flags.num_epochs
@@ -206,12 +208,11 @@ def waits_by_place(waits: np.ndarray, steps_per_epoch: int, reach: int) -> dict[
     }
 
 
-def measure_balance(dataset: PairedCropDataset, num_epochs: int) -> dict:
+def measure_balance(dataset: CropDataset, num_epochs: int) -> dict:
     """How often each case is in a pair, over the draws of some epochs."""
     seen = Counter()
     for index in range(num_epochs * len(dataset)):
-        draw = dataset.draw_pair(index)
-        seen.update([draw.query_name, draw.key_name])
+        seen.update(dataset.places(index).names)
     counts = [seen[name] / num_epochs for name in dataset.names]
     return {
         "pairs_per_case_and_epoch_min": min(counts),
@@ -233,11 +234,10 @@ def measure_broken(folder: Path, flags: jsonargparse.Namespace) -> dict:
         dataset, alone = open_training(folder, flags), open_training(folder, flags)
         num_steps = len(dataset) // flags.batch_size
         loader = make_pair_loader(dataset, flags.batch_size, num_workers=flags.num_workers, num_steps=num_steps)
-        places = torch.cat([torch.cat([batch["query_mm"], batch["key_mm"]], dim=1) for batch in loader])
-        draws = [dataset.draw_pair(index) for index in range(len(places))]
-        touched = [i for i, draw in enumerate(draws) if {draw.query_name, draw.key_name} & set(broken)]
+        points_mm = torch.cat([batch["centre_mm"] for batch in loader])
+        touched = [i for i in range(len(points_mm)) if set(dataset.places(i).names) & set(broken)]
         lines = Path(handler.baseFilename).read_text().splitlines()
-        same = all(torch.equal(torch.cat([alone[i]["query_mm"], alone[i]["key_mm"]]), places[i]) for i in touched[:20])
+        same = all(torch.equal(alone[i]["centre_mm"], points_mm[i]) for i in touched[:20])
     finally:
         logging.getLogger("datasets.samples.dataset").removeHandler(handler)
         for file, content in zip(files, contents):
@@ -250,9 +250,9 @@ def measure_broken(folder: Path, flags: jsonargparse.Namespace) -> dict:
     }
 
 
-def open_training(folder: Path, flags: jsonargparse.Namespace) -> PairedCropDataset:
+def open_training(folder: Path, flags: jsonargparse.Namespace) -> CropDataset:
     """The dataset that main_ddp.py trains with."""
-    return main_ddp.open_data(main_ddp.make_flags().parse_args(run_flags(folder, flags, 1)), World()).training
+    return open_data(main_ddp.make_flags().parse_args(run_flags(folder, flags, 1)), Alice, World()).training
 
 
 def measure(folder: Path, flags: jsonargparse.Namespace) -> dict:

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.pretrain_step import TEACHER_TEMP, synthetic_batch
+from benchmarks.pretrain_step import NOW, make_alice, synthetic_batch
 from benchmarks.results import save
+from benchmarks.step_overheads import Answer
 from engine.device import autocast
 from engine.flags import git_commit, make_parser, run_main
-from losses.distillation import AliceLoss
-from models.methods.alice import AliceStudent, build_alice
+from models.methods.alice import AliceStudent
+from models.methods.method import rows_of
 
 CPU = torch.device("cpu")
 TFLOP, GB = 1e12, 1e9
@@ -81,8 +82,8 @@ class StepCost:
 
 
 def without_watching(student: AliceStudent) -> None:
-    """Leave out the monitor of CASA's attention, which looks at one row of the batch and trains nothing."""
-    student._watch_attention = lambda query, source, step: None
+    """Leave out the monitor of CASA's attention, which looks at two rows of the batch and trains nothing."""
+    student.casa.attention_weights = lambda query, source: torch.full((1, 1, 2), 0.5)
 
 
 @contextmanager
@@ -101,9 +102,9 @@ def fake(*modules: nn.Module) -> Iterator[None]:
 
 
 def step_cost(roi: tuple[int, int, int], num_pairs: int = 2, **options) -> StepCost:
-    """Walk through a step in bf16 of `models.methods.alice.build_alice(**options)`; all figures per pair."""
-    student, teacher = build_alice(roi=roi, **options)
-    loss = AliceLoss(out_dim=options.get("out_dim", 512))
+    """Walk through a step in bf16 of `benchmarks.pretrain_step.make_alice(roi, **options)`; all figures per pair."""
+    method = make_alice(roi, **options)
+    student, teacher = method.student, method.teacher
     without_watching(student)
     num_trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     num_averaged = sum(p.numel() for p in teacher.parameters())
@@ -115,15 +116,15 @@ def step_cost(roi: tuple[int, int, int], num_pairs: int = 2, **options) -> StepC
             kept[storage._cdata] = storage
         return tensor
 
-    with fake(student, teacher, loss):
+    with fake(method):
         batch = synthetic_batch(num_pairs, roi, CPU)
-        views = (batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
         counting, keeping = FlopCounterMode(display=False), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         with counting as forward, keeping, autocast("bf16", CPU):
-            online = student(*views)
+            online = student(rows_of(batch["student"]), rows_of(batch["mask"]))
         with FlopCounterMode(display=False) as target_pass, autocast("bf16", CPU):
-            target = teacher(batch["query_teacher"], batch["key_teacher"], online)
-        total, _ = loss(online, target, batch, TEACHER_TEMP)
+            target = teacher(rows_of(batch["teacher"]), online.casa_query)
+        method.student, method.teacher = Answer(online), Answer(target)
+        total, _ = method(batch, NOW)
         with FlopCounterMode(display=False) as backward:
             total.backward()
     counts = {name: sum(by_op.values()) for name, by_op in forward.get_flop_counts().items()}

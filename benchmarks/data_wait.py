@@ -27,10 +27,13 @@ from datasets.ct.geometry import index_to_world
 from datasets.lists.data_list import find_cases, split_cases, write_data_list
 from datasets.phantom.cases import PhantomCase, write_case
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.samples.dataset import PairedCropDataset
+from datasets.samples.crops import CropOptions
+from datasets.samples.dataset import CropDataset
+from datasets.samples.pairings import SamPairing
 from datasets.store.volumes import VolumeStore, build_store
 from engine.device import pick_device
 from engine.flags import REPOSITORY, add_switch, git_commit, make_parser, run_main
+from models.methods import Alice
 
 SPACING_MM = (2.0, 1.5, 1.5)
 ROWS_A_CASE = 200
@@ -139,7 +142,8 @@ def train(folder: Path, flags: jsonargparse.Namespace) -> list[dict]:
 def loading_time(folder: Path, store: VolumeStore, flags: jsonargparse.Namespace) -> float:
     """Seconds that one process takes for one sample, median of 20."""
     table = CorrespondenceTable.load(folder / "embeddings")
-    dataset = PairedCropDataset(store, table, "sam", (flags.roi,) * 3)
+    pairing = SamPairing(store, store.names, (flags.roi,) * 3, table=table)
+    dataset = CropDataset(store, pairing, Alice.views, CropOptions())
     return timed(dataset.__getitem__, range(20)).wall_s
 
 

@@ -5,41 +5,55 @@ that nobody reads. The numbers are those of the shared passes, since no layer lo
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from models.backbones.interface import Backbone
-from models.methods.alice import AliceStudent, AliceTeacher
+from models.methods.alice import Alice
 
 Maps = dict[int, Tensor]
+NUM_VIEWS = 2
 
 
-def take_views_apart(student: AliceStudent, teacher: AliceTeacher) -> None:
+def take_views_apart(method: Alice) -> None:
     """Change both networks in place; the teacher receives a decoder of its own."""
-    teacher.backbone = copy.deepcopy(student.backbone).requires_grad_(False).eval()
-    for backbone in (student.backbone, teacher.backbone):
-        _one_view_at_a_time(backbone, decodes_always=backbone is teacher.backbone)
+    student, teacher = method.student.backbone, copy.deepcopy(method.student.backbone)
+    method.teacher.backbone = teacher.requires_grad_(False).eval()
+    for backbone in (student, teacher):
+        _one_view_at_a_time(backbone, decodes_always=backbone is teacher)
 
 
 def _one_view_at_a_time(backbone: Backbone, decodes_always: bool) -> None:
     encode, decode = backbone.encode, backbone.decode
 
     def encode_each(volumes: Tensor, masked: Tensor | None = None) -> Maps:
-        masks = (None, None) if masked is None else masked.chunk(2)
-        features = [encode(view, mask) for view, mask in zip(volumes.chunk(2), masks)]
+        masks = [None] * NUM_VIEWS if masked is None else _apart(masked)
+        features = [encode(view, mask) for view, mask in zip(_apart(volumes), masks)]
         if decodes_always:
             for maps in features:
                 decode(maps)
-        return _joined(*features)
+        return _maps_joined(features)
 
     def decode_each(features: Maps) -> tuple[Tensor, Maps]:
-        halves = ({stride: both.chunk(2)[side] for stride, both in features.items()} for side in (0, 1))
-        (left, left_maps), (right, right_maps) = (decode(half) for half in halves)
-        return torch.cat([left, right]), _joined(left_maps, right_maps)
+        apart = {stride: _apart(rows) for stride, rows in features.items()}
+        views = [{stride: rows[view] for stride, rows in apart.items()} for view in range(NUM_VIEWS)]
+        outputs, maps = zip(*(decode(view) for view in views))
+        return _joined(outputs), _maps_joined(maps)
 
     backbone.encode, backbone.decode = encode_each, decode_each
 
 
-def _joined(left: Maps, right: Maps) -> Maps:
-    return {stride: torch.cat([left[stride], right[stride]]) for stride in left}
+def _apart(rows: Tensor) -> list[Tensor]:
+    """Rows of one sample stand together: [B * V, ...] -> V times [B, ...]."""
+    return [rows[view::NUM_VIEWS] for view in range(NUM_VIEWS)]
+
+
+def _joined(views: Sequence[Tensor]) -> Tensor:
+    """V times [B, ...] -> [B * V, ...]."""
+    return torch.stack(list(views), dim=1).flatten(0, 1)
+
+
+def _maps_joined(views: Sequence[Maps]) -> Maps:
+    return {stride: _joined([maps[stride] for maps in views]) for stride in views[0]}

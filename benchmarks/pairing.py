@@ -42,10 +42,12 @@ from datasets.lists.data_list import Case
 from datasets.phantom.cases import PhantomCase, case_files, write_case
 from datasets.samples.augment import window
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
-from datasets.samples.crops import cut
-from datasets.samples.dataset import PairedCropDataset
+from datasets.samples.crops import CropOptions, cut
+from datasets.samples.dataset import CropDataset
+from datasets.samples.pairings import PairingOptions, SamPairing
 from datasets.store.volumes import VolumeStore, build_store
 from engine.flags import add_switch, git_commit, make_parser, run_main
+from models.methods import Alice
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.match import match_points
 
@@ -180,11 +182,12 @@ class PublishedWay:
 
 
 def pair_of(sample: dict, table: CorrespondenceTable) -> tuple[bool, tuple[str, str, np.ndarray]]:
-    """Whether a sample's query and key were swapped, and the (query, key, point) that its match was mined from."""
-    for is_swapped, (query, key) in enumerate((("query", "key"), ("key", "query"))):
-        near = np.abs(table.rows["query_mm"] - sample[f"{query}_mm"].numpy()).max(axis=1) < 1e-3
-        near &= np.abs(table.rows["key_mm"] - sample[f"{key}_mm"].numpy()).max(axis=1) < 1e-3
-        near &= table.rows["query_case"] == int(sample[f"{query}_case"])
+    """Whether a sample's key comes first, and the (query, key, point) that its match was mined from."""
+    points_mm, cases = sample["centre_mm"].numpy(), sample["case"].tolist()
+    for is_swapped, (query, key) in enumerate(((0, 1), (1, 0))):
+        near = np.abs(table.rows["query_mm"] - points_mm[query]).max(axis=1) < 1e-3
+        near &= np.abs(table.rows["key_mm"] - points_mm[key]).max(axis=1) < 1e-3
+        near &= table.rows["query_case"] == cases[query]
         if near.any():
             row = table.rows[int(near.argmax())]
             names = (table.case_names[row["query_case"]], table.case_names[row["key_case"]])
@@ -204,15 +207,14 @@ def measure(folder: Path, flags: jsonargparse.Namespace) -> dict:
             pickle.dump([embedding.fine, embedding.coarse], file, protocol=pickle.HIGHEST_PROTOCOL)
     table = mine_table(embeddings, flags.num_rows)
     # Neither jitter nor shifts, which the published way lacks: the crops must be the same.
-    dataset = PairedCropDataset(
-        store, table, "sam", (flags.roi,) * 3, HU_MIN, HU_MAX, min_score=-1, max_cycle_mm=np.inf, jitter_mm=0,
-        max_outside=1,
-    )  # fmt: skip
+    options = PairingOptions(min_score=-1, max_cycle_mm=np.inf, jitter_mm=0, max_outside=1)
+    rule = SamPairing(store, store.names, (flags.roi,) * 3, options, table)
+    dataset = CropDataset(store, rule, Alice.views, CropOptions(a_min=HU_MIN, a_max=HU_MAX))
 
     def two_crops(index: int) -> list[Tensor]:
-        draw = dataset.draw_pair(index)
-        places = ((draw.query_name, draw.query_mm), (draw.key_name, draw.key_mm))
-        return [window(cut(store, name, point_mm, dataset.roi), HU_MIN, HU_MAX) for name, point_mm in places]
+        places = dataset.places(index)
+        cuts = (cut(store, name, point_mm, rule.roi) for name, point_mm in zip(places.names, places.points_mm))
+        return [window(hu, HU_MIN, HU_MAX) for hu in cuts]
 
     crops = timed(two_crops, range(flags.num_samples))
     samples = timed(dataset.__getitem__, range(flags.num_samples))
@@ -220,8 +222,8 @@ def measure(folder: Path, flags: jsonargparse.Namespace) -> dict:
     published = timed(PublishedWay(cases, folder, flags.roi), [pair for _, pair in pairs])
     difference = 0.0
     for theirs, ours, sample, (is_swapped, _) in zip(published.results, crops.results, samples.results, pairs):
-        for one, two, name in zip(theirs[::-1] if is_swapped else theirs, ours, ("query", "key")):
-            difference = max(difference, float((one - two).abs().max()), float((one - sample[name]).abs().max()))
+        for one, two, three in zip(theirs[::-1] if is_swapped else theirs, ours, sample["crop"]):
+            difference = max(difference, float((one - two).abs().max()), float((one - three).abs().max()))
     ways = {"crops": crops, "sample": samples, "published": published}
     seconds = {f"{name}_{clock}": getattr(way, clock) for name, way in ways.items() for clock in ("wall_s", "cpu_s")}
     return seconds | {

@@ -3,10 +3,11 @@
     python -m benchmarks.pretrain_step --output results/benchmarks/pretrain_step.json --markdown results/step.md
     python -m benchmarks.pretrain_step --quick --device cpu
 
-One step is what training does: student on both masked views, teacher, CASA, all three losses, backward, clipping,
-AdamW, moving average (figure 2 of Alice, ICCV 2023), on random crops that already lie on the device. The first table
-starts from the naive composition (`benchmarks.naive_step`): MONAI's SwinUNETR as it comes, in fp32 (convolutions in
-TF32, PyTorch's default), once for every view of student and teacher; and adds one change a line. The second says what
+One step is that of `engine.loop.pretrain`: student on both masked views, teacher, CASA, all three losses, backward,
+clipping, finite check, AdamW, moving average (figure 2 of Alice, ICCV 2023), on random crops that already lie on the
+device. The first table starts from the naive composition (`benchmarks.naive_step`): MONAI's SwinUNETR as it comes, in
+fp32 (convolutions in TF32, PyTorch's default), once for every view of student and teacher; and adds one change a line.
+The second says what
 fits on which GPU: peak memory against crop and batch size, with and without --use_checkpoint. Memory is what PyTorch
 reserved at its peak, and what it had given to tensors; the CUDA context (about 0.5 GB) and other programs come on top.
 On a CPU, where fewer and smaller settings are taken, it is the resident memory of the whole process at its peak
@@ -17,13 +18,16 @@ process of its own with a time limit.
 import copy
 import dataclasses
 import gc
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,7 +41,6 @@ from benchmarks.naive_step import take_views_apart
 from benchmarks.results import save
 from datasets.store.files import write_text
 from engine.device import (
-    autocast,
     compile_networks,
     keep_freed_memory,
     make_scaler,
@@ -45,16 +48,23 @@ from engine.device import (
     pick_precision,
     use_channels_last,
 )
+from engine.distributed import World
 from engine.flags import add_switch, git_commit, make_parser, run_main
-from engine.optim import clip_gradients, make_optimizer
-from losses.distillation import AliceLoss
+from engine.logging import SilentLog
+from engine.loop import Hooks, LoopOptions, pretrain
+from engine.optim import make_optimizer
+from engine.run import RunState
+from models.backbones import BACKBONES
 from models.layers.window_attention import use_fast_window_attention
-from models.methods.alice import build_alice
+from models.methods.alice import Alice, AliceOptions
 
 GB = 2**30
-TEACHER_TEMP, MOMENTUM, CLIP = 0.07, 0.996, 3.0
+NOW = {"lr": 1e-4, "weight_decay": 0.04, "teacher_temp": 0.07, "momentum_teacher": 0.996, "last_layer_frozen": 0.0}
 LONGEST_TIMING_S = 5.0  # of one line
 MASK_BLOCK, MASKED_SHARE = 16, 0.75
+SCHEDULES = {name: lambda step, value=value: value for name, value in NOW.items()}
+CASES = SimpleNamespace(case_names=lambda batch: ["random crops"])  # for the message about a loss that is not finite
+HOOKS = Hooks(validate=dict, draw=lambda batch, step: None, save=lambda epoch: None, saved=lambda: True)
 QUICK = {
     "feature_size": 12,
     "out_dim": 16,
@@ -144,13 +154,16 @@ def make_flags() -> jsonargparse.ArgumentParser:
 
 
 class Bench:
-    """Networks built once on the CPU, copied for each setting; the student and teacher of a step are never shared."""
+    """Methods built once on the CPU, copied for each setting, so that no two share weights.
+
+    Args:
+        options: of `make_alice`.
+    """
 
     def __init__(self, options: dict, device: torch.device) -> None:
         torch.manual_seed(0)
         self.device = device
-        self.networks = {again: build_alice(**options, use_checkpoint=again) for again in (False, True)}
-        self.loss_options = {"out_dim": options.get("out_dim", 512)}
+        self.methods = {again: make_alice(**options, use_checkpoint=again) for again in (False, True)}
 
     def measure(self, setting: Setting, num_steps: int) -> dict:
         """Time and memory of a setting; its error where it cannot run."""
@@ -166,19 +179,15 @@ class Bench:
 
     def run(self, setting: Setting, num_steps: int) -> dict:
         """Warm up, then time `num_steps` steps together; their peak memory includes the optimiser's state."""
-        step = self.make_step(setting)
-        started = time.perf_counter()
-        step()
-        first_s = self.clock() - started
+        train = self.make_training(setting)
+        first_s = self.time_steps(train, 1)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             reset_peak_resident()
-        step_s, loss = self.time_steps(step, 1)
+        step_s = self.time_steps(train, 1)
         if num_steps > 1 and step_s < LONGEST_TIMING_S:  # as many as fit the time that a line may take
-            step_s, loss = self.time_steps(step, min(num_steps, max(2, int(LONGEST_TIMING_S / step_s))))
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss became {float(loss)}")
+            step_s = self.time_steps(train, min(num_steps, max(2, int(LONGEST_TIMING_S / step_s))))
         found = {"step_ms": 1000 * step_s, "pairs_per_s": setting.num_pairs / step_s, "first_step_s": first_s}
         if self.device.type == "cuda":
             found["reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / GB
@@ -187,12 +196,11 @@ class Bench:
             found["reserved_gb"] = peak / GB
         return found
 
-    def time_steps(self, step, num_steps: int) -> tuple[float, Tensor]:
-        """Seconds of a step, over `num_steps` together, and the last one's loss."""
+    def time_steps(self, train: Callable[[int], object], num_steps: int) -> float:
+        """Seconds of a step, over `num_steps` together."""
         started = self.clock()
-        for _ in range(num_steps):
-            loss = step()
-        return (self.clock() - started) / num_steps, loss
+        train(num_steps)
+        return (self.clock() - started) / num_steps
 
     def clock(self) -> float:
         """Now, after the device has done all that was asked of it."""
@@ -200,41 +208,42 @@ class Bench:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def make_step(self, setting: Setting):
-        """A function that trains one step and returns the loss."""
+    def make_training(self, setting: Setting) -> Callable[[int], object]:
+        """A function that trains so many further steps; it raises an error when a loss or gradient is not finite."""
         device = self.device
         torch.backends.cudnn.benchmark = setting.cudnn_benchmark
         if setting.keep_memory:
             keep_freed_memory()
-        student, teacher = (network.to(device) for network in copy.deepcopy(self.networks[setting.use_checkpoint]))
-        for network in (student, teacher):
-            use_fast_window_attention(network, setting.attention)
+        method = copy.deepcopy(self.methods[setting.use_checkpoint]).to(device)
+        use_fast_window_attention(method, setting.attention)
         if setting.is_naive:
-            take_views_apart(student, teacher)
+            take_views_apart(method)
         if setting.channels_last:
-            use_channels_last(student, teacher)
+            use_channels_last(method)
         if setting.is_compiled:
-            compile_networks(student, teacher)
-        loss = AliceLoss(**self.loss_options).to(device)
-        optimizer = make_optimizer(student, 1e-4, 0.04, device, fused=setting.fused_optimizer)
-        scaler, trained = make_scaler(setting.precision, device), [p for p in student.parameters() if p.requires_grad]
-        batch = synthetic_batch(setting.num_pairs, setting.roi, device)
+            compile_networks(method.student, method.teacher)
+        optimizer = make_optimizer(
+            method.student, NOW["lr"], NOW["weight_decay"], device, fused=setting.fused_optimizer
+        )
+        run = RunState(method, optimizer, make_scaler(setting.precision, device))
+        batches = itertools.repeat(synthetic_batch(setting.num_pairs, setting.roi, device))
 
-        def step() -> Tensor:
-            with autocast(setting.precision, device):
-                online = student(batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
-                target = teacher(batch["query_teacher"], batch["key_teacher"], online)
-            total, _ = loss(online, target, batch, TEACHER_TEMP)
-            scaler.scale(total).backward()
-            scaler.unscale_(optimizer)
-            clip_gradients(trained, CLIP)
-            scaler.step(optimizer)
-            scaler.update()
-            teacher.update(student, MOMENTUM)
-            optimizer.zero_grad(set_to_none=True)
-            return total.detach()
+        def train(num_steps: int) -> None:
+            options = LoopOptions(run.step + num_steps, steps_per_epoch=sys.maxsize, precision=setting.precision)
+            pretrain(run, method, CASES, batches, SCHEDULES, options, HOOKS, World(device=device), SilentLog())
 
-        return step
+        return train
+
+
+def make_alice(
+    roi: tuple[int, int, int] = (96, 96, 96), feature_size: int = 48, use_checkpoint=False, **options
+) -> Alice:
+    """Alice with MONAI's SwinUNETR; `options` are those of `AliceOptions`."""
+
+    def make_backbone(decoder_stride: int | None, with_masks: bool):
+        return BACKBONES["swin_unetr"](feature_size, roi, decoder_stride, use_checkpoint, with_masks)
+
+    return Alice(AliceOptions(**options), make_backbone)
 
 
 def make_bench(flags) -> tuple[Bench, str]:
@@ -246,13 +255,12 @@ def make_bench(flags) -> tuple[Bench, str]:
 
 def synthetic_batch(num_pairs: int, roi: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
     """Random crops and block masks with the names, shapes and types of a training batch, on the device."""
-    names = ("query", "key", "query_student", "query_teacher", "key_student", "key_teacher")
-    batch = {name: torch.rand(num_pairs, 1, *roi, device=device) for name in names}
+    batch = {name: torch.rand(num_pairs, 2, 1, *roi, device=device) for name in ("crop", "student", "teacher")}
     grid = [side // MASK_BLOCK for side in roi]
-    for name in ("query_mask", "key_mask"):
-        order = torch.rand(num_pairs, grid[0] * grid[1] * grid[2], device=device).argsort(dim=1)
-        batch[name] = (order < MASKED_SHARE * order.shape[1]).view(num_pairs, *grid)
-    return batch
+    order = torch.rand(num_pairs, 2, grid[0] * grid[1] * grid[2], device=device).argsort(dim=2)
+    batch["mask"] = (order < MASKED_SHARE * order.shape[2]).view(num_pairs, 2, *grid)
+    facts = {"score": torch.ones(num_pairs), "is_fallback": torch.zeros(num_pairs, dtype=torch.bool)}
+    return batch | {name: value.to(device) for name, value in facts.items()}
 
 
 def measure_apart(setting: Setting, flags, limit_s: float) -> dict:

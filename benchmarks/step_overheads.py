@@ -18,14 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.pretrain_step import (
     MASK_BLOCK,
     MASKED_SHARE,
-    MOMENTUM,
+    NOW,
     QUICK,
-    TEACHER_TEMP,
     Bench,
     Setting,
     make_bench,
@@ -35,8 +34,8 @@ from benchmarks.results import measure_and_show
 from datasets.samples.masks import draw_mask, mask_grid, num_masked_blocks
 from engine.device import autocast
 from engine.flags import add_switch, git_commit, make_parser, run_main
-from losses.distillation import AliceLoss
 from models.backbones.interface import upsample_mask
+from models.methods.method import average_towards, rows_of
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
@@ -85,21 +84,32 @@ def run(flags: jsonargparse.Namespace) -> dict:
     }
 
 
+class Answer(nn.Module):
+    """Stands in for a network whose outputs are known."""
+
+    def __init__(self, outputs: tuple) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *inputs: object) -> tuple:
+        return self.outputs
+
+
 def make_parts(bench: Bench, setting: Setting, precision: str) -> dict[str, Callable[[], object]]:
     """What is timed, each as a function without arguments."""
     device, roi, num_pairs = bench.device, setting.roi, setting.num_pairs
-    student, teacher = (network.to(device) for network in bench.networks[False])
+    method = bench.methods[False].to(device)
+    student, teacher = method.student, method.teacher
     batch = synthetic_batch(num_pairs, roi, device)
+    masked, volumes = rows_of(batch["mask"]), rows_of(batch["student"])
     with torch.no_grad(), autocast(precision, device):
-        online = student(batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
-        target = teacher(batch["query_teacher"], batch["key_teacher"], online)
+        online = student(volumes, masked)
+        target = teacher(rows_of(batch["teacher"]), online.casa_query)
     names = ("cls_logits", "casa_online", "reconstruction")
     online = online._replace(**{name: getattr(online, name).detach().requires_grad_() for name in names})
-    loss = AliceLoss(**bench.loss_options).to(device)
+    method.student, method.teacher = Answer(online), Answer(target)  # the losses alone are left
     rng, grid = np.random.default_rng(0), mask_grid(roi, MASK_BLOCK)
     num_masked = num_masked_blocks(grid, MASKED_SHARE)
-    masked = torch.cat([batch["query_mask"], batch["key_mask"]])
-    volumes = torch.cat([batch["query_student"], batch["key_student"]])
     backbone = student.backbone
     tokens = torch.rand(2 * num_pairs, backbone.channels[2], *(side // 2 for side in roi), device=device)
 
@@ -108,10 +118,10 @@ def make_parts(bench: Bench, setting: Setting, precision: str) -> dict[str, Call
         return patches, torch.where(upsample_mask(masked, roi), backbone.mask_voxel, volumes)
 
     return {
-        "moving average": lambda: teacher.update(student, MOMENTUM),
+        "moving average": lambda: average_towards(teacher, student, NOW["momentum_teacher"]),
         "drawing masks": lambda: [draw_mask(rng, grid, num_masked) for _ in range(2 * num_pairs)],
         "hiding what is masked": hide,
-        "losses": lambda: loss(online, target, batch, TEACHER_TEMP)[0].backward(),
+        "losses": lambda: method(batch, NOW)[0].backward(),
     }
 
 

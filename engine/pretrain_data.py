@@ -33,8 +33,8 @@ class Data:
     probe: ProbeVoxels | None = None  # on rank 0, with --probe_freq
 
 
-def open_data(flags, method: Method, world: World) -> Data:
-    """Open the volume store, building what is missing of it on rank 0, and make the datasets."""
+def open_data(flags, method: Method | type[Method], world: World) -> Data:
+    """Open the volume store, building what is missing of it on rank 0; make the datasets with the method's views."""
     cases = {
         section: load_data_list(flags.json_list, flags.data_dir, section, must_exist=False)
         for section in ("training", "validation")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,15 @@ from safetensors.torch import load_file
 from scipy.stats import ttest_1samp
 
 from benchmarks import compare_pretraining
+from benchmarks.compare_pretraining import make_flags, make_plan
 from benchmarks.comparison import jobs, results, settings, true_pairs
 from benchmarks.comparison.arms import ARMS, SCRATCH, SCRATCH_OWN
 from benchmarks.comparison.results import Scores, compare, verdicts
-from benchmarks.comparison.stages import Plan
+from benchmarks.comparison.stages import Plan, voxels_seen
 from datasets.phantom.cases import list_cases, write_dataset
 from datasets.phantom.truth import load_truth
 from datasets.samples.correspondences import CorrespondenceTable
+from datasets.samples.pairings import PAIRINGS
 from datasets.store.volumes import VolumeStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,11 +64,13 @@ def test_report_holds_every_arm(compared):
     }  # fmt: skip
     assert set(found["pretraining"]["sam"]["values"]) >= {
         "loss_tokens",
-        "teacher_entropy",
+        "teacher_entropy_share",
         "held_out_loss_cls",
         "steps",
     }
     assert found["pretraining"]["true"]["values"]["pair_score"] == 1.0
+    for arm in ("sam", "true"):
+        assert found["pretraining"][arm]["values"]["voxels_seen"] == 2 * 2 * 2 * 32**3, "steps x pairs x crops x crop"
     assert set(found["seconds"]) == {"data", "sam", "pretrain", "probe", "finetune"}
     assert list(found["probes"]) == ["sam", "true", "untrained"]
     for by_probe in found["probes"].values():
@@ -169,6 +174,53 @@ def test_true_pairs_send_landmarks_to_landmarks(compared):
     rows = true_pairs.rows_of(0, truths, np.array([marks[0][name] for name in shared]), 1, seed=0, group=(0, 1))
     assert len(rows) == len(shared) > 20
     assert np.abs(rows["key_mm"] - np.array([marks[1][name] for name in shared])).max() < 0.05
+
+
+# Budgets
+
+
+def pretraining_flags(plan: Plan, arm: str) -> dict[str, str]:
+    """The flags of an arm's pretraining as they stand on its command line; later ones win."""
+    words = " ".join(plan.pretrain[arm, 0].calls[0].words)
+    return dict(re.split("[ =]", flag, maxsplit=1) for flag in words.removeprefix("--").split(" --"))
+
+
+def voxels_of(flags: dict[str, str]) -> int:
+    numbers = {name: int(flags[name]) for name in ("roi_z", "roi_y", "roi_x", "batch_size")}
+    num_steps = int(flags["epochs"]) * int(flags["steps_per_epoch"])
+    return voxels_seen(numbers | {"accumulate_steps": 1, "pairing": flags["pairing"]}, num_steps)
+
+
+@pytest.fixture
+def whole_plan(tmp_path) -> Plan:
+    return make_plan(make_flags().parse_args(["--preset", "cpu", "--output_dir", str(tmp_path)]))
+
+
+def test_every_arm_sees_as_many_voxels(whole_plan):
+    seen = {arm: voxels_of(pretraining_flags(whole_plan, arm)) for arm in whole_plan.pretrained_arms}
+    assert {"mim", "sam", "true", "simsiam_iou", "dino_iou"} <= seen.keys()
+    assert set(seen.values()) == {1200 * 8 * 2 * 32**3}
+
+
+def test_samples_of_more_crops_take_fewer_steps(whole_plan, monkeypatch):
+    before = pretraining_flags(whole_plan, "iou")
+    monkeypatch.setattr(PAIRINGS["iou"], "num_crops", 8)
+    plan = dataclasses.replace(whole_plan)
+    after = pretraining_flags(plan, "iou")
+    assert int(after["epochs"]) == int(before["epochs"]) / 4 and voxels_of(after) == 1200 * 8 * 2 * 32**3
+
+
+def test_peers_differ_from_alice_with_iou_pairs_in_the_method_alone(whole_plan):
+    """Backbone, data, voxels, optimiser and pairs are the same; flags that only Alice has are left out."""
+    alice, only_alice = (
+        pretraining_flags(whole_plan, "iou"),
+        {"config", "lambda1", "lambda2", "mask_block", "mask_ratio"},
+    )
+    for method in ("simsiam", "dino"):
+        peer = pretraining_flags(whole_plan, f"{method}_iou")
+        assert alice.keys() - peer.keys() == only_alice and not peer.keys() - alice.keys()
+        assert {name for name in peer if peer[name] != alice[name]} == {"method", "output_dir"}
+        assert peer["method"] == method and peer["pairing"] == "iou" and peer["channels_last"] == "true"
 
 
 # Jobs

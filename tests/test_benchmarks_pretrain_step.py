@@ -11,8 +11,6 @@ from benchmarks import all as all_benchmarks
 from benchmarks import pretrain_step, step_overheads
 from benchmarks.naive_step import take_views_apart
 from benchmarks.pretrain_step import Setting, ladder, memory_grid, setting_of
-from losses.distillation import AliceLoss
-from models.methods.alice import build_alice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = (64, 32, 32)
@@ -60,22 +58,28 @@ def test_each_line_of_the_ladder_changes_something():
 
 def test_views_apart_give_the_same_loss_and_gradients():
     torch.manual_seed(0)
-    student, teacher = build_alice(roi=SMALL, **pretrain_step.QUICK)
+    joined = pretrain_step.make_alice(SMALL, **pretrain_step.QUICK)
     batch = pretrain_step.synthetic_batch(2, SMALL, torch.device("cpu"))
     found = []
-    for apart in (False, True):
-        networks = copy.deepcopy((student, teacher))
-        if apart:
-            take_views_apart(*networks)
-        loss = AliceLoss(out_dim=pretrain_step.QUICK["out_dim"])
-        online = networks[0](batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
-        total, _ = loss(online, networks[1](batch["query_teacher"], batch["key_teacher"], online), batch, 0.07)
+    for is_apart in (False, True):
+        method = copy.deepcopy(joined)
+        if is_apart:
+            take_views_apart(method)
+        total, _ = method(batch, pretrain_step.NOW)
         total.backward()
-        gradients = [p.grad.flatten() for p in networks[0].parameters() if p.requires_grad]
-        networks[1].update(networks[0], 0.5)  # the wider teacher finds every name in the student
+        gradients = [p.grad.flatten() for p in method.student.parameters() if p.requires_grad]
+        method.after_step(pretrain_step.NOW, was_skipped=False)  # the wider teacher finds every name in the student
         found.append((total.detach(), torch.cat(gradients)))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
     assert (found[1][1] - found[0][1]).norm() < 1e-3 * found[0][1].norm()
+
+
+def test_a_loss_that_is_not_finite_is_an_error_of_its_setting(monkeypatch):
+    bench, _ = pretrain_step.make_bench(pretrain_step.make_flags().parse_args(["--quick", "--device", "cpu"]))
+    broken = pretrain_step.synthetic_batch(1, SMALL, bench.device)
+    broken["crop"][:] = math.nan
+    monkeypatch.setattr(pretrain_step, "synthetic_batch", lambda *given: broken)
+    assert "not finite" in bench.measure(Setting("broken", SMALL, 1), num_steps=1)["error"]
 
 
 def test_every_part_of_the_overhead_is_timed():

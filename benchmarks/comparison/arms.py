@@ -13,13 +13,17 @@ class Arm:
 
     Attributes:
         title: for tables and the figure.
-        flags: of main_ddp.py, besides what all arms share.
+        pairing: --pairing, which also decides how many crops a sample has.
+        flags: further flags of main_ddp.py, besides what all arms share.
         table: whose table of pairs it reads: "sam", "true" or None.
+        method: --method.
     """
 
     title: str
+    pairing: str = ""
     flags: tuple[str, ...] = ()
     table: str | None = None
+    method: str = "alice"
 
 
 # A tenth of the default, beside reconstruction: with more, cls and CASA crowd out what reconstruction teaches the maps
@@ -29,18 +33,20 @@ ALICE = ("--lambda1", "0.1", "--lambda2", "0.1")
 ARMS: dict[str, Arm] = {
     SCRATCH: Arm("from scratch"),
     SCRATCH_OWN: Arm("from scratch, --scratch_flags"),
-    "mim": Arm("masked image modelling", ("--pairing", "random", "--lambda1", "0", "--lambda2", "0")),
-    "random": Arm("Alice, random pairs", ("--pairing", "random", *ALICE)),
-    "iou": Arm("Alice, IoU pairs", ("--pairing", "iou", *ALICE)),
-    "sam": Arm("Alice, SAM pairs", ("--pairing", "sam", *ALICE), "sam"),
-    "sam_no_casa": Arm("Alice, SAM pairs, no CASA", ("--pairing", "sam", "--lambda1", "0.1", "--lambda2", "0"), "sam"),
-    "true": Arm("Alice, true pairs", ("--pairing", "sam", *ALICE), "true"),
+    "mim": Arm("masked image modelling", "random", ("--lambda1", "0", "--lambda2", "0")),
+    "random": Arm("Alice, random pairs", "random", ALICE),
+    "iou": Arm("Alice, IoU pairs", "iou", ALICE),
+    "sam": Arm("Alice, SAM pairs", "sam", ALICE, "sam"),
+    "sam_no_casa": Arm("Alice, SAM pairs, no CASA", "sam", ("--lambda1", "0.1", "--lambda2", "0"), "sam"),
+    "true": Arm("Alice, true pairs", "sam", ALICE, "true"),
+    "simsiam_iou": Arm("SimSiam, IoU pairs", "iou", method="simsiam"),
+    "dino_iou": Arm("DINO, IoU pairs", "iou", method="dino"),
 }
 
 # (better, worse): what the method claims, each tested at every number of labelled cases.
 CLAIMS = (
     *((name, scratch) for scratch in UNTRAINED for name in ARMS if name not in UNTRAINED),
-    *(("sam", other) for other in ("random", "iou", "mim", "sam_no_casa")),
+    *(("sam", other) for other in ("random", "iou", "mim", "sam_no_casa", "simsiam_iou", "dino_iou")),
     ("true", "sam"),
     ("true", "random"),
 )

@@ -19,6 +19,8 @@ STYLES = {
     "sam": ("#d62728", "D", "-"),
     "sam_no_casa": ("#76b7b2", "P", "-"),
     "true": ("#2f5d9b", "X", ":"),
+    "simsiam_iou": ("#59a14f", "<", "-"),
+    "dino_iou": ("#9c755f", ">", "-"),
 }
 SPREAD = 0.02  # arms lie beside each other by this share of the axis, so that error bars can be told apart
 

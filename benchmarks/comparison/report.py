@@ -56,7 +56,7 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
         f"Dice in percent, mean over organs and {len(scores.cases)} held-out phantoms in their files' own spacing; "
         f"mean ± std over {len(plan.settings.seeds)} seeds, each with the labelled cases of another fold (folds share "
         f"cases where five of them need more than {plan.settings.num_labelled}):",
-        dice_table(scores),
+        dice_table(scores, ends),
         f"![Dice against the number of labels]({FIGURE})",
         "Paired differences in Dice points; in brackets the 95 % t interval over seeds (other labelled cases, crops "
         f"and new layers; {pretrainings_told(plan)}; the test cases are the same), in parentheses every seed; p of the "
@@ -66,8 +66,8 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
         f"{min(plan.settings.shots)} labelled, judged on the same held-out phantoms; mean ± std over "
         f"{len(plan.settings.seeds)} splits:",
         probe_table(probes),
-        "How the pretrainings ended (means of the last epoch; `start_`: of the first; a uniform distribution has "
-        "entropy log K and costs log K in the cls and token losses):",
+        "How the pretrainings ended (means of the last epoch; `start_`: of the first; `_share`: of log K, which a "
+        "uniform distribution costs in the cls and token losses):",
         monitor_table(ends),
         "\n".join(f"- {arm}: {warning}" for arm, end in ends.items() for warning in end.warnings) or "No collapse.",
         "Time, seconds: from the stage's first job to the end of its last, and all its jobs added up:",
@@ -99,10 +99,14 @@ def dice_summary(scores: Scores, arm: str, shots: int) -> dict:
     }
 
 
-def dice_table(scores: Scores) -> str:
-    """One row an arm, one column a number of labelled cases."""
-    lines = [[ARMS[arm].title, *(percent(scores.by_seed(arm, shots)) for shots in scores.shots)] for arm in scores.arms]
-    return markdown(["", *(f"{shots} labelled" for shots in scores.shots)], lines)
+def dice_table(scores: Scores, ends: dict[str, PretrainingEnd]) -> str:
+    """One row an arm: the voxels that its pretraining has seen, and a column for each number of labelled cases."""
+    seen = {arm: end.values["voxels_seen"] for arm, end in ends.items()}
+    lines = [
+        [ARMS[arm].title, number(seen.get(arm)), *(percent(scores.by_seed(arm, shots)) for shots in scores.shots)]
+        for arm in scores.arms
+    ]
+    return markdown(["", "voxels seen", *(f"{shots} labelled" for shots in scores.shots)], lines)
 
 
 def probe_table(probes: dict[str, dict[str, list[float]]]) -> str:
@@ -134,7 +138,7 @@ def comparison_table(comparisons: list[Comparison], shots: tuple[int, ...]) -> s
 def monitor_table(ends: dict[str, PretrainingEnd]) -> str:
     """One row a monitor, one column an arm."""
     names = list(dict.fromkeys(name for end in ends.values() for name in end.values))
-    lines = [["log K", *(f"{math.log(end.out_dim):.2f}" for end in ends.values())]]
+    lines = [["log K", *(number(end.out_dim and math.log(end.out_dim)) for end in ends.values())]]
     lines += [[name, *(number(end.values.get(name)) for end in ends.values())] for name in names]
     return markdown(["", *ends], lines)
 

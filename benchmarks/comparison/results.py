@@ -11,7 +11,7 @@ from scipy.stats import t as student_t
 
 from benchmarks.comparison.arms import ARMS, CLAIMS, UNTRAINED
 from benchmarks.comparison.jobs import Records
-from benchmarks.comparison.stages import Plan
+from benchmarks.comparison.stages import Plan, voxels_seen
 from engine.segmentation.metrics import case_means, nan_mean
 from engine.segmentation.report import CASES, read_scores
 from losses.collapse import collapse_warnings
@@ -20,10 +20,7 @@ CONFIDENCE = 0.95
 UNTRAINED_NETWORKS = "untrained"
 PROBES = ("knn", "linear")
 WANTED_GAIN = 0.05  # of pretraining over scratch with one labelled case, Dice
-MONITORS = (
-    *("loss", "loss_cls", "loss_tokens", "loss_recon", "teacher_entropy", "teacher_kl_uniform", "feature_std"),
-    *("casa_cos_right", "casa_cos_shuffled", "fallback_share", "pair_score"),
-)
+PLACES = ("kind", "step", "epoch")  # of a line in log.txt; all else are losses and monitors
 
 
 @dataclass(frozen=True)
@@ -176,14 +173,14 @@ class PretrainingEnd:
     """How a pretraining went.
 
     Attributes:
-        values: monitors: means of the last epoch; of the first one as `start_*`; of the held-out pairs as `held_out_*`;
-            of several pretrainings their mean.
-        out_dim: K; the log of it is what a uniform distribution costs.
+        values: losses and monitors: means of the last epoch; of the first one as `start_*`; of the held-out samples as
+            `held_out_*`; the voxels seen; of several pretrainings their mean.
+        out_dim: K; the log of it is what a uniform distribution costs; None for methods without distributions.
         warnings: what `losses.collapse` says of the last epoch of each.
     """
 
     values: dict[str, float]
-    out_dim: int
+    out_dim: int | None
     warnings: list[str]
 
 
@@ -210,9 +207,11 @@ def read_end(folder: Path) -> PretrainingEnd:
     first = next(line for line in lines if line["kind"] == "epoch")
     last = {line["kind"]: line for line in lines}
     end, held_out = last["epoch"], last.get("validation", {})
-    found = {name: end[name] for name in MONITORS if name in end}
-    found |= {f"start_{name}": first[name] for name in MONITORS if name.startswith("loss_") and name in first}
-    found |= {f"held_out_{name}": held_out[name] for name in MONITORS if name in held_out}
+    found = {name: value for name, value in end.items() if name not in PLACES}
+    warnings = collapse_warnings(found)
+    found |= {f"start_{name}": value for name, value in first.items() if name.startswith("loss_")}
+    found |= {f"held_out_{name}": value for name, value in held_out.items() if name not in PLACES}
     found |= {name: last["train"][name] for name in ("samples_per_s", "data_wait_share")}
-    out_dim = json.loads((folder / "run.json").read_text())["flags"]["out_dim"]
-    return PretrainingEnd(found | {"steps": end["step"]}, out_dim, collapse_warnings(found, out_dim))
+    flags = json.loads((folder / "run.json").read_text())["flags"]
+    found |= {"steps": end["step"], "voxels_seen": voxels_seen(flags, end["step"])}
+    return PretrainingEnd(found, flags.get("out_dim"), warnings)

@@ -29,12 +29,13 @@ class Settings:
     num_partners: int = flag(8, "key cases per query case of both tables")
     sam_config: str = flag("configs/sam_phantom.yaml", "recipe of the SAM training, without --sam_checkpoint")
     sam_flags: str = flag("--time_limit_min=2.5", "further flags of that training, in quotes")
-    pretrain_steps: int = flag(1000, "optimiser steps of every pretraining; above 20, multiples of 20")
-    pretrain_batch: int = flag(8, "pairs per step")
+    pretrain_steps: int = flag(1000, "optimiser steps with two crops a sample; others see as many voxels; x 20")
+    pretrain_batch: int = flag(8, "samples per step")
     pretrain_lr: float = flag(1e-3, "peak learning rate of pretraining")
     pretrain_seeds: tuple = flag((0,), "of pretraining; the n-th of --seeds finetunes the n-th, then round again")
     pretrain_workers: int = flag(2, "loading processes of each pretraining; 0 = none")
     pretrain_flags: str = flag("", "further flags of every pretraining, in quotes")
+    alice_flags: str = flag("", "further flags of those with Alice alone, in quotes")
     weights_from: str = flag("student", "what is finetuned: student (encoder and decoder) or teacher (encoder)")
     weights_part: str = flag("encoder", "what of them: encoder, or whole (the decoder that learnt to reconstruct too)")
     shots: tuple = flag((1, 4, 15), "numbers of labelled cases")
@@ -57,7 +58,7 @@ PRESETS: dict[str, dict] = {
         **{"num_unlabelled": 32, "num_held_out": 4, "num_test": 8, "spacing_mm": 6.0, "roi": (32, 32, 32)},
         **{"backbone": "unet", "feature_size": 16, "pretrain_steps": 1200, "pretrain_workers": 0},
         "pretrain_lr": 2e-3,
-        "pretrain_flags": "--mask_block=8 --mask_ratio=0.6 --channels_last=true",
+        **{"pretrain_flags": "--channels_last=true", "alice_flags": "--mask_block=8 --mask_ratio=0.6"},
         "shots": (1, 4),
         **{"sam_config": "configs/sam_quickstart.yaml", "sam_flags": "--time_limit_min=10 --steps=600"},
         **{"finetune_steps": 1200, "finetune_workers": 0, "num_parallel": 2},

@@ -3,6 +3,7 @@
 import math
 import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +11,25 @@ from pathlib import Path
 from benchmarks.comparison.arms import ARMS, SCRATCH_OWN, UNTRAINED
 from benchmarks.comparison.jobs import REPOSITORY, Call, Job, words
 from benchmarks.comparison.settings import Settings
+from datasets.samples.pairings import PAIRINGS
 
 LEARNING_STAGES = ("pretrain", "probe", "finetune")
 STEPS_PER_EPOCH = 20
+USUAL_CROPS = 2  # of a sample, in which --pretrain_steps is counted
+CROPS_LOADED = 3  # of each place: as it is, and at most two views
 MAX_SHARDS = 8
 BATCHES_AHEAD = 2  # that each loading process holds
+
+
+def voxels_seen(flags: Mapping, num_steps: int, num_ranks: int = 1) -> int:
+    """Voxels that a pretraining has seen: steps x batch x accumulated parts x ranks x crops of a sample x crop.
+
+    Args:
+        flags: of main_ddp.py, by name.
+    """
+    num_samples = num_steps * flags["batch_size"] * flags["accumulate_steps"] * num_ranks
+    crop_voxels = flags["roi_z"] * flags["roi_y"] * flags["roi_x"]
+    return num_samples * PAIRINGS[flags["pairing"]].num_crops * crop_voxels
 
 
 @dataclass(frozen=True)
@@ -248,11 +263,18 @@ class Plan:
     def pretrain_folder(self, arm: str, pretrain_seed: int) -> Path:
         return self.run_folder("pretrain", arm, f"seed{pretrain_seed}")
 
+    def num_steps(self, arm: str) -> int:
+        """Optimiser steps of an arm: as many voxels as `pretrain_steps` see with `USUAL_CROPS` crops a sample."""
+        return -(-self.settings.pretrain_steps * USUAL_CROPS // PAIRINGS[ARMS[arm].pairing].num_crops)
+
     def _pretrain(self, arm: str, pretrain_seed: int) -> Job:
-        s, folder = self.settings, self.pretrain_folder(arm, pretrain_seed)
-        num_epochs = -(-s.pretrain_steps // STEPS_PER_EPOCH)
-        flags = words(
-            config=REPOSITORY / "configs" / "comparison.yaml",
+        s, folder, num_steps = self.settings, self.pretrain_folder(arm, pretrain_seed), self.num_steps(arm)
+        num_epochs, is_alice = -(-num_steps // STEPS_PER_EPOCH), ARMS[arm].method == "alice"
+        num_crops = PAIRINGS[ARMS[arm].pairing].num_crops * CROPS_LOADED
+        recipe = words(config=REPOSITORY / "configs" / "comparison.yaml") if is_alice else ()
+        flags = recipe + words(
+            method=ARMS[arm].method,
+            pairing=ARMS[arm].pairing,
             data_dir=self.phantoms,
             json_list=self.list_of("unlabelled"),
             store_dir=self.store,
@@ -260,13 +282,16 @@ class Plan:
             **self._network,
             batch_size=s.pretrain_batch,
             epochs=num_epochs,
-            steps_per_epoch=min(STEPS_PER_EPOCH, s.pretrain_steps),
+            steps_per_epoch=min(STEPS_PER_EPOCH, num_steps),
             warmup_epochs=0.1 * num_epochs,
             lr=s.pretrain_lr,
             min_lr=s.pretrain_lr / 100,
             val_freq=num_epochs,
             saveckp_freq=max(1, num_epochs // 8),
-            num_workers=self.loaders(s.pretrain_workers, 6 * s.pretrain_batch),
+            log_freq=20,
+            picture_freq=0,
+            num_val_pairs=32,
+            num_workers=self.loaders(s.pretrain_workers, num_crops * s.pretrain_batch),
             device=self.device,
             seed=pretrain_seed,
         )
@@ -277,7 +302,7 @@ class Plan:
             after.append(self.make_true_pairs)
         if ARMS[arm].table is not None:
             flags += words(table_file=self.tables(ARMS[arm].table) / "correspondences.npy")
-        flags += (*ARMS[arm].flags, *shlex.split(s.pretrain_flags))
+        flags += (*ARMS[arm].flags, *shlex.split(f"{s.pretrain_flags} {s.alice_flags if is_alice else ''}"))
         weights = self.extracted(arm, pretrain_seed)
         extract = (str(folder / "checkpoint.pth"), str(weights), "--checkpoint_key", s.weights_from)
         calls = (Call("main_ddp", flags), Call("extract_backbone_weights", extract))
