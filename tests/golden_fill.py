@@ -1,12 +1,51 @@
-"""The deterministic filling of weights by which the golden numbers were made, so that tests need no weight files."""
+"""Where the golden numbers lie, and the deterministic filling of weights by which they were made.
 
+Tests need no weight files: every tensor is a function of its own name. `ALICE_GOLDEN_DIR` names another folder of golden
+data, `ALICE_GOLDEN_SALT` the salt that goes in front of the names there.
+"""
+
+import os
 import zlib
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from tests.shared import SHARED
 
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+SALT = os.environ.get("ALICE_GOLDEN_SALT", "")
+
+
+def golden_folder() -> Path:
+    """The folder of the golden data: `$ALICE_GOLDEN_DIR`, else `golden/` of the shared reference data."""
+    return Path(os.environ.get("ALICE_GOLDEN_DIR") or SHARED / "golden")
+
+
+def golden_file(name: str) -> Path:
+    """The path of one golden file; the calling test is skipped where it is absent."""
+    path = golden_folder() / name
+    if not path.exists():
+        pytest.skip(f"golden file {name} is not here (set ALICE_GOLDEN_DIR or ALICE_SHARED)")
+    return path
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    """The arrays of one golden .npz as tensors; the calling test is skipped where it is absent."""
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(golden_file(name)).items()}
+
+
+def fill(name: str, shape: tuple[int, ...], salt: str | None = None) -> np.ndarray:
+    """The values of a tensor called `name`, before its kind shifts them: float32, standard deviation 0.05.
+
+    Args:
+        salt: goes in front of the name; None = `$ALICE_GOLDEN_SALT`, by default none.
+    """
+    key = (SALT if salt is None else salt) + name
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
+    return generator.standard_normal(tuple(shape)).astype(np.float32) * np.float32(0.05)
 
 
 def fill_by_name(module: nn.Module) -> nn.Module:
@@ -14,11 +53,10 @@ def fill_by_name(module: nn.Module) -> nn.Module:
     norm_weights = {f"{name}.weight" for name, child in module.named_modules() if isinstance(child, NORM_LAYERS)}
     filled = {}
     for name, tensor in module.state_dict().items():
-        generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
-        values = generator.standard_normal(tuple(tensor.shape)).astype(np.float32) * np.float32(0.05)
         if name.endswith("num_batches_tracked"):
             filled[name] = torch.zeros((), dtype=torch.int64)
             continue
+        values = fill(name, tuple(tensor.shape))
         if name.endswith("running_var"):
             values = 1 + np.abs(values)
         elif name in norm_weights:

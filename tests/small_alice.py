@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import BACKBONES
-from models.backbones.interface import Size3, upsample_mask
-from models.methods.alice import AliceStudent, AliceTeacher, StudentOutputs, TeacherOutputs, build_alice
+from models.backbones.interface import Size3, drop_mask_tokens, upsample_mask
+from models.methods.alice import Alice, AliceOptions, StudentOutputs, TeacherOutputs
+from models.methods.method import rows_of
 
 ROI = (64, 32, 32)
 OUT_DIM = 32
 SMALL = {
-    "feature_size": 12,
-    "roi": ROI,
     "out_dim": OUT_DIM,
     "head_hidden_dim": 32,
     "head_bottleneck_dim": 16,
@@ -21,6 +20,7 @@ SMALL = {
     "casa_head_dim": 8,
     "casa_hidden_dim": 32,
 }
+NOW = {"step": 0, "teacher_temp": 0.04, "momentum_teacher": 0.9, "last_layer_frozen": 0.0}
 
 
 class TinyBackbone(nn.Module):
@@ -30,7 +30,14 @@ class TinyBackbone(nn.Module):
     decoder_key_prefixes = ("decoder.",)
     roi_multiple = 32
 
-    def __init__(self, feature_size: int, roi: Size3, decoder_stride: int | None, use_checkpoint: bool) -> None:
+    def __init__(
+        self,
+        feature_size: int,
+        roi: Size3,
+        decoder_stride: int | None,
+        use_checkpoint: bool = False,
+        with_masks: bool = True,
+    ) -> None:
         super().__init__()
         width = feature_size
         self.channels = {8: width, 16: 2 * width, 32: 4 * width}
@@ -41,7 +48,8 @@ class TinyBackbone(nn.Module):
             self.network["decoder"] = nn.ConvTranspose3d(4 * width, width, 4, 4)
         if decoder_stride == 1:
             self.network["out"] = nn.ConvTranspose3d(width, 1, 8, 8)
-        self.mask_token = nn.Parameter(torch.randn(1, width, 1, 1, 1))
+        if with_masks:
+            self.mask_token = nn.Parameter(torch.randn(1, width, 1, 1, 1))
 
     def encode(self, volumes: Tensor, masked: Tensor | None = None) -> dict[int, Tensor]:
         features = {}
@@ -64,34 +72,46 @@ class TinyBackbone(nn.Module):
         for name in ("decoder", "out"):
             if name in twin.network:
                 del twin.network[name]
-        del twin.mask_token
+        drop_mask_tokens(twin)
         return twin
 
 
-def small_alice(seed: int = 0, backbone: str = "tiny", **options) -> tuple[AliceStudent, AliceTeacher]:
-    """A student and its teacher with weights drawn from `seed`."""
+def small_alice(
+    seed: int = 0,
+    backbone: str = "tiny",
+    feature_size: int = 12,
+    roi: Size3 = ROI,
+    use_checkpoint: bool = False,
+    **options,
+) -> Alice:
+    """The method with weights drawn from `seed`; `options` are fields of `AliceOptions`."""
+    kind = TinyBackbone if backbone == "tiny" else BACKBONES[backbone]
+
+    def make_backbone(decoder_stride: int | None, with_masks: bool) -> nn.Module:
+        return kind(feature_size, roi, decoder_stride, use_checkpoint, with_masks)
+
     torch.manual_seed(seed)
-    BACKBONES["tiny"] = TinyBackbone
-    try:
-        return build_alice(backbone=backbone, **(SMALL | options))
-    finally:
-        del BACKBONES["tiny"]
+    return Alice(AliceOptions(**(SMALL | options)), make_backbone)
 
 
-def small_batch(num_pairs: int, seed: int = 0) -> dict[str, Tensor]:
-    """A batch of random views; every mask hides a different set of 12 of the 16 blocks."""
+def small_batch(num_samples: int, seed: int = 0, roi: Size3 = ROI) -> dict[str, Tensor]:
+    """A batch of random crops and views, V = 2; every mask hides a different set of three quarters of the blocks."""
     generator = torch.Generator().manual_seed(seed)
-    names = ("query", "key", "query_student", "query_teacher", "key_student", "key_teacher")
-    batch = {name: torch.rand(num_pairs, 1, *ROI, generator=generator) for name in names}
-    for name in ("query_mask", "key_mask"):
-        order = torch.rand(num_pairs, 16, generator=generator).argsort(dim=1)
-        batch[name] = (order < 12).reshape(num_pairs, 4, 2, 2)
-    return batch
+    batch = {name: torch.rand(num_samples, 2, 1, *roi, generator=generator) for name in ("crop", "student", "teacher")}
+    grid = tuple(side // 16 for side in roi)
+    num_blocks = grid[0] * grid[1] * grid[2]
+    order = torch.rand(num_samples, 2, num_blocks, generator=generator).argsort(dim=2)
+    cases = torch.arange(num_samples)
+    return batch | {
+        "mask": (order < 3 * num_blocks // 4).reshape(num_samples, 2, *grid),
+        "case": torch.stack([cases, cases + 1], dim=1) % 3,
+        "centre_mm": torch.zeros(num_samples, 2, 3),
+        "score": torch.ones(num_samples),
+        "is_fallback": torch.zeros(num_samples, dtype=torch.bool),
+    }
 
 
-def run_alice(
-    student: nn.Module, teacher: AliceTeacher, batch: dict[str, Tensor]
-) -> tuple[StudentOutputs, TeacherOutputs]:
+def run_alice(method: Alice, batch: dict[str, Tensor]) -> tuple[StudentOutputs, TeacherOutputs]:
     """Both networks' outputs for a batch."""
-    online = student(batch["query_student"], batch["query_mask"], batch["key_student"], batch["key_mask"])
-    return online, teacher(batch["query_teacher"], batch["key_teacher"], online)
+    online = method.student(rows_of(batch["student"]), rows_of(batch["mask"]))
+    return online, method.teacher(rows_of(batch["teacher"]), online.casa_query)

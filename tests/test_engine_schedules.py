@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from engine.schedules import CosineSchedule, LinearSchedule, peak_lr
-from tests.shared import shared_file
+from tests.golden_fill import golden_file
 
 
 @pytest.mark.parametrize("name", ["lr_default", "lr_readme", "wd", "mom", "short"])
 def test_cosine_equals_published_schedule_at_every_step(name):
-    golden = np.load(shared_file("golden", "golden_sched.npz"))
+    golden = np.load(golden_file("golden_sched.npz"))
     start, end, epochs, steps_per_epoch, warmup_epochs = golden[f"{name}_args"]
     num_steps, num_warmup = int(epochs * steps_per_epoch), int(warmup_epochs * steps_per_epoch)
     schedule = CosineSchedule(start, end, num_steps, num_warmup)

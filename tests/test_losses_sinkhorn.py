@@ -1,11 +1,10 @@
 """Balanced teacher distributions: rows sum to 1, outputs are used alike, a direct computation agrees."""
 
-import pytest
 import torch
 
-from losses.distillation import AliceLoss
+from losses.distillation import Distillation, DistillationOptions
 from losses.sinkhorn import NUM_ITERATIONS, balanced_probabilities
-from tests.small_alice import OUT_DIM, run_alice, small_alice, small_batch
+from tests.small_alice import NOW, small_alice, small_batch
 
 
 def drawn(rows: int = 64, width: int = 16) -> torch.Tensor:
@@ -47,15 +46,16 @@ def test_the_order_within_a_row_is_kept_where_outputs_were_balanced_already():
     assert torch.equal(balanced_probabilities(logits, 0.2).argmax(-1), torch.arange(8))
 
 
-def test_the_loss_uses_it_and_refuses_other_words():
-    student, teacher = small_alice()
-    batch = small_batch(2, seed=0)
-    outputs = run_alice(student, teacher, batch)
-    found = {}
+def test_the_method_uses_it():
+    batch, found = small_batch(2, seed=0), {}
     for centring in ("mean", "sinkhorn"):
-        total, terms = AliceLoss(out_dim=OUT_DIM, centring=centring)(*outputs, batch, 0.04)
+        total, terms = small_alice(centring=centring)(batch, NOW)
         assert total.requires_grad and total.isfinite()
         found[centring] = terms["loss_cls"]
     assert found["mean"] != found["sinkhorn"]
-    with pytest.raises(ValueError, match="--centring.*'running'"):
-        AliceLoss(centring="running")
+
+
+def test_all_rows_of_a_call_are_balanced_together_and_centres_play_no_part():
+    loss = Distillation({"cls": 16}, DistillationOptions(centring="sinkhorn"))
+    loss.centres.cls.fill_(5.0)
+    assert torch.equal(loss.targets("cls", drawn(), 0.1), balanced_probabilities(drawn(), 0.1))

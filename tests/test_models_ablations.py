@@ -13,8 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from losses.distillation import AliceLoss
-from models.methods.alice import build_alice, pool_tokens
+from models.methods.alice import Alice, pool_tokens
+from models.methods.method import rows_of
+from tests.small_alice import NOW, run_alice, small_alice, small_batch
 
 SIZES = {"swin_unetr": (64, 32, 32), "nnformer": (32, 16, 16), "unet": (32, 16, 16)}
 SMALL = {
@@ -29,25 +30,19 @@ RUNS = [("figure", lambdas) for lambdas in COMBINATIONS] + [
 TERMS = ("loss_cls", "loss_tokens", "loss_recon")
 
 
-def make_pair(backbone: str, **options) -> tuple:
-    torch.manual_seed(0)
+def make_method(backbone: str, **options) -> Alice:
     width = 12 if backbone == "swin_unetr" else 6
-    return build_alice(backbone=backbone, feature_size=width, roi=SIZES[backbone], **(SMALL | options))
+    return small_alice(backbone=backbone, feature_size=width, roi=SIZES[backbone], **(SMALL | options))
 
 
-def make_batch(backbone: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    size, generator = SIZES[backbone], torch.Generator().manual_seed(seed)
-    batch = {name: torch.rand(1, 1, *size, generator=generator) for name in ("query", "key")}
-    for name in ("query_mask", "key_mask"):
-        batch[name] = torch.rand(1, *(side // 16 for side in size), generator=generator).argsort(1) == 0
-    return batch
-
-
-def step(network: torch.nn.Module, teacher: torch.nn.Module, loss: AliceLoss, batch: dict) -> dict[str, torch.Tensor]:
-    online = network(batch["query"], batch["query_mask"], batch["key"], batch["key_mask"])
-    total, terms = loss(online, teacher(batch["query"], batch["key"], online), batch, 0.04)
+def step(network: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+    total, terms = network(batch, NOW)
     total.backward()
     return terms
+
+
+def untrained(method: Alice) -> list[str]:
+    return [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +57,13 @@ def process_group(tmp_path_factory):
 @pytest.mark.parametrize("backbone", ["nnformer", "unet", "swin_unetr"])
 def test_every_combination_trains_all_that_it_builds(process_group, backbone, casa_variant, lambdas):
     weights = dict(zip(("lambda1", "lambda2", "lambda3"), lambdas))
-    student, teacher = make_pair(backbone, casa_variant=casa_variant, **weights)
-    loss = AliceLoss(**weights, out_dim=SMALL["out_dim"])
-    network = DistributedDataParallel(student)
+    method = make_method(backbone, casa_variant=casa_variant, **weights)
+    student, network = method.student, DistributedDataParallel(method)
     for seed in range(2 if backbone != "swin_unetr" else 1):
-        terms = step(network, teacher, loss, make_batch(backbone, seed))
+        terms = step(network, small_batch(1, seed, SIZES[backbone]))
     assert [name for name in TERMS if name in terms] == [name for name, on in zip(TERMS, lambdas) if on]
-    assert not [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
-    teacher.update(student, 0.9)
+    assert not untrained(method)
+    method.after_step(NOW, was_skipped=False)
     has_head, has_cls, has_tokens = lambdas[0] or lambdas[1], lambdas[0], lambdas[1]
     assert (student.head is not None, student.casa is not None) == (bool(has_head), bool(has_tokens))
     if has_head:
@@ -81,26 +75,25 @@ def test_every_combination_trains_all_that_it_builds(process_group, backbone, ca
 
 @pytest.mark.parametrize("backbone", ["nnformer", "unet", "swin_unetr"])
 def test_multiscale_cls_joins_the_pooled_tokens_of_all_stages(process_group, backbone):
-    student, teacher = make_pair(backbone, cls_features="multiscale")
+    method = make_method(backbone, cls_features="multiscale")
+    student, batch = method.student, small_batch(1, roi=SIZES[backbone])
     widths = student.backbone.channels
-    batch = make_batch(backbone)
-    online = student(batch["query"], batch["query_mask"], batch["key"], batch["key_mask"])
-    features = student.backbone.encode(batch["query"], batch["query_mask"])
-    slow = torch.cat([features[stride][0].flatten(1).mean(1) for stride in sorted(widths)])
-    assert online.cls_features.shape == (2, sum(widths.values())) and len(widths) >= 4
-    torch.testing.assert_close(online.cls_features[0], slow, rtol=1e-3, atol=1e-4)
-    target = teacher(batch["query"], batch["key"], online)
-    assert target.cls_features.shape == online.cls_features.shape and target.cls_logits.shape == (2, 16)
-    step(DistributedDataParallel(student), teacher, AliceLoss(out_dim=16), batch)
-    assert not [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    online, target = run_alice(method, batch)
+    features = student.backbone.encode(rows_of(batch["student"]), rows_of(batch["mask"]))
+    slow = torch.cat([features[stride].flatten(2).mean(2) for stride in sorted(widths)], dim=1)
+    assert slow.shape == (2, sum(widths.values())) and len(widths) >= 4
+    torch.testing.assert_close(pool_tokens(features, student.pooled_strides), slow, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(online.cls_logits, student.head.project_cls(slow), rtol=1e-3, atol=1e-4)
+    assert target.cls_features.shape == slow.shape and target.cls_logits.shape == (2, 16)
+    step(DistributedDataParallel(method), batch)
+    assert not untrained(method)
 
 
 def test_pooling_the_deepest_stage_takes_it_alone():
     features = {8: torch.zeros(1, 2, 2, 2, 2), 16: torch.arange(3.0).view(1, 3, 1, 1, 1)}
     assert pool_tokens(features, (16,)).tolist() == [[0, 1, 2]]
     assert pool_tokens(features, (8, 16)).tolist() == [[0, 0, 0, 1, 2]]
-    with pytest.raises(ValueError, match="--cls_features"):
-        make_pair("unet", cls_features="shallowest")
+    assert make_method("unet").student.pooled_strides == (16,)
 
 
 def run_rank(rank: int, folder: str) -> None:
@@ -108,11 +101,11 @@ def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     gradients = {}
     for backbone in ("nnformer", "unet"):
-        student, teacher = make_pair(backbone, casa_variant="published", cls_features="multiscale")
-        network, loss = DistributedDataParallel(student), AliceLoss(out_dim=SMALL["out_dim"])
+        method = make_method(backbone, casa_variant="published", cls_features="multiscale")
+        network = DistributedDataParallel(method)
         for seed in (0, 2):
-            step(network, teacher, loss, make_batch(backbone, seed + rank))
-        gradients |= {f"{backbone}.{name}": p.grad for name, p in student.named_parameters() if p.requires_grad}
+            step(network, small_batch(1, seed + rank, SIZES[backbone]))
+        gradients |= {f"{backbone}.{name}": p.grad for name, p in method.named_parameters() if p.requires_grad}
     torch.save(gradients, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -120,4 +113,4 @@ def run_rank(rank: int, folder: str) -> None:
 def test_two_ranks_agree_on_the_gradient_of_every_parameter(tmp_path: Path):
     mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(gradient, second[name]) for name, gradient in first.items())
+    assert first and all(torch.equal(gradient, second[name]) for name, gradient in first.items())

@@ -3,14 +3,12 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from models.methods.casa import CASA_VARIANTS, FigureCASA, PublishedCASA, relative_entropy
-from tests.golden_fill import fill_by_name
-from tests.shared import shared_file
+from tests.golden_fill import fill_by_name, golden, golden_file
 
 SMALL = {"query_dim": 12, "model_dim": 16, "num_heads": 2, "head_dim": 5, "hidden_dim": 24}
 
@@ -20,25 +18,25 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_published_variant_matches_the_published_numbers() -> None:
-    golden = {k: torch.from_numpy(v) for k, v in np.load(shared_file("golden", "golden_casa.npz")).items()}
+    published = golden("golden_casa.npz")
     casa = PublishedCASA(query_dim=384, model_dim=512, num_heads=8, head_dim=64, hidden_dim=2048)
     fill_by_name(casa)
     attention = casa.Cross_Att.MH_attn
-    query = golden["query"]
+    query = published["query"]
     with torch.no_grad():
         for source, out in (("kv_student", "student_out"), ("kv_teacher", "teacher_out")):
-            torch.testing.assert_close(casa.align(query, golden[source]), golden[out], rtol=0, atol=1e-5)
+            torch.testing.assert_close(casa.align(query, published[source]), published[out], rtol=0, atol=1e-5)
         projected = attention.w_qs(query)
-        weights = attention.attention_weights(projected, golden["kv_student"])
-        torch.testing.assert_close(weights, golden["attn_student"], rtol=0, atol=1e-6)
-        normed = attention(projected, golden["kv_student"], residual=query)
-        torch.testing.assert_close(normed, golden["mha_out_student"], rtol=0, atol=5e-6)
+        weights = attention.attention_weights(projected, published["kv_student"])
+        torch.testing.assert_close(weights, published["attn_student"], rtol=0, atol=1e-6)
+        normed = attention(projected, published["kv_student"], residual=query)
+        torch.testing.assert_close(normed, published["mha_out_student"], rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("variant", list(CASA_VARIANTS))
 def test_state_dict_names_are_the_published_ones(variant: str) -> None:
     """The published module's other tensors (projection_*) never reached its output."""
-    shapes = json.loads(shared_file("golden", "casa_head_state_dicts.json").read_text())["casa"]
+    shapes = json.loads(golden_file("casa_head_state_dicts.json").read_text())["casa"]
     expected = {name: shape for name, shape in shapes.items() if name.startswith("Cross_Att.")}
     casa = CASA_VARIANTS[variant](query_dim=512, model_dim=512, num_heads=8, head_dim=64, hidden_dim=2048)
     assert {name: list(tensor.shape) for name, tensor in casa.state_dict().items()} == expected

@@ -2,14 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from models.backbones.interface import flatten_tokens
 from models.heads import ProjectionHead, WeightNormLinear
-from tests.golden_fill import fill_by_name
-from tests.shared import shared_file
+from tests.golden_fill import fill_by_name, golden, golden_file
 
 PUBLISHED = {"in_dim": 384, "encoder_dim": 384, "decoder_dim": 192}
 
@@ -17,19 +15,19 @@ PUBLISHED = {"in_dim": 384, "encoder_dim": 384, "decoder_dim": 192}
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_matches_the_published_head(role: str) -> None:
     """A shared token layer in the teacher, an own one in the student; every 8th decoder token was kept."""
-    golden = {k: torch.from_numpy(v) for k, v in np.load(shared_file("golden", f"golden_head_{role}.npz")).items()}
+    published = golden(f"golden_head_{role}.npz")
     head = ProjectionHead(**PUBLISHED, shared_last_layer=role == "teacher")
     fill_by_name(head)
     with torch.no_grad():
-        cls = head.project_cls(golden["cls_token"])
-        encoder = head.project_encoder_tokens(flatten_tokens(golden["encoder"]))
-        decoder = head.project_decoder_tokens(flatten_tokens(golden["decoder"])[:, ::8])
-    for ours, published in ((cls, golden["x1"]), (encoder, golden["x2"]), (decoder, golden["x3"])):
-        torch.testing.assert_close(ours, published, rtol=1e-4, atol=1e-7)
+        cls = head.project_cls(published["cls_token"])
+        encoder = head.project_encoder_tokens(flatten_tokens(published["encoder"]))
+        decoder = head.project_decoder_tokens(flatten_tokens(published["decoder"])[:, ::8])
+    for ours, expected in ((cls, published["x1"]), (encoder, published["x2"]), (decoder, published["x3"])):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_state_dict_names_are_the_published_ones() -> None:
-    shapes = json.loads(shared_file("golden", "casa_head_state_dicts.json").read_text())
+    shapes = json.loads(golden_file("casa_head_state_dicts.json").read_text())
     head = ProjectionHead(**PUBLISHED)
     assert {name: list(tensor.shape) for name, tensor in head.state_dict().items()} == shapes["head_student"]
     # The published teacher lists its one shared last layer under both names.

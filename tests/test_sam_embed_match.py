@@ -12,9 +12,9 @@ from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching import search
 from sam_embed.matching.match import best_voxels, cycle_error_mm, match_points, query_vectors, similarity_map
 from sam_embed.matching.mine import MiningOptions, draw_points
+from tests.golden_fill import golden_file
 from tests.published_matching import published_match, published_similarity
 from tests.sam_fakes import patient_embedding
-from tests.shared import shared_file
 
 FINE_AFFINE = np.array([[0, 0, -4.0, 60], [0, -4.0, 0, 20], [4.0, 0, 0, -300], [0, 0, 0, 1]])
 
@@ -41,7 +41,7 @@ def random_embedding(seed: int, shape=(9, 12, 10), semantic: bool = False) -> Em
 
 @pytest.mark.parametrize("same_volume", [False, True])
 def test_published_matching_is_reproduced(same_volume):
-    golden = np.load(shared_file("golden", "golden_match.npz"))
+    golden = np.load(golden_file("golden_match.npz"))
     query = tuple(torch.from_numpy(golden[f"q_{level}"]) for level in ("fine", "coarse"))
     key = query if same_volume else tuple(torch.from_numpy(golden[f"k_{level}"]) for level in ("fine", "coarse"))
     side = "q" if same_volume else "k"

@@ -8,20 +8,19 @@ import pytest
 import torch
 
 from sam_embed.network import AnatomicalEmbedder
-from tests.golden_fill import fill_by_name
+from tests.golden_fill import fill_by_name, golden_file
 from tests.sam_fakes import compact_options
-from tests.shared import shared_file
 
 
 @pytest.mark.parametrize("semantic, golden", [(False, "sam_state_dict.json"), (True, "samv2_state_dict.json")])
 def test_state_dict_has_the_published_names_and_shapes(semantic, golden):
-    published = json.loads(shared_file("golden", golden).read_text())
+    published = json.loads(golden_file(golden).read_text())
     ours = {name: list(tensor.shape) for name, tensor in AnatomicalEmbedder(semantic=semantic).state_dict().items()}
     assert ours == published
 
 
 def test_outputs_match_the_published_network():
-    golden = np.load(shared_file("golden", "golden_sam.npz"))
+    golden = np.load(golden_file("golden_sam.npz"))
     network = fill_by_name(AnatomicalEmbedder()).eval()
     volume = torch.from_numpy(golden["input"])
     with torch.no_grad():
