@@ -1,7 +1,7 @@
 """Where the golden numbers lie, and the deterministic filling of weights by which they were made.
 
-Tests need no weight files: every tensor is a function of its own name. `ALICE_GOLDEN_DIR` names another folder of golden
-data, `ALICE_GOLDEN_SALT` the salt that goes in front of the names there.
+Tests need no weight files: every tensor is a function of its own name. `ALICE_GOLDEN_DIR` names another folder of
+golden data, `ALICE_GOLDEN_SALT` the salt that goes in front of the names there.
 """
 
 import os

@@ -4,112 +4,136 @@ import dataclasses
 import itertools
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import engine.loop
 from engine.checkpoint import CheckpointError
 from engine.device import make_scaler, pick_precision
 from engine.distributed import World
 from engine.logging import RunLog
-from engine.loop import MAX_SKIPPED_IN_A_ROW, Hooks, LoopOptions, NonFiniteLossError, Schedules, pretrain, validate
-from engine.optim import clip_gradients, decays, make_optimizer
+from engine.loop import (
+    MAX_SKIPPED_IN_A_ROW,
+    Hooks,
+    LoopOptions,
+    NonFiniteLossError,
+    norm_buffers,
+    pretrain,
+    validate,
+    values_at,
+)
+from engine.optim import clip_gradients, decays, make_optimizer, set_schedule
 from engine.run import RunState, warn_of_changed_steps
+from losses.centre import RunningMeans
+from models.methods.method import Method, average_towards, rows_of
 from tests.tiny_run import log_of
 
 CPU = torch.device("cpu")
 
 
 class Student(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, with_norm: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3) if with_norm else nn.Identity()
         self.last_layer = nn.Linear(3, 2, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last_layer(self.body(x))
-
-    def last_layer_parameters(self) -> list[nn.Parameter]:
-        return [self.last_layer.weight]
+        return self.last_layer(self.norm(self.body(x)))
 
 
-class Teacher(nn.Module):
-    def __init__(self) -> None:
+class TinyMethod(Method):
+    """Squared error to the teacher, with a running mean as centres have it, and a last layer that is frozen at first.
+
+    Steps in `poisoned` have a loss that is not finite, steps in `overflowing` gradients that are not.
+    """
+
+    poisoned: tuple[int, ...] = ()
+    overflowing: tuple[int, ...] = ()
+
+    def __init__(self, num_freeze_steps: int = 0, with_norm: bool = False) -> None:
         super().__init__()
-        self.net = Student().requires_grad_(False)
+        self.num_freeze_steps = num_freeze_steps
+        self.student = Student(with_norm)
+        self.teacher = Student(with_norm).requires_grad_(False)
+        self.loss = RunningMeans({"centre": 2}, 0.9)
+        self.train()
 
-    @torch.no_grad()
-    def update(self, student: Student, momentum: float) -> None:
-        for own, other in zip(self.net.parameters(), student.parameters()):
-            own.lerp_(other, 1 - momentum)
+    def schedules(self, num_steps: int, steps_per_epoch: int) -> dict:
+        frozen = {"last_layer_frozen": lambda step: float(step < self.num_freeze_steps)}
+        return {"momentum_teacher": lambda step: 0.5} | frozen
 
-
-class Loss(nn.Module):
-    """Squared error to the teacher, with a running mean as centres have it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("centre", torch.zeros(2))
-        self.pending: list[torch.Tensor] = []
-
-    def forward(self, out: torch.Tensor, target: torch.Tensor, is_last_part: bool) -> torch.Tensor:
+    def forward(self, batch: dict, now: dict) -> tuple[torch.Tensor, dict]:
+        out = self.student(rows_of(batch["view"]))
+        with torch.no_grad():
+            target = self.teacher(rows_of(batch["view"]))
         if self.training:
-            self.pending.append(target.detach())
-            if is_last_part:
-                self.centre.lerp_(torch.cat(self.pending).mean(0), 0.1)
-                self.pending = []
-        return (out - target + 1).square().mean()
+            self.loss.collect("centre", target)
+        if now["step"] in self.overflowing:
+            out.register_hook(lambda gradient: gradient * float("inf"))
+        total = (out - target + 1).square().mean()
+        if now["step"] in self.poisoned:
+            total = total * float("nan")
+        return total, {"loss_recon": total.detach()}
+
+    def before_step(self, now: dict) -> None:
+        if now["last_layer_frozen"]:
+            self.student.last_layer.weight.grad = None
+
+    def after_step(self, now: dict, was_skipped: bool) -> None:
+        if was_skipped:
+            self.loss.forget()
+            return
+        average_towards(self.teacher, self.student, now["momentum_teacher"])
+        self.loss.apply()
 
 
 def make_batch(first: int, size: int) -> dict:
     rows = [torch.randn(4, generator=torch.Generator().manual_seed(first + j)) for j in range(size)]
-    return {"query": torch.stack(rows), "is_fallback": torch.zeros(size, dtype=torch.bool), "score": torch.ones(size)}
+    view = torch.stack(rows)[:, None]  # V = 1
+    return {"view": view, "is_fallback": torch.zeros(size, dtype=torch.bool), "score": torch.ones(size)}
 
 
 def batches_of(size: int, start: int = 0):
     return (make_batch(first, size) for first in itertools.count(start, size))
 
 
+def case_names(batch: dict) -> list[str]:
+    return [f"case{int(value * 100)}" for value in batch["view"][:, 0, 0]]
+
+
 class Setup:
     """A run of the loop with everything recorded."""
 
-    def __init__(self, folder, size: int = 4, **options) -> None:
-        student = Student()
-        self.run = RunState(
-            student, Teacher(), Loss(), make_optimizer(student, 0.1, 0.01, CPU), make_scaler("fp32", CPU)
-        )
+    def __init__(self, folder, size: int = 4, num_freeze_steps: int = 0, with_norm: bool = False, **options) -> None:
+        self.method = TinyMethod(num_freeze_steps, with_norm)
+        optimizer = make_optimizer(self.method.student, 0.1, 0.01, CPU)
+        self.run = RunState(self.method, optimizer, make_scaler("fp32", CPU))
         self.options = LoopOptions(**({"num_steps": 4, "steps_per_epoch": 2, "log_freq": 1} | options))
-        self.schedules = Schedules(lambda s: 0.1 / (1 + s), lambda s: 0.01 * s, lambda s: 0.5, lambda s: 0.04)
+        own = {"lr": lambda step: 0.1 / (1 + step), "weight_decay": lambda step: 0.01 * step}
+        self.schedules = own | self.method.schedules(4, 2)
         self.saved, self.validated, self.drawn = [], [], []
         self.hooks = Hooks(
             validate=lambda: self.validated.append(self.run.step) or {"loss": 1.0},
             draw=lambda batch, step: self.drawn.append(step),
             save=lambda epoch: self.saved.append((self.run.step, epoch)),
             saved=lambda: True,
-            case_names=lambda batch: [f"case{int(value * 100)}" for value in batch["query"][:, 0]],
         )
         self.log = RunLog(folder, self.options.num_steps, tensorboard=False)
         self.batches = batches_of(size)
-        self.poison_at: tuple[int, ...] = ()
-
-    def objective(self, batch: dict, teacher_temp: float, is_last_part: bool):
-        out, target = self.run.student(batch["query"]), self.run.teacher.net(batch["query"])
-        total = self.run.loss(out, target, is_last_part)
-        if self.run.step in self.poison_at:
-            total = total * float("nan")
-        return total, {"loss_recon": total.detach()}
 
     def __call__(self) -> bool:
+        dataset = SimpleNamespace(case_names=case_names)
         return pretrain(
-            self.run, self.run.student, self.objective, self.batches, self.schedules, self.options, self.hooks,
-            World(), self.log,
-        )  # fmt: skip
+            self.run, self.method, dataset, self.batches, self.schedules, self.options, self.hooks, World(), self.log
+        )
 
     def weights(self) -> dict[str, torch.Tensor]:
-        modules = nn.ModuleList([self.run.student, self.run.teacher, self.run.loss])
-        return {name: value.clone() for name, value in modules.state_dict().items()}
+        return {name: value.clone() for name, value in self.method.state_dict().items()}
 
 
 def test_accumulation_equals_the_big_batch(tmp_path):
@@ -180,11 +204,21 @@ def test_last_layer_stands_still_while_frozen(tmp_path):
     before = setup.weights()
     setup()
     after = setup.weights()
-    assert torch.equal(after["0.last_layer.weight"], before["0.last_layer.weight"])
-    assert not torch.equal(after["0.body.weight"], before["0.body.weight"])
-    setup.options = LoopOptions(num_steps=3, steps_per_epoch=2, num_freeze_steps=2)
+    assert torch.equal(after["student.last_layer.weight"], before["student.last_layer.weight"])
+    assert not torch.equal(after["student.body.weight"], before["student.body.weight"])
+    setup.options = LoopOptions(num_steps=3, steps_per_epoch=2)
     setup()
-    assert not torch.equal(setup.weights()["0.last_layer.weight"], before["0.last_layer.weight"])
+    assert not torch.equal(setup.weights()["student.last_layer.weight"], before["student.last_layer.weight"])
+
+
+def test_parts_with_a_constant_rate_keep_the_peak_and_decay_like_the_others():
+    method = TinyMethod()
+    optimizer = make_optimizer(method.student, 0.1, 0.01, CPU, kind="sgd", constant_parts=("last_layer",))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
+    set_schedule(optimizer, 0.025, 0.3)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.025, 0.1, 0.1]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0, 0.3, 0]
+    assert optimizer.param_groups[2]["params"][0] is method.student.last_layer.weight
 
 
 def test_clipping_takes_all_trained_modules_together():
@@ -216,38 +250,108 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_but_one_on_the_way
 
 def test_non_finite_loss_stops_before_any_weight_changes(tmp_path):
     setup = Setup(tmp_path)
-    setup.poison_at = (1,)
+    setup.method.poisoned = (1,)
     setup.options = LoopOptions(num_steps=1, steps_per_epoch=2)
     setup()
     before = setup.weights()
     setup.options = LoopOptions(num_steps=4, steps_per_epoch=2)
-    name = setup.hooks.case_names(make_batch(4, 4))[0]
+    name = case_names(make_batch(4, 4))[0]
     with pytest.raises(NonFiniteLossError, match=rf"step 1: .*rank 0.*{name}.*--nan_policy skip"):
         setup()
-    after = setup.weights()
-    assert all(torch.equal(after[key], before[key]) for key in before if "centre" not in key)
-
-
-def test_skip_leaves_out_the_step_and_its_centres(tmp_path):
-    setup = Setup(tmp_path, num_steps=2, nan_policy="skip")
-    setup.poison_at = (0, 1)
-    before = setup.weights()
-    assert setup()
-    assert setup.run.step == 2
     assert all(torch.equal(value, before[name]) for name, value in setup.weights().items())
+
+
+def test_gradients_that_are_not_finite_stop_an_unscaled_run_too(tmp_path):
+    setup = Setup(tmp_path)
+    setup.method.overflowing = (1,)
+    with pytest.raises(NonFiniteLossError, match=r"step 1: .*gradient norm (inf|nan).*--nan_policy skip"):
+        setup()
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("how", ["poisoned", "overflowing"])
+def test_a_skipped_step_leaves_no_trace(tmp_path, how, with_norm):
+    """Weights, moments of the optimiser, averages, centres, and the running statistics of batch norms."""
+    setup = Setup(tmp_path, num_steps=3, nan_policy="skip", num_parts=2, with_norm=with_norm)
+    setup.options = dataclasses.replace(setup.options, num_steps=1)
+    setup()
+    before, moments = setup.weights(), flat_state(setup.run.optimizer)
+    setattr(setup.method, how, (1, 2))
+    setup.options = dataclasses.replace(setup.options, num_steps=3)
+    assert setup() and setup.run.step == 3
+    assert all(torch.equal(value, before[name]) for name, value in setup.weights().items())
+    assert all(torch.equal(value, moments[name]) for name, value in flat_state(setup.run.optimizer).items())
+    assert len(norm_buffers(setup.method)) == (6 if with_norm else 0)
+    setup.options = dataclasses.replace(setup.options, num_steps=4)
+    setup()
+    changed = [name for name, value in setup.weights().items() if not torch.equal(value, before[name])]
+    assert "loss.centre" in changed and ("student.norm.running_mean" in changed) is with_norm
+
+
+def flat_state(optimizer: torch.optim.Optimizer) -> dict[tuple, torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {(index, name): value.clone() for index, values in state.items() for name, value in values.items()}
+
+
+def test_a_skipped_step_does_not_count_towards_the_centres_of_the_next(tmp_path):
+    """Two runs whose only difference is a broken step in between end with the same centre."""
+    plain, broken = Setup(tmp_path / "plain"), Setup(tmp_path / "broken", nan_policy="skip")
+    plain.options = dataclasses.replace(plain.options, num_steps=1)
+    plain.batches = batches_of(4, start=4)
+    plain()
+    broken.method.poisoned = (0,)
+    broken.options = dataclasses.replace(broken.options, num_steps=2)
+    broken()
+    assert torch.equal(plain.weights()["loss.centre"], broken.weights()["loss.centre"])
+    assert plain.weights()["loss.centre"].any()
 
 
 def test_skipping_goes_on_with_a_scaled_loss(tmp_path):
     setup = Setup(tmp_path, num_steps=5, nan_policy="skip")
     setup.run.scaler = make_scaler("fp16", CPU)
-    setup.poison_at = (1, 3)
+    setup.method.poisoned = (1, 3)
     assert setup() and setup.run.step == 5
     assert setup.run.scaler.get_scale() == 2.0**16 / 4
 
 
+def test_an_overflow_of_a_scaled_loss_is_skipped_without_a_word_and_scales_less(tmp_path, capsys):
+    """Not finite are the gradients, not the loss: no error under --nan_policy stop, and averages stand still."""
+    setup = Setup(tmp_path, num_steps=3)
+    setup.run.scaler = make_scaler("fp16", CPU)
+    setup.method.overflowing = (0, 1)
+    setup.options = dataclasses.replace(setup.options, num_steps=2)
+    before = setup.weights()
+    assert setup() and setup.run.step == 2
+    assert all(torch.equal(value, before[name]) for name, value in setup.weights().items())
+    assert not setup.run.optimizer.state and setup.run.scaler.get_scale() == 2.0**16 / 4
+    assert "skipped" not in capsys.readouterr().out
+    setup.options = dataclasses.replace(setup.options, num_steps=3)
+    setup()
+    changed = {name for name, value in setup.weights().items() if not torch.equal(value, before[name])}
+    assert {"student.body.weight", "teacher.body.weight", "loss.centre"} <= changed
+
+
+def test_overflows_end_the_run_when_they_do_not_end(tmp_path):
+    setup = Setup(tmp_path, num_steps=100, steps_per_epoch=100)
+    setup.run.scaler = make_scaler("fp16", CPU)
+    first = MAX_SKIPPED_IN_A_ROW - 1  # so many in a row are the scaler's business
+    setup.method.overflowing = (*range(first), *range(first + 1, 100))
+    with pytest.raises(NonFiniteLossError, match=f"{MAX_SKIPPED_IN_A_ROW} steps in a row.*--precision"):
+        setup()
+    assert setup.run.step == 2 * MAX_SKIPPED_IN_A_ROW - 1
+
+
+def test_a_broken_loss_of_a_scaled_run_is_no_overflow(tmp_path):
+    setup = Setup(tmp_path)
+    setup.run.scaler = make_scaler("fp16", CPU)
+    setup.method.poisoned = (1,)
+    with pytest.raises(NonFiniteLossError, match="step 1: .*--nan_policy skip"):
+        setup()
+
+
 def test_a_skipped_step_takes_only_its_own_values_out_of_the_means(tmp_path):
     setup = Setup(tmp_path, num_steps=4, steps_per_epoch=4, nan_policy="skip")
-    setup.poison_at = (2,)
+    setup.method.poisoned = (2,)
     setup()
     (epoch,), steps = log_of(tmp_path, "epoch"), {line["step"]: line for line in log_of(tmp_path)}
     assert "loss" not in steps[3]
@@ -257,44 +361,47 @@ def test_a_skipped_step_takes_only_its_own_values_out_of_the_means(tmp_path):
 
 def test_skipping_ends_after_too_many_in_a_row(tmp_path):
     setup = Setup(tmp_path, num_steps=100, nan_policy="skip")
-    setup.poison_at = tuple(range(1, 100))
+    setup.method.poisoned = tuple(range(1, 100))
     with pytest.raises(NonFiniteLossError, match=f"{MAX_SKIPPED_IN_A_ROW} steps in a row"):
         setup()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_saves_after_the_running_step(tmp_path, number):
+def test_signal_saves_after_the_running_step(tmp_path, monkeypatch, number):
     setup = Setup(tmp_path, num_steps=10, steps_per_epoch=10)
     handler = signal.getsignal(number)
-    plain = setup.objective
+    plain = engine.loop.seed_step
 
-    def signalled(*arguments):
-        if setup.run.step == 2:
+    def seed_and_signal(seed: int, step: int, rank: int) -> None:
+        plain(seed, step, rank)
+        if step == 2:
             os.kill(os.getpid(), number)
-        return plain(*arguments)
 
-    setup.objective = signalled
+    monkeypatch.setattr(engine.loop, "seed_step", seed_and_signal)
     assert setup() is False
     assert setup.saved == [(3, None)]
     assert signal.getsignal(number) == handler
 
 
-def test_validation_leaves_no_trace(tmp_path):
-    setup = Setup(tmp_path)
-    setup.run.student.body.eval()  # a module whose own mode differs from its parent's
-    modules = [setup.run.student, setup.run.teacher, setup.run.loss]
-    modes, before = [m.training for root in modules for m in root.modules()], setup.weights()
-    told = validate(setup.objective, modules, [make_batch(0, 4), make_batch(4, 4)], 0.04, World())
-    assert told["loss"] == pytest.approx(told["loss_recon"]) and told["pair_score"] == 1.0
-    assert [m.training for root in modules for m in root.modules()] == modes
+def test_validation_leaves_no_trace(tmp_path, monkeypatch):
+    setup = Setup(tmp_path, with_norm=True)
+    method, now = setup.method, values_at(setup.schedules, 4)
+    method.student.body.eval()  # a module whose own mode differs from its parent's
+    modes, before = [module.training for module in method.modules()], setup.weights()
+    means = validate(method, [make_batch(0, 4), make_batch(4, 4)], now, "fp32", World())
+    assert means["loss"] == pytest.approx(means["loss_recon"]) and means["pair_score"] == 1.0
+    assert means["fallback_share"] == 0
+    assert [module.training for module in method.modules()] == modes
+    method.loss.apply()  # nothing was collected
     assert all(torch.equal(value, before[name]) for name, value in setup.weights().items())
 
     def broken(*arguments):
         raise RuntimeError("in the middle")
 
+    monkeypatch.setattr(method, "forward", broken)
     with pytest.raises(RuntimeError, match="in the middle"):
-        validate(broken, modules, [make_batch(0, 4)], 0.04, World())
-    assert [m.training for root in modules for m in root.modules()] == modes
+        validate(method, [make_batch(0, 4)], now, "fp32", World())
+    assert [module.training for module in method.modules()] == modes
 
 
 @pytest.mark.parametrize(
