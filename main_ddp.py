@@ -55,6 +55,7 @@ from engine.watch.probe import ProbeOptions, watch_probe
 from engine.weights import start_from
 from losses.collapse import CollapseWatch
 from models.backbones import BACKBONES
+from models.backbones.interface import MakeBackbone
 from models.layers.batch_norm import synchronise_batch_norms
 from models.methods import METHODS, Method
 
@@ -107,9 +108,8 @@ def check_and_build(flags) -> Method:
             check_mask_block(flags.mask_block, built[0], flags.backbone)
 
     def check_masks() -> None:
-        options = options_of(flags, METHODS[flags.method].Options)
-        if isinstance(options, MaskOptions):
-            options.check((flags.roi_z, flags.roi_y, flags.roi_x))
+        if issubclass(METHODS[flags.method].Options, MaskOptions):
+            options_of(flags, MaskOptions).check((flags.roi_z, flags.roi_y, flags.roi_x))
 
     check_all(
         [
@@ -121,6 +121,7 @@ def check_and_build(flags) -> Method:
             lambda: Path(flags.probe_json_list or flags.json_list).is_file() and probe_cases(flags),
             check_masks,
             build,
+            lambda: built or backbone_maker(flags)(None, with_masks=False),  # sizes, where the method refused first
         ]
     )
     # run.json and checkpoints name what was used
@@ -135,13 +136,18 @@ def precision_request(flags) -> tuple[str, torch.device]:
 
 def build_method(flags) -> Method:
     """The method that the flags describe; torch's seed decides its weights."""
-    roi = options_of(flags, CropOptions).roi
+    kind = METHODS[flags.method]
+    return kind(options_of(flags, kind.Options), backbone_maker(flags))
+
+
+def backbone_maker(flags) -> MakeBackbone:
+    """The flags' backbone, with the parts that a method asks for."""
+    roi = flags.roi_z, flags.roi_y, flags.roi_x
 
     def make_backbone(decoder_stride: int | None, with_masks: bool):
         return BACKBONES[flags.backbone](flags.feature_size, roi, decoder_stride, flags.use_checkpoint, with_masks)
 
-    kind = METHODS[flags.method]
-    return kind(options_of(flags, kind.Options), make_backbone)
+    return make_backbone
 
 
 def make_run(flags, method: Method, data: Data, options: LoopOptions, world: World, info: RunInfo) -> RunState:

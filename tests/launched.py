@@ -187,12 +187,12 @@ def signal_at_step(step: int, number: int = signal.SIGTERM) -> None:
 
 def poison_sample(index: int) -> None:
     """The reconstruction target of one sample holds a NaN."""
-    from datasets.samples.dataset import PairedCropDataset
+    from datasets.samples.dataset import CropDataset
 
-    plain = PairedCropDataset.__getitem__
+    plain = CropDataset.__getitem__
 
-    def poisoned(self: PairedCropDataset, now: int) -> dict:
+    def poisoned(self: CropDataset, now: int) -> dict:
         sample = plain(self, now)
-        return sample | {"query": sample["query"] * float("nan")} if now == index else sample
+        return sample | {"crop": sample["crop"] * float("nan")} if now == index else sample
 
-    PairedCropDataset.__getitem__ = poisoned
+    CropDataset.__getitem__ = poisoned

@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from engine.logging import RunLog
-from engine.run import RunState
 from engine.watch.feature_pictures import (
     MOST_TIMES_UNIFORM,
     attention_figure,
     enlarge,
     feature_figure,
-    look,
     principal_colours,
+    token_stride,
 )
-from engine.watch.pictures import draw_pictures, sheets
-from tests.fakes import make_store
+from engine.watch.pictures import draw_pictures, look, sheets
+from models.backbones.interface import upsample_mask
+from models.methods.method import rows_of
+from tests.fakes import make_dataset
 from tests.small_alice import ROI, run_alice, small_alice, small_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,27 +24,38 @@ NUM_PAIRS = 2
 QUERIES, KEYS = 4 * 2 * 2, 8 * 4 * 4  # tokens of a 64 x 32 x 32 crop at strides 16 and 8
 
 
-def pictured_batch() -> dict:
-    return small_batch(NUM_PAIRS) | {"query_case": torch.tensor([0, 1]), "key_case": torch.tensor([1, 2])}
-
-
 def test_look_gives_the_attention_that_was_used_and_leaves_no_trace():
-    student, teacher = small_alice()
-    student.train()
-    student.backbone.eval()  # a module whose own mode differs from its parent's
-    modes = [module.training for module in student.modules()]
-    found = look(student, teacher, pictured_batch())
-    assert found.student.shape == found.teacher.shape == (2 * NUM_PAIRS, QUERIES, KEYS)
-    for weights in (found.student, found.teacher):
+    method, batch = small_alice(), small_batch(NUM_PAIRS)
+    method.student.backbone.eval()  # a module whose own mode differs from its parent's
+    modes = [module.training for module in method.modules()]
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    features, found = look(method, batch)
+    student, teacher = found["attention_student"], found["attention_teacher"]
+    assert student.shape == teacher.shape == (2 * NUM_PAIRS, QUERIES, KEYS)
+    for weights in (student, teacher):
         torch.testing.assert_close(weights.sum(-1), torch.ones(2 * NUM_PAIRS, QUERIES))
-    assert not torch.equal(found.student, found.teacher)
-    assert found.features.shape[2:] == (8, 4, 4)
-    assert [module.training for module in student.modules()] == modes
-    assert not any(module._forward_hooks for root in (student, teacher) for module in root.modules())
-    online, _ = run_alice(student.eval(), teacher, pictured_batch())
-    rows = found.student[::NUM_PAIRS]
-    entropy = torch.special.entr(rows).sum(-1).mean() / np.log(KEYS)
+    assert not torch.equal(student, teacher)
+    assert features.shape[:1] + features.shape[2:] == (2 * NUM_PAIRS, 8, 4, 4)
+    assert [module.training for module in method.modules()] == modes
+    assert not any(module._forward_hooks for module in method.modules())
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+    online, _ = run_alice(method.eval(), batch)
+    entropy = torch.special.entr(student[:2]).sum(-1).mean() / np.log(KEYS)
     assert float(online.casa_entropy) == pytest.approx(float(entropy), abs=1e-3)
+
+
+def test_look_shows_what_the_student_saw_and_made_of_it():
+    method, batch = small_alice(), small_batch(NUM_PAIRS)
+    _, found = look(method, batch)
+    hidden = upsample_mask(rows_of(batch["mask"]), ROI)
+    assert torch.equal(found["seen"].isnan(), hidden)
+    assert torch.equal(found["seen"][~hidden], rows_of(batch["student"])[~hidden])
+    torch.testing.assert_close(found["reconstruction"], run_alice(method.eval(), batch)[0].reconstruction.detach())
+
+
+@pytest.mark.parametrize("stride", [2, 8, 16])
+def test_the_stride_follows_from_the_number_of_tokens(stride):
+    assert token_stride(ROI, (64 // stride) * (32 // stride) ** 2) == stride
 
 
 def test_heat_lies_where_the_centre_token_looks():
@@ -55,8 +66,8 @@ def test_heat_lies_where_the_centre_token_looks():
     weights[0, :, 0] = 1
     weights[0, asking] = 0
     weights[0, asking, np.ravel_multi_index(place, (8, 4, 4))] = 1
-    uniform = torch.full_like(weights, 1 / KEYS)
-    figure = attention_figure(torch.rand(1, 1, *size), (weights, uniform), (16, 8), ["query"], (2.0, 1.0, 1.0))
+    networks = {"student": weights, "teacher": torch.full_like(weights, 1 / KEYS)}
+    figure = attention_figure(torch.rand(1, 1, *size), networks, ["query"], (2.0, 1.0, 1.0))
     student_axial, teacher_axial, student_coronal = (figure.axes[i].images[1].get_array() for i in (1, 2, 4))
     expected = np.zeros((32, 32))
     expected[24:32, 8:16] = 1
@@ -100,15 +111,14 @@ def test_tokens_cover_their_voxels():
     ],
 )
 def test_switched_off_objectives_leave_out_their_sheets(options, expected):
-    assert set(sheets(*small_alice(**options), pictured_batch(), make_store())) == expected
+    assert set(sheets(small_alice(**options), make_dataset(), small_batch(NUM_PAIRS))) == expected
 
 
 def test_a_full_disk_costs_the_pictures_and_is_told_once(tmp_path):
     (tmp_path / "reconstruction.png").symlink_to("/dev/full")
     (tmp_path / "features.png").symlink_to("/dev/full")
-    student, teacher = small_alice()
-    run, log = RunState(student, teacher, None, None, None), RunLog(tmp_path, num_steps=2, tensorboard=False)
-    with pytest.warns(UserWarning, match="pictures cannot be written.*No space left on device.*goes on") as told:
+    log = RunLog(tmp_path, num_steps=2, tensorboard=False)
+    with pytest.warns(UserWarning, match="pictures cannot be written.*No space left on device.*goes on") as warned:
         for step in (1, 2):
-            draw_pictures(run, pictured_batch(), step, make_store(), "fp32", tmp_path, log, lambda batch: Figure())
-    assert len(told) == 1 and (tmp_path / "attention.png").stat().st_size > 10_000
+            draw_pictures(small_alice(), make_dataset(), small_batch(NUM_PAIRS), step, "fp32", tmp_path, log)
+    assert len(warned) == 1 and (tmp_path / "attention.png").stat().st_size > 10_000

@@ -10,8 +10,7 @@ import main_ddp
 from engine.checkpoint import LATEST
 from engine.device import pick_precision, use_channels_last
 from engine.optim import load_optimizer, make_optimizer
-from losses.distillation import AliceLoss
-from tests.small_alice import OUT_DIM, run_alice, small_alice, small_batch
+from tests.small_alice import NOW, run_alice, small_alice, small_batch
 from tests.tiny_run import add_store_and_table, arguments, log_of, make_corpus
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,30 +22,28 @@ def corpus(tmp_path_factory):
     return add_store_and_table(make_corpus(tmp_path_factory.mktemp("corpus"), 2, 0))
 
 
-def gradients(student: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in student.named_parameters() if p.requires_grad}
+def gradients(method: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in method.named_parameters() if p.requires_grad}
 
 
 # Gradient accumulation
 
 
 def accumulated(num_parts: int) -> tuple[dict, dict, dict]:
-    """Gradients, mean terms and centres of a step over four pairs in `num_parts` parts."""
-    student, teacher = small_alice()
+    """Gradients, mean terms and centres of a step over four samples in `num_parts` parts."""
+    method = small_alice()
     with torch.no_grad():  # a teacher that differs from its student
-        for parameter in teacher.parameters():
+        for parameter in method.teacher.parameters():
             parameter.mul_(1.1)
-    loss = AliceLoss(out_dim=OUT_DIM).train()
-    batch, told = small_batch(4), []
+    batch, reports = small_batch(4), []
     for part in range(num_parts):
         rows = slice(part * 4 // num_parts, (part + 1) * 4 // num_parts)
-        given = {name: value[rows] for name, value in batch.items()}
-        online, target = run_alice(student, teacher, given)
-        total, terms = loss(online, target, given, 0.04, update_centres=part + 1 == num_parts)
+        total, terms = method({name: value[rows] for name, value in batch.items()}, NOW)
         (total / num_parts).backward()
-        told.append(terms)
-    means = {name: torch.stack([terms[name] for terms in told]).mean() for name in told[0]}
-    return gradients(student), means, dict(loss.centres.named_buffers())
+        reports.append(terms)
+    method.after_step(NOW, was_skipped=False)
+    means = {name: torch.stack([terms[name] for terms in reports]).mean() for name in reports[0]}
+    return gradients(method), means, dict(method.loss.centres.named_buffers())
 
 
 @pytest.mark.parametrize("num_parts", [2, 4])
@@ -57,7 +54,7 @@ def test_accumulated_parts_are_the_big_batch_in_every_term_gradient_and_centre(n
         assert ours.keys() == expected.keys()
     for name, expected in whole[0].items():
         assert (parts[0][name] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-8, name
-    for name in ("loss_cls", "loss_tokens", "loss_recon", "teacher_entropy"):
+    for name in ("loss_cls", "loss_tokens", "loss_recon", "teacher_entropy_share"):
         torch.testing.assert_close(parts[1][name], whole[1][name], rtol=1e-5, atol=1e-6)
     for name, expected in whole[2].items():
         assert (expected != 0).any()
@@ -69,21 +66,19 @@ def test_accumulated_parts_are_the_big_batch_in_every_term_gradient_and_centre(n
 
 def swin_step(**options) -> tuple[dict, int]:
     """Gradients of a SwinUNETR step, and the bytes that were kept for its backward pass."""
-    student, teacher = small_alice(backbone="swin_unetr", **options)
+    method = small_alice(backbone="swin_unetr", **options)
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batch = small_batch(1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        online, target = run_alice(student, teacher, batch)
-        total, _ = AliceLoss(out_dim=OUT_DIM)(online, target, batch, 0.04)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+        total, _ = method(small_batch(1), NOW)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in method.parameters()}
     num_bytes = sum(size for pointer, size in kept.items() if pointer not in weights)
     total.backward()
-    return gradients(student), num_bytes
+    return gradients(method), num_bytes
 
 
 def test_activation_checkpointing_keeps_gradients_and_little_else():
@@ -97,14 +92,13 @@ def test_activation_checkpointing_keeps_gradients_and_little_else():
 
 
 def test_channels_last_changes_five_axes_only_and_no_value():
-    student, _ = small_alice()
-    other = copy.deepcopy(student)
+    method = small_alice()
+    other = copy.deepcopy(method)
     use_channels_last(other)
-    batch, teacher = small_batch(2), small_alice()[1]
     for name, value in other.state_dict().items():
-        assert torch.equal(value, student.state_dict()[name])
+        assert torch.equal(value, method.state_dict()[name])
         assert value.is_contiguous(memory_format=torch.channels_last_3d) if value.ndim == 5 else value.is_contiguous()
-    for ours, expected in zip(run_alice(other, teacher, batch)[0], run_alice(student, teacher, batch)[0]):
+    for ours, expected in zip(run_alice(other, small_batch(2))[0], run_alice(method, small_batch(2))[0]):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 

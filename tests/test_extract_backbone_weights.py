@@ -17,28 +17,27 @@ from engine.optim import make_optimizer
 from engine.run import RunState
 from engine.weights import start_from
 from models.backbones import segmentation_network
+from models.methods import Method
 from models.weights_file import read_weights_file
 from tests.tiny_run import TINY
 
 CPU = torch.device("cpu")
 
 
-def build(**changed):
+def build(**changed) -> Method:
     flags = main_ddp.make_flags().parse_args([f"--{name}={value}" for name, value in (TINY | changed).items()])
     torch.manual_seed(3)
-    return (*main_ddp.build_networks(flags), main_ddp.make_loss(flags))
+    return main_ddp.build_method(flags)
 
 
 def write_checkpoint(path, **changed):
-    student, teacher, loss = build(**changed)
+    method = build(**changed)
     description = {
-        "flags": {}, "commit": "abc", "versions": {},
+        "kind": "alice", "flags": {}, "commit": "abc", "versions": {},
         "preprocessing": {"axcodes": "SPL", "spacing_mm": [2.0, 1.5, 1.5]},
         "backbone": {"name": "swin_unetr", "feature_size": 12, "in_channels": 1},
     }  # fmt: skip
-    run = RunState(
-        student, teacher, loss, make_optimizer(student, 0.1, 0, CPU), make_scaler("fp32", CPU), description, 7
-    )
+    run = RunState(method, make_optimizer(method.student, 0.1, 0, CPU), make_scaler("fp32", CPU), description, 7)
     torch.save(run.as_checkpoint(5), path)
     return path
 
@@ -166,19 +165,26 @@ def test_nothing_to_extract_is_an_error_not_an_empty_file(checkpoint, tmp_path):
     assert not (tmp_path / "out.pth").exists()
 
 
-def constant_student(**changed):
-    """A student whose every number is 0.5, so that loaded ones show."""
-    student = build(**changed)[0]
-    for parameter in student.parameters():
+def constant_method(**changed) -> Method:
+    """A method whose student and teacher hold 0.5 everywhere, so that loaded numbers show."""
+    method = build(**changed)
+    for parameter in method.parameters():
         torch.nn.init.constant_(parameter, 0.5)
-    return student
+    return method
+
+
+def assert_teacher_is_a_copy(method: Method) -> None:
+    ours = method.student.state_dict()
+    assert all(torch.equal(value, ours[key]) for key, value in method.teacher.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["alice.pth", "alice.safetensors"])
 def test_extracted_weights_can_start_another_run(checkpoint, tmp_path, name):
     extract(checkpoint, tmp_path / name, "--checkpoint_key", "student", "--with_head")
-    student = constant_student()
-    report = start_from(student, tmp_path / name)
+    method = constant_method()
+    student = method.student
+    report = start_from(method, tmp_path / name)
+    assert_teacher_is_a_copy(method)
     assert len(report.loaded) == 157 and not report.missing and not report.misshapen and not report.unexpected
     source = torch.load(checkpoint, weights_only=True)["student"]
     for key, value in student.state_dict().items():
@@ -189,39 +195,41 @@ def test_extracted_weights_can_start_another_run(checkpoint, tmp_path, name):
 def test_bare_encoder_of_monais_own_pretraining_can_start_a_run(tmp_path):
     source = monai_network().swinViT.state_dict()
     torch.save({"state_dict": {"module." + key: value for key, value in source.items()}}, tmp_path / "swinvit.pt")
-    student = constant_student()
-    assert len(start_from(student, tmp_path / "swinvit.pt").loaded) == len(source) == 126
+    method = constant_method()
+    student = method.student
+    assert len(start_from(method, tmp_path / "swinvit.pt").loaded) == len(source) == 126
     for key, value in student.backbone.network.swinViT.state_dict().items():
         assert torch.equal(value, source[key]), key
+    assert_teacher_is_a_copy(method)
 
 
 @pytest.mark.parametrize(("name", "own", "given"), [("swin_unetr", 12, 24), ("nnformer", 6, 12)])
 def test_weights_of_another_size_are_refused_and_change_nothing(tmp_path, name, own, given):
     """Tables of relative positions have the same shape at every size, so that some keys always fit."""
     torch.save(segmentation_network(name, 1, 14, given).state_dict(), tmp_path / "other_size.pth")
-    student = constant_student(backbone=name, feature_size=own)
-    before = {key: value.clone() for key, value in student.state_dict().items()}
+    method = constant_method(backbone=name, feature_size=own)
+    before = {key: value.clone() for key, value in method.state_dict().items()}
     with pytest.raises(CheckpointError, match="--checkpoint_file .*other_size.pth: [1-9].*--feature_size"):
-        start_from(student, tmp_path / "other_size.pth")
-    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+        start_from(method, tmp_path / "other_size.pth")
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
 
 
 def test_damaged_or_code_bearing_starting_weights_are_refused(checkpoint, tmp_path):
-    student = build()[0]
+    method = build()
     (tmp_path / "half.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(CheckpointError, match="--checkpoint_file .*half.safetensors: not readable"):
-        start_from(student, tmp_path / "half.safetensors")
+        start_from(method, tmp_path / "half.safetensors")
     torch.save({"kind": "sam_embed", "state_dict": {"w": torch.zeros(1)}}, tmp_path / "sam.pth")
     with pytest.raises(CheckpointError, match="sam.pth: 0 of 137 keys"):
-        start_from(student, tmp_path / "sam.pth")
-    torch.save({"state_dict": student.state_dict(), "code": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
+        start_from(method, tmp_path / "sam.pth")
+    torch.save({"state_dict": method.student.state_dict(), "code": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
     with pytest.raises(CheckpointError, match="code.pth: holds Python objects"):
-        start_from(student, tmp_path / "code.pth")
+        start_from(method, tmp_path / "code.pth")
     content = bytearray(checkpoint.read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "flipped.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match="flipped.pth: the checksum"):
-        start_from(student, tmp_path / "flipped.pth")
+        start_from(method, tmp_path / "flipped.pth")
 
 
 def test_format_decides_where_the_name_does_not_and_must_not_contradict_it(checkpoint, tmp_path, capsys):

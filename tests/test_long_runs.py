@@ -184,8 +184,9 @@ def test_nan_on_one_rank_stops_all_and_names_its_cases(corpus, tmp_path):
     codes = two_ranks(argv, tmp_path / "told.txt", functools.partial(poison_sample, 3))
     told = (tmp_path / "told.txt").read_text()
     assert codes == [1, 1], told
-    draw = main_ddp.open_data(main_ddp.make_flags().parse_args(argv), World()).training.draw_pair(3)
-    cases = ", ".join(sorted({draw.query_name, draw.key_name}))
+    flags = main_ddp.make_flags().parse_args(argv)
+    training = main_ddp.open_data(flags, main_ddp.build_method(flags), World()).training
+    cases = ", ".join(sorted(set(training.places(3).names)))
     errors = [line for line in told.splitlines() if line.startswith("error: step 1: loss or gradient is not finite")]
     assert len(errors) == 2, told
     assert all("rank 1: loss [nan]" in line and f"cases {cases}" in line for line in errors)
@@ -240,8 +241,8 @@ def test_a_floor_above_the_scaled_peak_is_refused_before_anything_is_written(cor
     with pytest.raises(ValueError, match=r"peak learning rate 3\.125e-05 .*effective batch 8"):
         main_ddp.main(smallest(corpus, tmp_path / "run", **flags))
     assert not (tmp_path / "run").exists()
-    flags = main_ddp.make_flags().parse_args(smallest(corpus, tmp_path / "run", **flags))
-    main_ddp.check_flags(flags, 64, [])
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    main_ddp.check_and_build(main_ddp.make_flags().parse_args(smallest(corpus, tmp_path / "run", **flags)))
 
 
 def test_printed_config_is_the_run(corpus, tmp_path, capsys):
@@ -278,7 +279,7 @@ def test_stopped_on_two_ranks_goes_on_in_one_process_with_the_same_samples(corpu
         assert one["loss"] == pytest.approx(other["loss"], rel=5e-3), one["step"]
     # AdamW turns rounding noise into full steps where a gradient is almost 0, so that single weights differ by more
     # than rounding; all of them together must have gone the same way.
-    start_of_both, _ = main_ddp.check_and_build(main_ddp.make_flags().parse_args(smallest(corpus, run)))
+    start_of_both = main_ddp.check_and_build(main_ddp.make_flags().parse_args(smallest(corpus, run))).student
     joined = [
         torch.cat([state[name].flatten() for name, _ in start_of_both.named_parameters()])
         for state in (load_checkpoint(run / LATEST)["student"], load_checkpoint(undisturbed / LATEST)["student"])

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 
 import main_ddp
-from engine.pretrain_flags import number_problems, weight_decay_end
+from datasets.samples.pairings import PairingOptions
+from engine.flags import options_of
+from engine.pretrain_flags import GROUPS, OptimiserOptions, chosen_method
+from models.methods import METHODS
+from tests.small_alice import small_alice
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith(("sam_", "finetune_")))
@@ -14,11 +18,11 @@ data_dir json_list output_dir embed_dir checkpoint_file batch_size lr epochs roi
  momentum_teacher lambda1 lambda2 lambda3 saveckp_freq num_workers use_fp16 seed
 """
 OURS = """
-table_file store_dir spacing_mm pairing mask_block min_score max_cycle_mm iou_range jitter_mm augment backbone
+method table_file store_dir spacing_mm pairing mask_block min_score max_cycle_mm iou_range jitter_mm augment backbone
 feature_size casa_variant casa_heads casa_head_dim casa_hidden_dim casa_cosine_scale query_stride key_stride out_dim
 head_hidden_dim head_bottleneck_dim shared_head shared_head_teacher norm_last_layer cls_features
 recon_on student_temp teacher_temp warmup_teacher_temp warmup_teacher_temp_epochs
-centring centre_momentum steps_per_epoch accumulate_steps lr_reference_batch
+centring centre_momentum optimizer sgd_momentum clip_each steps_per_epoch accumulate_steps lr_reference_batch
 min_lr warmup_epochs weight_decay weight_decay_end clip_grad freeze_last_layer device precision use_checkpoint compile
 channels_last cudnn_benchmark profile_steps
 nan_policy dist_timeout_min resume keep_freq log_freq picture_freq val_freq num_val_pairs
@@ -30,6 +34,18 @@ help
 def flag_names() -> set[str]:
     options = (option for action in main_ddp.make_flags()._actions for option in action.option_strings)
     return {option.removeprefix("--") for option in options if option.startswith("--") and "no_" not in option}
+
+
+def parsed(argv: list[str]):
+    """The flags of a command line, read as main_ddp.py reads it."""
+    return main_ddp.make_flags(chosen_method(argv)).parse_args(argv)
+
+
+def check(flags, world_size: int) -> None:
+    """Raise ValueError for values out of range, in whatever group of flags."""
+    for Options in (*GROUPS.values(), PairingOptions, METHODS[flags.method].Options):
+        options_of(flags, Options)
+    options_of(flags, OptimiserOptions).peak_lr(world_size)
 
 
 def test_flag_names_are_frozen():
@@ -44,8 +60,7 @@ def test_every_flag_has_help():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configs_parse_and_hold_no_mistake(path):
-    flags = main_ddp.make_flags().parse_args(["--config", str(path)])
-    assert number_problems(flags, world_size=8) == []
+    check(parsed(["--config", str(path)]), world_size=8)
 
 
 def test_command_line_wins_over_the_config(tmp_path):
@@ -72,20 +87,18 @@ def test_all_mistakes_are_reported_together_before_anything_is_written(tmp_path)
     with pytest.raises(ValueError) as error:
         main_ddp.main(argv)
     told = str(error.value)
-    for flag in ("json_list", "roi_x", "a_min", "batch_size", "min_lr", "spacing_mm", "precision", "iou_range"):
+    flags = "json_list roi_x a_min batch_size min_lr spacing_mm precision iou_range mask_ratio student_temp"
+    for flag in flags.split():
         assert f"--{flag}" in told, flag
     assert "flags need a change" in told and not (tmp_path / "out").exists()
 
 
 def test_floor_above_the_peak_is_an_error_that_knows_the_scaling():
     """The published command: 5e-5 x 64 / 256 = 1.25e-5 peak, floor 1e-4."""
-    flags = main_ddp.make_flags().parse_args(
-        ["--lr=5e-5", "--min_lr=1e-4", "--lr_reference_batch=256", "--batch_size=8"]
-    )
-    (problem,) = number_problems(flags, world_size=8)
-    assert "1.25e-05" in problem and "--min_lr" in problem and "effective batch 64" in problem
-    flags.min_lr = 1e-6
-    assert number_problems(flags, world_size=8) == []
+    argv = ["--lr=5e-5", "--min_lr=1e-4", "--lr_reference_batch=256", "--batch_size=8"]
+    with pytest.raises(ValueError, match=r"--min_lr .*1\.25e-05 .*effective batch 64"):
+        check(parsed(argv), world_size=8)
+    check(parsed([*argv, "--min_lr=1e-6"]), world_size=8)
 
 
 @pytest.mark.parametrize(
@@ -99,17 +112,40 @@ def test_floor_above_the_peak_is_an_error_that_knows_the_scaling():
     ],
 )
 def test_weight_decay_0_is_off_until_the_end(argv, expected):
-    flags = main_ddp.make_flags().parse_args(argv)
-    assert weight_decay_end(flags) == expected and number_problems(flags, world_size=1) == []
-    options = main_ddp.LoopOptions(num_steps=10 * flags.epochs, steps_per_epoch=10)
-    decay = main_ddp.make_schedules(flags, options, main_ddp.World()).weight_decay
-    assert decay(options.num_steps) == expected and decay(0) == pytest.approx(flags.weight_decay)
+    flags = parsed(argv)
+    check(flags, world_size=1)
+    assert options_of(flags, OptimiserOptions).weight_decay_end == expected
+    method = small_alice()
+    decay = main_ddp.make_schedules(flags, method, 10 * flags.epochs, 10, world_size=1)["weight_decay"]
+    assert decay(10 * flags.epochs) == expected and decay(0) == pytest.approx(flags.weight_decay)
 
 
-def test_a_negative_weight_decay_at_the_end_is_refused():
-    flags = main_ddp.make_flags().parse_args(["--weight_decay_end=-1"])
-    (problem,) = number_problems(flags, world_size=1)
-    assert problem == "--weight_decay_end -1.0: expected 0 (off) or more"
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("weight_decay_end", "-1", "--weight_decay_end -1.0: expected 0 (off) or more"),
+        ("batch_size", "0", "--batch_size 0: expected 1 or more"),
+        ("steps_per_epoch", "-1", "--steps_per_epoch -1: expected 0 (off) or more"),
+        ("lr", "0", "--lr 0.0: expected more than 0"),
+        ("seed", "-1", "--seed -1: expected 0 (off) or more"),
+        ("num_workers", "-1", "--num_workers -1: expected 0 (off) or more"),
+        ("log_freq", "0", "--log_freq 0: expected 1 or more"),
+        ("dist_timeout_min", "0", "--dist_timeout_min 0.0: expected more than 0"),
+        ("probe_voxels", "0", "--probe_voxels 0: expected 1 or more"),
+        ("sgd_momentum", "1", "--sgd_momentum 1.0: expected a momentum from 0 to below 1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(flag, value, message):
+    with pytest.raises(ValueError) as error:
+        check(parsed([f"--{flag}={value}"]), world_size=1)
+    assert str(error.value) == message
+
+
+def test_a_warm_up_longer_than_the_run_and_two_number_formats_are_refused():
+    with pytest.raises(ValueError, match="--warmup_epochs 11.0, --epochs 10: expected a warm-up no longer"):
+        check(parsed(["--warmup_epochs=11", "--epochs=10"]), world_size=1)
+    with pytest.raises(ValueError, match="--use_fp16 True, --precision bf16: expected one number format"):
+        check(parsed(["--use_fp16", "--precision=bf16"]), world_size=1)
 
 
 @pytest.mark.parametrize(
