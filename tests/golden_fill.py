@@ -6,6 +6,7 @@ golden data, `ALICE_GOLDEN_SALT` the salt that goes in front of the names there.
 
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +49,29 @@ def fill(name: str, shape: tuple[int, ...], salt: str | None = None) -> np.ndarr
     return generator.standard_normal(tuple(shape)).astype(np.float32) * np.float32(0.05)
 
 
-def fill_by_name(module: nn.Module) -> nn.Module:
-    """Set every tensor of a module's state dict from its own name, as the golden data's README says."""
+def fill_by_name(
+    module: nn.Module,
+    published: Callable[[str], str] = str,
+    kept: tuple[str, ...] = (),
+    salt: str | None = None,
+) -> nn.Module:
+    """Set every tensor of a module's state dict from its name, as the golden data's README says.
+
+    Args:
+        published: our name -> the name to fill by.
+        kept: ends of names whose tensors stay as they are.
+        salt: as in `fill`.
+    """
     norm_weights = {f"{name}.weight" for name, child in module.named_modules() if isinstance(child, NORM_LAYERS)}
     filled = {}
     for name, tensor in module.state_dict().items():
+        if name.endswith(kept):
+            filled[name] = tensor
+            continue
         if name.endswith("num_batches_tracked"):
             filled[name] = torch.zeros((), dtype=torch.int64)
             continue
-        values = fill(name, tuple(tensor.shape))
+        values = fill(published(name), tuple(tensor.shape), salt)
         if name.endswith("running_var"):
             values = 1 + np.abs(values)
         elif name in norm_weights:
