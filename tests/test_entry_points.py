@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import main_ddp
+from engine.pretrain_flags import chosen_method
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (REPOSITORY / "scripts").glob("*.py") if path.stem != "__init__")
 MODULES = ["main_ddp", "extract_backbone_weights", *(f"scripts.{name}" for name in SCRIPTS)]
@@ -47,6 +50,8 @@ def test_committed_configs_hold_known_keys(config):
     modules = {"sam": "scripts.train_sam", "finetune": "scripts.finetune_segmentation"}
     module_name = modules.get(config.name.split("_")[0], "main_ddp")
     parser = parser_of(module_name)
+    if module_name == "main_ddp":
+        parser = main_ddp.make_flags(chosen_method(["--config", str(config)]))
     required = [action for action in parser._actions if getattr(action, "required", False)]
     words = [word for action in required for word in (action.option_strings[0], "given")]
     flags = parser.parse_args(["--config", str(config), *words])

@@ -13,7 +13,9 @@ import main_ddp
 from engine.checkpoint import LATEST, PREVIOUS, load_checkpoint
 from engine.distributed import World
 from engine.flags import flags_as_dict
+from engine.pretrain_data import open_data
 from engine.signals import EXIT_INTERRUPTED
+from models.methods import Alice
 from tests.launched import (
     assert_same_weights,
     die_at_save,
@@ -184,9 +186,8 @@ def test_nan_on_one_rank_stops_all_and_names_its_cases(corpus, tmp_path):
     codes = two_ranks(argv, tmp_path / "told.txt", functools.partial(poison_sample, 3))
     told = (tmp_path / "told.txt").read_text()
     assert codes == [1, 1], told
-    flags = main_ddp.make_flags().parse_args(argv)
-    training = main_ddp.open_data(flags, main_ddp.build_method(flags), World()).training
-    cases = ", ".join(sorted(set(training.places(3).names)))
+    places = open_data(main_ddp.make_flags().parse_args(argv), Alice, World()).training.places(3)
+    cases = ", ".join(sorted(set(places.names)))
     errors = [line for line in told.splitlines() if line.startswith("error: step 1: loss or gradient is not finite")]
     assert len(errors) == 2, told
     assert all("rank 1: loss [nan]" in line and f"cases {cases}" in line for line in errors)
