@@ -210,16 +210,16 @@ def test_samples_of_more_crops_take_fewer_steps(whole_plan, monkeypatch):
     assert int(after["epochs"]) == int(before["epochs"]) / 4 and voxels_of(after) == 1200 * 8 * 2 * 32**3
 
 
-def test_peers_differ_from_alice_with_iou_pairs_in_the_method_alone(whole_plan):
-    """Backbone, data, voxels, optimiser and pairs are the same; flags that only Alice has are left out."""
+def test_peers_differ_from_alice_with_iou_pairs_in_the_method_and_its_recipe(whole_plan):
+    """Backbone, data, voxels and pairs are the same; flags that only Alice has are left out."""
     alice, only_alice = (
         pretraining_flags(whole_plan, "iou"),
-        {"config", "lambda1", "lambda2", "mask_block", "mask_ratio"},
+        {"lambda1", "lambda2", "mask_block", "mask_ratio"},
     )
-    for method in ("simsiam", "dino"):
+    for method, own in (("simsiam", ("lr", "min_lr")), ("dino", ())):
         peer = pretraining_flags(whole_plan, f"{method}_iou")
         assert alice.keys() - peer.keys() == only_alice and not peer.keys() - alice.keys()
-        assert {name for name in peer if peer[name] != alice[name]} == {"method", "output_dir"}
+        assert {name for name in peer if peer[name] != alice[name]} == {"method", "output_dir", "config", *own}
         assert peer["method"] == method and peer["pairing"] == "iou" and peer["channels_last"] == "true"
 
 

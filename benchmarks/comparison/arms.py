@@ -17,6 +17,7 @@ class Arm:
         flags: further flags of main_ddp.py, besides what all arms share.
         table: whose table of pairs it reads: "sam", "true" or None.
         method: --method.
+        config: recipe in configs/; sizes, steps and learning rate are the benchmark's, unless `flags` say otherwise.
     """
 
     title: str
@@ -24,11 +25,15 @@ class Arm:
     flags: tuple[str, ...] = ()
     table: str | None = None
     method: str = "alice"
+    config: str = "comparison.yaml"
 
 
 # A tenth of the default, beside reconstruction: with more, cls and CASA crowd out what reconstruction teaches the maps
 # at strides 4 and 8 (benchmarks/RESULTS.md, "Where crops lie").
 ALICE = ("--lambda1", "0.1", "--lambda2", "0.1")
+
+# It trains with SGD, so that a learning rate of AdamW would hardly move it.
+SIMSIAM = ("--lr", "0.025", "--min_lr", "1e-6")
 
 ARMS: dict[str, Arm] = {
     SCRATCH: Arm("from scratch"),
@@ -39,8 +44,8 @@ ARMS: dict[str, Arm] = {
     "sam": Arm("Alice, SAM pairs", "sam", ALICE, "sam"),
     "sam_no_casa": Arm("Alice, SAM pairs, no CASA", "sam", ("--lambda1", "0.1", "--lambda2", "0"), "sam"),
     "true": Arm("Alice, true pairs", "sam", ALICE, "true"),
-    "simsiam_iou": Arm("SimSiam, IoU pairs", "iou", method="simsiam"),
-    "dino_iou": Arm("DINO, IoU pairs", "iou", method="dino"),
+    "simsiam_iou": Arm("SimSiam, IoU pairs", "iou", SIMSIAM, method="simsiam", config="simsiam_small.yaml"),
+    "dino_iou": Arm("DINO, IoU pairs", "iou", method="dino", config="dino_small.yaml"),
 }
 
 # (better, worse): what the method claims, each tested at every number of labelled cases.

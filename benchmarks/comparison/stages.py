@@ -271,13 +271,14 @@ class Plan:
         s, folder, num_steps = self.settings, self.pretrain_folder(arm, pretrain_seed), self.num_steps(arm)
         num_epochs, is_alice = -(-num_steps // STEPS_PER_EPOCH), ARMS[arm].method == "alice"
         num_crops = PAIRINGS[ARMS[arm].pairing].num_crops * CROPS_LOADED
-        recipe = words(config=REPOSITORY / "configs" / "comparison.yaml") if is_alice else ()
-        flags = recipe + words(
+        flags = words(
+            config=REPOSITORY / "configs" / ARMS[arm].config,
             method=ARMS[arm].method,
             pairing=ARMS[arm].pairing,
             data_dir=self.phantoms,
             json_list=self.list_of("unlabelled"),
             store_dir=self.store,
+            spacing_mm=s.spacing_mm,
             output_dir=folder,
             **self._network,
             batch_size=s.pretrain_batch,
