@@ -26,7 +26,8 @@ NUM_LOOP_KNOTS = 140
 def paint_organs(canvas: Canvas, patient: Patient) -> None:
     """Paint everything below the diaphragm and the long vessels; later organs win where two meet."""
     _paint_small_bowel(canvas, patient)
-    _paint_mesentery(canvas, patient)
+    # Vessels fan out in the fat of the mesentery, the same in all patients.
+    canvas.paint_segments(_mesenteric_tree(), patient.hu["portal_vein"])
     _paint_colon(canvas, patient)
     _paint_pelvic_organs(canvas, patient)
     for side, label in ((1, RIGHT_KIDNEY), (-1, LEFT_KIDNEY)):
@@ -75,10 +76,7 @@ def _liver_trees() -> tuple:
 def liver_distance(region: Region) -> np.ndarray:
     """Distance to the liver: lobes joined smoothly, cut by diaphragm, wall, lower border and its neighbours."""
     x, y, z = region.x, region.y, region.z
-    distance = None
-    for centre, radii in LIVER_PARTS:
-        part = ellipsoid(region, centre, radii)
-        distance = part if distance is None else smooth_union(distance, part, 18.0)
+    distance = smooth_union((ellipsoid(region, centre, radii) for centre, radii in LIVER_PARTS), 18.0)
     wall = cavity_distance(x, y, z) + 3
     dome = (z - diaphragm_height(x, y) + 3) * np.float32(0.85)
     border = (72 + 0.66 * np.maximum(104 - x, 0) + 0.14 * (y - 20) - z) * np.float32(0.8)
@@ -93,8 +91,6 @@ def liver_distance(region: Region) -> np.ndarray:
 
 def _paint_liver(canvas: Canvas, patient: Patient) -> None:
     region = canvas.region((-74, -84, 60), (148, 114, 248))
-    if region is None:
-        return
     hu = patient.hu
     distance = liver_distance(region)
     patchy = noise(region, "coarse", patient.noise_offset_mm)
@@ -107,8 +103,6 @@ def _paint_liver(canvas: Canvas, patient: Patient) -> None:
 def _paint_spleen(canvas: Canvas, patient: Patient) -> None:
     centre, radii = SPLEEN
     region = canvas.around(centre, np.array(radii) + 6)
-    if region is None:
-        return
     x, y, z = (v - np.float32(c) for v, c in zip((region.x, region.y, region.z), centre))
     y2, z2 = 0.87 * y - 0.5 * z, 0.5 * y + 0.87 * z  # the long axis runs along the tenth rib: back and up
     distance = ellipsoid_local(x, z2, y2, (radii[0], 44.0, 56.0))
@@ -125,7 +119,7 @@ def _paint_spleen(canvas: Canvas, patient: Patient) -> None:
 def _paint_kidney(canvas: Canvas, patient: Patient, side: int, label: int) -> None:
     centre = KIDNEYS[side]
     region = canvas.around(centre, (48, 46, 68))
-    if region is None:
+    if region.is_empty:
         return
     hu = patient.hu
     x, y, z = (v - np.float32(c) for v, c in zip((region.x, region.y, region.z), centre))
@@ -156,10 +150,7 @@ def _paint_gut(
     gas_around: tuple, gas_reach_mm: float, gas_hu: float,
 ) -> None:  # fmt: skip
     """Paint a stretch of gut: folded wall, fluid and gas on top of it."""
-    found = canvas.tube(*CURVES[name], pad_mm=4)
-    if found is None:
-        return
-    region, distance, _ = found
+    region, distance, _ = canvas.tube(*CURVES[name], pad_mm=4)
     own = noise(region, "middle", tuple(o + seed_mm for o in patient.noise_offset_mm))
     distance = distance + 1.2 * noise(region, "coarse")
     if name == "stomach":
@@ -173,10 +164,7 @@ def _paint_gut(
 
 
 def _paint_pancreas(canvas: Canvas, patient: Patient) -> None:
-    found = canvas.tube(*CURVES["pancreas"], pad_mm=5)
-    if found is None:
-        return
-    region, distance, _ = found
+    region, distance, _ = canvas.tube(*CURVES["pancreas"], pad_mm=5)
     lobules = noise(region, "middle")
     distance = distance + 2.0 * lobules
     value = patient.hu["pancreas"] - 45 * np.clip(lobules - 0.6, 0, 1) + 3 * noise(region, "fine")
@@ -185,11 +173,9 @@ def _paint_pancreas(canvas: Canvas, patient: Patient) -> None:
 
 
 def _paint_gallbladder(canvas: Canvas, patient: Patient) -> None:
-    found = canvas.tube(*GALLBLADDER, pad_mm=3)
-    if found is not None:
-        region, distance, _ = found
-        canvas.paint(region, distance, np.float32(patient.hu["stomach_wall"]), 9)
-        canvas.paint(region, distance + 1.6, np.float32(patient.hu["bile"]), 9)
+    region, distance, _ = canvas.tube(*GALLBLADDER, pad_mm=3)
+    canvas.paint(region, distance, np.float32(patient.hu["stomach_wall"]), 9)
+    canvas.paint(region, distance + 1.6, np.float32(patient.hu["bile"]), 9)
     duct = [(46, 54, 128, 3), (38, 54, 122, 3.2), (34, 56, 100, 3), (42, 52, 86, 2.5)]
     canvas.paint_tube(*curve(duct, 8.0), np.float32(patient.hu["bile"]), None)
 
@@ -213,26 +199,17 @@ def _paint_adrenals(canvas: Canvas, patient: Patient) -> None:
     for label, limbs in _ADRENAL_LIMBS.items():
         corners = np.array([point for start, stop, _ in limbs for point in (start, stop)], float)
         region = canvas.region(corners.min(0) - 12, corners.max(0) + 12)
-        if region is None:
-            continue
-        distance = None
-        for start, stop, radius in limbs:
-            limb = capsule(region, start, stop, radius, 0.85 * radius, (1, 1, 0.42))[0]
-            distance = limb if distance is None else smooth_union(distance, limb, 2.0)
-        canvas.paint(region, distance, np.float32(patient.hu["adrenal"]) + 4 * noise(region, "fine"), label)
+        parts = (capsule(region, *ends, radius, 0.85 * radius, (1, 1, 0.42))[0] for *ends, radius in limbs)
+        canvas.paint(
+            region, smooth_union(parts, 2.0), np.float32(patient.hu["adrenal"]) + 4 * noise(region, "fine"), label
+        )
 
 
 def _paint_vessels(canvas: Canvas, patient: Patient) -> None:
     hu = patient.hu
-    arteries = (
-        "celiac",
-        "splenic_artery",
-        "hepatic_artery",
-        "mesenteric_artery",
-        "right_renal_artery",
-        "left_renal_artery",
-    )
-    for name in (*arteries, "right_iliac_artery", "left_iliac_artery"):
+    arteries = ("celiac", "splenic_artery", "hepatic_artery", "mesenteric_artery")
+    arteries += ("right_renal_artery", "left_renal_artery", "right_iliac_artery", "left_iliac_artery")
+    for name in arteries:
         canvas.paint_tube(*CURVES[name], np.float32(0.95 * hu["aorta"]))
     for name, tissue in (
         ("splenic_vein", "portal_vein"), ("portal_vein", "portal_vein"), ("mesenteric_vein", "portal_vein"),
@@ -240,28 +217,21 @@ def _paint_vessels(canvas: Canvas, patient: Patient) -> None:
         ("right_iliac_vein", "cava"), ("left_iliac_vein", "cava"),
     ):  # fmt: skip
         canvas.paint_tube(*CURVES[name], np.float32(hu[tissue]))
-    found = canvas.tube(*CURVES["cava"], stretch=(0.9, 1.2, 1), pad_mm=2)
-    if found is not None:
-        region, distance, _ = found
-        mixing = np.clip((region.z - 90) * np.float32(1 / 30), 0, 1)  # renal blood arrives earlier than the legs'
-        value = hu["cava"] + 0.5 * mixing * (hu["renal_vein"] - hu["cava"]) + 3 * noise(region, "middle")
-        canvas.paint(region, distance, value, 6)
-    found = canvas.tube(*CURVES["aorta"], pad_mm=3)
-    if found is not None:
-        region, distance, _ = found
-        canvas.paint(region, distance, np.float32(0.15 * hu["aorta"] + 34), 5)
-        canvas.paint(region, distance + 1.2, np.float32(hu["aorta"]), 5)
-        plaque = noise(region, "middle", patient.noise_offset_mm) > 2.1
-        ring = np.where(plaque, np.abs(distance + 1.5) - 1.5, np.float32(9))
-        if patient.bone_hu < 160:  # the old have calcified plaques
-            canvas.paint(region, ring, np.float32(600.0), None)
+    region, distance, _ = canvas.tube(*CURVES["cava"], stretch=(0.9, 1.2, 1), pad_mm=2)
+    mixing = np.clip((region.z - 90) * np.float32(1 / 30), 0, 1)  # renal blood arrives earlier than the legs'
+    value = hu["cava"] + 0.5 * mixing * (hu["renal_vein"] - hu["cava"]) + 3 * noise(region, "middle")
+    canvas.paint(region, distance, value, 6)
+    region, distance, _ = canvas.tube(*CURVES["aorta"], pad_mm=3)
+    canvas.paint(region, distance, np.float32(0.15 * hu["aorta"] + 34), 5)
+    canvas.paint(region, distance + 1.2, np.float32(hu["aorta"]), 5)
+    plaque = noise(region, "middle", patient.noise_offset_mm) > 2.1
+    ring = np.where(plaque, np.abs(distance + 1.5) - 1.5, np.float32(9))
+    if patient.bone_hu < 160:  # the old have calcified plaques
+        canvas.paint(region, ring, np.float32(600.0), None)
 
 
 def _paint_esophagus(canvas: Canvas, patient: Patient) -> None:
-    found = canvas.tube(*CURVES["esophagus"], stretch=(0.85, 1.2, 1), pad_mm=2)
-    if found is None:
-        return
-    region, distance, position = found
+    region, distance, position = canvas.tube(*CURVES["esophagus"], stretch=(0.85, 1.2, 1), pad_mm=2)
     canvas.paint(region, distance, np.float32(patient.hu["esophagus"]), 10)
     bubbles = 6.6 + 2.4 * noise(region, "middle", patient.noise_offset_mm)
     canvas.paint(region, distance + bubbles, np.float32(-500.0), None, opacity=0.7)
@@ -269,10 +239,7 @@ def _paint_esophagus(canvas: Canvas, patient: Patient) -> None:
 
 def _paint_colon(canvas: Canvas, patient: Patient) -> None:
     """The colon with pouches; stool with bubbles or fluid, gas on top: contents are the patient's own."""
-    found = canvas.tube(*CURVES["colon"], pad_mm=6)
-    if found is None:
-        return
-    region, distance, position = found
+    region, distance, position = canvas.tube(*CURVES["colon"], pad_mm=6)
     own = noise(region, "middle", patient.noise_offset_mm)
     shape = noise(region, "coarse", patient.noise_offset_mm)
     pouches = np.abs(np.sin(position * np.float32(np.pi / 27) + shape))
@@ -311,10 +278,7 @@ def _loops(seed: int) -> np.ndarray:
 def _paint_small_bowel(canvas: Canvas, patient: Patient) -> None:
     points = _loops(patient.seed)
     radii = 12.0 + 1.6 * np.sin(np.arange(len(points)) * 0.9 + patient.seed % 11)
-    found = canvas.tube(points, radii, pad_mm=3)
-    if found is None:
-        return
-    region, distance, position = found
+    region, distance, position = canvas.tube(points, radii, pad_mm=3)
     own = noise(region, "middle", patient.noise_offset_mm)
     folds = np.sin(position * np.float32(2 * np.pi / 8))
     distance = _inside_belly(region, distance)
@@ -333,18 +297,12 @@ def _mesenteric_tree() -> list:
     return grow_tree(rng, (6, 72, 40), targets, 0.9, 0.32)
 
 
-def _paint_mesentery(canvas: Canvas, patient: Patient) -> None:
-    """Vessels fanning out in the fat of the mesentery, the same in all patients."""
-    canvas.paint_segments(_mesenteric_tree(), patient.hu["portal_vein"])
-
-
 def _paint_pelvic_organs(canvas: Canvas, patient: Patient) -> None:
     centre, radii = BLADDER
     region = canvas.around(centre, np.array(radii) + 4)
-    if region is not None:
-        distance = ellipsoid(region, centre, radii) + 1.5 * noise(region, "coarse")
-        canvas.paint(region, distance, np.float32(patient.hu["muscle"]))
-        canvas.paint(region, distance + 3.2, np.float32(patient.hu["urine"]))
+    distance = ellipsoid(region, centre, radii) + 1.5 * noise(region, "coarse")
+    canvas.paint(region, distance, np.float32(patient.hu["muscle"]))
+    canvas.paint(region, distance + 3.2, np.float32(patient.hu["urine"]))
     canvas.paint_ellipsoid((0, 22, -146), (22, 16, 18), patient.hu["muscle"] + 4)
     for side in (1, -1):
         canvas.paint_ellipsoid((side * 17, 2, -122), (17, 7, 8), patient.hu["muscle"] - 15)
@@ -354,7 +312,6 @@ def _paint_lesions(canvas: Canvas, patient: Patient) -> None:
     """Lesions replace the HU, never the label, and only inside liver and kidneys."""
     for lesion in patient.lesions:
         region = canvas.around(lesion.centre_mm, lesion.radius_mm)
-        if region is not None:
-            distance = ellipsoid(region, lesion.centre_mm, (lesion.radius_mm,) * 3)
-            kept = np.isin(canvas.label[region.index], (1, RIGHT_KIDNEY, LEFT_KIDNEY))
-            canvas.paint(region, np.where(kept, distance, np.float32(9)), np.float32(lesion.hu), None)
+        distance = ellipsoid(region, lesion.centre_mm, (lesion.radius_mm,) * 3)
+        kept = np.isin(canvas.label[region.index], (1, RIGHT_KIDNEY, LEFT_KIDNEY))
+        canvas.paint(region, np.where(kept, distance, np.float32(9)), np.float32(lesion.hu), None)

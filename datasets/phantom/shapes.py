@@ -6,8 +6,9 @@ tubes and triangles and first-order for ellipsoids; the error is far below a vox
 matters.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import numpy as np
 from scipy.interpolate import CubicSpline
@@ -29,6 +30,14 @@ class Region:
     x: np.ndarray
     y: np.ndarray
     z: np.ndarray
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.x.size
+
+    def within(self, other: "Region") -> tuple[slice, ...]:
+        """Where this region's voxels stand in the arrays of a larger one."""
+        return tuple(slice(p.start - r.start, p.stop - r.start) for p, r in zip(self.index, other.index))
 
 
 class Canvas:
@@ -60,8 +69,11 @@ class Canvas:
             high = np.maximum.reduceat(high, starts, axis=axis)
         return low, high
 
-    def _slices(self, low_mm, high_mm, within: Region | None) -> tuple[slice, slice, slice] | None:
-        """The smallest box of whole blocks that holds every voxel between two atlas corners; None where empty."""
+    def region(self, low_mm, high_mm, within: Region | None = None) -> Region:
+        """The smallest box of whole blocks that holds every voxel between two atlas corners (mm); perhaps an empty one.
+
+        `within`, an untrimmed region that is known to hold them, makes the search shorter.
+        """
         first = (0, 0, 0)
         blocks = slice(None)
         if within is not None:
@@ -72,20 +84,13 @@ class Canvas:
         for axis in (0, 1):
             active &= self._block_low[axis][blocks] <= high_mm[axis] + self.softness_mm
             active &= self._block_high[axis][blocks] >= low_mm[axis] - self.softness_mm
-        if not active.any():
-            return None
-        return tuple(
-            slice((low + f) * step, min((high + f) * step, size))
-            for low, high, f, step, size in zip(*mask_box(active), first, self.BLOCK, self.shape)
-        )
-
-    def region(self, low_mm, high_mm, within: Region | None = None) -> Region | None:
-        """The voxels whose atlas coordinates may lie between two corners (mm); None when there are none.
-
-        `within`, an untrimmed region that is known to hold them, makes the search shorter.
-        """
-        box = self._slices(low_mm, high_mm, within)
-        return None if box is None else Region(box, *(axis[box] for axis in self.atlas_mm))
+        box = (slice(0, 0),) * 3
+        if active.any():
+            box = tuple(
+                slice((low + f) * step, min((high + f) * step, size))
+                for low, high, f, step, size in zip(*mask_box(active), first, self.BLOCK, self.shape)
+            )
+        return Region(box, *(axis[box] for axis in self.atlas_mm))
 
     def trim(self, region: Region, distance: np.ndarray, *others: np.ndarray, pad_mm: float = 0.0) -> tuple:
         """Cut a region and its arrays to the box where `distance` is below `pad_mm` and an edge's softness."""
@@ -94,7 +99,7 @@ class Canvas:
         index = tuple(slice(r.start + b.start, r.start + b.stop) for r, b in zip(region.index, box))
         return Region(index, region.x[box], region.y[box], region.z[box]), distance[box], *(a[box] for a in others)
 
-    def around(self, centre_mm, radius_mm) -> Region | None:
+    def around(self, centre_mm, radius_mm) -> Region:
         """The voxels within `radius_mm` (a number or one per axis) of an atlas point."""
         centre, radius = np.asarray(centre_mm, float), np.asarray(radius_mm, float)
         return self.region(centre - radius, centre + radius)
@@ -117,41 +122,35 @@ class Canvas:
             stretch: factors on x, y, z before distances are taken (2 in y makes the section half as deep).
             pad_mm: how far outside the tube the distance must still be right.
         Returns:
-            None when it is out of the block, else (region, distance, position): position is the arc length (mm)
-            along the centre line of the nearest point.
+            Region, distance and position, the arc length (mm) along the centre line of the nearest point.
         """
         reach = (float(np.max(radii_mm)) + pad_mm) / np.asarray(stretch)
         region = self.region(points_mm.min(0) - reach, points_mm.max(0) + reach)
-        if region is None:
-            return None
         distance = np.full(region.x.shape, FAR_MM, np.float32)
         position = np.zeros(region.x.shape, np.float32)
         arc_mm = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points_mm, axis=0), axis=1))])
         for k in range(len(points_mm) - 1):
             a, b = points_mm[k], points_mm[k + 1]
             part = self.region(np.minimum(a, b) - reach, np.maximum(a, b) + reach, region)
-            if part is None:
+            if part.is_empty:  # most segments lie beside a thin slab
                 continue
-            inner = tuple(slice(p.start - r.start, p.stop - r.start) for p, r in zip(part.index, region.index))
+            inner = part.within(region)
             found, t = capsule(part, a, b, radii_mm[k], radii_mm[k + 1], stretch)
             nearer = found < distance[inner]
             np.copyto(distance[inner], found, where=nearer)
             np.copyto(position[inner], arc_mm[k] + t * np.float32(arc_mm[k + 1] - arc_mm[k]), where=nearer)
         return self.trim(region, distance, position, pad_mm=pad_mm)
 
-    def plates(self, triangles_mm, thickness_mm: float) -> tuple[Region, np.ndarray] | None:
+    def plates(self, triangles_mm, thickness_mm: float) -> tuple[Region, np.ndarray]:
         """Distance to a sheet made of triangles [N][3 corners][3], computed near each of them only."""
         corners = np.asarray(triangles_mm, float)
         reach = thickness_mm / 2 + 1
         region = self.region(corners.min((0, 1)) - reach, corners.max((0, 1)) + reach)
-        if region is None:
-            return None
         distance = np.full(region.x.shape, FAR_MM, np.float32)
         for corner in corners:
             part = self.region(corner.min(0) - reach, corner.max(0) + reach, region)
-            if part is not None:
-                inner = tuple(slice(p.start - r.start, p.stop - r.start) for p, r in zip(part.index, region.index))
-                np.minimum(distance[inner], triangle(part, *corner, thickness_mm), out=distance[inner])
+            inner = distance[part.within(region)]
+            np.minimum(inner, triangle(part, *corner, thickness_mm), out=inner)
         return self.trim(region, distance)
 
     def paint_segments(self, segments, hu: float, only_label: int | None = None) -> None:
@@ -159,7 +158,7 @@ class Canvas:
         for start, stop, first, last in segments:
             reach = max(first, last)
             region = self.region(np.minimum(start, stop) - reach, np.maximum(start, stop) + reach)
-            if region is None:
+            if region.is_empty:
                 continue
             distance = capsule(region, start, stop, first, last)[0]
             if only_label is not None:
@@ -168,15 +167,13 @@ class Canvas:
 
     def paint_tube(self, points_mm, radii_mm, hu, label: int | None = 0, stretch=(1.0, 1.0, 1.0)) -> None:
         """Paint a tube in one value."""
-        found = self.tube(np.asarray(points_mm, float), np.asarray(radii_mm, float), stretch)
-        if found is not None:
-            self.paint(found[0], found[1], hu, label)
+        region, distance, _ = self.tube(np.asarray(points_mm, float), np.asarray(radii_mm, float), stretch)
+        self.paint(region, distance, hu, label)
 
     def paint_ellipsoid(self, centre_mm, radii_mm, hu, label: int | None = 0) -> None:
         """Paint an ellipsoid with axes along x, y, z in one value."""
         region = self.around(centre_mm, radii_mm)
-        if region is not None:
-            self.paint(region, ellipsoid(region, centre_mm, radii_mm), hu, label)
+        self.paint(region, ellipsoid(region, centre_mm, radii_mm), hu, label)
 
 
 def capsule(region: Region, a, b, radius_a: float, radius_b: float, stretch=(1.0, 1.0, 1.0)):
@@ -223,10 +220,14 @@ def triangle(region: Region, a, b, c, thickness_mm: float) -> np.ndarray:
     return np.where(inside, plane, edge) - np.float32(thickness_mm / 2)
 
 
-def smooth_union(first: np.ndarray, second: np.ndarray, blend_mm: float) -> np.ndarray:
-    """Union of two distances whose crease is rounded over about `blend_mm`."""
-    h = np.maximum(blend_mm - np.abs(first - second), 0) * np.float32(1 / blend_mm)
-    return np.minimum(first, second) - h * h * np.float32(blend_mm / 4)
+def smooth_union(distances: Iterable[np.ndarray], blend_mm: float) -> np.ndarray:
+    """Union of distances, one after the other, whose creases are rounded over about `blend_mm`."""
+
+    def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        h = np.maximum(blend_mm - np.abs(first - second), 0) * np.float32(1 / blend_mm)
+        return np.minimum(first, second) - h * h * np.float32(blend_mm / 4)
+
+    return reduce(joined, distances)
 
 
 def curve(points_and_radii, step_mm: float = 9.0) -> tuple[np.ndarray, np.ndarray]:

@@ -57,8 +57,6 @@ def _local(region: Region, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 def _paint_vertebra(canvas: Canvas, index: int, bone_hu: float) -> None:
     name, y, z, half_width, half_depth, height = VERTEBRAE[index]
     region = canvas.region((-50, y - 72, z - height / 2 - 34), (50, y + half_depth + 10, z + height / 2 + 14))
-    if region is None:
-        return
     x, ahead, up = _local(region, index)
     waist = 1 - 0.10 * np.clip(1 - (2 * up / height) ** 2, 0, 1)
     qx, qy = x / (half_width * waist), ahead / (half_depth * waist)
@@ -91,11 +89,11 @@ def _paint_arch(canvas: Canvas, region: Region, index: int) -> None:
                 4.6 * size,
             ),
         ]
-    distance = None
-    for start, stop, first, last in parts:
-        found = capsule(region, vertebra_point(index, *start), vertebra_point(index, *stop), first, last)[0]
-        distance = found if distance is None else smooth_union(distance, found, 3.0)
-    paint_bone(canvas, region, distance, 260.0, 1.5, 650.0)
+    distances = (
+        capsule(region, vertebra_point(index, *start), vertebra_point(index, *stop), first, last)[0]
+        for start, stop, first, last in parts
+    )
+    paint_bone(canvas, region, smooth_union(distances, 3.0), 260.0, 1.5, 650.0)
 
 
 def _paint_canal(canvas: Canvas) -> None:
@@ -105,10 +103,7 @@ def _paint_canal(canvas: Canvas) -> None:
     points = np.array(line)
     radii = np.full(len(points), 8.5)
     radii[-3:] = (7.0, 5.0, 3.0)
-    found = canvas.tube(*curve(np.column_stack([points, radii]), 12.0), pad_mm=2)
-    if found is None:
-        return
-    region, distance, _ = found
+    region, distance, _ = canvas.tube(*curve(np.column_stack([points, radii]), 12.0), pad_mm=2)
     canvas.paint(region, distance, -40.0)
     canvas.paint(region, distance + 1.5, 14.0)
     canvas.paint(region, distance + 4.0, np.where(region.z > 120, 36.0, 24.0).astype(np.float32))
@@ -116,24 +111,21 @@ def _paint_canal(canvas: Canvas) -> None:
 
 def _paint_sacrum(canvas: Canvas, bone_hu: float) -> None:
     region = canvas.region((-62, -75, -142), (62, 24, -8))
-    if region is None:
-        return
-    distance = None
-    for (y, z, width, depth), (y2, z2, _, depth2) in zip(SACRUM[:-1], SACRUM[1:]):
-        body = capsule(region, (0, y, z), (0, y2, z2), depth, depth2, (0.62 * depth / width * 1.6, 1, 1))[0]
-        distance = body if distance is None else smooth_union(distance, body, 5.0)
-    for side in (1, -1):
-        ala = triangle(region, (side * 10, -6, -26), (side * 52, -32, -26), (side * 18, -42, -92), 19.0)
-        distance = smooth_union(distance, ala, 6.0)
+    bodies = (
+        capsule(region, (0, y, z), (0, y2, z2), depth, depth2, (0.62 * depth / width * 1.6, 1, 1))[0]
+        for (y, z, width, depth), (y2, z2, _, depth2) in zip(SACRUM[:-1], SACRUM[1:])
+    )
+    alae = (
+        triangle(region, (side * 10, -6, -26), (side * 52, -32, -26), (side * 18, -42, -92), 19.0) for side in (1, -1)
+    )
+    distance = smooth_union([smooth_union(bodies, 5.0), *alae], 6.0)
     crest = capsule(region, (0, -30, -38), (0, -58, -100), 7.0, 4.0)[0]
-    paint_bone(canvas, region, smooth_union(distance, crest, 8.0), 0.75 * bone_hu, 1.5, 520.0)
+    paint_bone(canvas, region, smooth_union([distance, crest], 8.0), 0.75 * bone_hu, 1.5, 520.0)
 
 
 def _paint_rib(canvas: Canvas, number: int, side: int, bone_hu: float) -> None:
     points, radii = rib(number, side)
-    found = canvas.tube(points, radii, stretch=(1.25, 1.25, 0.85), pad_mm=2)
-    if found is not None:
-        paint_bone(canvas, found[0], found[1], bone_hu + 40, 1.3, 700.0)
+    paint_bone(canvas, *canvas.tube(points, radii, stretch=(1.25, 1.25, 0.85), pad_mm=2)[:2], bone_hu + 40, 1.3, 700.0)
     if number > 10:
         return
     end = points[-1]
@@ -145,20 +137,16 @@ def _paint_rib(canvas: Canvas, number: int, side: int, bone_hu: float) -> None:
         goal = rib(number - 1, side)[0][-1] + np.array([-side * 14.0, 3.0, 3.0])
         middle = (end + goal) / 2
     line = curve(np.column_stack([[end, middle, goal], [4.6, 4.8, 5.0]]), 10.0)
-    found = canvas.tube(*line, pad_mm=2)
-    if found is not None:
-        region, distance, _ = found
-        canvas.paint(region, distance, 105 + 18 * noise(region, "middle"))
+    region, distance, _ = canvas.tube(*line, pad_mm=2)
+    canvas.paint(region, distance, 105 + 18 * noise(region, "middle"))
 
 
 def _paint_sternum(canvas: Canvas, bone_hu: float) -> None:
     heights = np.array([392, 376, 352, 320, 290, 262, 246])
     widths = np.array([22.0, 21.0, 15.0, 17.0, 18.0, 13.0, 6.0])
     points = np.array([sternum_point(z) for z in heights])
-    found = canvas.tube(*curve(np.column_stack([points, widths]), 9.0), stretch=(1, 3.0, 1), pad_mm=2)
-    if found is not None:
-        region, distance, _ = found
-        paint_bone(canvas, region, distance / 2.2, 0.75 * bone_hu, 1.4, 520.0)
+    region, distance, _ = canvas.tube(*curve(np.column_stack([points, widths]), 9.0), stretch=(1, 3.0, 1), pad_mm=2)
+    paint_bone(canvas, region, distance / 2.2, 0.75 * bone_hu, 1.4, 520.0)
 
 
 # Spine, neck and side border of the shoulder blade, and the head of the humerus: start, stop, radii; right side.
@@ -174,17 +162,17 @@ def _paint_shoulders(canvas: Canvas, bone_hu: float) -> None:
     for side in (1, -1):
         mirror = np.array([side, 1, 1])
         clavicle = np.array([(14, 50, 398, 7), (50, 40, 412, 5.5), (92, 12, 424, 5.5), (138, -30, 430, 6)], float)
-        found = canvas.tube(*curve(clavicle * [side, 1, 1, 1], 10.0), pad_mm=2)
-        if found is not None:
-            paint_bone(canvas, found[0], found[1], 180.0, 1.8, 900.0)
+        paint_bone(canvas, *canvas.tube(*curve(clavicle * [side, 1, 1, 1], 10.0), pad_mm=2)[:2], 180.0, 1.8, 900.0)
         blade = [((84, -92, 404), (142, -52, 412), (104, -94, 300))]
-        found = canvas.plates(np.array(blade) * mirror, 5.0)
-        if found is not None:
-            paint_bone(canvas, found[0], found[1], 200.0, 1.5, 700.0)
+        paint_bone(canvas, *canvas.plates(np.array(blade) * mirror, 5.0)[:2], 200.0, 1.5, 700.0)
         for start, stop, first, last in _SHOULDER:
-            found = canvas.tube(np.array([start, stop], float) * mirror, np.array([first, last], float))
-            if found is not None:
-                paint_bone(canvas, found[0], found[1], 190.0, 1.5, 700.0)
+            paint_bone(
+                canvas,
+                *canvas.tube(np.array([start, stop], float) * mirror, np.array([first, last], float))[:2],
+                190.0,
+                1.5,
+                700.0,
+            )
 
 
 _WING = ((48, -62, -18), (70, -50, 12), (96, -24, 26), (118, 18, 26), (128, 56, 6), (124, 76, -14))
@@ -199,9 +187,13 @@ def _paint_pelvis(canvas: Canvas, bone_hu: float) -> None:
         _paint_wing(canvas, mirror, bone_hu)
         _paint_hip(canvas, mirror, bone_hu)
         for start, stop, first, last in _RAMI:
-            found = canvas.tube(np.array([start, stop], float) * mirror, np.array([first, last], float))
-            if found is not None:
-                paint_bone(canvas, found[0], found[1], 190.0, 1.6, 600.0)
+            paint_bone(
+                canvas,
+                *canvas.tube(np.array([start, stop], float) * mirror, np.array([first, last], float))[:2],
+                190.0,
+                1.6,
+                600.0,
+            )
     canvas.paint_ellipsoid((0, 61, -132), (3.5, 9, 15), 90.0)
 
 
@@ -212,9 +204,8 @@ def _paint_wing(canvas: Canvas, mirror: np.ndarray, bone_hu: float) -> None:
         corner for k in range(5) for corner in ((wing[k], wing[k + 1], brim[k]), (brim[k], brim[k + 1], wing[k + 1]))
     ]
     parts = [canvas.plates(plates, 8.0), canvas.tube(wing, np.full(6, 6.5)), canvas.tube(brim, np.full(6, 8.5))]
-    for found in parts:
-        if found is not None:
-            paint_bone(canvas, found[0], found[1], bone_hu + 20, 1.8, 700.0)
+    for region, distance, *_ in parts:
+        paint_bone(canvas, region, distance, bone_hu + 20, 1.8, 700.0)
 
 
 def _paint_hip(canvas: Canvas, mirror: np.ndarray, bone_hu: float) -> None:
@@ -222,7 +213,7 @@ def _paint_hip(canvas: Canvas, mirror: np.ndarray, bone_hu: float) -> None:
     head = np.array(FEMUR_HEAD) * mirror
     ends = np.array([(40, -44, -172), (150, 66, -70)]) * mirror
     region = canvas.region(ends.min(0), ends.max(0))
-    if region is None:
+    if region.is_empty:
         return
     dx, dy, dz = (v - np.float32(c) for v, c in zip((region.x, region.y, region.z), head))
     ball = np.sqrt(dx * dx + dy * dy + dz * dz)
@@ -230,12 +221,16 @@ def _paint_hip(canvas: Canvas, mirror: np.ndarray, bone_hu: float) -> None:
     socket = np.maximum(np.maximum(ball - 36, 26.5 - ball), open_side - 4)
     ischium = capsule(region, (78, -4, -112) * mirror, (56, -26, -152) * mirror, 15.0, 14.0)[0]
     pubis = capsule(region, (76, 38, -104) * mirror, (60, 53, -113) * mirror, 12.0, 9.0)[0]
-    hip = smooth_union(smooth_union(socket, ischium, 6.0), pubis, 6.0)
+    hip = smooth_union([socket, ischium, pubis], 6.0)
     paint_bone(canvas, region, np.maximum(hip, 26.5 - ball), bone_hu + 20, 2.0, 700.0)
     neck = capsule(region, head, (128, 6, -132) * mirror, 15.0, 15.0)[0]
     trochanter = capsule(region, (132, 4, -124) * mirror, (128, 4, -150) * mirror, 14.0, 15.0)[0]
-    femur = smooth_union(neck, trochanter, 6.0)
+    femur = smooth_union([neck, trochanter], 6.0)
     paint_bone(canvas, region, np.minimum(ball - 24, femur), bone_hu + 40, 2.6, 1000.0)
-    found = canvas.tube(np.array([(126, 4, -150), (120, 8, -260)]) * mirror, np.array([16.0, 14.0]))
-    if found is not None:
-        paint_bone(canvas, found[0], found[1], 20.0, 6.0, 1400.0)
+    paint_bone(
+        canvas,
+        *canvas.tube(np.array([(126, 4, -150), (120, 8, -260)]) * mirror, np.array([16.0, 14.0]))[:2],
+        20.0,
+        6.0,
+        1400.0,
+    )

@@ -78,10 +78,8 @@ _MUSCLES = {
 def _paint_muscles(canvas: Canvas, patient: Patient) -> None:
     for knots, stretch in _MUSCLES.values():
         for side in (1, -1):
-            found = canvas.tube(*curve(np.array(knots, float) * [side, 1, 1, 1], 14.0), stretch=stretch, pad_mm=3)
-            if found is None:
-                continue
-            region, distance, _ = found
+            line = curve(np.array(knots, float) * [side, 1, 1, 1], 14.0)
+            region, distance, _ = canvas.tube(*line, stretch=stretch, pad_mm=3)
             grain = noise(region, "middle")
             canvas.paint(region, distance, patient.hu["muscle"] - 60 - 40 * np.clip(grain, -1, 1))
             canvas.paint(region, distance + 1.2, patient.hu["muscle"] + 4 - 80 * np.clip(grain - 1.3, 0, 0.8))
@@ -110,8 +108,6 @@ def lung_distance(region: Region) -> np.ndarray:
 
 def _paint_lungs(canvas: Canvas, patient: Patient) -> None:
     region = canvas.region((-150, -100, 118), (150, 112, 445))
-    if region is None:
-        return
     x, y, z = region.x, region.y, region.z
     belly = np.abs(z - diaphragm_height(x, y)) * np.float32(0.8) - 2.2
     canvas.paint(region, np.maximum(belly, cavity_distance(x, y, z) - 1), np.float32(patient.hu["muscle"]))
@@ -160,8 +156,6 @@ def _paint_heart(canvas: Canvas, patient: Patient) -> None:
     """Fat, muscle and the four chambers; the axis points to the left, down and forwards."""
     centre, radii = HEART
     region = canvas.around(centre, np.array(radii) + 12)
-    if region is None:
-        return
     hu = patient.hu
     x, y, z = (v - np.float32(c) for v, c in zip((region.x, region.y, region.z), centre))
     axis = np.array([-0.72, 0.42, -0.55], np.float32)
@@ -202,7 +196,6 @@ def _paint_chest_vessels(canvas: Canvas, patient: Patient) -> None:
     canvas.paint_ellipsoid((22, 14, 446), (11, 10, 20), hu["muscle"] + 55)
     canvas.paint_ellipsoid((-18, 14, 446), (11, 10, 20), hu["muscle"] + 55)
     for name in ("trachea", "right_bronchus", "left_bronchus"):
-        found = canvas.tube(*CURVES[name], pad_mm=3)
-        if found is not None:
-            canvas.paint(found[0], found[1] - 1.6, np.float32(40.0))
-            canvas.paint(found[0], found[1], np.float32(-990.0))
+        region, distance, _ = canvas.tube(*CURVES[name], pad_mm=3)
+        canvas.paint(region, distance - 1.6, np.float32(40.0))
+        canvas.paint(region, distance, np.float32(-990.0))
