@@ -87,7 +87,7 @@ def test_all_mistakes_are_reported_together_before_anything_is_written(tmp_path)
     with pytest.raises(ValueError) as error:
         main_ddp.main(argv)
     told = str(error.value)
-    flags = "json_list roi_x a_min batch_size min_lr spacing_mm precision iou_range mask_ratio student_temp"
+    flags = "json_list roi_x a_min batch_size min_lr spacing_mm precision iou_range student_temp"
     for flag in flags.split():
         assert f"--{flag}" in told, flag
     assert "flags need a change" in told and not (tmp_path / "out").exists()
