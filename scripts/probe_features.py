@@ -22,7 +22,7 @@ import torch
 from datasets.lists.label_classes import BUILT_IN, read_classes
 from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
 from datasets.store.files import write_text
-from datasets.store.volumes import VolumeStore, build_store
+from datasets.store.volumes import VolumeStore, fill_store
 from engine.device import pick_device, pick_precision
 from engine.flags import DeviceOptions, RunInfo, add_options, make_parser, options_of, run_main
 from engine.run import load_pretraining
@@ -153,9 +153,7 @@ def open_voxels(flags, spacing_mm: tuple[float, float, float] | None) -> ProbeVo
         flags.json_list, flags.data_dir, flags.num_labelled, flags.fold, flags.held_out_share
     )
     classes = read_classes(flags.json_list, flags.classes)
-    report = build_store([*taught, *judged], flags.store_dir, spacing_mm, num_workers=max(1, flags.num_workers))
-    for name, reason in report.failed.items():
-        print(f"left out: {name}: {reason}", flush=True)
+    fill_store([*taught, *judged], flags.store_dir, spacing_mm or "native", flags.num_workers, renew=True)
     store = VolumeStore(flags.store_dir, expected_spacing_mm=spacing_mm or "native")
     return choose_probe_voxels(store, classes, taught, judged, flags.num_voxels, flags.seed)
 

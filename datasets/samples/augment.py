@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from monai.transforms import RandAdjustContrast, RandomizableTransform, RandScaleIntensity, RandShiftIntensity
 
+from datasets.ct.intensity import window_hu
+
 
 @dataclass(frozen=True)
 class AugmentOptions:
@@ -67,9 +69,8 @@ class AugmentOptions:
 
 
 def window(hu: np.ndarray, hu_min: float, hu_max: float) -> torch.Tensor:
-    """Map [hu_min, hu_max] linearly to [0, 1] and clip: int16 HU [D, H, W] -> float32 [1, D, H, W]."""
-    scaled = torch.from_numpy(np.ascontiguousarray(hu)).to(torch.float32)
-    return scaled.sub_(hu_min).mul_(1.0 / (hu_max - hu_min)).clamp_(0.0, 1.0).unsqueeze_(0)
+    """A crop's window: int16 HU [D, H, W] -> float32 [1, D, H, W] in [0, 1]."""
+    return window_hu(torch.from_numpy(np.ascontiguousarray(hu)), hu_min, hu_max).unsqueeze_(0)
 
 
 class ViewAugmenter:

@@ -11,8 +11,6 @@ import numpy as np
 
 from datasets.ct.geometry import index_to_world, world_to_index
 
-AIR_HU = -1024
-
 
 @dataclass(frozen=True)
 class CropOptions:
@@ -58,7 +56,7 @@ def centre_mm(record, start: np.ndarray, roi: Sequence[int]) -> np.ndarray:
 def cut(store, name: str, point_mm: np.ndarray, roi: Sequence[int]) -> np.ndarray:
     """The crop of case `name` around a world point, int16 HU [D, H, W]; whatever lies outside of the volume is air."""
     start = start_at(store.record(name), point_mm, roi)
-    return store.crop(name, tuple(int(s) for s in start), tuple(roi), fill=AIR_HU)
+    return store.crop(name, tuple(int(s) for s in start), tuple(roi))
 
 
 def start_range(
