@@ -178,34 +178,33 @@ def find_resumable(output_dir: str | Path, kind: str) -> tuple[dict, Path] | Non
     return None
 
 
-def find_resumable_after(given: str | Path, output_dir: str | Path, kind: str) -> tuple[dict, Path]:
-    """The checkpoint `given`, or that of a run's folder where it is further: a run that began with `given` and was
-    started again by the same command. Call it on rank 0 only.
+def find_wanted(resume: str, output_dir: str | Path, kind: str, world: World) -> tuple[dict, Path] | None:
+    """The checkpoint that a run with `--resume` goes on from and its path; None to begin anew.
+
+    Rank 0 chooses for all ranks, so that no two of them go on from different steps.
+
+    Args:
+        resume: "auto" = the folder's own; "none" = none, until Slurm or torchrun restarts the run; or a file, until the
+            folder has a checkpoint that is further. A restarted run has the words of its first start.
 
     Raises:
-        CheckpointError: `given` cannot be read. That the folder's own cannot be is a warning.
+        CheckpointError: the file of `resume`, or without one any of the folder's, cannot be read; or a rank cannot read
+            the file that rank 0 chose.
     """
-    state = load_checkpoint(given, kind)
-    try:
-        own = find_resumable(output_dir, kind)
-    except CheckpointError:  # `given` is the way out
-        own = None
-    return own if own is not None and own[0]["step"] > state["step"] else (state, Path(given))
-
-
-def find_resumable_together(
-    output_dir: str | Path, kind: str, world: World, given: str | Path | None = None
-) -> tuple[dict, Path] | None:
-    """`find_resumable` (`find_resumable_after`, where a file is given) for all ranks: rank 0 chooses, so that no two
-    ranks go on from different steps.
-
-    Raises:
-        CheckpointError: as these; or a rank cannot read the file that rank 0 chose.
-    """
+    if resume == "none" and not was_restarted():
+        return None
     found = []
 
     def choose() -> str | None:
-        found.append(find_resumable_after(given, output_dir, kind) if given else find_resumable(output_dir, kind))
+        given = None if resume in ("auto", "none") else (load_checkpoint(resume, kind), Path(resume))
+        try:
+            own = find_resumable(output_dir, kind)
+        except CheckpointError:
+            if given is None:  # else it is the way out
+                raise
+            own = None
+        is_own_further = given is None or (own is not None and own[0]["step"] > given[0]["step"])
+        found.append(own if is_own_further else given)
         return None if found[0] is None else str(found[0][1])
 
     path = main_decides(world, choose)
@@ -218,21 +217,6 @@ def find_resumable_together(
             f"rank {world.rank} cannot read what rank 0 resumes from: {error}. Every node needs --output_dir, and the "
             "file of --resume, on a disk that all of them see"
         ) from error
-
-
-def find_wanted(resume: str, output_dir: str | Path, kind: str, world: World) -> tuple[dict, Path] | None:
-    """The checkpoint that a run with `--resume` goes on from and its path, the same on all ranks; None to begin anew.
-
-    Args:
-        resume: "auto" = the folder's own; "none" = none, until Slurm or torchrun restarts the run; or a file, until the
-            folder has a checkpoint that is further. A restarted run has the words of its first start.
-
-    Raises:
-        CheckpointError: as for `find_resumable_together`.
-    """
-    if resume == "none" and not was_restarted():
-        return None
-    return find_resumable_together(output_dir, kind, world, None if resume in ("auto", "none") else resume)
 
 
 def describe_resumed(resume: str, found: tuple[dict, Path]) -> str:

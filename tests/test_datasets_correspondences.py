@@ -10,7 +10,6 @@ from datasets.samples.correspondences import (
     HEADER_FILE,
     ROW_DTYPE,
     ROWS_FILE,
-    CorrespondenceError,
     CorrespondenceTable,
 )
 
@@ -78,11 +77,11 @@ def test_pickle_carries_no_rows(tmp_path):
 
 
 def test_missing_and_half_written_tables_say_what_to_do(tmp_path):
-    with pytest.raises(CorrespondenceError, match=r"correspondences\.json: no such file.*mine_pairs.*--embed_dir"):
+    with pytest.raises(ValueError, match=r"correspondences\.json: no such file.*mine_pairs.*--embed_dir"):
         CorrespondenceTable.load(tmp_path)
     CorrespondenceTable.write(tmp_path, NAMES, make_rows(), {})
     (tmp_path / ROWS_FILE).unlink()
-    with pytest.raises(CorrespondenceError, match=r"correspondences\.npy: no such file"):
+    with pytest.raises(ValueError, match=r"correspondences\.npy: no such file"):
         CorrespondenceTable.load(tmp_path)
 
 
@@ -90,7 +89,7 @@ def test_header_and_rows_of_two_tables_are_not_joined(tmp_path):
     CorrespondenceTable.write(tmp_path / "old", NAMES, make_rows(seed=0), {})
     CorrespondenceTable.write(tmp_path / "new", NAMES, make_rows(seed=1), {})
     (tmp_path / "new" / ROWS_FILE).replace(tmp_path / "old" / ROWS_FILE)  # as if a crash had come between the two
-    with pytest.raises(CorrespondenceError, match="not those that correspondences.json describes"):
+    with pytest.raises(ValueError, match="not those that correspondences.json describes"):
         CorrespondenceTable.load(tmp_path / "old")
 
 
@@ -109,7 +108,7 @@ def test_header_and_rows_of_two_tables_are_not_joined(tmp_path):
 def test_damaged_tables_are_refused(tmp_path, damage, message):
     CorrespondenceTable.write(tmp_path, NAMES, make_rows(), {})
     damage(tmp_path)
-    with pytest.raises(CorrespondenceError, match=message):
+    with pytest.raises(ValueError, match=message):
         CorrespondenceTable.load(tmp_path)
 
 
@@ -130,7 +129,7 @@ def edit_header(folder, **changes) -> None:
 def test_wrong_rows_are_refused_before_anything_is_written(tmp_path, field, value, message):
     rows = make_rows()
     rows[field][17] = value
-    with pytest.raises(CorrespondenceError, match=message):
+    with pytest.raises(ValueError, match=message):
         CorrespondenceTable.write(tmp_path, NAMES, rows, {})
     assert not list(tmp_path.iterdir())
 
@@ -148,7 +147,7 @@ def test_names_unknown_to_the_store_are_named_and_most_of_them_refused(caplog):
     assert not caplog.text
     table.check_cases(["a", "c"])
     assert "2 of its 4 cases are not in the volume store (b, d)" in caplog.text
-    with pytest.raises(CorrespondenceError, match=r"3 of its 4 cases are not in the volume store \(b, c, d\); mine"):
+    with pytest.raises(ValueError, match=r"3 of its 4 cases are not in the volume store \(b, c, d\); mine"):
         table.check_cases(["a"])
-    with pytest.raises(CorrespondenceError, match="none of them twice"):
+    with pytest.raises(ValueError, match="none of them twice"):
         CorrespondenceTable.from_rows(["a", "a"], make_rows(0))

@@ -17,7 +17,7 @@ import pytest
 from datasets.ct.geometry import resample
 from datasets.ct.nifti import read_ct, read_label
 from datasets.lists.data_list import Case, find_cases, write_data_list
-from datasets.store.files import DiskFullError, FileWriteError, exclusive
+from datasets.store.files import FileWriteError, exclusive
 from datasets.store.format import check_file, files_of, read_region, write_index
 from datasets.store.volumes import DEFAULT_SPACING_MM, StoreError, VolumeStore, build_store, fill_store, parse_spacing
 from scripts import prepare_volumes
@@ -497,7 +497,7 @@ def test_a_full_disk_is_reported_and_what_is_there_stays(store, cases, tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, hard))  # room for case2, not for the new case1
     try:
-        with pytest.raises(DiskFullError, match=r"case1\.b2nd: no room for \d\.\d MiB"):
+        with pytest.raises(FileWriteError, match=r"case1\.b2nd: no room for \d\.\d MiB"):
             build_store(cases, store.store_dir, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

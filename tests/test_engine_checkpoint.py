@@ -86,7 +86,7 @@ def test_a_given_checkpoint_counts_until_the_folder_has_a_later_one(tmp_path, ow
         ck.save_checkpoint(state(own), run)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found, path = ck.find_resumable_together(run, "alice", World(), given)
+        found, path = ck.find_wanted(str(given), run, "alice", World())
     assert found["step"] == expected and path == (given if expected == 5 else run / ck.LATEST)
 
 

@@ -11,7 +11,6 @@ from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.embed import embed_tensor, embed_volume, for_inference, output_affine
 from sam_embed.embeddings.embedding_store import (
     EmbeddingCache,
-    EmbeddingError,
     embedded_cases,
     embedding_path,
     load_embedding,
@@ -135,7 +134,7 @@ def test_files_come_back_and_damage_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     assert stored_header(tmp_path, "case_1") == {}
     for name in ("case_1", "absent"):
-        with pytest.raises(EmbeddingError, match=name):
+        with pytest.raises(ValueError, match=name):
             load_embedding(tmp_path, name)
 
 

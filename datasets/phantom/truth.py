@@ -18,10 +18,6 @@ from datasets.phantom.patient import Patient, Scan
 MAX_DRIFT_MM = 0.1  # landmark files are rounded to 0.001 mm
 
 
-class PhantomTruthError(ValueError):
-    """No truth for a case: its landmark file is missing, no phantom's, or of another version of the generator."""
-
-
 @dataclass(frozen=True)
 class PhantomTruth:
     """One phantom case drawn again: the patient and the scan."""
@@ -48,7 +44,7 @@ def load_truth(landmark_dir: str | Path, names: Sequence[str]) -> dict[str, Phan
     """The patients behind some phantom cases, drawn again from the seeds in `<landmark_dir>/<case>.json`.
 
     Raises:
-        PhantomTruthError: a file is missing or states no seed, or today's generator draws another patient from it.
+        ValueError: a file is missing or states no seed, or today's generator draws another patient from it.
     """
     return {name: _draw_again(Path(landmark_dir) / f"{name}.json", name) for name in names}
 
@@ -62,9 +58,9 @@ def _record(path: Path) -> dict:
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise PhantomTruthError(f"{path}: not readable as a landmark file ({error}); see --landmark_dir") from error
+        raise ValueError(f"{path}: not readable as a landmark file ({error}); see --landmark_dir") from error
     if not isinstance(record, dict):
-        raise PhantomTruthError(f"{path}: expected a JSON object, got {type(record).__name__}; see --landmark_dir")
+        raise ValueError(f"{path}: expected a JSON object, got {type(record).__name__}; see --landmark_dir")
     return record
 
 
@@ -72,7 +68,7 @@ def _draw_again(path: Path, name: str) -> PhantomTruth:
     """Draw the patient, and compare its landmarks with the file's."""
     record = _record(path)
     if "seed" not in record or "landmarks_mm" not in record:
-        raise PhantomTruthError(
+        raise ValueError(
             f"{path}: states no seed, so the truth between landmarks is unknown; it needs files by "
             "scripts/make_phantom_dataset.py (--landmark_dir)"
         )
@@ -85,7 +81,7 @@ def _draw_again(path: Path, name: str) -> PhantomTruth:
     drawn = patient.deformation.to_world(np.array([atlas[landmark] for landmark in known]).reshape(-1, 3))
     drift_mm = float(np.abs(drawn - stated).max(initial=0.0))
     if not known or drift_mm > MAX_DRIFT_MM:
-        raise PhantomTruthError(
+        raise ValueError(
             f"{path}: its landmarks lie up to {drift_mm:.1f} mm from those that seed {record['seed']} gives now, so "
             "the phantom is of another version; make it again (scripts/make_phantom_dataset.py)"
         )

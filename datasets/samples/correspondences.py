@@ -42,10 +42,6 @@ _ROWS_PER_CHUNK = 1 << 18  # 10 MiB: one pass over a large table stays within bo
 logger = logging.getLogger(__name__)
 
 
-class CorrespondenceError(ValueError):
-    """A correspondence table that is missing, incomplete, or does not fit the volumes; the message names the file."""
-
-
 @dataclass(frozen=True)
 class Selection:
     """The rows of a table that pass the thresholds, grouped by query case.
@@ -106,9 +102,9 @@ class CorrespondenceTable:
         """A table in memory; rows are sorted by query case (stable) and checked."""
         case_names = [str(name) for name in case_names]
         if not case_names or len(set(case_names)) != len(case_names):
-            raise CorrespondenceError("correspondence table: case_names must be at least one name, none of them twice")
+            raise ValueError("correspondence table: case_names must be at least one name, none of them twice")
         if rows.dtype != ROW_DTYPE or rows.ndim != 1:
-            raise CorrespondenceError(f"correspondence rows: expected a 1-D array of {ROW_DTYPE}, got {rows.dtype}")
+            raise ValueError(f"correspondence rows: expected a 1-D array of {ROW_DTYPE}, got {rows.dtype}")
         rows = rows[np.argsort(rows["query_case"], kind="stable")]
         offsets = np.searchsorted(rows["query_case"], np.arange(len(case_names) + 1)).astype(np.int64)
         _check_rows(rows, offsets, len(case_names), "correspondence rows")
@@ -122,7 +118,7 @@ class CorrespondenceTable:
             path: the folder that holds both files, or one of the two files.
 
         Raises:
-            CorrespondenceError: a file is missing or damaged, or the two files do not belong together.
+            ValueError: a file is missing or damaged, or the two files do not belong together.
         """
         folder = Path(path)
         folder = folder.parent if folder.name in (ROWS_FILE, HEADER_FILE) else folder
@@ -130,7 +126,7 @@ class CorrespondenceTable:
         offsets = np.asarray(header["offsets"], dtype=np.int64)
         table = cls(list(header["case_names"]), offsets, dict(header["provenance"]), folder)
         if len(table.rows) != header["num_rows"] or _checksum(table.rows) != header["rows_crc32"]:
-            raise CorrespondenceError(
+            raise ValueError(
                 f"{folder / ROWS_FILE}: its {len(table.rows)} rows are not those that {HEADER_FILE} describes "
                 f"({header['num_rows']} rows); mine the table again (scripts/mine_pairs.py)"
             )
@@ -184,7 +180,7 @@ class CorrespondenceTable:
             f"{where} ({shown})"
         )
         if 2 * len(strangers) > len(self.case_names):
-            raise CorrespondenceError(
+            raise ValueError(
                 f"{message}; mine again from this store (scripts/mine_pairs.py) or change --store_dir / --embed_dir"
             )
         logger.warning("%s; their rows are not used", message)
@@ -246,20 +242,20 @@ def _read_header(folder: Path) -> dict:
     path = folder / HEADER_FILE
     for file in (path, folder / ROWS_FILE):
         if not file.is_file():
-            raise CorrespondenceError(
+            raise ValueError(
                 f"{file}: no such file; mine the table first (scripts/mine_pairs.py), or point --embed_dir at the "
                 f"folder that holds {ROWS_FILE} and {HEADER_FILE}"
             )
     try:
         header = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorrespondenceError(f"{path}: not readable as JSON ({error}); mine the table again") from error
+        raise ValueError(f"{path}: not readable as JSON ({error}); mine the table again") from error
     wanted = {"format_version", "num_rows", "rows_crc32", "case_names", "offsets", "provenance"}
     missing = sorted(wanted - set(header)) if isinstance(header, dict) else sorted(wanted)
     if missing:
-        raise CorrespondenceError(f"{path}: lacks {', '.join(missing)}; it is not a correspondence table's header")
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; it is not a correspondence table's header")
     if header["format_version"] != FORMAT_VERSION:
-        raise CorrespondenceError(
+        raise ValueError(
             f"{path}: format version {header['format_version']}, this code reads {FORMAT_VERSION}; mine the table again"
         )
     return header
@@ -270,9 +266,9 @@ def _map_rows(path: Path) -> np.ndarray:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise CorrespondenceError(f"{path}: not readable as a NumPy array ({error}); mine the table again") from error
+        raise ValueError(f"{path}: not readable as a NumPy array ({error}); mine the table again") from error
     if rows.dtype != ROW_DTYPE or rows.ndim != 1:
-        raise CorrespondenceError(
+        raise ValueError(
             f"{path}: expected a 1-D array with the fields {', '.join(ROW_DTYPE.names)}, got {rows.dtype} of shape "
             f"{rows.shape}; mine the table again"
         )
@@ -282,16 +278,16 @@ def _map_rows(path: Path) -> np.ndarray:
 def _check_rows(rows: np.ndarray, offsets: np.ndarray, num_cases: int, where: str) -> None:
     """Raise unless the rows are sorted by query case as `offsets` says, index known cases, and hold finite points."""
     if len(offsets) != num_cases + 1 or offsets[0] != 0 or offsets[-1] != len(rows) or (np.diff(offsets) < 0).any():
-        raise CorrespondenceError(f"{where}: rows and case names do not fit together ({num_cases} cases)")
+        raise ValueError(f"{where}: rows and case names do not fit together ({num_cases} cases)")
     for start, chunk in _chunks(rows):
         position = np.arange(start, start + len(chunk))
         expected = np.searchsorted(offsets, position, side="right") - 1
         if (chunk["query_case"] != expected).any():
-            raise CorrespondenceError(f"{where}: rows are not sorted by query case")
+            raise ValueError(f"{where}: rows are not sorted by query case")
         if ((chunk["key_case"] < 0) | (chunk["key_case"] >= num_cases)).any():
-            raise CorrespondenceError(f"{where}: a row's key_case lies outside of the {num_cases} cases")
+            raise ValueError(f"{where}: a row's key_case lies outside of the {num_cases} cases")
         for name in ("query_mm", "key_mm", "score"):
             finite = np.isfinite(chunk[name]).reshape(len(chunk), -1).all(axis=1)
             if not finite.all():
                 row = start + int(np.flatnonzero(~finite)[0])
-                raise CorrespondenceError(f"{where}: row {row} holds a non-finite {name}")
+                raise ValueError(f"{where}: row {row} holds a non-finite {name}")

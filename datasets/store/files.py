@@ -15,16 +15,11 @@ class FileWriteError(ValueError):
     """A file cannot be written; the message names it and the reason. Whatever was there before is unharmed."""
 
 
-class DiskFullError(FileWriteError):
-    """No room is left for a file."""
-
-
 def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
     """Write `content` aside, flush it to the disk, then rename it to `path` (replacing an older file in one step).
 
     Raises:
-        DiskFullError: when the disk, the quota or the file-size limit is exhausted; an older file then stays.
-        FileWriteError: when the folder cannot be written to for another reason.
+        FileWriteError: the disk, the quota or the file-size limit is exhausted, or the folder cannot be written to.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.aside")
@@ -44,7 +39,7 @@ def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
 def _explained(error: OSError, path: Path, num_bytes: int) -> FileWriteError:
     """What a user should read instead of an errno."""
     if error.errno in FULL_DISK_ERRORS:
-        return DiskFullError(
+        return FileWriteError(
             f"{path}: no room for {num_bytes / 2**20:.1f} MiB ({error.strerror}). Free some space there or choose "
             "another folder, then run the same command again; finished files are kept."
         )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sam_embed.embeddings.compact_codes import (
-    CompactError,
     Decoder,
     Parts,
     Voxels,
@@ -107,7 +106,7 @@ def unpack(parts: Parts, described: str) -> dict[str, Tensor]:
     """What `pack` took: float16 maps and the body mask.
 
     Raises:
-        CompactError: the parts do not fit their header.
+        ValueError: the parts do not fit their header.
     """
     try:
         header = json.loads(described)
@@ -128,7 +127,7 @@ def unpack(parts: Parts, described: str) -> dict[str, Tensor]:
             decoder = _decoder(forms[name], own, shape[0], number, header["storage"])
             maps[name] = _decode_map(decoder, shape, index, number)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CompactError(f"lacks or garbles a part ({error!r})") from error
+        raise ValueError(f"lacks or garbles a part ({error!r})") from error
     return maps
 
 
@@ -139,7 +138,7 @@ def _decoder(form: str, parts: Parts, num_channels: int, num_vectors: int, stora
         return decoder_of_pca(parts, num_channels, num_vectors)
     if form == "int8":
         return decoder_of_int8(parts, num_channels, num_vectors)
-    raise CompactError(f"stored as {form!r}, which this version does not know")
+    raise ValueError(f"stored as {form!r}, which this version does not know")
 
 
 def _decode_map(decoder: Decoder, shape: tuple[int, ...], index: Tensor | None, number: int) -> Tensor:

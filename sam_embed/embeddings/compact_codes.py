@@ -35,10 +35,6 @@ Parts = dict[str, Tensor]
 Decoder = Callable[[int, int], Tensor]
 
 
-class CompactError(ValueError):
-    """Codes that do not decode to what their header says."""
-
-
 @dataclass(frozen=True)
 class Voxels:
     """Some voxels of a map as vectors.
@@ -86,16 +82,16 @@ def expand(packed: Tensor, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """What `squeeze` took; never more bytes than `shape` asks for.
 
     Raises:
-        CompactError: there are fewer or more, or they are damaged.
+        ValueError: there are fewer or more, or they are damaged.
     """
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
     decoder = zlib.decompressobj()
     try:
         found = decoder.decompress(packed.numpy().tobytes(), expected + 1)  # one more, to notice too many
     except zlib.error as error:
-        raise CompactError(f"codes do not decompress ({error})") from error
+        raise ValueError(f"codes do not decompress ({error})") from error
     if len(found) != expected or not decoder.eof:
-        raise CompactError(f"codes decompress to {len(found)} bytes, cut off or with more to come; expected {expected}")
+        raise ValueError(f"codes decompress to {len(found)} bytes, cut off or with more to come; expected {expected}")
     return np.frombuffer(found, dtype=dtype).reshape(shape)
 
 
@@ -291,4 +287,4 @@ def decoder_of_pq(parts: Parts, num_channels: int, num_vectors: int, num_groups:
 
 def _check(holds: bool, complaint: str) -> None:
     if not holds:
-        raise CompactError(complaint)
+        raise ValueError(complaint)

@@ -38,7 +38,7 @@ def embed_corpus(
         scan of one slice or one too large for the memory, is skipped).
 
     Raises:
-        FileWriteError, DiskFullError: the folder cannot be written to, or is full; what is finished stays.
+        FileWriteError: the folder cannot be written to, or is full; what is finished stays.
     """
     share = cases.names[rank::world_size]
     source = {name: cases.identity(name) for name in share}

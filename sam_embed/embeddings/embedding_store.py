@@ -18,15 +18,10 @@ from torch import Tensor
 
 from datasets.store.files import write_bytes
 from sam_embed.embeddings.compact import FP16, Storage, pack, unpack
-from sam_embed.embeddings.compact_codes import CompactError
 
 SUFFIX = ".safetensors"
 FORMAT = "sam_embed.embedding.1"
 COMPACT_FORMAT = "sam_embed.embedding.2"
-
-
-class EmbeddingError(ValueError):
-    """A missing, damaged or foreign embedding file; the message names it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,21 +135,21 @@ def load_embedding(embed_dir: str | Path, name: str) -> Embedding:
     """Read one case's embedding, decoded to half precision.
 
     Raises:
-        EmbeddingError: no such file, a damaged one, or one of another kind.
+        ValueError: no such file, a damaged one, or one of another kind.
     """
     path = embedding_path(embed_dir, name)
     if not path.is_file():
-        raise EmbeddingError(f"{path}: no embedding of this case; run scripts/generate_sam_embeddings.py (--embed_dir)")
+        raise ValueError(f"{path}: no embedding of this case; run scripts/generate_sam_embeddings.py (--embed_dir)")
     try:
         with safe_open(path, framework="pt") as stored:
             header = stored.metadata() or {}
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
         if header.get("format") == COMPACT_FORMAT:
             tensors = unpack(tensors, header["compact"])
-    except (SafetensorError, CompactError) as error:
-        raise EmbeddingError(f"{path}: damaged embedding file ({error}); delete it and embed the case again") from error
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: damaged embedding file ({error}); delete it and embed the case again") from error
     if header.get("format") not in (FORMAT, COMPACT_FORMAT):
-        raise EmbeddingError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r} or {COMPACT_FORMAT!r}")
+        raise ValueError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r} or {COMPACT_FORMAT!r}")
     return Embedding(
         name=header["name"],
         fine=tensors["fine"],

@@ -62,7 +62,7 @@ def make_training_volumes(
     A case without a patient gets a file without voxels, so that it is looked at once.
 
     Raises:
-        FileWriteError, DiskFullError: the folder cannot be written to, or is full; what is finished stays.
+        FileWriteError: the folder cannot be written to, or is full; what is finished stays.
     """
     share = store.names[rank::world_size]
     missing = [name for name in share if not _is_made(Path(grid_dir), name, _header(store, name, info))]
