@@ -82,13 +82,9 @@ def _paint_arch(canvas: Canvas, region: Region, index: int) -> None:
             ((pedicle, back + 3, 4), (pedicle * 1.08, back - 12, 3), 4.6 * size, 4.6 * size),
             ((pedicle * 1.05, back - 12, 1), (0, back - 22, -5), 3.8 * size, 3.8 * size),
             ((pedicle * 1.1, back - 11, 3), (side * reach, back - 15, 3), 4.4 * size, 3.6 * size),
-            (
-                (pedicle * 1.15, back - 14, 0.45 * height),
-                (pedicle * 1.15, back - 15, -0.62 * height),
-                5.0 * size,
-                4.6 * size,
-            ),
         ]
+        facets = (pedicle * 1.15, back - 14, 0.45 * height), (pedicle * 1.15, back - 15, -0.62 * height)
+        parts.append((*facets, 5.0 * size, 4.6 * size))
     distances = (
         capsule(region, vertebra_point(index, *start), vertebra_point(index, *stop), first, last)[0]
         for start, stop, first, last in parts
@@ -165,14 +161,9 @@ def _paint_shoulders(canvas: Canvas, bone_hu: float) -> None:
         paint_bone(canvas, *canvas.tube(*curve(clavicle * [side, 1, 1, 1], 10.0), pad_mm=2)[:2], 180.0, 1.8, 900.0)
         blade = [((84, -92, 404), (142, -52, 412), (104, -94, 300))]
         paint_bone(canvas, *canvas.plates(np.array(blade) * mirror, 5.0)[:2], 200.0, 1.5, 700.0)
-        for start, stop, first, last in _SHOULDER:
-            paint_bone(
-                canvas,
-                *canvas.tube(np.array([start, stop], float) * mirror, np.array([first, last], float))[:2],
-                190.0,
-                1.5,
-                700.0,
-            )
+        for start, stop, *radii in _SHOULDER:
+            region, distance, _ = canvas.tube(np.array([start, stop], float) * mirror, np.array(radii, float))
+            paint_bone(canvas, region, distance, 190.0, 1.5, 700.0)
 
 
 _WING = ((48, -62, -18), (70, -50, 12), (96, -24, 26), (118, 18, 26), (128, 56, 6), (124, 76, -14))
@@ -186,14 +177,9 @@ def _paint_pelvis(canvas: Canvas, bone_hu: float) -> None:
         mirror = np.array([side, 1, 1])
         _paint_wing(canvas, mirror, bone_hu)
         _paint_hip(canvas, mirror, bone_hu)
-        for start, stop, first, last in _RAMI:
-            paint_bone(
-                canvas,
-                *canvas.tube(np.array([start, stop], float) * mirror, np.array([first, last], float))[:2],
-                190.0,
-                1.6,
-                600.0,
-            )
+        for start, stop, *radii in _RAMI:
+            region, distance, _ = canvas.tube(np.array([start, stop], float) * mirror, np.array(radii, float))
+            paint_bone(canvas, region, distance, 190.0, 1.6, 600.0)
     canvas.paint_ellipsoid((0, 61, -132), (3.5, 9, 15), 90.0)
 
 
@@ -227,10 +213,5 @@ def _paint_hip(canvas: Canvas, mirror: np.ndarray, bone_hu: float) -> None:
     trochanter = capsule(region, (132, 4, -124) * mirror, (128, 4, -150) * mirror, 14.0, 15.0)[0]
     femur = smooth_union([neck, trochanter], 6.0)
     paint_bone(canvas, region, np.minimum(ball - 24, femur), bone_hu + 40, 2.6, 1000.0)
-    paint_bone(
-        canvas,
-        *canvas.tube(np.array([(126, 4, -150), (120, 8, -260)]) * mirror, np.array([16.0, 14.0]))[:2],
-        20.0,
-        6.0,
-        1400.0,
-    )
+    region, distance, _ = canvas.tube(np.array([(126, 4, -150), (120, 8, -260)]) * mirror, np.array([16.0, 14.0]))
+    paint_bone(canvas, region, distance, 20.0, 6.0, 1400.0)
