@@ -146,19 +146,12 @@ class RunLog:
 
 
 class SilentLog:
-    """The stand-in for ranks that write nothing."""
+    """The stand-in for ranks that write nothing: every method of `RunLog`, and none does anything."""
 
-    def advance(self) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None: ...
-
-    def image(self, name: str, image, step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-    def warn_once(self, what: str, error: OSError) -> None: ...
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if not callable(getattr(RunLog, name, None)):
+            raise AttributeError(name)
+        return lambda *_, **__: None
 
 
 def make_log(world: World, output_dir: str | Path, num_steps: int, first_step: int) -> RunLog | SilentLog:
