@@ -4,7 +4,6 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets.ct.nifti import Volume, read_ct
 from datasets.lists.data_list import find_cases, load_sections
@@ -60,21 +59,20 @@ def open_cases(options: CaseOptions, rank: int = 0) -> CaseSource:
         return CaseSource(list(names), store.read, lambda name: record_identity(store.record(name)))
     cases = find_cases(options.data_dir) if listed is None else listed
     image_of = {case.name: case.image for case in cases}
-    return CaseSource(list(image_of), lambda name: read_ct(image_of[name]), lambda name: _file_identity(image_of[name]))
+
+    def identity(name: str) -> str:
+        try:
+            stat = image_of[name].stat()
+        except OSError:
+            return ""
+        return f"file:{stat.st_size}:{stat.st_mtime_ns}"
+
+    return CaseSource(list(image_of), lambda name: read_ct(image_of[name]), identity)
 
 
 def record_identity(record: CaseRecord) -> str:
     """Voxels and place of a stored case: a corrected header may move the same voxels elsewhere."""
     return f"store:{record.checksum}:{zlib.crc32(record.affine.tobytes()):08x}"
-
-
-def _file_identity(path: Path) -> str:
-    """Size and time of a file; empty where it is gone."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return ""
-    return f"file:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _stored_cases(store: VolumeStore, names: list[str], rank: int) -> list[str]:

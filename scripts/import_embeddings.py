@@ -53,20 +53,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def find_pickles(pickle_dir: str | Path) -> list[Path]:
-    """All pickles below a folder, sorted.
-
-    Raises:
-        PublishedPickleError: there are none.
-    """
-    paths = sorted(
-        path for path in Path(pickle_dir).rglob("*") if path.suffix.lower() in PICKLE_SUFFIXES and path.is_file()
-    )
-    if not paths:
-        raise PublishedPickleError(f"{pickle_dir}: no {', '.join(PICKLE_SUFFIXES)} files below it (--pickle_dir)")
-    return paths
-
-
 def import_all(
     pickles: Sequence[Path],
     cases: CaseSource,
@@ -124,7 +110,10 @@ def _case_called(text: str, cases: CaseSource) -> str | None:
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     storage = options_of(flags, Storage, form=flags.storage)
-    pickles = find_pickles(flags.pickle_dir)
+    files = sorted(Path(flags.pickle_dir).rglob("*"))
+    pickles = [path for path in files if path.suffix.lower() in PICKLE_SUFFIXES and path.is_file()]
+    if not pickles:
+        raise ValueError(f"{flags.pickle_dir}: no {', '.join(PICKLE_SUFFIXES)} files below it (--pickle_dir)")
     cases = open_cases(options_of(flags, CaseOptions))
     fingerprint = load_embedder(flags.checkpoint_file)[1].fingerprint if flags.checkpoint_file else UNKNOWN_WEIGHTS
     RunInfo.collect(flags).write(flags.embed_dir, "import_run.json")

@@ -291,5 +291,5 @@ def test_a_folder_without_usable_pickles_ends_with_an_error(corpus):
         import_embeddings.main(command(corpus))
     for path in (corpus / "pickles").iterdir():
         path.unlink()
-    with pytest.raises(PublishedPickleError, match="--pickle_dir"):
+    with pytest.raises(ValueError, match="--pickle_dir"):
         import_embeddings.main(command(corpus))

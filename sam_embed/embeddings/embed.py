@@ -156,12 +156,6 @@ def _run_stage(stage: _Stage, x: Tensor, memory_mb: float) -> Tensor:
     return torch.cat(slabs, dim=2)
 
 
-def _nearest(num_from: int, num_to: int) -> Tensor:
-    """Which index of an axis nearest-neighbour upsampling copies to each of `num_to` places."""
-    index = F.interpolate(torch.arange(num_from, dtype=torch.float32)[None, None], size=num_to, mode="nearest")
-    return index[0, 0].long()
-
-
 def _run_pyramid(pyramid: Pyramid, features: list[Tensor], num_slices: int = 8) -> Tensor:
     """`pyramid(features)`, L2-normalised, float16 [C, d, h, w] on the CPU; its finest level slab by slab."""
     laterals = [conv(feature) for conv, feature in zip(list(pyramid.lateral_convs)[1:], features[1:])]
@@ -170,7 +164,9 @@ def _run_pyramid(pyramid: Pyramid, features: list[Tensor], num_slices: int = 8) 
         above = lateral if above is None else lateral + F.interpolate(above, size=lateral.shape[2:], mode="nearest")
     finest, lateral_conv = features[0], pyramid.lateral_convs[0]
     depth, in_slice = finest.shape[2], finest.shape[3:]
-    copied = None if above is None else _nearest(above.shape[2], depth).to(above.device)
+    if above is not None:  # which of its slices upsampling copies to each finest one
+        number = torch.arange(above.shape[2], dtype=torch.float32)[None, None]
+        copied = F.interpolate(number, size=depth, mode="nearest")[0, 0].long().to(above.device)
     embed_dim = lateral_conv.conv.out_channels
     result = torch.empty(embed_dim, depth, *in_slice, dtype=torch.float16)
     for first in range(0, depth, num_slices):

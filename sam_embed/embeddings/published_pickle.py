@@ -237,8 +237,7 @@ def read_published(path: str | Path) -> PublishedEmbedding:
             f"{path}: holds a {type(content).__name__}, expected a list [fine, coarse, image or name]"
         )
     names = [item for item in content if isinstance(item, str)]
-    tensors = [torch.as_tensor(_native(item)) for item in content if isinstance(item, (Tensor, np.ndarray))]
-    embeddings = [batch for batch in map(_without_batch, tensors) if batch is not None]
+    embeddings = [found for found in map(_embedding_of, content) if found is not None]
     if len(embeddings) != 2 or len(names) > 1 or embeddings[0].shape[0] != embeddings[1].shape[0]:
         raise PublishedPickleError(
             f"{path}: expected fine [1, C, d, h, w] and coarse [1, C, d', h', w'], perhaps an image [1, 1, D, H, W] "
@@ -248,19 +247,13 @@ def read_published(path: str | Path) -> PublishedEmbedding:
     return PublishedEmbedding(_unit_length(fine, path), _unit_length(coarse, path), names[0] if names else None)
 
 
-def _native(value: Tensor | np.ndarray) -> Tensor | np.ndarray:
-    """torch takes neither foreign byte order nor read-only memory."""
-    if isinstance(value, Tensor):
-        return value
-    if value.dtype.kind not in "biuf":
-        return np.zeros(0, dtype=np.float32)  # text and the like are no embedding
-    return value.astype(value.dtype.newbyteorder("="))
-
-
-def _without_batch(tensor: Tensor) -> Tensor | None:
+def _embedding_of(item: object) -> Tensor | None:
     """[C, d, h, w] of an embedding; None for an image (one channel, or none at all) and for anything else."""
-    if tensor.ndim == 5 and tensor.shape[0] == 1:
-        tensor = tensor[0]
+    if isinstance(item, np.ndarray) and item.dtype.kind in "biuf":
+        item = torch.as_tensor(item.astype(item.dtype.newbyteorder("=")))  # torch takes no foreign byte order
+    if not isinstance(item, Tensor):
+        return None
+    tensor = item[0] if item.ndim == 5 and item.shape[0] == 1 else item
     is_embedding = tensor.ndim == 4 and tensor.shape[0] > 1 and tensor.is_floating_point() and tensor.numel() > 0
     return tensor if is_embedding else None
 

@@ -103,8 +103,7 @@ def sample_at(embedding: Tensor, points: Tensor, grid: OutputGrid) -> Tensor:
 
 def voxel_points(voxels: Tensor, shape: Sequence[int], grid: OutputGrid) -> Tensor:
     """Input voxel indices [..., 3] of an output's voxels, given by number (last axis fastest) [...]."""
-    axes = (voxels // (shape[1] * shape[2]), voxels // shape[2] % shape[1], voxels % shape[2])
-    index = torch.stack(axes, dim=-1).float()
+    index = torch.stack(torch.unravel_index(voxels, tuple(shape)), dim=-1).float()
     return index * index.new_tensor(grid.stride) + index.new_tensor(grid.offset)
 
 
