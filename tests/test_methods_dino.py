@@ -22,15 +22,12 @@ GOLDEN = GoldenArrays()
 
 
 def published_method(**options) -> DINO:
-    """The published heads, filled by name (the teacher's with `teacher.` before it), on given features."""
-    shapes = published_shapes("dino_head")
-    sizes = {
-        "out_dim": shapes["last_layer.weight_v"][0],
-        "head_hidden_dim": shapes["mlp.0.weight"][0],
-        "head_bottleneck_dim": shapes["mlp.4.weight"][0],
-    }
-    width = shapes["mlp.0.weight"][1]
-    method = DINO(DinoOptions(**sizes, **options), lambda decoder_stride, with_masks: GivenFeatures(width))
+    """The published heads, filled by name (the teacher's with `teacher.` before it), on given features.
+
+    Sizes that no array shows are the defaults.
+    """
+    width, out_dim = GOLDEN["dino_x1"].shape[-1], GOLDEN["dino_student"].shape[-1]
+    method = DINO(DinoOptions(out_dim=out_dim, **options), lambda decoder_stride, with_masks: GivenFeatures(width))
     fill(method.student.head, kept=("weight_g",))
     fill(method.teacher.head, lambda name: f"teacher.{name}", kept=("weight_g",))
     return method
