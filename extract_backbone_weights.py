@@ -23,7 +23,7 @@ import torch
 from engine.checkpoint import CheckpointError
 from engine.flags import add_switch, make_parser, run_main
 from engine.run import load_pretraining
-from engine.weights import FORMATS, HEAD_PREFIX, chosen_part, extract, save_weights, weights_file_name
+from engine.weights import CHECKPOINT_KEYS, FORMATS, HEAD_PREFIX, chosen_part, extract, save_weights, weights_file_name
 from models.backbones import BACKBONES, segmentation_network
 from models.pretrained import load_pretrained
 from models.weights_file import WeightsError, WeightsFile
@@ -43,7 +43,7 @@ def make_flags():
     parser.add_argument(
         "--checkpoint_key",
         type=str,
-        choices=["auto", "student", "teacher"],
+        choices=CHECKPOINT_KEYS,
         default="auto",
         help="student: encoder and decoder; teacher: its moving average, encoder only; auto: the teacher where the run "
         "has one, else the student",

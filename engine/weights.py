@@ -22,6 +22,7 @@ from models.weights_file import WeightsError, read_weights_file
 BACKBONE_PREFIX = "backbone.network."
 HEAD_PREFIX = "head."
 TASK_LAYER_PREFIX = "out."
+CHECKPOINT_KEYS = ["auto", "student", "teacher"]  # auto: the teacher where the run has one, else the student
 FORMATS = {"monai": ".pth", "safetensors": ".safetensors"}  # containers of the same names
 
 

@@ -29,7 +29,7 @@ from engine.run import load_pretraining
 from engine.segmentation.setup import Setup, resolve_setup
 from engine.watch.probe import ProbeOptions, probe_encoder
 from engine.watch.probe_report import RANDOM_PREFIX, probe_table, with_random_mean
-from engine.weights import extract
+from engine.weights import CHECKPOINT_KEYS, chosen_part, extract
 from models.backbones import BACKBONES
 from models.methods import METHODS
 from models.pretrained import load_pretrained
@@ -41,7 +41,7 @@ def make_flags():
     parser = make_parser(__doc__)
     network = parser.add_argument_group("Networks").add_argument
     network("--weights", type=str, nargs="*", default=[], help="extracted weights or pretraining checkpoints to probe")
-    network("--checkpoint_key", type=str, choices=["teacher", "student"], default="teacher", help="of a checkpoint")
+    network("--checkpoint_key", type=str, choices=CHECKPOINT_KEYS, default="auto", help="of a checkpoint")
     network("--num_random", type=int, default=2, help="randomly initialised networks to probe beside them; 0 = none")
     network("--backbone", type=str, default=None, help="network; unset = the weights', swin_unetr without")
     network("--feature_size", type=int, default=None, help="its channels at stride 2; unset = the weights'")
@@ -124,7 +124,8 @@ def read_encoder(path: str, key: str) -> WeightsFile:
     file = read_weights_file(path)
     if file.description.get("kind") not in METHODS:
         return file
-    return WeightsFile(path, extract(load_pretraining(path), key, False, path), file.description)
+    state = load_pretraining(path)
+    return WeightsFile(path, extract(state, chosen_part(state, key), False, path), file.description)
 
 
 def common_setup(flags, files: dict[str, WeightsFile]) -> Setup:
