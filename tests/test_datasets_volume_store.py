@@ -308,7 +308,7 @@ def test_a_crop_reads_only_the_chunks_it_touches(tmp_path):
     path = store.store_dir / "cases" / "wide.b2nd"
     for where in (0.4, 0.5, 0.6):
         flip_bytes(path, where, 20_000)
-    with pytest.raises(StoreError, match="wide.b2nd: damaged"):
+    with pytest.raises(StoreError, match="wide.b2nd: missing or damaged"):
         store.read("wide")
     size = (60, 60, 60)
     assert np.array_equal(store.crop("wide", (0, 0, 0), size), whole[:60, :60, :60])

@@ -65,17 +65,13 @@ class ShelteredLoader(DataLoader):
 
 
 def _set_up_worker(worker_id: int) -> None:
-    """One thread per worker (more would fight with the other workers), and no dying before the training process."""
-    torch.set_num_threads(1)
-    _leave_signals_to_parent()
+    """One thread per worker (more would fight with the other workers), and no dying before the training process.
 
-
-def _leave_signals_to_parent() -> None:
-    """Ignore what job managers and terminals send to the whole process group; the training process ends its workers.
-
-    Otherwise a worker dies of Slurm's SIGTERM or SIGUSR1, or of Ctrl-C, while the training process still needs batches
-    to reach its checkpoint. SIGTERM from the parent itself still ends the worker: that is how PyTorch stops stuck ones.
+    What job managers and terminals send to the whole process group is ignored. Otherwise a worker dies of Slurm's
+    SIGTERM or SIGUSR1, or of Ctrl-C, while the training process still needs batches to reach its checkpoint. SIGTERM
+    from the parent itself still ends the worker: that is how PyTorch stops stuck ones.
     """
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows cannot tell who sent a signal
         return

@@ -74,7 +74,7 @@ def build_store(
 
     Raises:
         StoreError: the store has another spacing, names clash or are no file names, or a worker was killed.
-        FileWriteError, DiskFullError: the folder cannot be written to, or is full; what is finished stays.
+        FileWriteError: the folder cannot be written to, or is full; what is finished stays.
     """
     store_dir = Path(store_dir)
     _check_names([case.name for case in cases])
@@ -125,7 +125,9 @@ def _run(
         return
     # Spawned, not forked: the caller may hold threads, CUDA or a process group.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(num_workers, len(cases)), mp_context=context, initializer=_start_worker)
+    # Workers leave Ctrl-C to the parent, which then lets the cases in work finish.
+    ignored = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    pool = ProcessPoolExecutor(min(num_workers, len(cases)), mp_context=context, **ignored)
     try:
         waiting = {pool.submit(_store_case, case, store_dir, spacing_mm, verify): case.name for case in cases}
         for done in as_completed(waiting):
@@ -137,11 +139,6 @@ def _run(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, which then lets the cases in work finish."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: bool) -> str:
@@ -237,16 +234,15 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
     body_start, body_stop = mask_box(body_mask(array, spacing_of(affine)))
     checksums = []
     for path, content in zip(paths, (array, label)):
-        if content is None and keeps_label:
+        if content is not None:
+            packed = compress(content)
+            write_bytes(path, packed)
+            checksums.append(checksum_of(packed))
+        elif keeps_label:
             checksums.append(stored.label_checksum)
-            continue
-        if content is None:
+        else:
             path.unlink(missing_ok=True)
             checksums.append("")
-            continue
-        packed = compress(content)
-        write_bytes(path, packed)
-        checksums.append(checksum_of(packed))
     record = CaseRecord(
         case.name, array.shape, spacing_of(affine), affine, body_start, body_stop, str(case.image), stamp, *checksums
     )

@@ -10,7 +10,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,13 +73,9 @@ class CaseRecord:
         return cls(**known)
 
 
-def cases_dir(store_dir: Path) -> Path:
-    return store_dir / "cases"
-
-
 def case_file(store_dir: Path, name: str, suffix: str) -> Path:
     """A file of a case: its ARRAY, LABEL or MANIFEST."""
-    return cases_dir(store_dir) / f"{name}{suffix}"
+    return store_dir / "cases" / f"{name}{suffix}"
 
 
 def files_of(record: CaseRecord, store_dir: Path) -> list[tuple[Path, str]]:
@@ -106,21 +101,15 @@ def compress(array: np.ndarray) -> bytes:
     return packed.to_cframe()
 
 
-def open_array(path: Path) -> blosc2.NDArray:
-    """A handle that decompresses on demand. Opening takes under a millisecond, so handles need not be kept."""
+def read_region(path: Path, region: tuple[slice, ...]) -> np.ndarray:
+    """A part of a stored array; decompresses only the blocks it touches.
+
+    Opening a file takes under a millisecond, so handles need not be kept.
+    """
     try:
-        return blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=NUM_THREADS))
+        return blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=NUM_THREADS))[region]
     except (RuntimeError, OSError) as error:
         raise StoreError(f"{path}: missing or damaged ({error}). {REBUILD_ADVICE}") from error
-
-
-def read_region(path: Path, region: tuple[slice, ...]) -> np.ndarray:
-    """A part of a stored array; decompresses only the blocks it touches."""
-    array = open_array(path)
-    try:
-        return array[region]
-    except (RuntimeError, OSError) as error:
-        raise StoreError(f"{path}: damaged voxels ({error}). {REBUILD_ADVICE}") from error
 
 
 REBUILD_ADVICE = "Run scripts/prepare_volumes.py with --verify to find damaged cases and store them again."
@@ -180,22 +169,15 @@ def check_spacing(store_dir: Path, wanted_mm: tuple[float, float, float] | None)
 
 def create_settings(store_dir: Path, spacing_mm: tuple[float, float, float] | None) -> None:
     """Start a store, or check that the one that is there has this spacing. Safe when several processes do it."""
-    if (store_dir / "store.json").exists():
-        check_spacing(store_dir, spacing_mm)
-        return
-    with exclusive(store_dir / "locks" / "store"):
-        if (store_dir / "store.json").exists():  # another process was first
-            check_spacing(store_dir, spacing_mm)
-            return
-        settings = {
-            "format": FORMAT,
-            "version": VERSION,
-            "axcodes": "SPL",
-            "spacing_mm": "native" if spacing_mm is None else list(spacing_mm),
-            "chunk_vox": CHUNK_VOX,
-            "block_vox": BLOCK_VOX,
-        }
-        write_text(store_dir / "store.json", json.dumps(settings, indent=1) + "\n")
+    path = store_dir / "store.json"
+    if not path.exists():  # a finished store may lie in a folder that cannot be written to: no lock for it
+        with exclusive(store_dir / "locks" / "store"):
+            if not path.exists():  # no other process was first
+                settings = {"format": FORMAT, "version": VERSION, "axcodes": "SPL"}
+                settings["spacing_mm"] = "native" if spacing_mm is None else list(spacing_mm)
+                settings |= {"chunk_vox": CHUNK_VOX, "block_vox": BLOCK_VOX}
+                write_text(path, json.dumps(settings, indent=1) + "\n")
+    check_spacing(store_dir, spacing_mm)
 
 
 def read_manifest(path: Path) -> CaseRecord | None:
@@ -226,19 +208,15 @@ def _collect(store_dir: Path) -> dict[str, tuple[list[int], dict]]:
     except (OSError, ValueError, KeyError, TypeError):
         indexed = {}
     entries = {}
-    if not cases_dir(store_dir).is_dir():
-        return entries
-    with os.scandir(cases_dir(store_dir)) as files:
-        manifests = [entry for entry in files if entry.name.endswith(MANIFEST) and not entry.name.startswith(".")]
-    for entry in manifests:
-        name = entry.name.removesuffix(MANIFEST)
+    for path in (store_dir / "cases").glob(f"[!.]*{MANIFEST}"):
+        name = path.name.removesuffix(MANIFEST)
         try:
-            stat = entry.stat()
+            stat = path.stat()
         except FileNotFoundError:  # another process is storing this case anew
             continue
         stamp = [stat.st_size, stat.st_mtime_ns]
         if name in indexed and indexed[name][0] == stamp:
             entries[name] = indexed[name]
-        elif record := read_manifest(Path(entry.path)):
+        elif record := read_manifest(path):
             entries[name] = (stamp, record.to_json())
     return entries

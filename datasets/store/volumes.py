@@ -27,17 +27,6 @@ from datasets.store.format import (
     spacing_text,
 )
 
-__all__ = [
-    "BuildReport",
-    "CaseRecord",
-    "StoreError",
-    "VolumeStore",
-    "build_store",
-    "fill_store",
-    "parse_spacing",
-    "spacing_text",
-]
-
 DEFAULT_SPACING_MM = (2.0, 1.5, 1.5)  # of a store that an entry point starts, unless its user says otherwise
 
 
