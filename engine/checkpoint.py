@@ -13,10 +13,11 @@ import copy
 import os
 import pickle
 import shutil
-import threading
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -105,10 +106,8 @@ def load_checkpoint(path: str | Path, kinds: str | Collection[str] | None = None
     try:
         check_parts(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(unreadable(path, error)) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: not a complete checkpoint ({first_line(error)})") from error
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as e:
+        raise CheckpointError(unreadable(path, e)) from e
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}; expected the dict that main_ddp.py writes")
     wanted = (kinds,) if isinstance(kinds, str) else kinds
@@ -238,27 +237,18 @@ def set_aside(output_dir: str | Path) -> None:
 
 
 def load_strictly(module: torch.nn.Module, state_dict: dict, what: str, path: str | Path) -> None:
-    """`load_state_dict(strict=True)` whose error names the file and lists a few keys of each sort.
+    """`load_state_dict(strict=True)` whose error names the file and the first keys that do not fit.
 
     Raises:
         CheckpointError: keys are missing, unexpected or of another shape.
     """
-    own = module.state_dict()
-    missing = [key for key in own if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in own]
-    misshapen = [
-        f"{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state_dict and state_dict[key].shape != own[key].shape
-    ]
-    if missing or unexpected or misshapen:
-        lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-        problems = "; ".join(f"{len(keys)} {name} ({', '.join(keys[:3])})" for name, keys in lists.items() if keys)
+    try:
+        module.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
         raise CheckpointError(
-            f"{path}: its {what} does not fit the model that the flags describe: {problems}. "
+            f"{path}: its {what} does not fit the model that the flags describe: {textwrap.shorten(str(error), 600)}. "
             "Check --method, --backbone, --feature_size and the method's flags"
-        )
-    module.load_state_dict(state_dict, strict=True)
+        ) from error
 
 
 # Checkpoints are written while training goes on: a thread writes a copy of the state, one checkpoint at a time.
@@ -274,25 +264,17 @@ class BackgroundSaver:
 
     def __init__(self, output_dir: str | Path) -> None:
         self.output_dir = output_dir
-        self.thread: threading.Thread | None = None
-        self.is_saved = True
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.last: Future[bool] | None = None
 
     def save(self, state: dict, keep_as: str | None = None) -> None:
         """Begin to write the state as it is now; waits for the checkpoint before it. Arguments as `save_checkpoint`."""
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(copied_to_cpu(state), keep_as), name="checkpoint")
-        self.thread.start()
+        self.last = self.thread.submit(save_checkpoint, copied_to_cpu(state), self.output_dir, keep_as)
 
     def wait(self) -> bool:
         """Wait until nothing is being written; whether the last checkpoint was written."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        return self.is_saved
-
-    def _write(self, state: dict, keep_as: str | None) -> None:
-        self.is_saved = False
-        self.is_saved = save_checkpoint(state, self.output_dir, keep_as)
+        return self.last is None or self.last.result()
 
 
 def copied_to_cpu(state):

@@ -8,6 +8,7 @@ Published files are a bare state dict, or what mmcv writes: {"meta", "state_dict
 import dataclasses
 import hashlib
 import pickle
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from sam_embed.network import AnatomicalEmbedder
 
 KIND = "sam_embed"
 PREFIXES = ("module.", "model.")
-NUM_NAMES_SHOWN = 5
 
 
 class CheckpointError(ValueError):
@@ -95,8 +95,11 @@ def load_embedder(checkpoint_file: str | Path) -> tuple[AnatomicalEmbedder, Embe
     published = {"semantic": any(name.startswith("semantic_head.") for name in state_dict)}
     options = content["options"] if is_ours else published
     network = AnatomicalEmbedder(**options)
-    _check_fit(state_dict, network.state_dict(), checkpoint_file)
-    network.load_state_dict(state_dict, strict=True)
+    try:
+        network.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
+        problems = textwrap.shorten(str(error), 600)
+        raise CheckpointError(f"{checkpoint_file}: does not fit the SAM network ({problems})") from error
     preprocessing = dict(content.get("preprocessing", {})) if is_ours else {}
     if "spacing_mm" in preprocessing:
         preprocessing["spacing_mm"] = tuple(preprocessing["spacing_mm"])
@@ -154,21 +157,3 @@ def _state_dict_of(content: dict, source: str | Path) -> dict[str, Tensor]:
     if not weights:
         raise CheckpointError(f"{source}: holds no tensors, expected the weights of a SAM network")
     return weights
-
-
-def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path) -> None:
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    misshapen = [
-        f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    if missing or unexpected or misshapen:
-        problems = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        listed = "; ".join(
-            f"{len(names)} {what}: {', '.join(names[:NUM_NAMES_SHOWN])}{', ...' if names[NUM_NAMES_SHOWN:] else ''}"
-            for what, names in problems
-            if names
-        )
-        raise CheckpointError(f"{source}: does not fit the SAM network ({listed})")

@@ -63,8 +63,8 @@ def test_wrong_weights_are_listed(tmp_path):
         load_embedder(tmp_path / "wrong.pth")
     message = str(caught.value)
     assert "wrong.pth" in message
-    assert "1 missing: backbone.conv1.conv.weight" in message and "1 unexpected: fc.weight" in message
-    assert "neck.fpn_convs.0.conv.bias [7] instead of [128]" in message
+    assert 'Missing key(s) in state_dict: "backbone.conv1.conv.weight"' in message and '"fc.weight"' in message
+    assert "size mismatch for neck.fpn_convs.0.conv.bias" in message
 
 
 class Code:
