@@ -8,6 +8,7 @@ Every option that changes strides or widths keeps the names.
 Shapes: B batch, C embedding channels, (D, H, W) input voxels, (d, h, w) voxels of one output.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -96,15 +97,9 @@ class ConvNorm(nn.Module):
         return self.bn(self.conv(x))
 
 
-class PlainConv(nn.Module):
+def plain_conv(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:
     """A pyramid convolution: bias, no norm, no activation; the wrapper gives it its published name `conv`."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=kernel // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+    return nn.Sequential(OrderedDict(conv=nn.Conv3d(in_channels, out_channels, kernel, padding=kernel // 2)))
 
 
 class BasicBlock(nn.Module):
@@ -158,8 +153,8 @@ class Pyramid(nn.Module):
 
     def __init__(self, in_channels: list[int], embed_dim: int) -> None:
         super().__init__()
-        self.lateral_convs = nn.ModuleList(PlainConv(channels, embed_dim, 1) for channels in in_channels)
-        self.fpn_convs = nn.ModuleList([PlainConv(embed_dim, embed_dim, 3)])
+        self.lateral_convs = nn.ModuleList(plain_conv(channels, embed_dim, 1) for channels in in_channels)
+        self.fpn_convs = nn.ModuleList([plain_conv(embed_dim, embed_dim, 3)])
 
     def forward(self, features: list[Tensor]) -> Tensor:
         laterals = [conv(feature) for conv, feature in zip(self.lateral_convs, features)]

@@ -4,7 +4,7 @@ Landmarks are few, distinct places; training crops around mined pairs, which lie
 part of it that the other scan does not show. Trust in pairs is therefore judged on mined ones where that is possible.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +47,7 @@ class Judged:
 
 def judge_landmarks(results: Sequence[PairErrors]) -> Judged:
     """The matched landmarks of all pairs of cases; a landmark that both cases share can always be found."""
-    names = np.array([name for result in results for name in result.landmarks])
+    names = [name for result in results for name in result.landmarks]
     lengths = [len(result.landmarks) for result in results]
     error_mm = np.concatenate([result.error_mm["sam"] for result in results])
     judged = Judged(
@@ -56,16 +56,11 @@ def judge_landmarks(results: Sequence[PairErrors]) -> Judged:
         score=np.concatenate([result.score for result in results]),
         cycle_mm=np.concatenate([result.cycle_mm for result in results]),
         error_mm=error_mm,
-        structure=_of_unique(structure_of_landmark, names),
-        region=_of_unique(region_of_landmark, names),
+        structure=np.array([structure_of_landmark(name) for name in names]),
+        region=np.array([region_of_landmark(name) for name in names]),
         is_possible=np.ones(len(names), dtype=bool),
     )
     return judged.chosen(np.isfinite(error_mm))
-
-
-def _of_unique(group: Callable[[str], str], names: np.ndarray) -> np.ndarray:
-    distinct, number = np.unique(names, return_inverse=True)
-    return np.array([group(str(name)) for name in distinct])[number]
 
 
 def judge_rows(

@@ -119,11 +119,8 @@ def draw_match(
         grid[row, 0].set_ylabel(label, color=TEXT, fontsize=11)
     point = ", ".join(f"{value:.0f}" for value in point_mm)
     match = ", ".join(f"{value:.0f}" for value in match_mm)
-    figure.suptitle(
-        f"({point}) mm matched to ({match}) mm   score {score:.2f}   cycle error {cycle_mm:.1f} mm",
-        color=TEXT,
-        fontsize=13,
-    )
+    title = f"({point}) mm matched to ({match}) mm   score {score:.2f}   cycle error {cycle_mm:.1f} mm"
+    figure.suptitle(title, color=TEXT, fontsize=13)
     return figure
 
 
@@ -145,11 +142,13 @@ def draw_landmark_matches(
     chosen = matched[_spread(errors.query_mm[matched], num_landmarks)]
     query_mm, match_mm, true_mm = errors.query_mm[chosen], errors.match_mm[chosen], errors.key_mm[chosen]
     query, key = for_display(query), for_display(key)
-    colours = [_bright_colour(number / len(chosen)) for number in range(len(chosen))]
+    # Mixed with white, so that blue is readable on black.
+    colours = [tuple(0.35 + 0.65 * part for part in colormaps["hsv"](n / len(chosen))[:3]) for n in range(len(chosen))]
     figure = Figure(figsize=(15, 11), facecolor=BACKGROUND, layout="constrained")
     grid = figure.subplots(2, 3, width_ratios=[1, 1, 0.55])
-    level = _busiest_level(query, query_mm)
-    near = np.abs(world_to_index(query.affine, query_mm)[:, 0] * query.spacing_mm[0] - level) <= SLAB_MM
+    heights = world_to_index(query.affine, query_mm)[:, 0] * query.spacing_mm[0]
+    is_near = np.abs(heights[:, None] - heights) <= SLAB_MM
+    near = is_near[is_near.sum(axis=1).argmax()]  # of the point with most others near its axial slice
     for row, (plane, shown) in enumerate((("coronal", np.ones(len(chosen), bool)), ("axial", near))):
         show_plane(grid[row, 0], query, plane, query_mm[shown].mean(axis=0))
         show_plane(grid[row, 1], key, plane, true_mm[shown].mean(axis=0))
@@ -179,17 +178,6 @@ def _spread(points_mm: np.ndarray, num: int) -> np.ndarray:
     return np.array(sorted(chosen, key=lambda number: -points_mm[number, 2]))
 
 
-def _bright_colour(share: float) -> tuple[float, float, float]:
-    """A hue, mixed with white so that blue is readable on black."""
-    return tuple(0.35 + 0.65 * part for part in colormaps["hsv"](share)[:3])
-
-
-def _busiest_level(volume: Volume, points_mm: np.ndarray) -> float:
-    """The height on the grid, mm, of the axial slice that most points lie near."""
-    heights = world_to_index(volume.affine, points_mm)[:, 0] * volume.spacing_mm[0]
-    return heights[(np.abs(heights[:, None] - heights) <= SLAB_MM).sum(axis=1).argmax()]
-
-
 def _numbered(axes: Axes, place: tuple, number: int, colour: tuple, **marker) -> None:
     axes.plot(*place, "o", **marker)
     words = {"xytext": (6, 5), "textcoords": "offset points", "color": colour, "fontsize": 9, "weight": "bold"}
@@ -198,11 +186,11 @@ def _numbered(axes: Axes, place: tuple, number: int, colour: tuple, **marker) ->
 
 def _list_errors(columns: Sequence[Axes], names: Sequence[str], errors_mm: np.ndarray, colours: list) -> None:
     """Numbers, names and errors, in the colours of the points, over the whole height of the last column."""
-    columns[1].axis("off")
-    columns[0].axis("off")
-    lines = [f"{number + 1:2d}  {name}: {error:.1f} mm" for number, (name, error) in enumerate(zip(names, errors_mm))]
-    for number, line in enumerate(lines):
-        columns[0].text(0, 1 - number * 0.056, line, color=colours[number], fontsize=10, transform=columns[0].transAxes)
+    for axes in columns:
+        axes.axis("off")
+    for number, (name, error, colour) in enumerate(zip(names, errors_mm, colours)):
+        line, place = f"{number + 1:2d}  {name}: {error:.1f} mm", columns[0].transAxes
+        columns[0].text(0, 1 - number * 0.056, line, color=colour, fontsize=10, transform=place)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

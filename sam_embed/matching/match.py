@@ -117,8 +117,7 @@ def best_voxels(
     if by_tiles is None:
         by_tiles = key.fine.device.type == "cpu" and grid_of(key).has_large_cells
     where, best = (search_where_possible if by_tiles else search_all)(vectors, key, memory_mb)
-    _, height, width = key.fine.shape[1:]
-    return torch.stack([where // (height * width), where // width % height, where % width], dim=1), best
+    return torch.stack(torch.unravel_index(where, key.fine.shape[1:]), dim=1), best
 
 
 def match_points(

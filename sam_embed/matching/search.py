@@ -102,10 +102,6 @@ class SearchGrid:
             total += (along_d @ in_slice.flatten(1)).view(self._shape)
         return total.clamp_min(1e-12).sqrt_()
 
-    def tile_length(self) -> Tensor:
-        """The smallest interpolated length in each tile, float32 [tiles along D, H, W]."""
-        return -_max_over_runs(-self.length[None], [[(run.first, run.last) for run in axis] for axis in self.runs])[0]
-
     def tile_weights(self, tile: tuple[Run, Run, Run], step: int, out: Tensor) -> None:
         """Write interpolation and division by length at once.
 
@@ -244,12 +240,9 @@ class _TileSearch:
     def coarse_bounds(self) -> Tensor:
         """float32 [N, tiles along D, H, W]: no coarse cosine in a tile is larger; may exceed 1."""
         ranges = [[(run.coarse_first, run.coarse_last) for run in axis] for axis in self.grid.runs]
-        return _max_over_runs(self.coarse, ranges).clamp_min(0) / self.grid.tile_length()
-
-    def bounds(self, coarse_bounds: Tensor) -> Tensor:
-        """No similarity in a tile is larger."""
-        reach = LENGTH_LIMIT * len(self.maps)
-        return (coarse_bounds.clamp_max(1) + reach) / (1 + len(self.maps)) + ROUNDING
+        fine_ranges = [[(run.first, run.last) for run in axis] for axis in self.grid.runs]
+        least_length = -_max_over_runs(-self.grid.length[None], fine_ranges)[0]
+        return _max_over_runs(self.coarse, ranges).clamp_min(0) / least_length
 
     def visit(self, tile: tuple[Run, Run, Run], chosen: Tensor, step: int = 1) -> None:
         """Look at a tile's voxels, every `step`th along each axis, for some of the queries."""
@@ -259,7 +252,10 @@ class _TileSearch:
         ours = torch.cat([part for part in ours if part is not None], dim=1)
         score, flat = (ours @ self._tile_maps(tile, step, ours.shape[1])).max(dim=1)
         score /= 1 + len(self.maps)
-        flat = self._flat_in_volume(flat, tile, step)
+        _, height, width = self.key.fine.shape[1:]
+        place = torch.unravel_index(flat, [len(range(run.first, run.last, step)) for run in tile])
+        d, h, w = (at * step + run.first for at, run in zip(place, tile))
+        flat = (d * height + h) * width + w
         # Of equally similar voxels the first one, as when all are looked at in order.
         best, where = self.best[chosen], self.where[chosen]
         better = (score > best) | ((score == best) & (flat < where))
@@ -278,13 +274,6 @@ class _TileSearch:
         self.grid.tile_weights(tile, step, result[row:])
         return result
 
-    def _flat_in_volume(self, flat: Tensor, tile: tuple[Run, Run, Run], step: int) -> Tensor:
-        _, height, width = self.key.fine.shape[1:]
-        rows, columns = (len(range(run.first, run.last, step)) for run in tile[1:])
-        place = (flat // (rows * columns), flat // columns % rows, flat % columns)
-        d, h, w = (at * step + run.first for at, run in zip(place, tile))
-        return (d * height + h) * width + w
-
 
 def search_where_possible(vectors: QueryVectors, key: Embedding, memory_mb: float) -> tuple[Tensor, Tensor]:
     """As `search_all`, on the CPU, looking only at tiles that may hold a better voxel than the best one found.
@@ -300,7 +289,9 @@ def search_where_possible(vectors: QueryVectors, key: Embedding, memory_mb: floa
     begin = promising.unique().tolist()
     for number in begin:
         search.visit(tiles[number], (promising == number).nonzero()[:, 0], PROBE_STEP)
-    bounds = search.bounds(coarse_bounds).flatten(1).T.contiguous()  # [tiles, N]
+    num_maps = len(search.maps)
+    bounds = (coarse_bounds.clamp_max(1) + LENGTH_LIMIT * num_maps) / (1 + num_maps) + ROUNDING
+    bounds = bounds.flatten(1).T.contiguous()  # [tiles, N]: no similarity in a tile is larger
     in_question = bounds >= search.best
     if in_question.float().mean() > WORTHWHILE:
         return search_all(vectors, key, memory_mb)

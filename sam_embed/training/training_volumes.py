@@ -28,19 +28,9 @@ SUFFIX = ".safetensors"
 FORMAT = "sam_embed.training_volume.1"
 
 
-class NoPatientError(ValueError):
-    """A volume of nothing but air; the message names it."""
-
-
 def to_training_volume(volume: Volume, name: str, info: EmbedderInfo) -> TrainingVolume:
-    """The body of a volume on SAM's grid, int16 HU, with its body mask.
-
-    Raises:
-        NoPatientError: nothing in the volume is denser than -500 HU.
-    """
+    """The body of a volume on SAM's grid, int16 HU, with its body mask; the mask is empty where there is no patient."""
     cut, body = cut_body(volume, info.spacing_mm)
-    if not body.any():
-        raise NoPatientError(f"{volume.path}: no patient in it (nothing is denser than -500 HU)")
     return TrainingVolume(name, torch.from_numpy(cut.array), torch.from_numpy(body), tuple(info.spacing_mm))
 
 
@@ -68,10 +58,9 @@ def make_training_volumes(
     missing = [name for name in share if not _is_made(Path(grid_dir), name, _header(store, name, info))]
 
     def make(name: str) -> None:
-        try:
-            made = to_training_volume(store.read(name), name, info)
-            tensors = {"hu": made.hu, "body": torch.from_numpy(np.packbits(made.body.numpy()))}
-        except NoPatientError:
+        made = to_training_volume(store.read(name), name, info)
+        tensors = {"hu": made.hu, "body": torch.from_numpy(np.packbits(made.body.numpy()))}
+        if not made.body.any():
             tensors = {"hu": torch.zeros(0, 0, 0, dtype=torch.int16), "body": torch.zeros(0, dtype=torch.uint8)}
         try:
             write_bytes(_path(Path(grid_dir), name), save(tensors, metadata=_header(store, name, info)))
@@ -96,22 +85,22 @@ class TrainingVolumes(Sequence[TrainingVolume]):
         """Open `grid_dir`, where `make_training_volumes` has run on all ranks; rank 0 prints which are left out.
 
         Raises:
-            NoPatientError: none is left.
+            ValueError: none is left.
         """
         self.grid_dir, self.spacing_mm = Path(grid_dir), tuple(info.spacing_mm)
-        self.names = [name for name in store.names if self._shows_patient(name)]
-        left_out = set(store.names) - set(self.names)
-        for name in sorted(left_out) if rank == 0 else ():
-            print(f"left out {name}: no patient in it (nothing is denser than -500 HU)", file=sys.stderr)
+        self.names = []
+        for name in store.names:
+            with safe_open(_path(self.grid_dir, name), framework="pt") as stored:
+                shows_patient = stored.get_slice("hu").get_shape()[0] > 0
+            if shows_patient:
+                self.names.append(name)
+            elif rank == 0:
+                print(f"left out {name}: no patient in it (nothing is denser than -500 HU)", file=sys.stderr)
         if not self.names:
-            raise NoPatientError(
+            raise ValueError(
                 f"{store.store_dir}: none of its {len(store)} training volumes shows a patient (nothing is denser than "
                 "-500 HU); check that the files of --json_list are CT in HU"
             )
-
-    def _shows_patient(self, name: str) -> bool:
-        with safe_open(_path(self.grid_dir, name), framework="pt") as stored:
-            return stored.get_slice("hu").get_shape()[0] > 0
 
     def __len__(self) -> int:
         return len(self.names)
