@@ -35,12 +35,12 @@ from engine import distributed
 from engine.checkpoint import describe_resumed, find_wanted, load_checkpoint, set_aside
 from engine.device import make_scaler, pick_precision
 from engine.distributed import World, main_decides
-from engine.flags import RunInfo, options_of, run_main
+from engine.flags import RunInfo, add_options, add_resume, make_parser, options_of, run_main
 from engine.logging import make_log
 from engine.optim import decays
 from engine.run_folder import claimed
 from engine.segmentation.evaluation import EVALUATION, evaluate, file_cases, labelled_cases, stored_cases
-from engine.segmentation.flags import FinetuneOptions, check_continuation, make_finetune_flags
+from engine.segmentation.flags import GROUPS, FinetuneOptions, check_continuation
 from engine.segmentation.loop import BEST, KIND, FinetuneRun, finetune, holds_best
 from engine.segmentation.report import TABLE
 from engine.segmentation.segmenter import Segmenter, open_segmenter
@@ -55,7 +55,12 @@ from models.weights_file import WeightsFile, read_weights_file
 
 def make_flags():
     """The command line."""
-    return make_finetune_flags(__doc__)
+    parser = make_parser(__doc__)
+    for title, kind in GROUPS.items():
+        group = parser.add_argument_group(title)
+        add_options(group, kind)
+    add_resume(group)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,18 +146,6 @@ def open_store(plan: Plan, world: World) -> VolumeStore:
 # The network and everything that changes
 
 
-def find_start(options: FinetuneOptions, description: dict, world: World) -> tuple[dict, Path] | None:
-    """The checkpoint to resume from and its path, None to begin anew; nothing is written.
-
-    Raises:
-        CheckpointError: it is of another kind, or flags that decide the result have changed.
-    """
-    found = find_wanted(options.resume, options.output_dir, KIND, world)
-    if found is not None:
-        check_continuation(found[0], description, found[1])
-    return found
-
-
 def start_run(
     plan: Plan, description: dict, resumed: tuple[dict, Path] | None, world: World
 ) -> tuple[FinetuneRun, str]:
@@ -203,6 +196,7 @@ def make_optimizer(network: nn.Module, plan: Plan, world: World) -> torch.optim.
 def describe_run(plan: Plan, info: RunInfo) -> dict:
     """What a user of the finetuned network must know, and where it comes from, in plain values."""
     options, described = plan.options, plan.weights.description
+    content = json.loads(Path(options.json_list).read_text())
     return {
         "backbone": {"name": plan.setup.backbone, "feature_size": plan.setup.feature_size, "in_channels": 1},
         "classes": plan.classes.as_dict(),
@@ -213,18 +207,13 @@ def describe_run(plan: Plan, info: RunInfo) -> dict:
         "validation_cases": [case.name for case in plan.held_out],
         "contents": {
             "weights": checksum_of(Path(options.weights).read_bytes()) if plan.weights.tensors else None,
-            "json_list": list_digest(options.json_list),
+            # Of what a run takes from the list; other sections and its layout do not count.
+            "json_list": checksum_of(json.dumps([content.get(name) for name in ("training", "validation")]).encode()),
         },
         "flags": info.flags,
         "commit": info.commit,
         "versions": info.versions,
     }
-
-
-def list_digest(json_list: str) -> str:
-    """A digest of what a run takes from a data list; other sections and its layout do not count."""
-    content = json.loads(Path(json_list).read_text())
-    return checksum_of(json.dumps([content.get(name) for name in ("training", "validation")]).encode())
 
 
 def describe_start(plan: Plan, run: FinetuneRun, started: str, world: World) -> str:
@@ -254,7 +243,9 @@ def describe_start(plan: Plan, run: FinetuneRun, started: str, world: World) -> 
 def start_and_train(plan: Plan, info: RunInfo, world: World) -> bool:
     """Open the volumes, find where to start, train, and judge; True when the run is complete."""
     options, description = plan.options, describe_run(plan, info)
-    resumed = find_start(options, description, world)
+    resumed = find_wanted(options.resume, options.output_dir, KIND, world)
+    if resumed is not None:
+        check_continuation(resumed[0], description, resumed[1])
     if world.is_main:
         info.write(options.output_dir)
     store = open_store(plan, world)

@@ -19,7 +19,6 @@ import scripts.finetune_segmentation as command
 from datasets.ct.nifti import CTReadError
 from engine.checkpoint import LATEST, PREVIOUS, CheckpointError, load_checkpoint
 from engine.distributed import World
-from engine.flags import flags_as_dict, options_of
 from engine.run_folder import LOCK
 from engine.signals import EXIT_INTERRUPTED
 from engine.weights import save_weights
@@ -177,11 +176,10 @@ def test_a_checkpoint_without_digests_is_compared_by_paths(finished, corpus, tmp
         command.main(finetune_arguments(corpus, tmp_path, evaluate="false", json_list=elsewhere))
 
 
-def test_every_rank_goes_on_from_what_rank_0_chose(finished, corpus, monkeypatch):
-    flags = command.make_flags().parse_args(finetune_arguments(corpus, finished))
-    description = load_checkpoint(finished / LATEST) | {"flags": flags_as_dict(flags)}
+def test_every_rank_goes_on_from_what_rank_0_chose(finished, monkeypatch):
     monkeypatch.setattr(engine.checkpoint, "main_decides", lambda world, decide: str(finished / PREVIOUS))
-    state, path = command.find_start(options_of(flags, command.FinetuneOptions), description, World(rank=1, size=2))
+    kind = engine.segmentation.loop.KIND
+    state, path = engine.checkpoint.find_wanted("auto", finished, kind, World(rank=1, size=2))
     assert path == finished / PREVIOUS and state["step"] < 4
 
 

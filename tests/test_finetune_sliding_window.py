@@ -230,7 +230,7 @@ def test_overlay_shows_the_richest_planes(tmp_path):
     truth[6, 2, 2] = 2
     assert richest_plane(truth, 0) == 6, "two organs beat one"
     hu = hu_volume(truth.shape)
-    view = case_view("a", hu, truth, predicted, (3.0, 1.0, 1.0))
-    assert np.array_equal(view.planes["axial"][0], hu[6]) and view.planes["coronal"][3] == 3.0
+    view = case_view(hu, truth, predicted, (3.0, 1.0, 1.0))
+    assert np.array_equal(view["axial"][0], hu[6]) and view["coronal"][3] == 3.0
     save_overlay(tmp_path / "pictures" / "a.png", [("worst", view), ("best", view)], NAMES)
     assert (tmp_path / "pictures" / "a.png").stat().st_size > 10_000

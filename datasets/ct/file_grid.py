@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from datasets.ct.geometry import CANONICAL_AXCODES, to_canonical
-from datasets.ct.nifti import CTReadError, Volume, check_same_grid, write_image
+from datasets.ct.nifti import CTReadError, write_image
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,6 @@ def read_file_grid(path: str | Path) -> FileGrid:
         return FileGrid(tuple(image.shape[:3]), np.asarray(image.affine, dtype=np.float64), world_code)
     except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, KeyError) as error:
         raise CTReadError(f"{path}: not readable as NIfTI ({error})") from error
-
-
-def check_label_grid(label: Volume, image: str | Path) -> None:
-    """As `datasets.ct.nifti.check_same_grid`, by the image's header alone."""
-    check_same_grid(label, *read_file_grid(image).canonical(), image)
 
 
 def write_label_like(path: str | Path, labels: np.ndarray, grid: FileGrid) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datasets.ct.file_grid import check_label_grid, read_file_grid, write_label_like
-from datasets.ct.nifti import Volume, read_ct, read_label
+from datasets.ct.file_grid import read_file_grid, write_label_like
+from datasets.ct.nifti import Volume, check_same_grid, read_ct, read_label
 from datasets.lists.data_list import Case, DataListError, load_data_list
 from datasets.lists.label_classes import LabelClasses
 from datasets.store.volumes import VolumeStore
@@ -100,7 +100,7 @@ def evaluate(
             predicted = segmenter.segment(case.volume, case.truth)
             scores += score_case(name, predicted, truth, spacing_mm, classes.names, tolerance_mm)
             if case.truth_hu is not None:
-                views[name] = case_view(name, case.truth_hu, truth, predicted, spacing_mm)
+                views[name] = case_view(case.truth_hu, truth, predicted, spacing_mm)
             if predictions_dir is not None:
                 grid = read_file_grid(case.truth.path)
                 write_label_like(predictions_dir / f"{name}.nii.gz", classes.to_values(predicted), grid)
@@ -125,7 +125,7 @@ def file_cases(
         label = read_label(case.label)
         image = read_ct(case.image) if with_pictures or not in_store else None
         if case.image.exists():  # else the store stands alone
-            check_label_grid(label, case.image)
+            check_same_grid(label, *read_file_grid(case.image).canonical(), case.image)
         volume = store.read(name) if in_store else segmenter.on_own_grid(image)
         return EvaluationCase(volume, as_channels(label, segmenter.classes), image.array if with_pictures else None)
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from datasets.lists.label_classes import BUILT_IN
 from engine.checkpoint import CheckpointError
-from engine.flags import DeviceOptions, FlagChecks, add_options, add_resume, flag_names, make_parser
+from engine.flags import DeviceOptions, FlagChecks, flag_names
 from engine.run import changed_flags
 from engine.segmentation.setup import DEFAULTS, FLAG_OF, agree, as_typed
 from engine.segmentation.sliding_window import WindowOptions
@@ -213,16 +213,6 @@ class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptio
         is_judged = self.val_freq > 0 or not self.patience
         expect(is_judged, "patience val_freq", "validations, without which nothing can stop")
         checks.finish()
-
-
-def make_finetune_flags(description: str):
-    """The parser."""
-    parser = make_parser(description)
-    for title, kind in GROUPS.items():
-        group = parser.add_argument_group(title)
-        add_options(group, kind)
-    add_resume(group)
-    return parser
 
 
 # Resuming

@@ -92,9 +92,3 @@ def nan_mean(values: list[float]) -> float:
     """Mean of the values that are numbers; NaN where there is none."""
     kept = [value for value in values if not np.isnan(value)]
     return float(np.mean(kept)) if kept else float("nan")
-
-
-def nan_std(values: list[float]) -> float:
-    """Sample standard deviation of the values that are numbers; NaN for fewer than two."""
-    kept = [value for value in values if not np.isnan(value)]
-    return float(np.std(kept, ddof=1)) if len(kept) > 1 else float("nan")

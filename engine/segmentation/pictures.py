@@ -5,7 +5,6 @@ may be a candidate. Axial planes have anterior on top and the patient's left on 
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +22,12 @@ MOST_ROW_INCHES = 6.0
 LEGEND_COLUMNS = 7
 
 
-@dataclass(frozen=True)
-class CaseView:
-    """The two planes of a case: {"axial" or "coronal": (HU, truth, prediction, height over width of a voxel)}."""
-
-    case: str
-    planes: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]
+# The two planes of a case: {"axial" or "coronal": (HU, truth, prediction, height over width of a voxel)}.
+CaseView = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]
 
 
 def case_view(
-    case: str, hu: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spacing_mm: tuple[float, float, float]
+    hu: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> CaseView:
     """Cut the axial and the coronal plane with most organs in the truth (most voxels among those).
 
@@ -46,7 +41,7 @@ def case_view(
         at = richest_plane(truth, PLANES[plane].cut)
         cut = (cut_plane(array, plane, at).copy() for array in (hu, truth, predicted))
         planes[plane] = (*cut, pixel_aspect(plane, spacing_mm))
-    return CaseView(case, planes)
+    return planes
 
 
 def richest_plane(labels: np.ndarray, axis: int) -> int:
@@ -74,18 +69,15 @@ def overlay_figure(
     figure = Figure(figsize=(6 * PANEL_INCHES, sum(heights) + 0.2 * num_lines + 0.3), layout="constrained")
     axes = figure.subplots(len(views), 6, squeeze=False, height_ratios=heights)
     for row, (title, view) in zip(axes, views):
-        for first, (plane, (hu, truth, predicted, aspect)) in zip((0, 3), view.planes.items()):
+        for first, (plane, (hu, truth, predicted, aspect)) in zip((0, 3), view.items()):
             grey = window_hu(hu, hu_min, hu_max)[..., None].repeat(3, -1)
-            pictures = {
-                "CT": grey,
-                "truth": painted(grey, truth, colours),
-                "prediction": painted(grey, predicted, colours),
+            pictures = {"CT": grey} | {
+                name: painted(grey, labels, colours) for name, labels in (("truth", truth), ("prediction", predicted))
             }
             for axis, (name, picture) in zip(row[first : first + 3], pictures.items()):
                 axis.imshow(picture, aspect=aspect, interpolation="nearest")
                 axis.set_title(f"{plane}: {name}", fontsize=8, pad=2)
-                axis.set_xticks([])
-                axis.set_yticks([])
+                axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(title, fontsize=8)
     figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7)
     return figure
@@ -93,7 +85,7 @@ def overlay_figure(
 
 def row_height(view: CaseView) -> float:
     """Inches that a row of `PANEL_INCHES` wide panels needs, with its titles; long scans are shown smaller."""
-    shapes = [(hu.shape, aspect) for hu, _, _, aspect in view.planes.values()]
+    shapes = [(hu.shape, aspect) for hu, _, _, aspect in view.values()]
     tallest = max(height * aspect / width for (height, width), aspect in shapes)
     return min(PANEL_INCHES * tallest, MOST_ROW_INCHES) + 0.3
 

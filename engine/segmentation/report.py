@@ -10,7 +10,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.segmentation.metrics import OrganScore, case_means, nan_mean, nan_std
+import numpy as np
+
+from engine.segmentation.metrics import OrganScore, case_means, nan_mean
 
 CASES, TABLE, SUMMARY = "cases.csv", "results.md", "results.json"
 MEASURES = ("dice", "nsd")
@@ -83,7 +85,9 @@ def join_reports(folders: Sequence[str | Path]) -> dict:
 
 def spread(values: list[float]) -> dict[str, float]:
     """Mean, sample standard deviation and number of the values that are numbers."""
-    return {"mean": nan_mean(values), "std": nan_std(values), "num": sum(not math.isnan(value) for value in values)}
+    kept = [value for value in values if not math.isnan(value)]
+    std = float(np.std(kept, ddof=1)) if len(kept) > 1 else float("nan")
+    return {"mean": nan_mean(kept), "std": std, "num": len(kept)}
 
 
 def read_scores(path: Path) -> list[OrganScore]:
