@@ -178,9 +178,8 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
         if way == PLAIN:
             continue
         ratio = plain["seconds"] / figures["seconds"]
-        lines.append(
-            (f"embedding: {way}", f"{figures['seconds']:.1f} s", f"{plain['seconds']:.1f} s", f"{ratio:.1f}x", ">= 4x")
-        )
+        seconds = (f"{one['seconds']:.1f} s" for one in (figures, plain))
+        lines.append((f"embedding: {way}", *seconds, f"{ratio:.1f}x", ">= 4x"))
         if figures["peak_gb"] is not None:
             share = figures["peak_gb"] / plain["peak_gb"] if plain["peak_gb"] else math.nan
             memory = (f"{figures['peak_gb']:.2f} GB", f"{plain['peak_gb']:.2f} GB", f"{share:.2f}", "<= 0.33")

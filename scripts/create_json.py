@@ -107,16 +107,6 @@ def check_cases(
     return usable, unreadable, airless
 
 
-def airless_message(airless: Sequence[Case], num_cases: int) -> str:
-    """What volumes without air may mean; found out too late, every crop of such a data set is one grey."""
-    shown = ", ".join(str(case.image) for case in airless[:NUM_NAMES_SHOWN])
-    shown += ", ..." if len(airless) > NUM_NAMES_SHOWN else ""
-    return (
-        f"note: {len(airless)} of {num_cases} volumes hold nothing below {NO_AIR_HU} HU, where air lies ({shown}): MR, "
-        "or scanner values 1024 above HU? --a_min and --a_max are in the files' own values"
-    )
-
-
 def choose(cases: Sequence[Case], which: str, data_dir: str) -> list[Case]:
     """The cases with or without labels, or all."""
     chosen = [case for case in cases if which == "all" or (case.label is not None) == (which == "labelled")]
@@ -139,7 +129,14 @@ def main(argv: list[str] | None = None) -> None:
     for file, reason in unreadable.items():
         print(f"left out {file}: {reason}", file=sys.stderr)
     if airless:
-        print(airless_message(airless, len(cases)), file=sys.stderr)
+        # Found out too late, every crop of such a data set is one grey.
+        shown = ", ".join(str(case.image) for case in airless[:NUM_NAMES_SHOWN])
+        shown += ", ..." if len(airless) > NUM_NAMES_SHOWN else ""
+        print(
+            f"note: {len(airless)} of {len(cases)} volumes hold nothing below {NO_AIR_HU} HU, where air lies ({shown}"
+            "): MR, or scanner values 1024 above HU? --a_min and --a_max are in the files' own values",
+            file=sys.stderr,
+        )
     if not cases:
         raise DataListError(f"{flags.data_dir}: none of {len(found)} cases can be read; the reasons are above")
     training, validation = split_cases(cases, flags.num_validation, flags.validation_fraction, flags.seed)

@@ -85,16 +85,13 @@ def evaluate(
     cache = EmbeddingCache(embed_dir, flags.cache_mb)
     chosen = {name: landmarks[name] for name in names}
     results = evaluate_pairs(lambda name: on_device(cache[name], device), chosen, bodies)
-    is_judged = flags.num_points > 0 and states_seeds(flags.landmark_dir, names)
-    return results, judge_mined(flags, cache, names, device) if is_judged else None
-
-
-def judge_mined(flags: jsonargparse.Namespace, cache: EmbeddingCache, names: list[str], device: torch.device) -> Judged:
-    """Mine as scripts/mine_pairs.py does, every case against all others, and judge the pairs."""
+    if flags.num_points == 0 or not states_seeds(flags.landmark_dir, names):
+        return results, None
     truth = load_truth(flags.landmark_dir, names)
+    # As scripts/mine_pairs.py mines, but every case against all others.
     options = MiningOptions(num_points=flags.num_points, num_partners=len(names))
     rows = [mine_case(cache, names, name, options, device) for name in tqdm(names, desc="mining", unit="case")]
-    return judge_rows(np.concatenate(rows), names, truth)
+    return results, judge_rows(np.concatenate(rows), names, truth)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,18 +109,13 @@ def main(argv: list[str] | None = None) -> None:
     report["mined"] = None if mined is None or not len(mined) else trust_report(mined, flags.wanted)
     if flags.by_landmark:
         report["by_landmark"] = errors_by_landmark(results)
-    write_results(flags, report)
-    print("\n".join(trust_lines(report)))
-
-
-def write_results(flags: jsonargparse.Namespace, report: dict) -> None:
-    """The JSON file with its run record, and the picture, as far as they are wanted."""
     if flags.output:
         write_text(flags.output, json.dumps(report, indent=1) + "\n")
         RunInfo.collect(flags).write_beside(flags.output)
     if flags.figure:
         drawn, what = (report["mined"], "mined pairs") if report["mined"] else (report["landmarks"], "landmarks")
         save_trust_figure(drawn, f"{drawn['all']['num_matches']:,} {what} of {report['num_cases']} cases", flags.figure)
+    print("\n".join(trust_lines(report)))
 
 
 if __name__ == "__main__":

@@ -47,12 +47,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _other_forms(flags: jsonargparse.Namespace, report: dict) -> str:
-    """A hint where cases that were there already are stored in another form than --storage."""
-    others = [name for name in report["reused"] if stored_form(flags.embed_dir, name) != flags.storage]
-    return f"; {len(others)} are not stored as {flags.storage}, --overwrite would change that" if others else ""
-
-
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -69,9 +63,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name, reason in report["failed"].items():
         print(f"failed {name}: {reason}", file=sys.stderr)
+    others = [name for name in report["reused"] if stored_form(flags.embed_dir, name) != flags.storage]
+    hint = f"; {len(others)} are not stored as {flags.storage}, --overwrite would change that" if others else ""
     print(
         f"{flags.embed_dir}: rank {rank} of {world_size} embedded {len(report['written'])} cases, "
-        f"{len(report['reused'])} were there already, {len(report['failed'])} failed{_other_forms(flags, report)}"
+        f"{len(report['reused'])} were there already, {len(report['failed'])} failed{hint}"
     )
     if report["failed"] and not (report["written"] or report["reused"]):
         raise ValueError(f"{flags.embed_dir}: no case could be embedded; the reasons are above")

@@ -140,7 +140,8 @@ def describe(made: dict, plans: dict, flags: jsonargparse.Namespace, target: Pat
     spacing, patch = (in_reader_order(plans, before[name]) for name in ("spacing", "patch_size"))
     window = made["foreground_intensity_properties_per_channel"]["0"]
     low, high = window["percentile_00_5"], window["percentile_99_5"]
-    dataset, names = number_of(plans["dataset_name"]), f"-p {flags.plans_name} -tr {TRAINER}"
+    dataset = int(plans["dataset_name"].removeprefix("Dataset").split("_")[0])  # "Dataset001_Name"
+    names = f"-p {flags.plans_name} -tr {TRAINER}"
     return "\n".join(
         [
             f"wrote {target}",
@@ -155,11 +156,6 @@ def describe(made: dict, plans: dict, flags: jsonargparse.Namespace, target: Pat
             f"  nnUNetv2_predict -d {dataset} -c {flags.configuration} -f 0 {names} -i IMAGES -o LABELS",
         ]
     )
-
-
-def number_of(dataset_name: str) -> int:
-    """The number in nnU-Net's "Dataset001_Name"."""
-    return int(dataset_name.removeprefix("Dataset").split("_")[0])
 
 
 if __name__ == "__main__":

@@ -70,11 +70,6 @@ def parse_points(texts: list[str]) -> np.ndarray:
     return np.array(points, dtype=np.float64)
 
 
-def keep_negative_points(argv: list[str]) -> list[str]:
-    """A leading space, so that argparse does not take "-30,-60,180" for a flag."""
-    return [f" {text}" if re.fullmatch(r"-[\d.]+,.*", text) else text for text in argv]
-
-
 def open_volume(text: str, store: VolumeStore | None, flag: str) -> Volume:
     """The CT that a flag means: a case of the store, where there is one of that name, else a file.
 
@@ -104,7 +99,9 @@ def check_inside(query: Embedding, points_mm: np.ndarray) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(keep_negative_points(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    # A leading space, so that argparse does not take "-30,-60,180" for a flag.
+    flags = make_flags().parse_args([f" {text}" if re.fullmatch(r"-[\d.]+,.*", text) else text for text in words])
     wanted_mm = parse_points(flags.points)
     store = VolumeStore(flags.store_dir) if flags.store_dir else None
     volumes = [open_volume(flags.query, store, "--query"), open_volume(flags.key, store, "--key")]
@@ -128,15 +125,8 @@ def main(argv: list[str] | None = None) -> None:
         figure = draw_match(*volumes, point_mm, match_mm, score, cycle[number], similarity, key.fine_affine)
         picture = folder / f"match_{number + 1:02d}.png"
         save_figure(figure, picture)
-        rows.append(
-            {
-                "query_mm": point_mm.tolist(),
-                "key_mm": match_mm.tolist(),
-                "score": score,
-                "cycle_mm": float(cycle[number]),
-                "picture": picture.name,
-            }
-        )
+        row = {"query_mm": point_mm.tolist(), "key_mm": match_mm.tolist(), "score": score}
+        rows.append(row | {"cycle_mm": float(cycle[number]), "picture": picture.name})
         in_air = [name for name, is_in in (("point", is_tissue[number]), ("match", finds_tissue[number])) if not is_in]
         warning = f" ({' and '.join(in_air)} outside of the body)" if in_air else ""
         print(f"{picture}: score {score:.2f}, cycle error {cycle[number]:.1f} mm{warning}")

@@ -39,12 +39,6 @@ def make_flags():
     return parser
 
 
-def label_beside(image: Path) -> Path | None:
-    """The label file that FLARE22's layout puts beside an image, where there is one."""
-    label = image.parent.parent / "labels" / image.name.replace("_0000.nii.gz", ".nii.gz")
-    return label if label != image and label.exists() else None
-
-
 def read_any(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     """The values of any NIfTI as they are, float32 [D, H, W] in canonical orientation, and the voxel size (mm)."""
     image = nib.load(path)
@@ -67,8 +61,8 @@ def picture(plane: np.ndarray, labels: np.ndarray | None, pixel_mm: tuple[float,
 def row_of(path: Path, flags) -> np.ndarray:
     """All slices of one file, side by side."""
     hu, voxel_mm = read_any(path)
-    label = label_beside(path)
-    ids = read_any(label)[0] if label else None
+    label = path.parent.parent / "labels" / path.name.replace("_0000.nii.gz", ".nii.gz")  # in FLARE22's layout
+    ids = read_any(label)[0] if label != path and label.exists() else None
     depth, height, width = hu.shape
     cuts = [("axial", int(d)) for d in np.linspace(0.06, 0.94, flags.num_axial) * (depth - 1)]
     cuts += [("coronal", height - 1 - int(0.45 * height)), ("sagittal", width - 1 - width // 2)]
@@ -82,14 +76,9 @@ def row_of(path: Path, flags) -> np.ndarray:
 
 def stack(tiles: list[np.ndarray], axis: int) -> np.ndarray:
     """Pictures in a row (axis 1) or column (axis 0), padded with black."""
-    other = 1 - axis
-    longest = max(tile.shape[other] for tile in tiles)
-    padded = []
-    for tile in tiles:
-        pad = [(0, 0)] * 3
-        pad[other] = (0, longest - tile.shape[other])
-        padded.append(np.pad(tile, pad))
-    return np.concatenate(padded, axis=axis)
+    longest = max(tile.shape[1 - axis] for tile in tiles)
+    padded = [np.pad(tile.swapaxes(0, axis), [(0, 0), (0, longest - tile.shape[1 - axis]), (0, 0)]) for tile in tiles]
+    return np.concatenate(padded).swapaxes(0, axis)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,7 +30,7 @@ from engine import distributed
 from engine.checkpoint import describe_resumed, find_wanted, save_checkpoint, set_aside
 from engine.device import autocast, make_scaler, pick_precision
 from engine.distributed import World, all_max
-from engine.flags import RunInfo, add_options, add_resume, add_switch, make_parser, options_of, run_main
+from engine.flags import DeviceOptions, RunInfo, add_options, add_resume, add_switch, make_parser, options_of, run_main
 from engine.logging import Clock, Meters, make_log
 from engine.optim import clip_gradients, make_optimizer
 from engine.run_folder import claimed
@@ -120,9 +120,7 @@ def add_optimiser_flags(group) -> None:
 
 def add_running_flags(group) -> None:
     add = group.add_argument
-    add("--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one")
-    precisions = ["auto", "fp32", "bf16", "fp16"]
-    add("--precision", type=str, choices=precisions, default="auto", help="auto = bf16 on CUDA that has it, else fp32")
+    add_options(group, DeviceOptions)
     add("--num_workers", type=int, default=0, help="processes that make views, per rank; 0 = the training process")
     add("--load_threads", type=int, default=2, help="threads that bring the volumes to SAM's grid, once, per rank")
     add("--log_freq", type=int, default=10, help="steps between log lines")
@@ -336,19 +334,11 @@ def run_training(flags: jsonargparse.Namespace, world: World) -> bool:
     distributed.wait_for_all(world)
     volumes = TrainingVolumes(store, info, grid_dir, world.rank)
     dataset = ViewPairDataset(volumes, options, info, flags.seed)
+    steps, is_cuda = {"start_step": run.step, "num_steps": flags.steps}, world.device.type == "cuda"
     batches = make_pair_loader(
-        dataset,
-        flags.batch_size,
-        world.rank,
-        world.size,
-        flags.num_workers,
-        start_step=run.step,
-        num_steps=flags.steps,
-        pin_memory=world.device.type == "cuda",
+        dataset, flags.batch_size, world.rank, world.size, flags.num_workers, **steps, pin_memory=is_cuda
     )
-    wrapped = run.network
-    if distributed.has_group():
-        wrapped = nn.parallel.DistributedDataParallel(run.network)
+    wrapped = nn.parallel.DistributedDataParallel(run.network) if distributed.has_group() else run.network
     if world.is_main:
         run_info.write(flags.output_dir)
     log = make_log(world, flags.output_dir, flags.steps, run.step)

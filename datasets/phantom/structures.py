@@ -53,6 +53,7 @@ _PAIRED |= {"right adrenal gland": "adrenals", "left adrenal gland": "adrenals"}
 _UNPAINTED_HU, _HALF_PAINTED_HU = -60_000.0, -30_000.0
 
 
+@cache
 def structure_of_landmark(name: str) -> str:
     """The structure that a landmark's name speaks of; "other" for names that are not the phantom's."""
     return next((structure for structure, pattern in _STRUCTURE_OF_NAME if re.search(pattern, name)), OTHER)
@@ -88,7 +89,9 @@ def structures_at(patient: Patient, atlas_mm: np.ndarray) -> np.ndarray:
         return np.zeros(0, dtype="U1")
     x, y, z = points.T
     coordinates = tuple(np.ascontiguousarray(part[:, None, None]) for part in (x, y, z))
-    trunk, organs, bones = (_blank(coordinates) for _ in range(3))
+    trunk, organs, bones = (Canvas(coordinates, np.zeros(1, np.float32), softness_mm=1.0) for _ in range(3))
+    for canvas in (trunk, organs, bones):
+        canvas.hu[:] = _UNPAINTED_HU
     paint_trunk(trunk, patient)
     paint_organs(organs, patient)
     paint_skeleton(bones, patient.bone_hu)
@@ -105,10 +108,3 @@ def structures_at(patient: Patient, atlas_mm: np.ndarray) -> np.ndarray:
     }
     choices = [named[label] if name == "organ" else np.full(len(points), name) for name in conditions]
     return np.select(list(conditions.values()), choices, "wall: muscle, fat, skin")
-
-
-def _blank(coordinates: tuple[np.ndarray, ...]) -> Canvas:
-    """A canvas at scattered points, on which what was painted differs from what was not."""
-    canvas = Canvas(coordinates, np.zeros(1, np.float32), softness_mm=1.0)
-    canvas.hu[:] = _UNPAINTED_HU
-    return canvas
