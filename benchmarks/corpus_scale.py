@@ -1,6 +1,5 @@
 """Pretraining data at the size of a corpus: start-up, memory of the loading processes, waits, balance, broken volumes.
 
-    python -m benchmarks.corpus_scale --num_cases 2000
     python -m benchmarks.corpus_scale --quick --output results/benchmarks/corpus_scale.json
 
 Makes a store of many small phantoms and a table of matches between them, and then measures main_ddp.py's own way to
@@ -27,20 +26,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import main_ddp
-from benchmarks.results import benchmark_parser, measure_and_show
-from datasets.ct.geometry import index_to_world
+from benchmarks.corpus import corpus_flags, make_corpus, open_training, write_phantoms
+from benchmarks.results import Rows, benchmark_parser, command, table, words
 from datasets.ct.nifti import read_ct, write_nifti
-from datasets.lists.data_list import Case, load_data_list, write_data_list
-from datasets.phantom.cases import PhantomCase, case_files, write_case
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.lists.data_list import Case
 from datasets.samples.dataset import CropDataset
 from datasets.samples.loader import make_pair_loader
-from datasets.store.volumes import VolumeStore, build_store
-from engine.distributed import World
-from engine.flags import REPOSITORY, git_commit, run_main
-from engine.pretrain_data import open_data
-from models.methods import Alice
+from datasets.store.volumes import VolumeStore
+from engine.flags import REPOSITORY
 
 NOISE_HU = 5.0
 WANTED_START_S = 10.0
@@ -76,69 +69,26 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-# The corpus
-
-
-def make_corpus(folder: Path, flags: jsonargparse.Namespace) -> float:
-    """NIfTI files, data list, store and table; returns the seconds it took (0 = all was there)."""
-    started = time.perf_counter()
-    if (folder / "embeddings" / "correspondences.npy").exists():
-        return 0.0
-    cases = make_volumes(folder, flags)
-    write_data_list(folder / "list.json", folder, cases, [])
-    build_store(load_data_list(folder / "list.json", folder), folder / "store", num_workers=flags.num_workers)
-    store = VolumeStore(folder / "store")
-    CorrespondenceTable.write(folder / "embeddings", store.names, make_rows(store, flags.rows_per_case), {})
-    return time.perf_counter() - started
-
-
 def make_volumes(folder: Path, flags: jsonargparse.Namespace) -> list[Case]:
     """`num_cases` files in canonical orientation; case i shows phantom i modulo `num_phantoms`."""
-    phantoms = []
-    for number in tqdm(range(1, min(flags.num_phantoms, flags.num_cases) + 1), desc="phantoms"):
-        phantom = PhantomCase(f"Case_{number:05d}", 0, number, False, range_name="abdomen", coarsen=flags.coarsen)
-        write_case(folder / "phantoms", phantom)
-        phantoms.append(read_ct(case_files(folder / "phantoms", phantom)["image"]))
+    num_phantoms = min(flags.num_phantoms, flags.num_cases)
+    written = write_phantoms(folder / "phantoms", num_phantoms, "abdomen", flags.coarsen)
+    phantoms = [read_ct(case.image) for case in written]
     (folder / "images").mkdir(parents=True, exist_ok=True)
     cases = []
     for number in tqdm(range(flags.num_cases), desc="cases"):
         volume = phantoms[number % len(phantoms)]
         noise = np.random.default_rng(number).normal(0.0, NOISE_HU, volume.shape)
-        case = Case(f"case{number:05d}", folder / "images" / f"case{number:05d}.nii.gz", None)
+        case = Case(f"case{number:05d}", folder / "images" / f"case{number:05d}.nii.gz")
         write_nifti(case.image, np.rint(np.clip(volume.array + noise, -1024, 3071)).astype(np.int16), volume.affine)
         cases.append(case)
     return cases
 
 
-def make_rows(store: VolumeStore, num_per_case: int) -> np.ndarray:
-    """Matches of each case with random others: the same relative place of the two bodies."""
-    rng = np.random.default_rng(0)
-    rows = np.zeros(num_per_case * len(store), ROW_DTYPE)
-    for query, name in enumerate(store.names):
-        part = rows[query * num_per_case : (query + 1) * num_per_case]
-        others = (query + rng.integers(1, len(store), num_per_case)) % len(store)
-        places = rng.uniform(0.1, 0.9, (num_per_case, 3))
-        part["query_case"], part["key_case"] = query, others
-        part["query_mm"] = world_places(store.record(name), places)
-        part["key_mm"] = [world_places(store.record(store.names[key]), place) for key, place in zip(others, places)]
-    rows["score"], rows["cycle_mm"] = 0.9, 3.0
-    return rows
-
-
-def world_places(record, places: np.ndarray) -> np.ndarray:
-    """World mm of relative places ([..., 3], 0 to 1) of the body's box."""
-    return index_to_world(record.affine, record.body_start + places * (record.body_stop - 1 - record.body_start))
-
-
-def run_flags(folder: Path, flags: jsonargparse.Namespace, num_steps: int) -> list[str]:
-    """main_ddp.py's command line on this corpus."""
-    paths = {"data_dir": folder, "json_list": folder / "list.json", "store_dir": folder / "store"}
-    given = SMALL_NETWORK | paths | {
-        **{"embed_dir": folder / "embeddings", "output_dir": folder / "run", "resume": "none"},
-        **{"roi_x": flags.roi, "roi_y": flags.roi, "roi_z": flags.roi, "batch_size": flags.batch_size},
-        **{"num_workers": flags.num_workers, "steps_per_epoch": num_steps},
-    }  # fmt: skip
-    return [f"--{name}={value}" for name, value in given.items()]
+def run_words(folder: Path, flags: jsonargparse.Namespace) -> tuple[str, ...]:
+    """main_ddp.py's command line on this corpus, for one step."""
+    given = {name: getattr(flags, name) for name in ("batch_size", "num_workers")}
+    return words(**SMALL_NETWORK, **corpus_flags(folder, flags.roi), **given, resume="none", steps_per_epoch=1)
 
 
 # What is measured
@@ -147,7 +97,7 @@ def run_flags(folder: Path, flags: jsonargparse.Namespace, num_steps: int) -> li
 def measure_start(folder: Path, flags: jsonargparse.Namespace) -> dict:
     """Seconds of main_ddp.py in a process of its own: its imports, and from there to its first step's end."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-c", DRIVER, *run_flags(folder, flags, num_steps=1)]
+    command = [sys.executable, "-c", DRIVER, *run_words(folder, flags)]
     run = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     imported = found = None
     for line in run.stdout:
@@ -231,7 +181,7 @@ def measure_broken(folder: Path, flags: jsonargparse.Namespace) -> dict:
     try:
         files[0].write_bytes(contents[0][: len(contents[0]) // 2])
         files[1].unlink()
-        dataset, alone = open_training(folder, flags), open_training(folder, flags)
+        dataset, alone = (open_training(run_words(folder, flags)) for _ in range(2))
         num_steps = len(dataset) // flags.batch_size
         loader = make_pair_loader(dataset, flags.batch_size, num_workers=flags.num_workers, num_steps=num_steps)
         points_mm = torch.cat([batch["centre_mm"] for batch in loader])
@@ -250,20 +200,18 @@ def measure_broken(folder: Path, flags: jsonargparse.Namespace) -> dict:
     }
 
 
-def open_training(folder: Path, flags: jsonargparse.Namespace) -> CropDataset:
-    """The dataset that main_ddp.py trains with."""
-    return open_data(main_ddp.make_flags().parse_args(run_flags(folder, flags, 1)), Alice, World()).training
-
-
 def measure(folder: Path, flags: jsonargparse.Namespace) -> dict:
     """All figures of one corpus."""
-    corpus_s = make_corpus(folder, flags)
+    started = time.perf_counter()
+    if not (folder / "embeddings" / "correspondences.npy").exists():
+        make_corpus(make_volumes(folder, flags), folder, flags.rows_per_case, num_workers=flags.num_workers)
+    corpus_s = time.perf_counter() - started
     files = [file.stat().st_size for file in (folder / "store" / "cases").glob("*.b2nd")]
     found = {"num_cases": len(files), "store_mb": sum(files) / 1e6, "corpus_wall_s": corpus_s}
     found["shape_of_first"] = list(VolumeStore(folder / "store").record("case00000").shape)
     found |= measure_start(folder, flags)
     started = time.perf_counter()
-    dataset = open_training(folder, flags)
+    dataset = open_training(run_words(folder, flags))
     found["open_data_wall_s"] = time.perf_counter() - started
     found |= measure_balance(dataset, flags.num_epochs)
     found |= measure_loading(dataset, flags)
@@ -281,10 +229,10 @@ def run(flags: jsonargparse.Namespace) -> dict:
         found = measure(Path(flags.work_dir or folder), flags)
     if not found["broken_agree"] or found["pairs_per_case_and_epoch_min"] < 1:
         raise RuntimeError(f"cases are left out, or what stands in for a broken one depends on the workers: {found}")
-    return found | {"roi": flags.roi, "num_workers": flags.num_workers, "commit": git_commit()}
+    return found | {"roi": flags.roi, "num_workers": flags.num_workers}
 
 
-def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+def rows(found: dict) -> Rows:
     """What, ours, beside, ratio, wanted: a line for each figure."""
     memory, what = found["worker_memory_mb"], f"corpus of {found['num_cases']}"
     start, end = (max(worker["pss"] for worker in memory[when]) for when in ("at_5_percent", "at_the_end"))
@@ -304,9 +252,4 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
     return [(f"{what}: {line[0]}", *line[1:]) for line in lines]
 
 
-def main(argv: list[str] | None = None) -> None:
-    measure_and_show(sys.modules[__name__], argv)
-
-
-if __name__ == "__main__":
-    run_main(main)
+main = command(__name__, make_flags, run, lambda found: table(rows(found)))

@@ -1,24 +1,19 @@
 """What a step of Alice must cost, and a corpus: FLOPs and bytes, the floor on a GPU, disk, GPU hours and network.
 
-    python -m benchmarks.cost_model
     python -m benchmarks.cost_model --pairs_per_s 20 --output results/cost.json
 
 The step is walked through without computing it (fake tensors), so that no GPU is needed and nothing is timed. FLOPs are
 those of convolutions and matrix products, two per multiply-add. Bytes are the activations kept for the backward pass in
 bf16, written once and read once, and weights, gradients, moments and moving average, each touched as AdamW needs: less
 than any real step moves, since normalisations and activations in between are left out. The floor is the larger of the
-two times at the GPU's peak rates; nobody reaches it. A minute on one core.
+two times at the GPU's peak rates; nobody reaches it.
 """
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 import torch
@@ -27,10 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.pretrain_step import NOW, make_alice, synthetic_batch
-from benchmarks.results import save
+from benchmarks.results import benchmark_parser, command, table
 from benchmarks.step_overheads import Answer
 from engine.device import autocast
-from engine.flags import git_commit, make_parser, run_main
 from models.methods.alice import AliceStudent
 from models.methods.method import rows_of
 
@@ -81,11 +75,6 @@ class StepCost:
         return 2 * self.kept_bytes * num_pairs + 4 * (7 * self.num_trained + 3 * self.num_averaged)
 
 
-def without_watching(student: AliceStudent) -> None:
-    """Leave out the monitor of CASA's attention, which looks at two rows of the batch and trains nothing."""
-    student.casa.attention_weights = lambda query, source: torch.full((1, 1, 2), 0.5)
-
-
 @contextmanager
 def fake(*modules: nn.Module) -> Iterator[None]:
     """Within: the modules' tensors, and all made from them, have shapes and types but no values."""
@@ -105,7 +94,8 @@ def step_cost(roi: tuple[int, int, int], num_pairs: int = 2, **options) -> StepC
     """Walk through a step in bf16 of `benchmarks.pretrain_step.make_alice(roi, **options)`; all figures per pair."""
     method = make_alice(roi, **options)
     student, teacher = method.student, method.teacher
-    without_watching(student)
+    # Its monitor looks at two rows of the batch and trains nothing.
+    student.casa.attention_weights = lambda query, source: torch.full((1, 1, 2), 0.5)
     num_trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     num_averaged = sum(p.numel() for p in teacher.parameters())
     kept: dict[int, torch.UntypedStorage] = {}  # by address, and held, so that no two share one
@@ -143,7 +133,7 @@ def flops_of(name: str, counts: dict[str, float]) -> float:
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
-    parser = make_parser(__doc__)
+    parser = benchmark_parser(__doc__)
     add = parser.add_argument
     add("--roi", type=int, nargs=3, default=[96, 96, 96], help="crop D H W, voxels")
     add("--feature_size", type=int, default=48, help="channels of SwinUNETR at stride 2")
@@ -158,7 +148,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--volume_mm", type=float, nargs=3, default=[400.0, 350.0, 350.0], help="extent of a scan D H W, mm")
     add("--spacing_mm", type=float, nargs=3, default=[2.0, 1.5, 1.5], help="voxel size of the store D H W, mm")
     add("--bytes_per_voxel", type=float, default=0.72, help="of the compressed store (four real CT: 0.72)")
-    add("--output", type=str, default=None, help="JSON file for the figures")
     return parser
 
 
@@ -177,11 +166,13 @@ def run(flags) -> dict:
             "pairs_per_s": flags.batch_size / floor_s,
         },
         "pairs_per_s": speed,
+        "speed_is_measured": bool(flags.pairs_per_s),
         "share_of_floor": speed * floor_s / flags.batch_size,
+        "batch_size": flags.batch_size,
+        "epochs": flags.epochs,
         "corpora": [
             corpus(cost, flags, speed, volumes, gpus) for volumes in flags.num_volumes for gpus in flags.num_gpus
         ],
-        "commit": git_commit(),
     }
 
 
@@ -204,44 +195,32 @@ def corpus(cost: StepCost, flags, pairs_per_s: float, num_volumes: int, num_gpus
     }
 
 
-def markdown(found: dict, flags) -> str:
+def markdown(found: dict) -> str:
     """The figures as two tables and a few lines."""
     step, floor = found["step"], found["floor"]
-    rows = [("part of the student's forward pass", "TFLOP a pair", "share"), ("---",) * 3]
-    rows += [(name, f"{v / TFLOP:.3f}", f"{v / step['student']:.0%}") for name, v in step["parts"].items()]
+    lines = [(name, f"{v / TFLOP:.3f}", f"{v / step['student']:.0%}") for name, v in step["parts"].items()]
     passes = [(name, f"{step[name] / TFLOP:.2f}", f"{step[name] / step['flops']:.0%}") for name in PASSES]
-    rows += [("**pass**", "", "of the step"), *passes, ("step", f"{step['flops'] / TFLOP:.2f}", "")]
-    costs = [("volumes", "GPUs", "store TB", "GPU hours", "days", "reading GB/s", "gradients GB/s a GPU"), ("---",) * 7]
-    for c in found["corpora"]:
-        costs.append(
-            (
-                f"{c['num_volumes']:,}",
-                str(c["num_gpus"]),
-                f"{c['store_tb']:.2f}",
-                f"{c['gpu_hours']:,.0f}",
-                f"{c['days']:,.1f}",
-                f"{c['read_gb_per_s']:.2f}",
-                f"{c['gradients_gb_per_s_per_gpu']:.2f}",
-            )
-        )
-    tables = ["\n".join("| " + " | ".join(row) + " |" for row in table) for table in (rows, costs)]
-    told = (
+    lines += [("**pass**", "", "of the step"), *passes, ("step", f"{step['flops'] / TFLOP:.2f}", "")]
+    columns = {  # key of a corpus -> heading, format
+        "num_volumes": ("volumes", ","),
+        "num_gpus": ("GPUs", ""),
+        "store_tb": ("store TB", ".2f"),
+        "gpu_hours": ("GPU hours", ",.0f"),
+        "days": ("days", ",.1f"),
+        "read_gb_per_s": ("reading GB/s", ".2f"),
+        "gradients_gb_per_s_per_gpu": ("gradients GB/s a GPU", ".2f"),
+    }
+    costs = [[format(corpus[key], form) for key, (_, form) in columns.items()] for corpus in found["corpora"]]
+    text = (
         f"{step['num_trained'] / 1e6:.1f} M trained parameters, {step['num_averaged'] / 1e6:.1f} M averaged; "
-        f"{step['kept_bytes'] / GB:.2f} GB of activations a pair. {flags.batch_size} pairs: at least "
+        f"{step['kept_bytes'] / GB:.2f} GB of activations a pair. {found['batch_size']} pairs: at least "
         f"{floor['compute_ms']:.0f} ms of arithmetic and {floor['memory_ms']:.0f} ms of memory traffic, "
         f"{floor['pairs_per_s']:.0f} pairs/s at most. Below: {found['pairs_per_s']:.1f} pairs/s a GPU, "
-        f"{found['share_of_floor']:.0%} of that ({'measured' if flags.pairs_per_s else 'assumed'}); "
-        f"{flags.epochs} pairs a volume."
+        f"{found['share_of_floor']:.0%} of that ({'measured' if found['speed_is_measured'] else 'assumed'}); "
+        f"{found['epochs']} pairs a volume."
     )
-    return "\n\n".join([tables[0], told, tables[1]]) + "\n"
+    parts = table(lines, ("part of the student's forward pass", "TFLOP a pair", "share"))
+    return "\n\n".join([parts, text, table(costs, [heading for heading, _ in columns.values()])])
 
 
-def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    found = run(flags)
-    save(found, flags.output)
-    print(markdown(found, flags))
-
-
-if __name__ == "__main__":
-    run_main(main)
+main = command(__name__, make_flags, run, markdown)

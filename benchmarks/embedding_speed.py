@@ -1,19 +1,16 @@
 """Embedding a torso at 2 mm with SAM: seconds and memory of our way beside the plain network on the whole volume.
 
     python -m benchmarks.embedding_speed --output results/benchmarks/embedding_speed.json
-    python -m benchmarks.embedding_speed --quick
 
 The published layout (128 channels, stem at full resolution) with random weights on a phantom's voxels, or the network
 of --checkpoint_file on the same voxels. Each way runs in a process of its own. Memory is what the process holds at its
 peak above what it held before embedding. Are matches unchanged? Points of the volume are found again in a noisy box cut
 out of it, with the embeddings of each way; shown are the share that arrives in the plain way's voxel, and the cosines
-to its vectors. Two to five minutes on 2 cores.
+to its vectors.
 """
 
 import json
 import math
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,11 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.memory import peak_resident_bytes, reset_peak_resident, resident_bytes
-from benchmarks.results import benchmark_parser, show_and_save
-from datasets.phantom.cases import PhantomCase, render
+from benchmarks.corpus import phantom_hu
+from benchmarks.results import (
+    Rows,
+    benchmark_parser,
+    command,
+    reset_peak_resident,
+    resident_bytes,
+    run_command,
+    table,
+    words,
+)
 from engine.device import keep_freed_memory
-from engine.flags import REPOSITORY, git_commit, run_main
+from engine.flags import flags_as_dict
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.embed import embed_tensor, for_inference, output_affine
 from sam_embed.embeddings.embedding_store import Embedding
@@ -50,11 +55,11 @@ GB = 2**30
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = benchmark_parser(__doc__, "a small network and volume: does every way run?")
+    quick = "a small network and volume: does every way run?"
+    parser = benchmark_parser(__doc__, quick, num_threads=torch.get_num_threads())
     add = parser.add_argument
     add("--checkpoint_file", type=str, default=None, help="trained SAM; none = the published layout, random weights")
     add("--memory_mb", type=float, default=512.0, help="working memory of our way")
-    add("--num_threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch, for every way")
     add("--only", type=str, default=None, help="one way (for the processes that this command starts)")
     add("--kept", type=str, default=None, help="file for the embeddings of --only")
     return parser
@@ -74,11 +79,8 @@ def make_network(flags) -> AnatomicalEmbedder:
 
 
 def make_volume(shape: tuple[int, int, int]) -> Tensor:
-    """A phantom's middle on the network's input scale, repeated where it is too small: float32 [1, 1, D, H, W]."""
-    hu = np.ascontiguousarray(render(PhantomCase("torso", 0, 0, False)).hu.transpose(2, 1, 0))
-    repeated = np.pad(hu, [(0, max(0, side - size)) for side, size in zip(shape, hu.shape)], mode="reflect")
-    cut = tuple(slice((size - side) // 2, (size - side) // 2 + side) for size, side in zip(repeated.shape, shape))
-    values = (np.clip(repeated[cut], -1024, 3071) + 1024) * (255 / 4095) - 50
+    """A phantom on the network's input scale: float32 [1, 1, D, H, W]."""
+    values = (np.clip(phantom_hu(shape), -1024, 3071) + 1024) * (255 / 4095) - 50
     return torch.from_numpy(values.astype(np.float32))[None, None]
 
 
@@ -106,7 +108,7 @@ def run_one(flags) -> dict:
     reset_peak_resident()
     started = time.perf_counter()
     outputs = embed(volume)
-    seconds, peak = time.perf_counter() - started, peak_resident_bytes()
+    seconds, peak = time.perf_counter() - started, resident_bytes(peak=True)
     torch.save({"volume": outputs[:2], "box": embed(box)[:2]}, flags.kept)
     return {"seconds": seconds, "peak_gb": None if peak is None else (peak - before) / GB}
 
@@ -151,35 +153,33 @@ def compare(kept: dict[str, dict], network: AnatomicalEmbedder, shape: tuple[int
 
 
 def run(flags) -> dict:
-    """Every way in a process of its own; returns {way: figures}."""
+    """Every way in a process of its own; with --only the figures of that way alone, {"ways": {way: figures}}."""
+    if flags.only:
+        return {"ways": {flags.only: run_one(flags)}}
     found, kept = {}, {}
-    shape = QUICK_TORSO if flags.quick else TORSO
     with tempfile.TemporaryDirectory() as folder:
-        for number, way in enumerate(WAYS):
-            file, figures = Path(folder) / f"{number}.pt", Path(folder) / f"{number}.json"
-            words = [sys.executable, "-m", "benchmarks.embedding_speed", "--only", way, "--kept", str(file)]
-            words += ["--output", str(figures), "--memory_mb", str(flags.memory_mb)]
-            words += ["--num_threads", str(flags.num_threads), *(["--quick"] if flags.quick else [])]
-            words += ["--checkpoint_file", flags.checkpoint_file] if flags.checkpoint_file else []
-            done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{way}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
-            found[way], kept[way] = json.loads(figures.read_text()), torch.load(file)
+        given = flags_as_dict(flags) | {"kept": f"{folder}/kept.pt", "output": f"{folder}/found.json", "markdown": None}
+        for way in WAYS:
+            try:
+                run_command("benchmarks.embedding_speed", words(**given | {"only": way}))
+            except RuntimeError as error:
+                raise RuntimeError(f"{way}: {error}") from None
+            found |= json.loads(Path(given["output"]).read_text())["ways"]
+            kept[way] = torch.load(given["kept"])
             print(f"{way}: {found[way]['seconds']:.1f} s", flush=True)
+    shape = QUICK_TORSO if flags.quick else TORSO
     for way, figures in compare(kept, make_network(flags), shape).items():
         found[way] |= figures
-    return {"shape": list(shape), "num_threads": flags.num_threads, "commit": git_commit(), "ways": found}
+    return {"shape": list(shape), "num_threads": flags.num_threads, "ways": found}
 
 
-def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
-    """What, ours, beside, ratio, target: for `benchmarks.all`."""
-    lines, plain = [], found["ways"][PLAIN]
-    for way, figures in found["ways"].items():
-        if way == PLAIN:
-            continue
+def rows(found: dict) -> Rows:
+    """Seconds, memory and matches of each way beside the plain network; nothing with --only."""
+    lines, (plain, *ways) = [], (found["ways"].get(way) for way in WAYS)
+    for way, figures in zip(list(WAYS)[1:], ways if plain else []):
         ratio = plain["seconds"] / figures["seconds"]
-        seconds = (f"{one['seconds']:.1f} s" for one in (figures, plain))
-        lines.append((f"embedding: {way}", *seconds, f"{ratio:.1f}x", ">= 4x"))
+        seconds = (f"{figures['seconds']:.1f} s", f"{plain['seconds']:.1f} s", f"{ratio:.1f}x", ">= 4x")
+        lines.append((f"embedding: {way}", *seconds))
         if figures["peak_gb"] is not None:
             share = figures["peak_gb"] / plain["peak_gb"] if plain["peak_gb"] else math.nan
             memory = (f"{figures['peak_gb']:.2f} GB", f"{plain['peak_gb']:.2f} GB", f"{share:.2f}", "<= 0.33")
@@ -189,14 +189,4 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
     return lines
 
 
-def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    if flags.only:
-        show_and_save(run_one(flags), [], flags.output)
-        return
-    found = run(flags)
-    show_and_save(found, rows(found), flags.output)
-
-
-if __name__ == "__main__":
-    run_main(main)
+main = command(__name__, make_flags, run, lambda found: table(rows(found)))

@@ -2,13 +2,12 @@
 
     python -m benchmarks.embedding_storage --checkpoint_file SAM.pth --store_dir store --json_list flare.json \\
         --data_dir phantom --landmark_dir phantom/landmarks --output results/benchmarks/embedding_storage.json
-    python -m benchmarks.embedding_storage --quick
 
 "Times smaller" compares with the published pickle of the same volume: half-precision maps of 128 channels at strides
 (2, 2, 2) and (4, 16, 16) of the whole volume on a 2 mm grid. Errors are those of `scripts/evaluate_matching.py` on the
 cases of --sections, all matched from decoded files. Without --checkpoint_file there is nothing to match: one torso of
 the published size holds random vectors, alike along all of 128 axes, which no form can make small, in an elliptic body;
-sizes are then the worst there are. Minutes with a checkpoint, half a minute without; with --quick two forms and less.
+sizes are then the worst there are.
 """
 
 import dataclasses
@@ -16,17 +15,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jsonargparse
 import numpy as np
 import torch
 
-from benchmarks.matching import GRID_MM, QUICK_VOX, TORSO_VOX, random_embedding
-from benchmarks.results import benchmark_parser, save
+from benchmarks.matching import (
+    COARSE_STRIDE,
+    FINE_STRIDE,
+    GRID_MM,
+    NUM_CHANNELS,
+    QUICK_VOX,
+    TORSO_VOX,
+    random_embedding,
+)
+from benchmarks.results import Rows, benchmark_parser, chosen, command, table
 from datasets.ct.nifti import Volume
 from engine.device import pick_device
-from engine.flags import RunInfo, add_options, git_commit, options_of, run_main
+from engine.flags import add_options, options_of
 from sam_embed.case_source import CaseOptions, CaseSource, open_cases
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.compact import FP16, Storage
@@ -41,8 +49,6 @@ from sam_embed.embeddings.embedding_store import (
 )
 from sam_embed.judging.evaluate import evaluate_pairs, load_landmarks, summarise
 
-PUBLISHED_CHANNELS = 128
-PUBLISHED_STRIDES = ((2, 2, 2), (4, 16, 16))
 WANTED_SMALLER = 20
 WANTED_CHANGE_MM = 0.5
 NO_LIMIT = 1e9
@@ -59,7 +65,8 @@ BODY_RADII = (0.75, 0.98)  # of the ellipse along (H, W), in half widths of the 
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = benchmark_parser(__doc__, "fp16 and the default only; without a checkpoint a volume of an eighth")
+    quick = "fp16 and the default only; without a checkpoint a volume of an eighth"
+    parser = benchmark_parser(__doc__, quick, device=True, num_threads=1)
     add = parser.add_argument
     add("--checkpoint_file", type=str | None, default=None, help="embedding network; none: random vectors, sizes only")
     add_options(parser, CaseOptions, {"sections": ["validation"]})
@@ -68,21 +75,19 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--forms", type=list[str], default=list(FORMS), help="names of the forms to measure, beside fp16")
     add("--memory_mb", type=float, default=2048.0, help="working memory of the embedding, MB")
     add("--cache_mb", type=float, default=2048.0, help="decoded embeddings kept in memory, MB")
-    add("--num_threads", type=int, default=1, help="threads of PyTorch")
-    add("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
     return parser
 
 
 def published_bytes(volume: Volume) -> int:
     """Of the published pickle's two maps for this volume."""
     grid = np.rint(np.array(volume.shape) * volume.spacing_mm / GRID_MM)
-    voxels = sum(int(np.prod(np.ceil(grid / stride))) for stride in PUBLISHED_STRIDES)
-    return 2 * PUBLISHED_CHANNELS * voxels
+    voxels = sum(int(np.prod(np.ceil(grid / stride))) for stride in (FINE_STRIDE, COARSE_STRIDE))
+    return 2 * NUM_CHANNELS * voxels
 
 
 def made_up_embedding(grid: Sequence[int]) -> Embedding:
     """Random unit vectors in the published layout, in an elliptic body."""
-    made = random_embedding("torso", grid, np.diag([GRID_MM] * 3 + [1.0]), PUBLISHED_CHANNELS, seed=0)
+    made = random_embedding("torso", grid, np.diag([GRID_MM] * 3 + [1.0]), NUM_CHANNELS, seed=0)
     depth, height, width = made.fine.shape[1:]
     along_h, along_w = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     ellipse = torch.from_numpy((along_h / BODY_RADII[0]) ** 2 + (along_w / BODY_RADII[1]) ** 2 < 1)
@@ -127,29 +132,34 @@ def measure_form(
     }
 
 
-def compared(figures: dict[str, dict], published: float) -> dict[str, dict]:
-    """Add how much smaller each form is than the published pickle and than fp16, and the changes of the errors."""
-    base = figures["fp16"]
-    for own in figures.values():
+def measure_forms(
+    forms: Sequence[str],
+    names: Sequence[str],
+    embedding_of: Callable[[str], Embedding],
+    published: float,
+    evaluate: Callable[[Path], dict] | None = None,
+) -> dict:
+    """Every form beside the published pickle (bytes per case) and beside fp16: sizes, and changes of the errors."""
+    figures = {}
+    for form in forms:
+        print(f"{form} ...", file=sys.stderr, flush=True)
+        own = figures[form] = measure_form(FORMS[form], names, embedding_of, evaluate)
         own["times_smaller"] = published / own["bytes_per_case"]
-        own["times_smaller_than_fp16"] = base["bytes_per_case"] / own["bytes_per_case"]
+        own["times_smaller_than_fp16"] = figures["fp16"]["bytes_per_case"] / own["bytes_per_case"]
         for error in ("median_mm", "p90_mm", "cycle_mm"):
             if error in own:
-                own[f"{error}_change"] = own[error] - base[error]
-    return figures
+                own[f"{error}_change"] = own[error] - figures["fp16"][error]
+    return {"num_cases": len(names), "published_bytes": published, "forms": figures}
 
 
 def run(flags: jsonargparse.Namespace) -> dict:
     """Measure all forms; the errors too where a checkpoint is given."""
     if flags.checkpoint_file and not flags.landmark_dir:
         raise ValueError("--checkpoint_file needs --landmark_dir, by which errors are measured")
-    strangers = sorted(set(flags.forms) - set(FORMS))
-    if strangers:
-        raise ValueError(f"--forms names {', '.join(strangers)}; choose from {', '.join(FORMS)}")
     torch.set_num_threads(flags.num_threads)
-    forms = [name for name in FORMS if name in (QUICK_FORMS if flags.quick else ["fp16", *flags.forms])]
+    forms = QUICK_FORMS if flags.quick else chosen(["fp16", *flags.forms], list(FORMS), "--forms")
     measure = run_on_cases if flags.checkpoint_file else run_on_random
-    return measure(flags, forms) | {"default": dataclasses.asdict(Storage()), "commit": git_commit()}
+    return measure(flags, forms) | {"default": dataclasses.asdict(Storage())}
 
 
 def run_on_random(flags: jsonargparse.Namespace, forms: Sequence[str]) -> dict:
@@ -157,22 +167,16 @@ def run_on_random(flags: jsonargparse.Namespace, forms: Sequence[str]) -> dict:
     grid = QUICK_VOX if flags.quick else TORSO_VOX
     embedding = made_up_embedding(grid)
     published = published_bytes(Volume(np.empty(grid, dtype=np.int8), np.diag([GRID_MM] * 3 + [1.0]), "torso"))
-    figures = {name: measure_form(FORMS[name], ["torso"], lambda _: embedding, None) for name in forms}
-    return {
-        "num_cases": 1,
-        "num_channels": PUBLISHED_CHANNELS,
-        "body_share": float(embedding.body.float().mean()),
-        "published_bytes": published,
-        "forms": compared(figures, published),
-    }
+    found = measure_forms(forms, ["torso"], lambda _: embedding, published)
+    return found | {"num_channels": NUM_CHANNELS, "body_share": float(embedding.body.float().mean())}
 
 
 def run_on_cases(flags: jsonargparse.Namespace, forms: Sequence[str]) -> dict:
     """Sizes, times and errors of the held-out cases."""
     cases = open_cases(options_of(flags, CaseOptions))
     with tempfile.TemporaryDirectory(prefix="embeddings_") as scratch:
-        embed_dir = flags.embed_dir or scratch
-        landmarks = embed_held_out(flags, cases, embed_dir)
+        load = partial(load_embedding, flags.embed_dir or scratch)
+        landmarks = embed_held_out(flags, cases, flags.embed_dir or scratch)
 
         def evaluate(folder: Path) -> dict:
             cache = EmbeddingCache(folder, flags.cache_mb)
@@ -181,70 +185,37 @@ def run_on_cases(flags: jsonargparse.Namespace, forms: Sequence[str]) -> dict:
             return errors | {"cycle_mm": found["median_cycle_mm"], "num_matches": found["num_matches"]}
 
         names = sorted(landmarks)
-        figures = {}
-        for form in forms:
-            print(f"{form} ...", file=sys.stderr, flush=True)
-            figures[form] = measure_form(FORMS[form], names, lambda name: load_embedding(embed_dir, name), evaluate)
-        first = load_embedding(embed_dir, names[0])
         published = float(np.mean([published_bytes(cases.read(name)) for name in names]))
-    return {
-        "num_cases": len(names),
-        "num_channels": first.fine.shape[0],
-        "fine_spacing_mm": first.fine_spacing_mm,
-        "published_bytes": published,
-        "forms": compared(figures, published),
-    }
+        found = measure_forms(forms, names, load, published, evaluate)
+        first = load(names[0])
+    return found | {"num_channels": first.fine.shape[0], "fine_spacing_mm": first.fine_spacing_mm}
 
 
 def markdown(found: dict) -> str:
-    """The table."""
-    has_errors = "median_mm" in found["forms"]["fp16"]
+    """The sizes of what was measured, and the table."""
     header = ["form", "MB per case", "times smaller than published", "than fp16", "encode ms", "decode ms"]
-    header += ["median mm (change)", "p90 mm (change)", "cycle mm (change)"] if has_errors else []
-    lines = [header, ["---"] * len(header)]
+    errors = [error for error in ("median_mm", "p90_mm", "cycle_mm") if error in found["forms"]["fp16"]]
+    header += [f"{error.replace('_', ' ')} (change)" for error in errors]
+    lines = []
     for name, own in found["forms"].items():
         line = [name, f"{own['bytes_per_case'] / 1e6:.3f}", f"{own['times_smaller']:.1f}"]
         line += [f"{own[key]:.1f}" for key in ("times_smaller_than_fp16", "encode_cpu_ms", "decode_cpu_ms")]
-        if has_errors:
-            line += [f"{own[key]:.2f} ({own[f'{key}_change']:+.2f})" for key in ("median_mm", "p90_mm", "cycle_mm")]
-        lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append(line + [f"{own[error]:.2f} ({own[f'{error}_change']:+.2f})" for error in errors])
+    sizes = f"{found['num_cases']} case(s), {found['num_channels']} channels"
+    published = f"published: {found['published_bytes'] / 1e6:.1f} MB per case; CPU time"
+    return f"{sizes}; {published}\n\n{table(lines, header)}"
 
 
-def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+def rows(found: dict) -> Rows:
     """What, ours, beside, ratio, wanted: sizes, and with a checkpoint the error."""
     own, base = found["forms"]["default"], found["forms"]["fp16"]
-    lines = [
-        (
-            f"embedding on disk, {found['num_channels']} channels",
-            f"{own['bytes_per_case'] / 1e6:.2f} MB",
-            f"{found['published_bytes'] / 1e6:.1f} MB, published pickle",
-            f"{own['times_smaller']:.0f}x",
-            f">= {WANTED_SMALLER}x",
-        )
-    ]
+    smaller = (f"{own['times_smaller']:.0f}x", f">= {WANTED_SMALLER}x")
+    sizes = (f"{own['bytes_per_case'] / 1e6:.2f} MB", f"{found['published_bytes'] / 1e6:.1f} MB, published pickle")
+    lines = [(f"embedding on disk, {found['num_channels']} channels", *sizes, *smaller)]
     if "median_mm" in own:
-        change = f"{own['median_mm_change']:+.2f} mm"
-        compared_with = f"{base['median_mm']:.2f} mm, fp16"
-        lines.append(
-            ("its median error", f"{own['median_mm']:.2f} mm", compared_with, change, f"< +{WANTED_CHANGE_MM} mm")
-        )
+        change = (f"{own['median_mm_change']:+.2f} mm", f"< +{WANTED_CHANGE_MM} mm")
+        lines.append(("its median error", f"{own['median_mm']:.2f} mm", f"{base['median_mm']:.2f} mm, fp16", *change))
     return lines
 
 
-def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    found = run(flags)
-    print(
-        f"{found['num_cases']} case(s), {found['num_channels']} channels; published: "
-        f"{found['published_bytes'] / 1e6:.1f} MB per case; {flags.num_threads} thread(s), CPU time\n"
-    )
-    print(markdown(found))
-    save(found, flags.output)
-    if flags.output:
-        RunInfo.collect(flags).write_beside(flags.output)
-
-
-if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    run_main(main)
+main = command(__name__, make_flags, run, markdown)

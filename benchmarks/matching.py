@@ -1,19 +1,18 @@
 """Matching: finding 256 points of one 2 mm torso volume in another and back, beside similarity maps for each point.
 
-    python -m benchmarks.matching
     python -m benchmarks.matching --quick --output results/benchmarks/matching.json
 
 Yan et al., "SAM", TMI 2022, Sec. III-B. A matched point costs a search in the key and, for its cycle error, one back in
 the query. Beside it: the published way, which upsamples the coarse map for each search; and the same with the upsampled
 maps kept, their making spread over all points. The embeddings have the size that the published network gives a volume
 of 205x205x250 voxels. Ours is timed on vectors that vary in space as those of a trained network do, and on random ones,
-where the coarse map rules nothing out; it makes everything it derives from an embedding anew in each repeat. All runs
-in this process; medians of wall and of CPU time. About a minute of CPU time; with --quick seconds.
+where the coarse map rules nothing out; it makes everything it derives from an embedding anew in each repeat.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jsonargparse
@@ -22,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.results import benchmark_parser, show_and_save, timed
+from benchmarks.results import Rows, benchmark_parser, command, table, timed
 from datasets.ct.geometry import index_to_world, world_to_index
-from engine.flags import git_commit, run_main
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.match import Matches, match_points
 
@@ -39,13 +37,6 @@ WANTED = 20
 FINE_WIDTH_MM, COARSE_WIDTH_MM, FINE_NOISE = 8.5, 56.0, 0.65
 
 
-class Layout(NamedTuple):
-    """Voxels (d, h, w) of an output, and its affine [4, 4], index -> world mm."""
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-
-
 class Place(NamedTuple):
     """The best fine voxel of the key, [3], and its similarity."""
 
@@ -55,44 +46,44 @@ class Place(NamedTuple):
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = benchmark_parser(__doc__, "volumes of an eighth")
+    parser = benchmark_parser(__doc__, "volumes of an eighth", num_threads=1)
     parser.add_argument("--grid", type=list[int], default=None, help="2 mm voxels (D, H, W) of the embedded volumes")
     parser.add_argument("--num_channels", type=int, default=NUM_CHANNELS, help="channels of each embedding")
     parser.add_argument("--num_points", type=int, default=256, help="points to match")
     parser.add_argument("--num_maps", type=int, default=2, help="points to time with maps of their own")
     parser.add_argument("--num_repeats", type=int, default=2, help="repeats of ours on smooth vectors")
-    parser.add_argument("--num_threads", type=int, default=1, help="threads of PyTorch, for every way")
     return parser
 
 
-def published_layout(grid: Sequence[int], volume_affine: np.ndarray) -> tuple[Layout, Layout]:
-    """Shape and affine of the fine and of the coarse output for a volume of `grid` voxels (D, H, W)."""
-    fine_shape, coarse_shape = (
-        tuple(-(-size // step) for size, step in zip(grid, stride)) for stride in (FINE_STRIDE, COARSE_STRIDE)
-    )
-    fine_affine = coarser_affine(volume_affine, np.divide(grid, fine_shape))
-    # Both outputs cover the same box, which is what upsampling one to the other's size assumes.
-    return Layout(fine_shape, fine_affine), Layout(
-        coarse_shape, coarser_affine(fine_affine, np.divide(fine_shape, coarse_shape))
-    )
+def published_embedding(
+    name: str, grid: Sequence[int], volume_affine: np.ndarray, make_vectors: Callable[..., Tensor]
+) -> Embedding:
+    """An embedding in the published layout.
+
+    Args:
+        grid: voxels (D, H, W) on a 2 mm grid.
+        volume_affine: float64 [4, 4], index on that grid -> world mm.
+        make_vectors: (shape, affine, is_fine) of an output -> its unit vectors, float16 [C, d, h, w].
+    """
+    outputs, affines = [], []
+    for stride in (FINE_STRIDE, COARSE_STRIDE):
+        shape = [max(2, -(-size // step)) for size, step in zip(grid, stride)]
+        # Both outputs cover the same box, which is what upsampling one to the other's size assumes.
+        affines.append(coarser_affine(volume_affine, np.divide(grid, shape)))
+        outputs.append(make_vectors(shape, affines[-1], stride == FINE_STRIDE))
+    return Embedding(name, *outputs, *affines, fingerprint="made up")
 
 
 def random_embedding(
     name: str, grid: Sequence[int], volume_affine: np.ndarray, num_channels: int, seed: int
 ) -> Embedding:
-    """Random unit vectors in the published layout: an untrained network, which leaves nothing out.
-
-    Args:
-        grid: voxels (D, H, W) on a 2 mm grid.
-        volume_affine: float64 [4, 4], index on that grid -> world mm.
-    """
+    """Random unit vectors in the published layout: an untrained network, which leaves nothing out."""
     generator = torch.Generator().manual_seed(seed)
-    fine, coarse = published_layout(grid, volume_affine)
 
-    def output(shape: tuple[int, ...]) -> Tensor:
+    def make_vectors(shape: Sequence[int], *_: object) -> Tensor:
         return F.normalize(torch.randn(num_channels, *shape, generator=generator), dim=0).half()
 
-    return Embedding(name, output(fine.shape), output(coarse.shape), fine.affine, coarse.affine, fingerprint="random")
+    return published_embedding(name, grid, volume_affine, make_vectors)
 
 
 def smooth_embedding(
@@ -104,26 +95,23 @@ def smooth_embedding(
     and noise of the seed's own on the fine ones, which takes the best similarity to about 0.85.
     """
     generator = torch.Generator().manual_seed(seed)
-    fine, coarse = published_layout(grid, volume_affine)
 
-    def output(layout: Layout, width_mm: float, noise: float) -> Tensor:
+    def make_vectors(shape: Sequence[int], affine: np.ndarray, is_fine: bool) -> Tensor:
+        width_mm, noise = (FINE_WIDTH_MM, FINE_NOISE) if is_fine else (COARSE_WIDTH_MM, 0.0)
         shared = torch.Generator().manual_seed(int(width_mm * 10))
         waves = torch.randn(num_channels, 3, generator=shared) / width_mm
         phase = torch.rand(num_channels, 1, generator=shared) * 2 * math.pi
-        result = torch.empty(num_channels, *layout.shape, dtype=torch.float16)
-        for number in range(layout.shape[0]):
-            index = np.stack(np.meshgrid([number], *map(np.arange, layout.shape[1:]), indexing="ij"), axis=-1)
-            place = torch.from_numpy(index_to_world(layout.affine, index).reshape(-1, 3)).float()
+        result = torch.empty(num_channels, *shape, dtype=torch.float16)
+        for number in range(shape[0]):
+            index = np.stack(np.meshgrid([number], *map(np.arange, shape[1:]), indexing="ij"), axis=-1)
+            place = torch.from_numpy(index_to_world(affine, index).reshape(-1, 3)).float()
             values = F.normalize((waves @ place.T + phase).cos_(), dim=0)
             if noise:
                 values += torch.randn(values.shape, generator=generator) * (noise / math.sqrt(num_channels))
-            result[:, number] = F.normalize(values, dim=0).view(num_channels, *layout.shape[1:]).half()
+            result[:, number] = F.normalize(values, dim=0).view(num_channels, *shape[1:]).half()
         return result
 
-    fine_map = output(fine, FINE_WIDTH_MM, FINE_NOISE)
-    return Embedding(
-        name, fine_map, output(coarse, COARSE_WIDTH_MM, 0), fine.affine, coarse.affine, fingerprint="smooth"
-    )
+    return published_embedding(name, grid, volume_affine, make_vectors)
 
 
 STRUCTURES = {"smooth": smooth_embedding, "random": random_embedding}
@@ -174,23 +162,16 @@ def _vectors(embedding: Embedding, coarse: Tensor, index: np.ndarray) -> tuple[T
     return embedding.fine[:, d, h, w].float(), coarse[:, d, h, w]
 
 
-def measure_ours(
-    query: Embedding, key: Embedding, flags: jsonargparse.Namespace, num_repeats: int
-) -> tuple[tuple[Matches, Matches], dict]:
-    """What ours finds, and its seconds per point."""
-    points_mm = index_to_world(query.fine_affine, indices_of(query, flags))
-    ours = timed(lambda _: match_and_back(query, key, points_mm), range(num_repeats))
-    return ours.results[0], {"wall_s": ours.wall_s / flags.num_points, "cpu_s": ours.cpu_s / flags.num_points}
+def measure_maps(
+    query: Embedding, key: Embedding, ours: Sequence[Matches], mapped: np.ndarray, num_points: int
+) -> dict:
+    """Seconds per point of the ways with one map per search, and how well ours agrees with them.
 
-
-def indices_of(query: Embedding, flags: jsonargparse.Namespace) -> np.ndarray:
-    """Random fine voxels, int [N, 3]."""
-    return np.random.default_rng(0).integers(0, query.fine.shape[1:], size=(flags.num_points, 3))
-
-
-def measure_maps(query: Embedding, key: Embedding, ours: Sequence[Matches], flags: jsonargparse.Namespace) -> dict:
-    """Seconds per point of the ways with one map per search, and how well ours agrees with them."""
-    mapped = indices_of(query, flags)[: flags.num_maps]
+    Args:
+        ours: matches of the query's points and back.
+        mapped: fine voxels [N, 3] of the first of these points.
+        num_points: over which kept maps are shared.
+    """
     published = timed(lambda index: maps_and_back(query, key, index, coarse_upsampled), mapped)
     kept_maps = timed(coarse_upsampled, [query, key])
     kept_of = dict(zip((query, key), kept_maps.results))
@@ -198,7 +179,7 @@ def measure_maps(query: Embedding, key: Embedding, ours: Sequence[Matches], flag
     result = {}
     for clock in ("wall_s", "cpu_s"):
         result[f"published_{clock}"] = getattr(published, clock)
-        result[f"kept_{clock}"] = getattr(kept, clock) + 2 * getattr(kept_maps, clock) / flags.num_points
+        result[f"kept_{clock}"] = getattr(kept, clock) + 2 * getattr(kept_maps, clock) / num_points
     differences, same = [], []
     for way in (published, kept):
         for number, places in enumerate(way.results):
@@ -222,10 +203,13 @@ def run(flags: jsonargparse.Namespace) -> dict:
     found = {}
     for structure, make in STRUCTURES.items():
         query, key = (make(f"torso{n}", grid, affine, flags.num_channels, n) for n in range(2))
-        ours, seconds = measure_ours(query, key, flags, flags.num_repeats if structure == "smooth" else 1)
-        found |= {f"ours_{structure}_{clock}": value for clock, value in seconds.items()}
+        index = np.random.default_rng(0).integers(0, query.fine.shape[1:], size=(flags.num_points, 3))
+        points_mm = index_to_world(query.fine_affine, index)
+        num_repeats = flags.num_repeats if structure == "smooth" else 1
+        ours = timed(partial(match_and_back, query, key), [points_mm] * num_repeats)
+        found |= {f"ours_{structure}_{clock}": getattr(ours, clock) / flags.num_points for clock in ("wall_s", "cpu_s")}
         if structure == "smooth":
-            found |= measure_maps(query, key, ours, flags)
+            found |= measure_maps(query, key, ours.results[0], index[: flags.num_maps], flags.num_points)
     found["agree"] = found["score_difference"] < SCORE_TOLERANCE and found["same_voxel"] == 1.0
     if not found["agree"]:
         raise RuntimeError(f"the ways of matching disagree: {found}")
@@ -239,11 +223,10 @@ def run(flags: jsonargparse.Namespace) -> dict:
         "coarse_shape": list(query.coarse.shape),
         "num_points": flags.num_points,
         "num_threads": flags.num_threads,
-        "commit": git_commit(),
     }
 
 
-def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+def rows(found: dict) -> Rows:
     """What, ours, beside, ratio, wanted: a line for each comparison."""
     ways = {
         "published": ("two maps per point, coarse upsampled for each", f">= {WANTED}x"),
@@ -263,12 +246,4 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    found = run(flags)
-    print(f"fine {found['fine_shape']}, coarse {found['coarse_shape']}, {flags.num_threads} thread(s)")
-    show_and_save(found, rows(found), flags.output)
-
-
-if __name__ == "__main__":
-    run_main(main)
+main = command(__name__, make_flags, run, lambda found: table(rows(found)))

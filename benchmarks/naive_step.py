@@ -5,15 +5,14 @@ that nobody reads. The numbers are those of the shared passes, since no layer lo
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
-from models.backbones.interface import Backbone
 from models.methods.alice import Alice
 
-Maps = dict[int, Tensor]
 NUM_VIEWS = 2
 
 
@@ -21,39 +20,25 @@ def take_views_apart(method: Alice) -> None:
     """Change both networks in place; the teacher receives a decoder of its own."""
     student, teacher = method.student.backbone, copy.deepcopy(method.student.backbone)
     method.teacher.backbone = teacher.requires_grad_(False).eval()
-    for backbone in (student, teacher):
-        _one_view_at_a_time(backbone, decodes_always=backbone is teacher)
+    encode, decode = teacher.encode, teacher.decode
+
+    def encode_and_decode(volumes: Tensor) -> dict[int, Tensor]:
+        features = encode(volumes)
+        decode(features)
+        return features
+
+    teacher.encode = view_by_view(encode_and_decode)
+    student.encode, student.decode = view_by_view(student.encode), view_by_view(student.decode)
 
 
-def _one_view_at_a_time(backbone: Backbone, decodes_always: bool) -> None:
-    encode, decode = backbone.encode, backbone.decode
+def view_by_view(function: Callable) -> Callable:
+    """The same function of the rows of each view by themselves; rows of one sample stand together, [B * V, ...]."""
 
-    def encode_each(volumes: Tensor, masked: Tensor | None = None) -> Maps:
-        masks = [None] * NUM_VIEWS if masked is None else _apart(masked)
-        features = [encode(view, mask) for view, mask in zip(_apart(volumes), masks)]
-        if decodes_always:
-            for maps in features:
-                decode(maps)
-        return _maps_joined(features)
+    def run(*inputs: object) -> object:
+        outputs = []
+        for view in range(NUM_VIEWS):
+            rows = tree_map_only(Tensor, lambda values, first=view: values[first::NUM_VIEWS], inputs)
+            outputs.append(function(*rows))
+        return tree_map(lambda *views: torch.stack(views, dim=1).flatten(0, 1), *outputs)
 
-    def decode_each(features: Maps) -> tuple[Tensor, Maps]:
-        apart = {stride: _apart(rows) for stride, rows in features.items()}
-        views = [{stride: rows[view] for stride, rows in apart.items()} for view in range(NUM_VIEWS)]
-        outputs, maps = zip(*(decode(view) for view in views))
-        return _joined(outputs), _maps_joined(maps)
-
-    backbone.encode, backbone.decode = encode_each, decode_each
-
-
-def _apart(rows: Tensor) -> list[Tensor]:
-    """Rows of one sample stand together: [B * V, ...] -> V times [B, ...]."""
-    return [rows[view::NUM_VIEWS] for view in range(NUM_VIEWS)]
-
-
-def _joined(views: Sequence[Tensor]) -> Tensor:
-    """V times [B, ...] -> [B * V, ...]."""
-    return torch.stack(list(views), dim=1).flatten(0, 1)
-
-
-def _maps_joined(views: Sequence[Maps]) -> Maps:
-    return {stride: _joined([maps[stride] for maps in views]) for stride in views[0]}
+    return run

@@ -1,6 +1,5 @@
 """Pairing: everything between "I need a pair" and two windowed crops in memory, per training sample.
 
-    python -m benchmarks.pairing
     python -m benchmarks.pairing --quick --output results/benchmarks/pairing.json
 
 Alice (ICCV 2023, figure 2) crops its two views around points that SAM matched across two patients. Ours draws a mined
@@ -11,13 +10,11 @@ draws up to 101 and reads the files again for each. Patients are phantoms; their
 volume, so that matches are sensible. Both ways give the same crops. One process; medians of wall and of CPU time.
 """
 
+import itertools
 import pickle
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 import numpy as np
@@ -26,27 +23,23 @@ import torch.nn.functional as F
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation, ScaleIntensityRange
 from torch import Tensor
 
+from benchmarks.corpus import make_store, write_phantoms
 from benchmarks.matching import (
-    COARSE_STRIDE,
-    FINE_STRIDE,
     GRID_MM,
     NUM_CHANNELS,
     coarse_upsampled,
     coarser_affine,
     place_by_map,
-    timed,
+    published_embedding,
 )
-from benchmarks.results import show_and_save
+from benchmarks.results import Rows, benchmark_parser, command, table, timed
 from datasets.ct.geometry import CANONICAL_AXCODES, index_to_world, world_to_index
 from datasets.lists.data_list import Case
-from datasets.phantom.cases import PhantomCase, case_files, write_case
 from datasets.samples.augment import window
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.samples.crops import CropOptions, cut
 from datasets.samples.dataset import CropDataset
 from datasets.samples.pairings import PairingOptions, SamPairing
-from datasets.store.volumes import VolumeStore, build_store
-from engine.flags import add_switch, git_commit, make_parser, run_main
 from models.methods import Alice
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.match import match_points
@@ -60,38 +53,15 @@ WANTED = 300
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = make_parser(__doc__)
+    quick = "phantoms of 112 to 144 instead of 512 pixels a side, fewer repeats"
+    parser = benchmark_parser(__doc__, quick, num_threads=1)
     parser.add_argument("--roi", type=int, default=96, help="side of the crops in voxels")
     parser.add_argument("--num_channels", type=int, default=NUM_CHANNELS, help="channels of each embedding")
     parser.add_argument("--num_rows", type=int, default=64, help="mined matches for each ordered pair of cases")
     parser.add_argument("--num_samples", type=int, default=50, help="samples of ours to time")
     parser.add_argument("--num_published", type=int, default=3, help="samples of the published way to time")
-    parser.add_argument("--num_threads", type=int, default=1, help="threads of PyTorch, for every way")
     parser.add_argument("--coarsen", type=float, default=1.0, help="factor on the phantoms' voxel sizes; with --quick")
-    add_switch(parser, "--quick", False, "phantoms of 112 to 144 instead of 512 pixels a side, fewer repeats")
-    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
     return parser
-
-
-def make_patients(folder: Path, flags: jsonargparse.Namespace) -> list[Case]:
-    """Phantoms as .nii.gz files, and the volume store made of them."""
-    cases = []
-    for number in range(1, NUM_CASES + 1):
-        # Written as a user would have them: gzipped, in the orientation and storage that the phantom's scanner chose.
-        phantom = PhantomCase(
-            f"Case_{number:05d}", 0, number, False, not flags.quick, "abdomen", flags.coarsen if flags.quick else 1.0
-        )
-        write_case(folder, phantom)
-        cases.append(Case(phantom.name, case_files(folder, phantom)["image"], None))
-    report = build_store(cases, folder / "store", progress=False)
-    if report.failed:
-        raise RuntimeError(f"the store of phantoms is incomplete: {report.failed}")
-    return cases
-
-
-def output_affine(affine: np.ndarray, shape_vox: Sequence[int], output_vox: Sequence[int]) -> np.ndarray:
-    """The affine of an output that covers the box of the volume."""
-    return coarser_affine(affine, np.divide(shape_vox, output_vox))
 
 
 def make_embedding(record, pattern: tuple[Tensor, Tensor], seed: int) -> Embedding:
@@ -103,32 +73,29 @@ def make_embedding(record, pattern: tuple[Tensor, Tensor], seed: int) -> Embeddi
     """
     generator = torch.Generator().manual_seed(seed)
     grid = [round(size * step / GRID_MM) for size, step in zip(record.shape, record.spacing_mm)]
-    outputs = []
-    for values, stride in zip(pattern, (FINE_STRIDE, COARSE_STRIDE)):
-        shape = [max(2, -(-size // step)) for size, step in zip(grid, stride)]
-        stretched = F.interpolate(values[None], size=shape, mode="trilinear")[0]
+
+    def make_vectors(shape: Sequence[int], _: np.ndarray, is_fine: bool) -> Tensor:
+        stretched = F.interpolate(pattern[not is_fine][None], size=shape, mode="trilinear")[0]
         noise = torch.randn(stretched.shape, generator=generator)
-        outputs.append(F.normalize(stretched.add_(noise, alpha=0.1), dim=0).half())
-    affines = [output_affine(record.affine, record.shape, output.shape[1:]) for output in outputs]
-    return Embedding(record.name, *outputs, *affines, fingerprint="pattern")
+        return F.normalize(stretched.add_(noise, alpha=0.1), dim=0).half()
+
+    affine = coarser_affine(record.affine, np.divide(record.shape, grid))
+    return published_embedding(record.name, grid, affine, make_vectors)
 
 
 def mine_table(embeddings: list[Embedding], num_rows: int) -> CorrespondenceTable:
     """Matches between the fine voxels of the cases, each case with each other one."""
     rng = np.random.default_rng(0)
     parts = []
-    for query_case, query in enumerate(embeddings):
-        for key_case, key in enumerate(embeddings):
-            if query_case == key_case:
-                continue
-            size = np.array(query.fine.shape[1:])
-            index = rng.integers(size // 4, size - size // 4, size=(num_rows, 3))
-            rows = np.zeros(num_rows, ROW_DTYPE)
-            rows["query_case"], rows["key_case"], rows["cycle_mm"] = query_case, key_case, np.nan
-            rows["query_mm"] = index_to_world(query.fine_affine, index)
-            # Whole voxels, as the published way finds them.
-            rows["key_mm"], rows["score"] = match_points(query, key, rows["query_mm"], refine=False)
-            parts.append(rows)
+    for (query_case, query), (key_case, key) in itertools.permutations(enumerate(embeddings), 2):
+        size = np.array(query.fine.shape[1:])
+        index = rng.integers(size // 4, size - size // 4, size=(num_rows, 3))
+        rows = np.zeros(num_rows, ROW_DTYPE)
+        rows["query_case"], rows["key_case"], rows["cycle_mm"] = query_case, key_case, np.nan
+        rows["query_mm"] = index_to_world(query.fine_affine, index)
+        # Whole voxels, as the published way finds them.
+        rows["key_mm"], rows["score"] = match_points(query, key, rows["query_mm"], refine=False)
+        parts.append(rows)
     return CorrespondenceTable.from_rows([embedding.name for embedding in embeddings], np.concatenate(parts))
 
 
@@ -168,7 +135,7 @@ class PublishedWay:
         with (self.folder / f"{name}.pkl").open("rb") as file:
             fine, coarse = pickle.load(file)  # noqa: S301 (written by this process)
         affine = volume.affine.numpy().astype(np.float64)
-        affines = [output_affine(affine, volume.shape[1:], values.shape[1:]) for values in (fine, coarse)]
+        affines = [coarser_affine(affine, np.divide(volume.shape[1:], values.shape[1:])) for values in (fine, coarse)]
         return Embedding(name, fine, coarse, *affines)
 
     def _crop(self, volume: Tensor, point_mm: np.ndarray) -> Tensor:
@@ -197,8 +164,9 @@ def pair_of(sample: dict, table: CorrespondenceTable) -> tuple[bool, tuple[str, 
 
 def measure(folder: Path, flags: jsonargparse.Namespace) -> dict:
     """Seconds per sample of both ways, and the largest difference of their crops."""
-    cases = make_patients(folder, flags)
-    store = VolumeStore(folder / "store")
+    coarsen = flags.coarsen if flags.quick else 1.0
+    cases = write_phantoms(folder, NUM_CASES, "abdomen", coarsen, full_size=not flags.quick)
+    store = make_store(cases, folder / "store")
     generator = torch.Generator().manual_seed(1)
     pattern = tuple(torch.randn(flags.num_channels, *PATTERN_VOX, generator=generator) for _ in range(2))
     embeddings = [make_embedding(store.record(case.name), pattern, number) for number, case in enumerate(cases)]
@@ -252,13 +220,13 @@ def run(flags: jsonargparse.Namespace) -> dict:
         "speedup_sample_cpu": found["published_cpu_s"] / found["sample_cpu_s"],
         "roi": flags.roi,
         "num_threads": flags.num_threads,
-        "commit": git_commit(),
     }
 
 
-def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+def rows(found: dict) -> Rows:
     """What, ours, beside, ratio, wanted: a line for each comparison."""
-    beside = f"{found['published_wall_s']:.2f} s, pickles, whole files and one similarity map"
+    pickles = f"pickles of {max(found['pickle_bytes']) / 2**20:.0f} MiB"
+    beside = f"{found['published_wall_s']:.2f} s, {pickles}, whole files and one similarity map"
     ways = (("crops", "two crops", f">= {WANTED}x"), ("sample", "the same, four augmented views and masks too", ""))
     return [
         (
@@ -272,13 +240,4 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    found = run(flags)
-    sizes = ", ".join(" x ".join(map(str, shape)) for shape in found["shapes"])
-    print(f"volumes of {sizes}; pickles of {max(found['pickle_bytes']) / 2**20:.0f} MiB")
-    show_and_save(found, rows(found), flags.output)
-
-
-if __name__ == "__main__":
-    run_main(main)
+main = command(__name__, make_flags, run, lambda found: table(rows(found)))

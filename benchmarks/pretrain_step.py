@@ -16,30 +16,33 @@ process of its own with a time limit.
 """
 
 import copy
-import dataclasses
 import gc
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.memory import peak_resident_bytes, reset_peak_resident
 from benchmarks.naive_step import take_views_apart
-from benchmarks.results import save
-from datasets.store.files import write_text
+from benchmarks.results import (
+    Rows,
+    benchmark_parser,
+    command,
+    reset_peak_resident,
+    resident_bytes,
+    run_command,
+    table,
+    words,
+)
 from engine.device import (
     compile_networks,
     keep_freed_memory,
@@ -49,7 +52,7 @@ from engine.device import (
     use_channels_last,
 )
 from engine.distributed import World
-from engine.flags import add_switch, git_commit, make_parser, run_main
+from engine.flags import flags_as_dict, git_commit
 from engine.logging import SilentLog
 from engine.loop import Hooks, LoopOptions, pretrain
 from engine.optim import make_optimizer
@@ -100,25 +103,25 @@ def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bo
 
     What leaves fp32 comes after what does not, so that the lines before it show what is gained at equal settings.
     """
-    naive = Setting("naive: view by view, fp32", roi, num_pairs, is_naive=True)
-    kept = dataclasses.replace(naive, name="+ freed memory kept", keep_memory=True) if on_cpu else naive
-    joined = dataclasses.replace(kept, name="+ views together, teacher without decoder", is_naive=False)
-    fast = dataclasses.replace(joined, name="+ fast window attention", attention="auto")
-    half = dataclasses.replace(fast, name=f"+ {precision}", precision=precision)
-    default = dataclasses.replace(half, name="+ fused AdamW (the default)", fused_optimizer=True)
-    return [
-        naive,
-        *([kept] if on_cpu else []),
-        joined,
-        fast,
-        half,
-        default,
-        dataclasses.replace(default, name="default + --channels_last", channels_last=True),
-        dataclasses.replace(default, name="default + --cudnn_benchmark", cudnn_benchmark=True),
-        dataclasses.replace(default, name="default + both", channels_last=True, cudnn_benchmark=True),
-        dataclasses.replace(default, name="default + --use_checkpoint", use_checkpoint=True),
-        dataclasses.replace(default, name="default + --compile", is_compiled=True),
-    ]
+    changes = {
+        "naive: view by view, fp32": {"is_naive": True},
+        **({"+ freed memory kept": {"keep_memory": True}} if on_cpu else {}),
+        "+ views together, teacher without decoder": {"is_naive": False},
+        "+ fast window attention": {"attention": "auto"},
+        f"+ {precision}": {"precision": precision},
+        "+ fused AdamW (the default)": {"fused_optimizer": True},
+    }
+    lines = [Setting("", roi, num_pairs)]
+    for name, change in changes.items():
+        lines.append(replace(lines[-1], name=name, **change))
+    further = {
+        "--channels_last": {"channels_last": True},
+        "--cudnn_benchmark": {"cudnn_benchmark": True},
+        "both": {"channels_last": True, "cudnn_benchmark": True},
+        "--use_checkpoint": {"use_checkpoint": True},
+        "--compile": {"is_compiled": True},
+    }
+    return lines[1:] + [replace(lines[-1], name=f"default + {name}", **change) for name, change in further.items()]
 
 
 def memory_grid(sizes: dict[tuple[int, int, int], list[int]], precision: str) -> list[Setting]:
@@ -131,22 +134,21 @@ def memory_grid(sizes: dict[tuple[int, int, int], list[int]], precision: str) ->
     ]
 
 
+def step_parser(description: str, quick: str) -> jsonargparse.ArgumentParser:
+    """A parser with the flags that `make_bench` reads."""
+    parser = benchmark_parser(description, quick, device=True)
+    parser.add_argument("--feature_size", type=int, default=48, help="channels of SwinUNETR at stride 2")
+    return parser
+
+
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA if any"
-    )
-    parser.add_argument("--feature_size", type=int, default=48, help="channels of SwinUNETR at stride 2")
-    parser.add_argument("--num_steps", type=int, default=10, help="timed steps of each line of the first table")
-    parser.add_argument("--time_limit_s", type=float, default=225.0, help="all lines; later ones are left out")
-    parser.add_argument("--compile_limit_s", type=float, default=120.0, help="longest time of a compiled line")
-    add_switch(parser, "--quick", False, "a tiny network and crop: does every line run?")
-    parser.add_argument(
-        "--only", type=str, default=None, help="one setting as JSON (as in the results) and nothing else"
-    )
-    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
-    parser.add_argument("--markdown", type=str, default=None, help="file for the tables")
+    parser = step_parser(__doc__, "a tiny network and crop: does every line run?")
+    add = parser.add_argument
+    add("--num_steps", type=int, default=10, help="timed steps of each line of the first table")
+    add("--time_limit_s", type=float, default=225.0, help="all lines; later ones are left out")
+    add("--compile_limit_s", type=float, default=120.0, help="longest time of a compiled line")
+    add("--only", type=str | None, default=None, help="one setting as JSON (as in the results) and nothing else")
     return parser
 
 
@@ -192,7 +194,7 @@ class Bench:
         if self.device.type == "cuda":
             found["reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / GB
             found["tensors_gb"] = torch.cuda.max_memory_allocated(self.device) / GB
-        elif (peak := peak_resident_bytes()) is not None:
+        elif (peak := resident_bytes(peak=True)) is not None:
             found["reserved_gb"] = peak / GB
         return found
 
@@ -267,17 +269,11 @@ def measure_apart(setting: Setting, flags, limit_s: float) -> dict:
     """The same in a process of its own that may be ended: compilers can hang, and take their time."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "found.json"
-        words = [sys.executable, "-m", "benchmarks.pretrain_step", "--device", flags.device, "--output", str(output)]
-        words += ["--feature_size", str(flags.feature_size), "--num_steps", str(flags.num_steps)]
-        words += ["--only", json.dumps(dataclasses.asdict(setting)), *(["--quick"] if flags.quick else [])]
-        root = Path(__file__).resolve().parents[1]
+        given = {"only": json.dumps(asdict(setting)), "output": output, "markdown": None}
         try:
-            done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            return {"error": f"not done after {limit_s:.0f} s"}
-        if done.returncode or not output.exists():
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            return {"error": lines[-1][:300]}
+            run_command("benchmarks.pretrain_step", words(**flags_as_dict(flags) | given), limit_s)
+        except RuntimeError as error:
+            return {"error": str(error)[-300:]}
         return json.loads(output.read_text())["settings"][0]["found"]
 
 
@@ -295,7 +291,7 @@ def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], li
     if device.type == "cpu":  # a step of one pair at 96³ takes a minute on 2 cores
         speed = [*ladder((96,) * 3, 1, precision, True)[:6], *ladder((64,) * 3, 1, precision, True)]
         grid = memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision)
-        return speed, [dataclasses.replace(setting, keep_memory=True) for setting in grid]
+        return speed, [replace(setting, keep_memory=True) for setting in grid]
     sizes = {(96,) * 3: [1, 2, 4, 8, 16], (64,) * 3: [2, 8, 32], (128,) * 3: [1, 2, 4]}
     return [*ladder((96,) * 3, 4, precision), *ladder((64,) * 3, 8, precision)[:-1]], memory_grid(sizes, precision)
 
@@ -307,31 +303,26 @@ def run(flags) -> dict:
     device, num_steps = bench.device, 1 if flags.quick else flags.num_steps
     if flags.only:
         setting = setting_of(json.loads(flags.only))
-        only = {"table": "only", "setting": dataclasses.asdict(setting), "found": bench.measure(setting, num_steps)}
+        only = {"table": "only", "setting": asdict(setting), "found": bench.measure(setting, num_steps)}
         return about(device, flags, started) | {"settings": [only]}
-    tables = dict(zip(("speed", "memory"), plan(flags, precision, device)))
-    jobs = [(table, setting) for table, settings in tables.items() for setting in settings]
-    on_cpu = device.type == "cpu"
+    plans = zip(("speed", "memory"), plan(flags, precision, device))
+    results = [{"table": table, "setting": setting} for table, settings in plans for setting in settings]
 
-    def lateness(number: int) -> tuple[bool, bool, bool]:
+    def lateness(result: dict) -> tuple[bool, bool, bool]:
         """What cannot be undone comes late, and compiling last, since it takes longest."""
-        table, setting = jobs[number]
-        return setting.is_compiled, on_cpu and table == "memory", setting.keep_memory
+        setting, is_memory = result["setting"], result["table"] == "memory"
+        return setting.is_compiled, device.type == "cpu" and is_memory, setting.keep_memory
 
-    order = sorted(range(len(jobs)), key=lateness)
-    found_by_job = {}
-    for number in tqdm(order, unit="setting", disable=not sys.stderr.isatty()):
-        table, setting = jobs[number]
-        if time.perf_counter() - started > flags.time_limit_s:
+    for result in tqdm(sorted(results, key=lateness), unit="setting", disable=not sys.stderr.isatty()):
+        setting, left_s = result["setting"], flags.time_limit_s - (time.perf_counter() - started)
+        if left_s < 0:
             found = {"error": f"left out after --time_limit_s {flags.time_limit_s:.0f}"}
         elif setting.is_compiled:
-            left_s = flags.time_limit_s - (time.perf_counter() - started)
             found = measure_apart(setting, flags, min(left_s, flags.compile_limit_s))
         else:
-            found = bench.measure(setting, num_steps if table == "speed" else min(3, num_steps))
-        found_by_job[number] = {"table": table, "setting": dataclasses.asdict(setting), "found": found}
-        print(f"{time.perf_counter() - started:5.0f} s  {' '.join(line(found_by_job[number], None))}", flush=True)
-    results = [found_by_job[number] for number in range(len(jobs))]
+            found = bench.measure(setting, num_steps if result["table"] == "speed" else min(3, num_steps))
+        result |= {"setting": asdict(setting), "found": found}
+        print(f"{time.perf_counter() - started:5.0f} s  {' '.join(line(result, None))}", flush=True)
     return about(device, flags, started) | {"settings": results}
 
 
@@ -355,8 +346,17 @@ def about(device: torch.device, flags, started: float) -> dict:
 # Tables
 
 
+def naive_ms(found: dict) -> dict[tuple, float | None]:
+    """Milliseconds of the first line of each crop's ladder; None where it failed."""
+    first = {}
+    for result in found["settings"]:
+        if result["table"] == "speed":
+            first.setdefault(tuple(result["setting"]["roi"]), result["found"].get("step_ms"))
+    return first
+
+
 def line(result: dict, base_ms: float | None) -> tuple[str, ...]:
-    """One line under `COLUMNS`; `base_ms` is the time of the first line of its ladder."""
+    """One line under `COLUMNS`; `base_ms` is what its speed-up compares with."""
     setting, found = result["setting"], result["found"]
 
     def shown(name: str, digits: int) -> str:
@@ -366,25 +366,22 @@ def line(result: dict, base_ms: float | None) -> tuple[str, ...]:
     note = found.get("error", "")
     if setting["is_compiled"] and not note:
         note = f"first step {found['first_step_s']:.0f} s"
-    crop = "x".join(map(str, setting["roi"]))
     figures = (shown("step_ms", 1), shown("pairs_per_s", 2), faster, shown("reserved_gb", 1), shown("tensors_gb", 1))
-    return (crop, str(setting["num_pairs"]), setting["name"], *figures, note)
+    return (crop_of(setting), str(setting["num_pairs"]), setting["name"], *figures, note)
+
+
+def crop_of(setting: dict) -> str:
+    return "x".join(map(str, setting["roi"]))
 
 
 def markdown(found: dict) -> str:
     """Both tables, and the memory table once more as GB against crop and batch."""
-    told = [
-        f"{found['device']}, PyTorch {found['torch']}, feature size {found['feature_size']}, commit {found['commit']}"
-    ]
-    for table in ("speed", "memory"):
-        results = [result for result in found["settings"] if result["table"] == table]
-        bases = {}
-        for result in results:
-            bases.setdefault(tuple(result["setting"]["roi"]), result["found"].get("step_ms"))
-        rows = [COLUMNS, ("---",) * len(COLUMNS)]
-        rows += [line(r, bases[tuple(r["setting"]["roi"])] if table == "speed" else None) for r in results]
-        told.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
-    return "\n\n".join([*told, which_gpu(found)]) + "\n"
+    machine = f"{found['device']}, PyTorch {found['torch']}"
+    parts = [f"{machine}, feature size {found['feature_size']}, commit {found['commit']}"]
+    for kind, bases in (("speed", naive_ms(found)), ("memory", {})):
+        results = [result for result in found["settings"] if result["table"] == kind]
+        parts.append(table([line(r, bases.get(tuple(r["setting"]["roi"]))) for r in results], COLUMNS))
+    return "\n\n".join([*parts, which_gpu(found)])
 
 
 def which_gpu(found: dict) -> str:
@@ -396,44 +393,25 @@ def which_gpu(found: dict) -> str:
             entry = "-" if gb is None else f"{gb:.0f}"
             cells.setdefault(tuple(setting["roi"]), {}).setdefault(setting["num_pairs"], []).append(entry)
     sizes = sorted({size for by_size in cells.values() for size in by_size})
-    rows = [("crop", *(f"{size} pair{'s' * (size > 1)}" for size in sizes)), ("---",) * (len(sizes) + 1)]
-    for roi, by_size in cells.items():
-        rows.append(("x".join(map(str, roi)), *(" / ".join(by_size.get(size, [])) for size in sizes)))
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"GB, without / with --use_checkpoint:\n\n{table}"
+    lines = [
+        ("x".join(map(str, roi)), *(" / ".join(by_size.get(size, [])) for size in sizes))
+        for roi, by_size in cells.items()
+    ]
+    header = ("crop", *(f"{size} pair{'s' * (size > 1)}" for size in sizes))
+    return f"GB, without / with --use_checkpoint:\n\n{table(lines, header)}"
 
 
-def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
-    """What, ours, beside, ratio, target: for `benchmarks.all`."""
-    told, base = [], {}
+def rows(found: dict) -> Rows:
+    """The ladders, each line beside the naive step."""
+    lines, bases = [], naive_ms(found)
     for result in found["settings"]:
-        setting, figures = result["setting"], result["found"]
-        if result["table"] == "speed" and "step_ms" in figures:
-            base.setdefault(tuple(setting["roi"]), figures["step_ms"])
-            plain_ms = base[tuple(setting["roi"])]
-            crop = "x".join(map(str, setting["roi"]))
-            what = f"step, {crop}, {setting['num_pairs']} pairs: {setting['name']}"
-            told.append(
-                (
-                    what,
-                    f"{figures['step_ms']:.0f} ms",
-                    f"{plain_ms:.0f} ms, naive, fp32",
-                    f"{plain_ms / figures['step_ms']:.2f}x",
-                    "",
-                )
-            )
-    return told
+        setting, step_ms = result["setting"], result["found"].get("step_ms")
+        base_ms = bases.get(tuple(setting["roi"]))
+        if result["table"] == "speed" and step_ms and base_ms:
+            what = f"step, {crop_of(setting)}, {setting['num_pairs']} pairs: {setting['name']}"
+            naive = f"{base_ms:.0f} ms, naive, fp32"
+            lines.append((what, f"{step_ms:.0f} ms", naive, f"{base_ms / step_ms:.2f}x", ""))
+    return lines
 
 
-def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    found = run(flags)
-    save(found, flags.output)
-    text = markdown(found)
-    if flags.markdown:
-        write_text(flags.markdown, text)
-    print(text)
-
-
-if __name__ == "__main__":
-    run_main(main)
+main = command(__name__, make_flags, run, markdown)

@@ -26,13 +26,12 @@ import jsonargparse
 import numpy as np
 from scipy.spatial import cKDTree
 
-from benchmarks.results import benchmark_parser, real_ct_dir, save
+from benchmarks.results import benchmark_parser, command, real_ct_dir, table
 from datasets.ct.geometry import index_to_world, world_to_index
 from datasets.ct.nifti import Volume, read_ct, read_label
 from datasets.lists.data_list import Case, load_data_list, write_data_list
 from datasets.samples.pairings import PairingOptions
 from engine.device import pick_device
-from engine.flags import git_commit, run_main
 from sam_embed.case_source import CaseSource
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.corpus import embed_corpus
@@ -95,7 +94,7 @@ class Labelled:
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = benchmark_parser(__doc__, "40 points a scan, 10 an organ")
+    parser = benchmark_parser(__doc__, "40 points a scan, 10 an organ", device=True)
     add = parser.add_argument
     add("--checkpoint_files", type=str, nargs="*", default=[], help="weights, each FILE or NAME=FILE")
     add("--ct_dir", type=str, default=str(real_ct_dir()), help="folder of the four scans")
@@ -104,7 +103,6 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--min_score", type=float, default=PairingOptions.min_score, help="lowest score of a match to trust")
     add("--max_cycle_mm", type=float, default=PairingOptions.max_cycle_mm, help="largest cycle error likewise, mm")
     add("--memory_mb", type=float, default=2048.0, help="working memory of the embedding, MB")
-    add("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
     add("--write_list", type=str, default=None, help="write a data list of phantoms and these scans here, and end")
     add("--data_dir", type=str, default="phantom", help="for --write_list: the phantoms' folder")
     add("--json_list", type=str, default="phantom.json", help="for --write_list: their data list")
@@ -246,12 +244,13 @@ def mean_of(found: Sequence[dict]) -> dict:
 
 
 def run(flags: jsonargparse.Namespace) -> dict:
-    """Every set of weights on the four scans; empty where there is none."""
+    """Every set of weights on the four scans; empty where there is none, or with --write_list."""
+    if flags.write_list:
+        print(write_training_list(flags))
+        return {}
     if flags.quick:
         flags.num_points, flags.num_organ_points = min(40, flags.num_points), min(10, flags.num_organ_points)
-    wanted = [f"{name}.nii.gz" for name in SCANS] + [f"{name}_label.nii.gz" for name in (CHEST, ABDOMEN)]
-    wanted.append(f"{ABDOMEN}_label_names.json")
-    missing = [name for name in wanted if not (Path(flags.ct_dir) / name).is_file()]
+    missing = missing_files(Path(flags.ct_dir))
     if missing:
         print(f"skipped: no real CT in {flags.ct_dir} (lacks {', '.join(missing[:3])}); see --ct_dir and ALICE_SHARED")
         return {}
@@ -259,42 +258,46 @@ def run(flags: jsonargparse.Namespace) -> dict:
         raise ValueError("--checkpoint_files names no weights; train some (scripts/train_sam.py)")
     volumes = {name: read_ct(Path(flags.ct_dir) / f"{name}.nii.gz") for name in SCANS}
     labels = read_labels(Path(flags.ct_dir))
-    found = {}
-    for given in flags.checkpoint_files:
-        name, separator, file = given.partition("=")
-        name, file = (name, file) if separator else (Path(given).resolve().parent.name, given)
-        found[name] = measure(file, volumes, labels, flags)
+    named = [name_of(given) for given in flags.checkpoint_files]
+    found = {name: measure(file, volumes, labels, flags) for name, file in named}
     return {
         "weights": found,
         "min_score": flags.min_score,
         "max_cycle_mm": flags.max_cycle_mm,
         "levels_mm": shared_levels(labels),
-        "commit": git_commit(),
     }
 
 
-def as_markdown(found: dict) -> str:
+def missing_files(ct_dir: Path) -> list[str]:
+    """Names of the reference files that are not there."""
+    wanted = [f"{name}.nii.gz" for name in SCANS] + [f"{name}_label.nii.gz" for name in (CHEST, ABDOMEN)]
+    return [name for name in (*wanted, f"{ABDOMEN}_label_names.json") if not (ct_dir / name).is_file()]
+
+
+def name_of(given: str) -> tuple[str, str]:
+    """Name and file of one --checkpoint_files entry; without a name, that of the file's folder."""
+    name, separator, file = given.partition("=")
+    return (name, file) if separator else (Path(given).resolve().parent.name, given)
+
+
+def markdown(found: dict) -> str:
     """The tables for RESULTS.md: a column for each set of weights."""
     weights = found["weights"]
     first = next(iter(weights.values()))
-
-    def cycle_cell(row: dict) -> str:
-        return f"{row['median_cycle_mm']:.1f}, {row['share_within_10mm']:.0%}, {row['kept']:.0%}"
-
-    cells = {"cycle": ("median cycle mm, <= 10 mm, kept", cycle_cell), "across": ("in it, within 10 mm", _organ_cell)}
-    lines = []
+    cells = {"cycle": ("median cycle mm, <= 10 mm, kept", _cycle_cell), "across": ("in it, within 10 mm", _organ_cell)}
+    tables = []
     for part, (what, cell) in cells.items():
-        lines += ["| | " + " | ".join(f"{name}: {what}" for name in weights) + " |", "|---|" + "---|" * len(weights)]
-        for row in first[part]:
-            lines.append(f"| {row} | " + " | ".join(cell(result[part][row]) for result in weights.values()) + " |")
-        lines.append("")
+        lines = [(row, *(cell(result[part][row]) for result in weights.values())) for row in first[part]]
+        tables.append(table(lines, ("", *(f"{name}: {what}" for name in weights))))
     columns = [(name, way) for name in weights for way in first["around"]]
-    lines += ["| around | " + " | ".join(f"{name}, through {way}" for name, way in columns) + " |"]
-    lines.append("|---|" + "---|" * len(columns))
-    for organ in next(iter(first["around"].values())):
-        row = (_organ_cell(weights[name]["around"][way][organ]) for name, way in columns)
-        lines.append(f"| {organ} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    organs = next(iter(first["around"].values()))
+    lines = [(o, *(_organ_cell(weights[name]["around"][way][o]) for name, way in columns)) for o in organs]
+    tables.append(table(lines, ("around", *(f"{name}, through {way}" for name, way in columns))))
+    return "\n\n".join(tables)
+
+
+def _cycle_cell(row: dict) -> str:
+    return f"{row['median_cycle_mm']:.1f}, {row['share_within_10mm']:.0%}, {row['kept']:.0%}"
 
 
 def _organ_cell(row: dict) -> str:
@@ -321,16 +324,4 @@ def write_training_list(flags: jsonargparse.Namespace) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    flags = make_flags().parse_args(argv)
-    if flags.write_list:
-        print(write_training_list(flags))
-        return
-    found = run(flags)
-    if found:
-        print(as_markdown(found))
-        save(found, flags.output)
-
-
-if __name__ == "__main__":
-    run_main(main)
+main = command(__name__, make_flags, run, markdown)

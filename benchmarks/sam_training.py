@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jsonargparse
 
+from benchmarks.results import table, words
 from datasets.store.files import write_text
 from engine.flags import REPOSITORY, RunInfo, add_switch, git_commit, make_parser, run_main
 
@@ -89,30 +90,25 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def command(script: str, *words: object) -> None:
+def run_script(name: str, *more: str, **flags: object) -> None:
     """Run a script of the repository; its output goes to this process's."""
-    subprocess.run([sys.executable, str(REPOSITORY / "scripts" / script), *map(str, words)], check=True, cwd=REPOSITORY)
+    subprocess.run([sys.executable, "-m", f"scripts.{name}", *words(**flags), *more], check=True, cwd=REPOSITORY)
 
 
 def make_data(flags: jsonargparse.Namespace, folder: Path) -> None:
     """Phantoms, data list and store, as far as they are missing."""
+    files, workers = data_flags(folder), {"num_workers": flags.data_workers}
     num_cases = flags.num_training + flags.num_held_out
-    workers = ("--num_workers", flags.data_workers)
-    command(
-        "make_phantom_dataset.py", "--out_dir", folder / "data", "--num_unlabelled", num_cases, "--num_labelled", 0,
-        "--seed", flags.seed, *workers,
-    )  # fmt: skip
-    command(
-        "create_json.py", "--data_dir", folder / "data", "--output", folder / "data.json", "--num_validation",
-        flags.num_held_out, *workers,
-    )  # fmt: skip
-    command("prepare_volumes.py", *data_flags(folder), "--spacing_mm", "native", *workers)
+    phantoms = {"out_dir": files["data_dir"], "num_unlabelled": num_cases, "num_labelled": 0, "seed": flags.seed}
+    run_script("make_phantom_dataset", **phantoms, **workers)
+    listed = {"data_dir": files["data_dir"], "output": files["json_list"], "num_validation": flags.num_held_out}
+    run_script("create_json", **listed, **workers)
+    run_script("prepare_volumes", **files, spacing_mm="native", **workers)
 
 
-def data_flags(folder: Path) -> tuple[str, ...]:
+def data_flags(folder: Path) -> dict[str, Path]:
     """The three flags by which scripts find this benchmark's data."""
-    named = {"data_dir": "data", "json_list": "data.json", "store_dir": "store"}
-    return tuple(word for flag, name in named.items() for word in (f"--{flag}", str(folder / name)))
+    return {"data_dir": folder / "data", "json_list": folder / "data.json", "store_dir": folder / "store"}
 
 
 def train_and_judge(name: str, flags: jsonargparse.Namespace, folder: Path) -> dict:
@@ -120,24 +116,33 @@ def train_and_judge(name: str, flags: jsonargparse.Namespace, folder: Path) -> d
     recipe, output_dir = RECIPES[name], folder / name
     judged = output_dir / "matching.json"
     if not judged.exists():
-        command("train_sam.py", *training_words(recipe, flags, folder), "--output_dir", output_dir)
-        command(
-            "evaluate_matching.py", "--checkpoint_file", output_dir / "checkpoint.pth", *data_flags(folder),
-            "--sections", "validation", "--landmark_dir", folder / "data" / "landmarks", "--output", judged,
-            "--embed_dir", output_dir / "embeddings", "--baselines", str(name == flags.recipes[0]),
-            "--max_cases", recipe.num_judged(flags.num_judged or flags.num_held_out), "--num_points", 0,
-        )  # fmt: skip
+        run_script("train_sam", *training_words(recipe, flags, folder), output_dir=output_dir)
+        run_script(
+            "evaluate_matching",
+            **data_flags(folder),
+            checkpoint_file=output_dir / "checkpoint.pth",
+            sections="validation",
+            landmark_dir=folder / "data" / "landmarks",
+            output=judged,
+            embed_dir=output_dir / "embeddings",
+            baselines=name == flags.recipes[0],
+            max_cases=recipe.num_judged(flags.num_judged or flags.num_held_out),
+            num_points=0,
+        )
     return {"title": recipe.title, **last_step(output_dir), **json.loads(judged.read_text())}
 
 
-def training_words(recipe: Recipe, flags: jsonargparse.Namespace, folder: Path) -> list[object]:
+def training_words(recipe: Recipe, flags: jsonargparse.Namespace, folder: Path) -> tuple[str, ...]:
     """What `scripts/train_sam.py` gets, besides where its results go."""
-    limits = ("--steps", 3) if flags.quick else ("--steps", 1_000_000, "--time_limit_min", flags.time_limit_min)
-    return [
-        *("--config", REPOSITORY / "configs" / recipe.config, *data_flags(folder), *recipe.flags),
-        *("--batch_size", recipe.batch_size * flags.batch_factor, "--num_workers", flags.num_workers),
-        *("--val_cases", 0, "--save_freq", 500, "--log_freq", 50, "--seed", flags.seed, *limits),
-    ]
+    own = {"config": REPOSITORY / "configs" / recipe.config, **data_flags(folder)}
+    shared = {
+        "steps": 3 if flags.quick else 1_000_000,
+        "time_limit_min": None if flags.quick else flags.time_limit_min,
+        "batch_size": recipe.batch_size * flags.batch_factor,
+        "num_workers": flags.num_workers,
+        **{"val_cases": 0, "save_freq": 500, "log_freq": 50, "seed": flags.seed},
+    }
+    return (*words(**own), *recipe.flags, *words(**shared))
 
 
 def last_step(output_dir: Path) -> dict:
@@ -150,19 +155,18 @@ def last_step(output_dir: Path) -> dict:
 
 def as_table(found: dict[str, dict]) -> str:
     """A Markdown table: the two baselines, then the recipes, lowest median first."""
-    lines = ["| recipe | steps | cases | median | mean | 90th percentile | within 10 mm |"]
-    lines.append("|---|---|---|---|---|---|---|")
     rows = []
     for result in [result for result in found.values() if "body_affine" in result][:1]:
         rows.append(("same relative position in the body box", "", result["num_cases"], result["body_box"]))
         rows.append(("affine fit of the body masks", "", result["num_cases"], result["body_affine"]))
-    ordered = sorted(found.items(), key=lambda item: item[1]["sam"]["median_mm"])
-    for name, result in ordered:
+    for name, result in sorted(found.items(), key=lambda item: item[1]["sam"]["median_mm"]):
         rows.append((f"`{name}`: {result['title']}", result["steps"], result["num_cases"], result["sam"]))
-    for title, steps, num_cases, errors in rows:
-        shown = [f"{errors[key]:.1f}" for key in ("median_mm", "mean_mm", "p90_mm")]
-        lines.append(f"| {title} | {steps} | {num_cases} | {' | '.join(shown)} | {errors['share_within_10mm']:.0%} |")
-    return "\n".join(lines) + "\n"
+    lines = []
+    for *what, errors in rows:
+        millimetres = (f"{errors[key]:.1f}" for key in ("median_mm", "mean_mm", "p90_mm"))
+        lines.append((*what, *millimetres, f"{errors['share_within_10mm']:.0%}"))
+    header = ("recipe", "steps", "cases", "median", "mean", "90th percentile", "within 10 mm")
+    return table(lines, header) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:

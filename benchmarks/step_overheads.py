@@ -1,6 +1,5 @@
 """What Alice adds to a step beside its networks: moving average, masks and losses, as shares of the step.
 
-    python -m benchmarks.step_overheads --output results/benchmarks/step_overheads.json
     python -m benchmarks.step_overheads --quick --device cpu
 
 The step is that of `benchmarks.pretrain_step` at the default flags. Timed by themselves, medians: the teacher's moving
@@ -8,12 +7,7 @@ average; drawing the block masks of a batch (in training the loading processes d
 patches and voxels; the three losses, forward and backward to the networks' outputs.
 """
 
-import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 import numpy as np
@@ -28,28 +22,22 @@ from benchmarks.pretrain_step import (
     Bench,
     Setting,
     make_bench,
+    step_parser,
     synthetic_batch,
 )
-from benchmarks.results import measure_and_show
+from benchmarks.results import Rows, command, table, timed
 from datasets.samples.masks import draw_mask, mask_grid, num_masked_blocks
 from engine.device import autocast
-from engine.flags import add_switch, git_commit, make_parser, run_main
 from models.backbones.interface import upsample_mask
 from models.methods.method import average_towards, rows_of
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA if any"
-    )
-    parser.add_argument("--feature_size", type=int, default=48, help="channels of SwinUNETR at stride 2")
+    parser = step_parser(__doc__, "a tiny network and fewer repeats")
     parser.add_argument("--roi", type=int, default=96, help="side of a crop, voxels; --quick: 64")
     parser.add_argument("--num_pairs", type=int, default=1, help="pairs a step")
     parser.add_argument("--num_repeats", type=int, default=10, help="of each part; the step is timed over two")
-    add_switch(parser, "--quick", False, "a tiny network and fewer repeats")
-    parser.add_argument("--output", type=str, default=None, help="JSON file for the results")
     return parser
 
 
@@ -63,24 +51,22 @@ def run(flags: jsonargparse.Namespace) -> dict:
     if "error" in measured:
         raise RuntimeError(f"the step did not run: {measured['error']}")
 
-    def median_s(part: Callable[[], object]) -> float:
+    def until_done(part: Callable[[], object]) -> None:
         part()
-        seconds = []
-        for _ in range(3 if flags.quick else flags.num_repeats):
-            began = bench.clock()
-            part()
-            seconds.append(bench.clock() - began)
-        return statistics.median(seconds)
+        bench.clock()
 
-    parts = make_parts(bench, setting, precision)
+    num_repeats = 3 if flags.quick else flags.num_repeats
+    seconds = {}
+    for name, part in make_parts(bench, setting, precision).items():
+        until_done(part)  # the first time is longer
+        seconds[name] = timed(until_done, [part] * num_repeats).wall_s
     return {
         "step_wall_s": measured["step_ms"] / 1000,
-        "parts_wall_s": {name: median_s(part) for name, part in parts.items()},
+        "parts_wall_s": seconds,
         "roi": list(roi),
         "num_pairs": flags.num_pairs,
         "feature_size": QUICK["feature_size"] if flags.quick else flags.feature_size,
         "device": str(bench.device),
-        "commit": git_commit(),
     }
 
 
@@ -125,17 +111,12 @@ def make_parts(bench: Bench, setting: Setting, precision: str) -> dict[str, Call
     }
 
 
-def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+def rows(found: dict) -> Rows:
     """What, ours, beside, ratio, wanted: one line for all parts together."""
     step_s, parts = found["step_wall_s"], found["parts_wall_s"]
-    told = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in parts.items())
+    times = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in parts.items())
     share = sum(parts.values()) / step_s
-    return [("moving average, masks, losses", told, f"{step_s:.2f} s, the step", f"{100 * share:.2f} %", "< 2 %")]
+    return [("moving average, masks, losses", times, f"{step_s:.2f} s, the step", f"{100 * share:.2f} %", "< 2 %")]
 
 
-def main(argv: list[str] | None = None) -> None:
-    measure_and_show(sys.modules[__name__], argv)
-
-
-if __name__ == "__main__":
-    run_main(main)
+main = command(__name__, make_flags, run, lambda found: table(rows(found)))

@@ -1,16 +1,13 @@
 """Building the volume store beside nibabel and MONAI's Spacing, one case after the other.
 
     python -m benchmarks.store_building --output results/benchmarks/store_building.json
-    python -m benchmarks.store_building --quick
 
 Both read the same .nii.gz files, bring them to one orientation and one voxel size and write int16: ours to the
 compressed store with checksums and several processes, the other to plain .npy, which costs it nothing to compress.
 Files are in the cache for both, and our time is that of the whole command, start of Python included. A real CT of the
-shared reference data, or else a noisy synthetic torso, cut at other places for each case.
+shared reference data, or else a phantom, cut at other places for each case.
 """
 
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,12 +20,11 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing
 
-from benchmarks.results import benchmark_parser, measure_and_show
+from benchmarks.results import Rows, benchmark_parser, command, run_command, table, words
 from benchmarks.volume_store import source_volume
 from datasets.ct.nifti import write_nifti
 from datasets.lists.data_list import Case, write_data_list
 from datasets.store.volumes import VolumeStore
-from engine.flags import REPOSITORY, git_commit, run_main
 
 SPACING_MM = (2.0, 1.5, 1.5)  # D, H, W: main_ddp.py's default
 MAX_MEAN_DIFFERENCE_HU = 2.0
@@ -73,12 +69,10 @@ def one_by_one(cases: Sequence[Case], folder: Path) -> None:
 def by_command(cases: Sequence[Case], folder: Path, num_workers: int) -> float:
     """Seconds of the project's command, from its start to its end."""
     write_data_list(folder / "list.json", folder, cases)
-    words = [sys.executable, "scripts/prepare_volumes.py", "--data_dir", folder, "--json_list", folder / "list.json"]
-    words += ["--store_dir", folder / "store", "--num_workers", num_workers, "--spacing_mm", *SPACING_MM]
+    given = {"data_dir": folder, "json_list": folder / "list.json", "store_dir": folder / "store"}
+    given |= {"num_workers": num_workers, "spacing_mm": SPACING_MM}
     began = time.perf_counter()
-    done = subprocess.run([*map(str, words)], cwd=REPOSITORY, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"not stored: {done.stdout}{done.stderr}")
+    run_command("scripts.prepare_volumes", words(**given))
     return time.perf_counter() - began
 
 
@@ -106,7 +100,6 @@ def run(flags: jsonargparse.Namespace) -> dict:
         "num_cases": flags.num_cases,
         "num_workers": flags.num_workers,
         "source": source,
-        "commit": git_commit(),
     }
 
 
@@ -126,7 +119,7 @@ def mean_difference(store: VolumeStore, cases: Sequence[Case], folder: Path) -> 
     return max(differences)
 
 
-def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+def rows(found: dict) -> Rows:
     """What, ours, beside, ratio, wanted."""
     workers = f"{found['num_workers']} process{'es' * (found['num_workers'] > 1)}"
     ours = f"{found['store_wall_s']:.2f} s a case, {workers}"
@@ -134,9 +127,4 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
     return [("building the store", ours, plain, f"{found['speedup']:.1f}x faster", ">= 2x on 2 cores")]
 
 
-def main(argv: list[str] | None = None) -> None:
-    measure_and_show(sys.modules[__name__], argv)
-
-
-if __name__ == "__main__":
-    run_main(main)
+main = command(__name__, make_flags, run, lambda found: table(rows(found)))

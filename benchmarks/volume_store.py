@@ -1,15 +1,12 @@
 """Volume store: a random 96³ crop and the size on disk, beside what users would do instead.
 
-    python -m benchmarks.volume_store
     python -m benchmarks.volume_store --quick
     python -m benchmarks.volume_store --image some_ct.nii.gz --output results/benchmarks/volume_store.json
 
-Beside it: MONAI's LoadImage of the .nii.gz and a crop; a crop from a memory-mapped .npy. Without --image, a real CT of
-the shared reference data, or else a noisy synthetic torso, is tiled to 512x512x200. All runs in this process, one
-thread, file cache warm for everybody; medians. Takes about a minute.
+Beside it: MONAI's LoadImage of the .nii.gz and a crop; a crop from a memory-mapped .npy; the file cache is warm for
+everybody. Without --image, a real CT of the shared reference data, or else a phantom, is mirrored to 512x512x200.
 """
 
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,13 +15,12 @@ import jsonargparse
 import numpy as np
 import torch
 from monai.transforms import LoadImage
-from scipy import ndimage
 
-from benchmarks.results import benchmark_parser, measure_and_show, real_ct_dir, timed
+from benchmarks.corpus import fit, phantom_hu
+from benchmarks.results import Rows, benchmark_parser, command, real_ct_dir, table, timed
 from datasets.ct.nifti import read_ct, write_nifti
 from datasets.lists.data_list import Case
 from datasets.store.volumes import VolumeStore, build_store
-from engine.flags import git_commit, run_main
 
 SHAPE_VOX = (200, 512, 512)
 QUICK_SLICES = 100
@@ -48,24 +44,8 @@ def source_volume(image: str | None) -> tuple[np.ndarray, np.ndarray, str]:
     real = real_ct_dir() / "upper_abdomen_5mm_b.nii.gz"
     affine = np.eye(4)[[2, 1, 0, 3]] * [2.5, -0.8, -0.8, 1]
     if real.exists():
-        array = read_ct(real).array
-        # Mirrored copies along z: 200 slices that meet where they are alike.
-        array = np.concatenate([array, array[::-1]] * 2)[: SHAPE_VOX[0]]
-        return np.ascontiguousarray(array), affine, f"{real.name}, mirrored to {len(array)} slices"
-    return noisy_torso(), affine, "synthetic torso with noise of 12 HU"
-
-
-def noisy_torso() -> np.ndarray:
-    """A body of smooth tissue in air, with the correlated noise of a reconstruction, which decides the stored size."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[-1 : 1 : SHAPE_VOX[1] * 1j, -1 : 1 : SHAPE_VOX[2] * 1j]
-    body = (y / 0.55) ** 2 + (x / 0.8) ** 2 < 1
-    slices = []
-    for _ in range(SHAPE_VOX[0]):
-        noise = ndimage.gaussian_filter(rng.normal(size=SHAPE_VOX[1:]), 0.7)
-        tissue = 40 + 60 * np.sin(9 * x) * np.cos(7 * y) + 12 * noise / noise.std()
-        slices.append(np.where(body, tissue, -1024).astype(np.int16))
-    return np.stack(slices)
+        return fit(read_ct(real).array, SHAPE_VOX), affine, f"{real.name}, mirrored to {SHAPE_VOX[0]} slices"
+    return phantom_hu(SHAPE_VOX), affine, "phantom, mirrored"
 
 
 def measure(array: np.ndarray, affine: np.ndarray, flags: jsonargparse.Namespace, folder: Path) -> dict:
@@ -123,11 +103,10 @@ def run(flags: jsonargparse.Namespace) -> dict:
         "source": source,
         "shape": list(array.shape),
         "roi": flags.roi,
-        "commit": git_commit(),
     }
 
 
-def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
+def rows(found: dict) -> Rows:
     """What, ours, beside, ratio, wanted: a line for each comparison."""
     what, ours = f"random crop of {found['roi']}³", f"{found['crop_store_s'] * 1e3:.1f} ms"
     monai, npy = (f"{found[f'crop_{way}_s'] * 1e3:.1f} ms" for way in ("monai", "npy"))
@@ -139,9 +118,4 @@ def rows(found: dict) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    measure_and_show(sys.modules[__name__], argv)
-
-
-if __name__ == "__main__":
-    run_main(main)
+main = command(__name__, make_flags, run, lambda found: table(rows(found)))

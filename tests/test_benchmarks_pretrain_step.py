@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from benchmarks import all as all_benchmarks
 from benchmarks import pretrain_step, step_overheads
 from benchmarks.naive_step import take_views_apart
 from benchmarks.pretrain_step import Setting, ladder, memory_grid, setting_of
+from benchmarks.results import HEADER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = (64, 32, 32)
@@ -35,7 +35,7 @@ def test_a_setting_out_of_memory_is_told_and_the_next_one_runs(tmp_path, monkeyp
     assert math.isfinite(fits["step_ms"]) and fits["step_ms"] > 0
     assert fits["pairs_per_s"] == pytest.approx(1000 / fits["step_ms"])
     assert setting_of(found["settings"][1]["setting"]) == settings[1]
-    assert all(len(row) == len(all_benchmarks.HEADER) for row in pretrain_step.rows(found))
+    assert all(len(row) == len(HEADER) for row in pretrain_step.rows(found))
     assert "| 64x32x32 | 2 | large |" in tables.read_text() and "out of memory" in tables.read_text()
 
 
@@ -86,4 +86,4 @@ def test_every_part_of_the_overhead_is_timed():
     found = step_overheads.run(step_overheads.make_flags().parse_args(["--quick", "--device", "cpu"]))
     assert len(found["parts_wall_s"]) == 4 and all(seconds > 0 for seconds in found["parts_wall_s"].values())
     assert found["step_wall_s"] > max(found["parts_wall_s"].values())
-    assert [len(row) for row in step_overheads.rows(found)] == [len(all_benchmarks.HEADER)]
+    assert [len(row) for row in step_overheads.rows(found)] == [len(HEADER)]

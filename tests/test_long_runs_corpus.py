@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import corpus_scale
-from benchmarks.all import HEADER
+from benchmarks.results import HEADER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks import all as all_benchmarks
 from benchmarks import embedding_storage
+from benchmarks.results import HEADER
 from datasets.ct.nifti import CTReadError, write_nifti
 from datasets.store.format import StoreError
 from sam_embed.case_source import CaseSource
@@ -281,7 +281,7 @@ def test_the_worst_of_published_volumes_is_20_times_smaller(tmp_path):
     assert found["num_channels"] == 128 and found["body_share"] > 0.55
     assert found["published_bytes"] == 2 * 128 * (63 * 52 * 52 + 32 * 7 * 7)
     assert found["forms"]["default"]["times_smaller"] > 20 and found["forms"]["fp16"]["times_smaller"] < 1.01
-    assert all(len(row) == len(all_benchmarks.HEADER) for row in embedding_storage.rows(found))
+    assert all(len(row) == len(HEADER) for row in embedding_storage.rows(found))
 
 
 def test_the_benchmark_measures_errors_on_held_out_cases(tmp_path, capsys):
