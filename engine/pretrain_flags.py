@@ -115,7 +115,7 @@ class OptimiserOptions:
         checks.expect(self.lr > 0, "lr", "more than 0")
         checks.expect(0 <= self.sgd_momentum < 1, "sgd_momentum", "a momentum from 0 to below 1")
         checks.expect(self.warmup_epochs <= self.epochs, "warmup_epochs epochs", "a warm-up no longer than the run")
-        is_falling = self.lr_reference_batch > 0 or self.min_lr <= self.lr
+        is_falling = self.lr_reference_batch > 0 or self.min_lr <= self.lr or self.lr <= 0
         checks.expect(is_falling, "min_lr lr", "a rate that does not rise")
         checks.finish()
 
