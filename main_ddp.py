@@ -144,8 +144,9 @@ def backbone_maker(flags) -> MakeBackbone:
     """The flags' backbone, with the parts that a method asks for."""
     roi = flags.roi_z, flags.roi_y, flags.roi_x
 
-    def make_backbone(decoder_stride: int | None, with_masks: bool):
-        return BACKBONES[flags.backbone](flags.feature_size, roi, decoder_stride, flags.use_checkpoint, with_masks)
+    def make_backbone(decoder_stride: int | None, with_masks: bool, with_skips: bool = False):
+        kind, size = BACKBONES[flags.backbone], flags.feature_size
+        return kind(size, roi, decoder_stride, flags.use_checkpoint, with_masks, with_skips)
 
     return make_backbone
 

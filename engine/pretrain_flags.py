@@ -327,11 +327,12 @@ def table_problems(flags) -> list[str]:
         f"--embed_dir {flags.embed_dir} holds no correspondences.npy" if flags.embed_dir else "--embed_dir is not given"
     )
     folder = flags.embed_dir or "EMBED_DIR"
+    others = [name for name in METHODS[flags.method].pairings if not PAIRINGS[name].needs_table]
     return [
         f"{where}, which --pairing {flags.pairing} needs. Make it with `python scripts/generate_sam_embeddings.py "
         f"--checkpoint_file SAM.pth --data_dir {flags.data_dir} --json_list {flags.json_list} --embed_dir {folder}` "
         f"and then `python scripts/mine_pairs.py --embed_dir {folder} --json_list {flags.json_list}`; or choose "
-        "--pairing iou or random"
+        f"--pairing {' or '.join(others)}"
     ]
 
 

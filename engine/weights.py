@@ -16,7 +16,7 @@ from torch import nn
 
 from engine.checkpoint import CheckpointError, check_parts
 from models.methods.method import Method, average_towards
-from models.pretrained import LoadReport, load_pretrained
+from models.pretrained import LoadReport, load_pretrained, own_head_name
 from models.weights_file import WeightsError, read_weights_file
 
 BACKBONE_PREFIX = "backbone.network."
@@ -115,10 +115,10 @@ def start_from(method: Method, path: str | Path) -> LoadReport:
     """Load a file's weights into a method (`--checkpoint_file`), before its first step; a teacher starts as a copy.
 
     Encoder and decoder come by `models.pretrained`, whatever their spelling; what else our own files hold for the
-    student (heads, mask tokens, reconstruction layer) by name and shape.
+    student (heads, mask tokens, reconstruction layer) by name and shape, and so does the projector of VoCo's files.
 
     Returns:
-        What became of the keys of encoder and decoder.
+        What became of the keys of encoder and decoder, and which others were loaded.
 
     Raises:
         CheckpointError: unreadable, damaged, carrying code, or not for this encoder; the student is then untouched.
@@ -128,6 +128,7 @@ def start_from(method: Method, path: str | Path) -> LoadReport:
     try:
         check_parts(Path(path))
         file = read_weights_file(path)
+        file = replace(file, tensors={own_head_name(name): value for name, value in file.tensors.items()})
         beside = {
             name: value
             for name, value in file.tensors.items()
@@ -143,7 +144,7 @@ def start_from(method: Method, path: str | Path) -> LoadReport:
     student.load_state_dict(beside, strict=False)
     if isinstance(teacher := getattr(method, "teacher", None), nn.Module):
         average_towards(teacher, student, 0.0)
-    return report
+    return replace(report, beside=list(beside))
 
 
 def is_shared_with_segmenters(name: str) -> bool:

@@ -18,6 +18,7 @@ from models.weights_file import WeightsError, WeightsFile, read_weights_file
 PARTS = {"encoder": "encoder", "whole": "whole network"}
 # What training code puts around a network: DDP, torch.compile, Lightning, our students and teachers, others' wrappers.
 WRAPPERS = re.compile(r"^(?:module|_orig_mod|model|network|net|backbone|student|teacher|segmenter)\.")
+VOCO_HEAD = re.compile(r"^(?:module\.)*(?:student\.)?(?:proj_head\.)?(layer[123]\.0\.(?:weight|bias))$")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class LoadReport:
         missing: wanted by the network, not in the file; they keep their random values.
         misshapen: "name (file's shape) for (network's shape)"; they keep their random values.
         unexpected: of the file, not wanted.
+        beside: loaded into modules that are not the network (heads, mask tokens).
         description: what the file says about itself (preprocessing, backbone, ...).
     """
 
@@ -41,6 +43,7 @@ class LoadReport:
     misshapen: list[str]
     unexpected: list[str]
     description: dict = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
 
     def counts(self, prefixes: tuple[str, ...] = ("",)) -> tuple[int, int]:
         """(loaded, wanted) of the network's keys that start with one of `prefixes`."""
@@ -57,6 +60,8 @@ class LoadReport:
         """One line for people."""
         loaded, wanted = self.counts()
         text = f"{self.path}: {loaded} of {wanted} keys of the {PARTS[self.part]} loaded"
+        if self.beside:
+            text += f", and {len(self.beside)} beside it ({', '.join(self.beside[:2])}, ...)"
         for name in ("adapted", "missing", "misshapen", "unexpected"):
             keys = getattr(self, name)
             if keys:
@@ -134,7 +139,9 @@ def best_spelling(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[st
         lambda name: published_names(unwrapped(name)),
         lambda name: "swinViT." + published_names(unwrapped(name)),  # MONAI's own pretraining keeps the bare encoder
     ]
-    candidates = [{spell(name): tensor for name, tensor in tensors.items()} for spell in spellings]
+    # Some files hold two networks. The student's tensors come last, so that they replace the teacher's of one name.
+    ordered = sorted(tensors, key=lambda name: "teacher." not in name)
+    candidates = [{spell(name): tensors[name] for name in ordered} for spell in spellings]
     return max(candidates, key=lambda candidate: sum(name in own for name in candidate))
 
 
@@ -148,6 +155,11 @@ def unwrapped(name: str) -> str:
 def published_names(name: str) -> str:
     """The names of MONAI's SwinUNETR for those that older published weights use."""
     return name.replace("swin_vit.", "swinViT.").replace("mlp.fc1.", "mlp.linear1.").replace("mlp.fc2.", "mlp.linear2.")
+
+
+def own_head_name(name: str) -> str:
+    """Our name for the student's projector in VoCo's files (either version); any other name as it is."""
+    return VOCO_HEAD.sub(r"head.\1", name)
 
 
 def fit_input_channels(given: Tensor, own: Tensor) -> Tensor | None:

@@ -56,10 +56,11 @@ class SegmenterKind:
         BACKBONES[self.name](feature_size, tuple(roi), 1, False)
 
 
-# The convolutions on SwinUNETR's skip connections lie as deep as the map that they read.
+# The convolutions on SwinUNETR's skip connections lie as deep as the map that they read; the "c" are version 2's.
 SWIN_UNETR_DEPTHS = {
     **{"swinViT.patch_embed.": 0, "encoder1.": 0, "encoder10.": 5},
     **{f"swinViT.layers{depth}.": depth for depth in range(1, 5)},
+    **{f"swinViT.layers{depth}c.": depth for depth in range(1, 5)},
     **{f"encoder{depth + 1}.": depth for depth in range(1, 4)},
 }
 STAGED_DEPTHS = {"embed.": 0, "encoder.2.": 1, "encoder.4.": 2, "encoder.8.": 3, "encoder.16.": 4}
@@ -67,13 +68,16 @@ STAGED_DEPTHS = {"embed.": 0, "encoder.2.": 1, "encoder.4.": 2, "encoder.8.": 3,
 SEGMENTERS = {
     "nnformer": SegmenterKind("nnformer", NNFormer, STAGED_DEPTHS),
     "swin_unetr": SegmenterKind("swin_unetr", SwinUNETR, SWIN_UNETR_DEPTHS),
+    "swin_unetr_v2": SegmenterKind("swin_unetr_v2", SwinUNETR, SWIN_UNETR_DEPTHS),
     "unet": SegmenterKind("unet", UNet, STAGED_DEPTHS),
 }
 
 
 def kind_of(network: nn.Module) -> SegmenterKind | None:
-    """The registry's entry for a network, by its class; None for networks that are not in it."""
-    return next((kind for kind in SEGMENTERS.values() if isinstance(network, kind.network_class)), None)
+    """The registry's entry for a network; None for networks that are not in it. SwinUNETR says its version itself."""
+    version = getattr(getattr(network, "swinViT", None), "use_v2", False)
+    fitting = [kind for kind in SEGMENTERS.values() if isinstance(network, kind.network_class)]
+    return next((kind for kind in fitting if getattr(BACKBONES[kind.name], "use_v2", False) == version), None)
 
 
 def layer_groups(

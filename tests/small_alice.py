@@ -67,6 +67,13 @@ class TinyBackbone(nn.Module):
         decoded = torch.tanh(self.network["decoder"](features[32])) + features[8]
         return (self.network["out"](decoded) if "out" in self.network else None), {8: decoded}
 
+    @property
+    def skip_channels(self) -> dict[int, int]:
+        return self.channels
+
+    def skips(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
+        return features
+
     def encoder_twin(self) -> "TinyBackbone":
         twin = copy.deepcopy(self)
         for name in ("decoder", "out"):

@@ -26,7 +26,7 @@ centring centre_momentum optimizer sgd_momentum clip_each steps_per_epoch accumu
 min_lr warmup_epochs weight_decay weight_decay_end clip_grad freeze_last_layer device precision use_checkpoint compile
 channels_last cudnn_benchmark profile_steps
 nan_policy sync_batchnorm dist_timeout_min resume keep_freq log_freq picture_freq val_freq num_val_pairs
-probe_freq probe_json_list probe_voxels probe_cases config print_config
+probe_freq probe_json_list probe_voxels probe_cases config print_config grid_bases grid_crops
 help
 """
 

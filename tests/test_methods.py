@@ -33,10 +33,12 @@ CPU = torch.device("cpu")
 # Sizes that a method may have, small enough for tests; those that it lacks are left out.
 SMALL_SIZES = {
     **{"head_hidden_dim": 32, "head_bottleneck_dim": 8, "out_dim": 16},
-    **{"projector_hidden_dim": 32, "projector_dim": 16, "predictor_dim": 8},
+    **{"projector_hidden_dim": 32, "projector_dim": 16, "predictor_dim": 8, "voco_dim": 16},
 }
 # What a method needs beside; for example a queue that the batch divides.
 SMALL_OPTIONS: dict[str, dict] = {}
+# The form of a method in which ranks equal one process: VoCo's version 2 pairs the volumes of one rank.
+EQUAL_RANKS = {"voco": ["--voco_variant=v1"]}
 NUM_SAMPLES = 4
 
 
@@ -69,7 +71,7 @@ def build_smooth(argv: list[str]) -> Method:
     torch.manual_seed(0)
     return kind(
         options_of(flags, kind.Options),
-        lambda decoder_stride, with_masks: TinyBackbone(12, roi, decoder_stride, False, with_masks),
+        lambda decoder_stride, with_masks, with_skips=False: TinyBackbone(12, roi, decoder_stride, False, with_masks),
     )
 
 
@@ -104,9 +106,12 @@ def gradients(method: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_close(ours: dict, expected: dict, tolerance: float = 1e-3) -> None:
-    """Every tensor within `tolerance` of its largest value; a thousandth of the largest of all counts as rounding."""
+    """Every tensor within `tolerance` of its largest value, or of a fiftieth of the largest of all.
+
+    Biases in front of a batch norm have gradients of rounding alone.
+    """
     assert ours.keys() == expected.keys()
-    floor = 1e-3 * max(tensor.abs().max().item() for tensor in expected.values())
+    floor = 0.02 * max(tensor.abs().max().item() for tensor in expected.values())
     for name, tensor in expected.items():
         error, largest = (ours[name] - tensor).abs().max().item(), tensor.abs().max().item()
         assert error <= tolerance * max(largest, floor), f"{name}: {error} against {largest}"
@@ -160,7 +165,8 @@ def run_rank(rank: int, folder: str, argv: list[str]) -> None:
         synchronise_batch_norms(method)
     batch = torch.load(f"{folder}/batch.pt", weights_only=True)
     share = {name: value.chunk(2)[rank] for name, value in batch.items()}
-    total, _ = distributed.wrap(method, World())(share, moment(method))
+    wrapped = distributed.wrap(method, World())  # kept until after the backward pass: DDP's hooks die with it
+    total, _ = wrapped(share, moment(method))
     total.backward()
     method.after_step(moment(method), was_skipped=False)
     beside = {name: value for name, value in method.state_dict().items() if not name.startswith("student.")}
@@ -187,6 +193,7 @@ def assert_same_step(ours: dict, expected: dict) -> None:
 
 
 def test_two_ranks_equal_one_process_on_the_joined_batch(argv, tmp_path):
+    argv = argv + EQUAL_RANKS.get(main_ddp.chosen_method(argv), [])
     batch, method = batch_of(dataset_of(argv)), build_smooth(argv)
     if method.sees_batch:
         pytest.importorskip("models.layers.batch_norm")
@@ -278,7 +285,7 @@ def test_extracted_weights_fill_monais_network(argv, corpus, tmp_path):
     name = main_ddp.chosen_method(argv)
     size = {"backbone": "swin_unetr", "feature_size": 12, "roi_z": 64, "roi_y": 32, "roi_x": 32}
     method = build(small(name, corpus, tmp_path / "run", **size))
-    part = "teacher" if "teacher" in dict(method.named_children()) else "student"
+    part = "teacher" if hasattr(getattr(method, "teacher", None), "backbone") else "student"
     trained = getattr(method, part).backbone
     described = {"kind": name, "commit": "abc", "versions": {}, "preprocessing": {}, "flags": {}}
     described["backbone"] = {"name": "swin_unetr", "feature_size": 12, "in_channels": 1}

@@ -84,7 +84,7 @@ class CropDataset(Dataset):
             one entry for each name in `views`: augmented crops like "crop", or bool masks [V, d, h, w] on the block
             grid (roi / mask_block), True = masked = in the loss;
             "case": int64 [V] index into `store.names`; "centre_mm": float32 [V, 3], crop centres in world mm;
-            "score": float32; "is_fallback": bool.
+            "score": float32; "is_fallback": bool; the rule's further facts ("overlap" of the grids).
 
         Raises:
             BrokenVolumeError: `MAX_ATTEMPTS` samples in a row met unreadable volumes.
@@ -159,6 +159,7 @@ class CropDataset(Dataset):
             "centre_mm": torch.from_numpy(places.points_mm.astype(np.float32)),
             "score": torch.tensor(places.score, dtype=torch.float32),
             "is_fallback": torch.tensor(places.is_fallback),
+            **{name: torch.from_numpy(value) for name, value in places.facts.items()},
         }
         # Seeds go to masks view by view, then to pictures crop by crop; other orders would change every recorded run.
         for name in [name for name, kind in self.views.items() if kind == "blocks"]:

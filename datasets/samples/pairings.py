@@ -2,7 +2,9 @@
 
 - `sam` (Alice, ICCV 2023, figure 2): the same anatomy in two patients, from the correspondence table;
 - `iou`: two crops of one volume whose intersection over union lies in a range, the positives of the IoU-based peers;
-- `random`: random crops of two different volumes, the control that any pairing must beat.
+- `random`: random crops of two different volumes, the control that any pairing must beat;
+- `grid` (VoCo, CVPR 2024): base crops that tile a region of one volume, and random crops inside that region;
+- `grid_sam`: such a region in two patients at the same anatomy, from the correspondence table.
 
 All rules of two places draw the first crop in the same way, anywhere in the box of the body: they differ in the second
 alone. (Crops centred at matched points, as published, overhang the body, and networks learn less from them.)
@@ -14,12 +16,22 @@ function of the generator alone. A rule that cannot keep its promise falls back 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
 from datasets.ct.geometry import world_to_index
 from datasets.samples.correspondences import CorrespondenceTable, Selection
-from datasets.samples.crops import body_start_range, centre_mm, crop_iou, draw_centre, draw_starts, shared_shift_mm
+from datasets.samples.crops import (
+    body_start_range,
+    centre_mm,
+    crop_iou,
+    draw_centre,
+    draw_starts,
+    shared_shift_mm,
+    start_at,
+)
+from datasets.samples.grid import base_starts, draw_inner_starts, overlap_shares, region_size
 
 FIRST_DRAWS = 4  # 4 first crops with 30 second crops each: the 120 draws of the published rule
 SECOND_DRAWS = 30
@@ -36,14 +48,16 @@ class Places:
     Attributes:
         names: the case of each crop.
         points_mm: float64 [V, 3], crop centres in world mm.
-        score: similarity of the match (`sam`), the crops' IoU (pairs within one volume), or 0 (`random`).
+        score: similarity of the match (`sam`, `grid_sam`), the crops' IoU (pairs within one volume), or 0.
         is_fallback: the rule could not be kept, and a lesser sample stands in.
+        facts: more of what the rule knows about the sample, by the name that it gets in a batch.
     """
 
     names: tuple[str, ...]
     points_mm: np.ndarray
     score: float = 0.0
     is_fallback: bool = False
+    facts: dict[str, np.ndarray] = field(default_factory=dict)
 
     def reversed(self) -> "Places":
         """The same crops in the opposite order."""
@@ -62,6 +76,8 @@ class PairingOptions:
             0 = centred at the points, as published
         max_outside: share of a crop's side by which the two crops of a match may overhang the bodies' boxes where one
             vector can bring both inside, in [0, 1]; 1 = they stay where they are
+        grid_bases: base crops of a grid: along W (left), along H (posterior)
+        grid_crops: random crops inside the region of a grid
     """
 
     # These two make 95 % of the mined pairs of held-out phantoms right within 15 mm (scripts/evaluate_matching.py).
@@ -70,6 +86,8 @@ class PairingOptions:
     iou_range: tuple[float, float] = (0.3, 0.6)
     jitter_mm: float = 30.0
     max_outside: float = field(default=0.0, metadata={"flag": False})
+    grid_bases: tuple[int, int] = (3, 3)
+    grid_crops: int = 2
 
     def __post_init__(self) -> None:
         low, high = self.iou_range
@@ -80,6 +98,10 @@ class PairingOptions:
                 f"expected --jitter_mm >= 0, --max_cycle_mm >= 0 and max_outside in [0, 1], got {self.jitter_mm}, "
                 f"{self.max_cycle_mm} and {self.max_outside}"
             )
+        if min(self.grid_bases) < 1 or max(self.grid_bases) < 2:
+            raise ValueError(f"--grid_bases is {self.grid_bases[0]} {self.grid_bases[1]}, expected two or more bases")
+        if self.grid_crops < 1:
+            raise ValueError(f"--grid_crops {self.grid_crops}: expected 1 or more")
 
 
 class Pairing:
@@ -88,10 +110,12 @@ class Pairing:
     Attributes:
         needs_table: whether it reads a correspondence table.
         num_crops: V, the crops of one sample.
+        is_ordered: the order of the crops says what they are; otherwise chance decides which one comes first.
     """
 
     needs_table = False
     num_crops = 2
+    is_ordered = False
 
     def __init__(
         self,
@@ -107,9 +131,9 @@ class Pairing:
         self.table = table
 
     def draw(self, rng: np.random.Generator, case: int) -> Places:
-        """The places of one sample of `names[case]`; the order of its crops is a matter of chance."""
+        """The places of one sample of `names[case]`, in an order of chance where the rule gives none."""
         places = self.draw_places(rng, case)
-        return places.reversed() if rng.random() < 0.5 else places
+        return places.reversed() if not self.is_ordered and rng.random() < 0.5 else places
 
     def draw_places(self, rng: np.random.Generator, case: int) -> Places:
         """The places of one sample, those of `names[case]` first."""
@@ -205,17 +229,22 @@ class SamPairing(Pairing):
 
     def draw_places(self, rng: np.random.Generator, case: int) -> Places:
         """A matched pair whose first crop is of `names[case]`."""
+        match = self._draw_match(rng, case, self.roi)
+        return match or replace(self.fallback.draw_places(rng, case), is_fallback=True)
+
+    def _draw_match(self, rng: np.random.Generator, case: int, size: tuple[int, int, int]) -> Places | None:
+        """The centres of matched boxes of `size` voxels, the first in `names[case]`; None for a case without a row."""
         table_case = self.table_case[case]
         candidates = self.selection.of_case(table_case) if table_case >= 0 else ()
         if len(candidates) == 0:
-            return replace(self.fallback.draw_places(rng, case), is_fallback=True)
+            return None
         query = self.store.record(self.names[case])
-        centre = draw_centre(rng, query, self.roi)
+        centre = draw_centre(rng, query, size)
         row = self._nearest_row(rng, candidates, centre)
         key = self.store.record(self.table.case_names[row["key_case"]])
         offset = np.clip(centre - row["query_mm"], -self.options.jitter_mm, self.options.jitter_mm)
         query_mm, key_mm = row["query_mm"] + offset, row["key_mm"] + offset
-        shift = shared_shift_mm(query, query_mm, key, key_mm, self.roi, self.options.max_outside)
+        shift = shared_shift_mm(query, query_mm, key, key_mm, size, self.options.max_outside)
         return Places((query.name, key.name), np.stack([query_mm + shift, key_mm + shift]), float(row["score"]))
 
     def _nearest_row(self, rng: np.random.Generator, candidates: np.ndarray, centre_mm: np.ndarray) -> np.void:
@@ -278,4 +307,94 @@ class SamPairing(Pairing):
             )
 
 
-PAIRINGS: dict[str, type[Pairing]] = {"sam": SamPairing, "iou": IouPairing, "random": RandomPairing}
+class GridPairing(Pairing):
+    """Base crops that tile a region of one volume, then random crops inside that region.
+
+    The region lies anywhere in the body's box. Where the body is smaller, the region contains it and crops hold air. A
+    sample is N base crops and R random ones; the fact "overlap" [R, N] is the share of each random crop on each base.
+    """
+
+    is_ordered = True
+
+    @property
+    def num_crops(self) -> int:
+        """Base crops and random ones."""
+        return self.options.grid_bases[0] * self.options.grid_bases[1] + self.options.grid_crops
+
+    def draw_places(self, rng: np.random.Generator, case: int) -> Places:
+        """A region of `names[case]`."""
+        record = self.store.record(self.names[case])
+        region = region_size(self.options.grid_bases, self.roi)
+        start = draw_starts(rng, *body_start_range(record, region, 0.0), 1)[0]
+        return self.places_at(record, start + self.draw_layout(rng))
+
+    def draw_layout(self, rng: np.random.Generator) -> np.ndarray:
+        """Starts of base crops and random crops, voxels from the region's first one, int64 [N + R, 3]."""
+        bases, roi = self.options.grid_bases, self.roi
+        return np.concatenate([base_starts(bases, roi), draw_inner_starts(rng, bases, roi, self.options.grid_crops)])
+
+    def places_at(self, record, starts: np.ndarray) -> Places:
+        """Crops of one volume that begin at these voxels [N + R, 3], base crops first."""
+        num_bases = len(starts) - self.options.grid_crops
+        overlap = overlap_shares(starts[num_bases:], starts[:num_bases], self.roi)
+        points = centre_mm(record, starts, self.roi)
+        return Places((record.name,) * len(starts), points, facts={"overlap": overlap})
+
+    def draw_alone(self, rng: np.random.Generator, case: int) -> Places:
+        """As always: a sample is of one volume."""
+        return self.draw_places(rng, case)
+
+
+class GridSamPairing(SamPairing):
+    """The crops of `grid` in a volume, then the same ones around the matched place of another patient.
+
+    Each crop lies as many mm from the centre of its region as its counterpart in the other volume. Their labels are
+    counted in each volume, since voxels may differ in size: the fact "overlap" is [2, R, N]. A case without a row gives
+    two regions of its own, each drawn by itself, counted as a fallback.
+    """
+
+    is_ordered = True
+
+    @cached_property
+    def grid(self) -> GridPairing:
+        """The rule for one volume."""
+        return GridPairing(self.store, self.names, self.roi, self.options)
+
+    @property
+    def num_crops(self) -> int:
+        """Those of two regions."""
+        return 2 * self.grid.num_crops
+
+    def draw_places(self, rng: np.random.Generator, case: int) -> Places:
+        """Two regions, the first of `names[case]`."""
+        region = region_size(self.options.grid_bases, self.roi)
+        match = self._draw_match(rng, case, region)
+        if match is None:
+            return self.draw_alone(rng, case)
+        query, key = (self.store.record(name) for name in match.names)
+        starts = [start_at(record, point, region) for record, point in zip((query, key), match.points_mm)]
+        first = self.grid.places_at(query, starts[0] + self.grid.draw_layout(rng))
+        shift_mm = centre_mm(key, starts[1], region) - centre_mm(query, starts[0], region)
+        moved = np.stack([start_at(key, point, self.roi) for point in first.points_mm + shift_mm])
+        return both_regions(first, self.grid.places_at(key, moved), match.score)
+
+    def draw_alone(self, rng: np.random.Generator, case: int) -> Places:
+        """Two regions of `names[case]`."""
+        first, second = (self.grid.draw_places(rng, case) for _ in range(2))
+        return both_regions(first, second, is_fallback=True)
+
+
+def both_regions(first: Places, second: Places, score: float = 0.0, is_fallback: bool = False) -> Places:
+    """The crops of two regions as one sample; their facts [...] become [2, ...]."""
+    facts = {name: np.stack([value, second.facts[name]]) for name, value in first.facts.items()}
+    points = np.concatenate([first.points_mm, second.points_mm])
+    return Places(first.names + second.names, points, score, is_fallback, facts)
+
+
+PAIRINGS: dict[str, type[Pairing]] = {
+    "sam": SamPairing,
+    "iou": IouPairing,
+    "random": RandomPairing,
+    "grid": GridPairing,
+    "grid_sam": GridSamPairing,
+}

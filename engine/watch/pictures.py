@@ -78,7 +78,8 @@ def look(method: Method, batch: dict, precision: str = "fp32") -> tuple[Tensor, 
     """An encoder map of the un-augmented crops [B * V, C, d, h, w], and the method's `look`; float32 on the CPU."""
     device = next(method.parameters()).device
     batch = on_device(batch, device)
-    network = getattr(method, "teacher", None) or method.student
+    teacher = getattr(method, "teacher", None)
+    network = teacher if hasattr(teacher, "backbone") else method.student
     with evaluating(method), autocast(precision, device):
         maps = network.backbone.encode(rows_of(batch["crop"]))
         looks = method.look(batch)

@@ -247,7 +247,7 @@ def watch_probe(method: nn.Module, voxels, options: ProbeOptions, world: World) 
     """The numbers that pretraining is watched with; leaves no trace in modules or random states.
 
     Args:
-        method: not wrapped by DDP; its student has a `backbone` that encodes, and its teacher where it has one.
+        method: not wrapped by DDP; its student has a `backbone` that encodes, and its teacher may have one.
         voxels: see `probe_encoder`; rank 0 alone needs them.
 
     Returns:
@@ -259,7 +259,7 @@ def watch_probe(method: nn.Module, voxels, options: ProbeOptions, world: World) 
     if world.is_main:
         with evaluating(method):
             for ending, network in networks.items():
-                if network is None:
+                if not hasattr(network, "backbone"):
                     continue
                 found = probe_encoder(network.backbone.encode, voxels, options, world.device)
                 values |= {f"probe_{name}_balanced{ending}": one["balanced_accuracy"] for name, one in found.items()}

@@ -3,10 +3,15 @@
 from torch import nn
 
 from models.backbones.nnformer import NNFormerBackbone
-from models.backbones.swin_unetr import SwinUNETRBackbone
+from models.backbones.swin_unetr import SwinUNETRBackbone, SwinUNETRV2Backbone
 from models.backbones.unet import UNetBackbone
 
-BACKBONES = {"nnformer": NNFormerBackbone, "swin_unetr": SwinUNETRBackbone, "unet": UNetBackbone}
+BACKBONES = {
+    "nnformer": NNFormerBackbone,
+    "swin_unetr": SwinUNETRBackbone,
+    "swin_unetr_v2": SwinUNETRV2Backbone,
+    "unet": UNetBackbone,
+}
 
 
 def segmentation_network(

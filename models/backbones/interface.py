@@ -26,23 +26,36 @@ class Backbone(Protocol):
     network: nn.Module
     channels: dict[int, int]  # stride -> channels of the encoder map; the largest stride is the deepest stage
     decoder_channels: dict[int, int]  # stride -> channels of the decoder map, for the strides that were built
+    skip_channels: dict[int, int]  # stride -> channels of the maps that `skips` gives
     encoder_key_prefixes: tuple[str, ...]  # of `network`'s state dict
     decoder_key_prefixes: tuple[str, ...]
     roi_multiple: int
 
     def __init__(
-        self, feature_size: int, roi: Size3, decoder_stride: int | None, use_checkpoint: bool, with_masks: bool = True
+        self,
+        feature_size: int,
+        roi: Size3,
+        decoder_stride: int | None,
+        use_checkpoint: bool,
+        with_masks: bool = True,
+        with_skips: bool = False,
     ) -> None:
         """Build for crops of `roi` (D, H, W) voxels.
 
         `decoder_stride` is the finest decoder map that will be needed: None builds no decoder, 1 builds all of it with
-        the reconstruction output. `with_masks` adds the tokens that `encode` puts where a mask hides voxels."""
+        the reconstruction output. `with_masks` adds the tokens that `encode` puts where a mask hides voxels.
+        `with_skips` builds what `skips` needs, whatever the decoder needs."""
 
     def encode(self, volumes: Tensor, masked: Tensor | None = None) -> dict[int, Tensor]:
         """Map volumes [B, 1, D, H, W] in [0, 1] and block masks (True = masked = hidden) to {stride: feature map}."""
 
     def decode(self, features: dict[int, Tensor]) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Map `encode`'s answer to (reconstruction [B, 1, D, H, W] or None, {stride: decoder map})."""
+
+    def skips(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Map `encode`'s answer to the maps that describe a whole crop when pooled: {stride: map}; takes `with_skips`.
+
+        They are what skip connections hand to the decoder: the encoder's maps, or what skip blocks make of them."""
 
     def encoder_twin(self) -> "Backbone":
         """An independent copy that holds the encoder's weights only."""
@@ -55,7 +68,7 @@ class Backbone(Protocol):
 class MakeBackbone(Protocol):
     """How a method gets its backbone; everything else about it is the user's choice."""
 
-    def __call__(self, decoder_stride: int | None, with_masks: bool) -> Backbone:
+    def __call__(self, decoder_stride: int | None, with_masks: bool, with_skips: bool = False) -> Backbone:
         """Arguments as of `Backbone`."""
 
 

@@ -112,6 +112,7 @@ class StagedBackbone(nn.Module):
         decoder_stride: int | None = 1,
         use_checkpoint: bool = False,
         with_masks: bool = True,
+        with_skips: bool = False,
     ) -> None:
         """Build the network for crops of `roi` (D, H, W) voxels.
 
@@ -120,6 +121,7 @@ class StagedBackbone(nn.Module):
             decoder_stride: finest decoder map that is needed, or None for no decoder; 1 adds the output.
             use_checkpoint: recompute activations in the backward pass instead of keeping them.
             with_masks: whether `encode` will be given masks.
+            with_skips: whether `skips` will be asked; nothing more is built for it.
 
         Raises:
             ValueError: a size that the network cannot take.
@@ -144,6 +146,11 @@ class StagedBackbone(nn.Module):
     def decoder_channels(self) -> dict[int, int]:
         """Stride -> channels of the decoder maps that were built."""
         return {int(stride): self.channels[int(stride)] for stride in self.network.decoder}
+
+    @property
+    def skip_channels(self) -> dict[int, int]:
+        """Stride -> channels of the maps that `skips` gives."""
+        return self.channels
 
     def _check_sizes(self, feature_size: int, roi: Size3, decoder_stride: int | None) -> None:
         if feature_size < 1 or feature_size % self.feature_multiple:
@@ -187,6 +194,10 @@ class StagedBackbone(nn.Module):
     def decode(self, features: dict[int, Tensor]) -> tuple[Tensor | None, dict[int, Tensor]]:
         """The decoder, as far as it was built: (reconstruction [B, 1, D, H, W] or None, {stride: decoder map})."""
         return self.network.decode(features)
+
+    def skips(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The maps to pool: the encoder's own."""
+        return features
 
     def encoder_twin(self) -> "StagedBackbone":
         """An independent copy without decoder and mask tokens: the EMA teacher."""

@@ -15,6 +15,12 @@ weight fits MONAI's `SwinUNETR`. Maps for a crop of side n and feature size F:
 Masking. A hierarchical window transformer cannot drop tokens, so every masked patch embedding (2 voxels a side) is
 replaced by one learnt token right after patch embedding, as SimMIM does. encoder1 reads raw voxels for the finest skip
 connection: it sees one learnt intensity wherever a voxel is masked, so no masked intensity reaches any output.
+
+`swin_unetr_v2` is MONAI's `use_v2=True`: a residual convolution block before each stage of windows (He et al.,
+"SwinUNETR-V2", MICCAI 2023). VoCo's published weights are of this network.
+
+Pooling. Without a decoder the blocks encoder1 to encoder4 and encoder10 can be had too (`with_skips`); their outputs at
+strides 1, 2, 4, 8 and 32 are the maps that VoCo pools: F, F, 2F, 4F and 16F channels. Stride 16 has no block.
 """
 
 import copy
@@ -38,6 +44,8 @@ DECODER_LEVELS = {
     2: ("decoder2", "encoder2"),
     1: ("decoder1", "encoder1"),
 }
+# Stride of a map that is pooled -> the encoder block that makes it.
+SKIP_BLOCKS = {1: "encoder1", 2: "encoder2", 4: "encoder3", 8: "encoder4", 32: "encoder10"}
 
 
 class SwinUNETRBackbone(nn.Module):
@@ -46,6 +54,7 @@ class SwinUNETRBackbone(nn.Module):
     encoder_key_prefixes = ("swinViT.", "encoder1.", "encoder2.", "encoder3.", "encoder4.", "encoder10.")
     decoder_key_prefixes = ("decoder5.", "decoder4.", "decoder3.", "decoder2.", "decoder1.")
     roi_multiple = STAGE_STRIDES[-1]
+    use_v2 = False
 
     def __init__(
         self,
@@ -54,6 +63,7 @@ class SwinUNETRBackbone(nn.Module):
         decoder_stride: int | None = 1,
         use_checkpoint: bool = False,
         with_masks: bool = True,
+        with_skips: bool = False,
     ) -> None:
         """Build the network for crops of `roi` (D, H, W) voxels.
 
@@ -63,30 +73,33 @@ class SwinUNETRBackbone(nn.Module):
                 output.
             use_checkpoint: recompute activations in the backward pass instead of keeping them.
             with_masks: whether `encode` will be given masks.
+            with_skips: build all encoder blocks, which `skips` needs.
 
         Raises:
             ValueError: a size that the network cannot take.
         """
         super().__init__()
-        check_sizes(feature_size, roi, decoder_stride)
+        check_sizes(feature_size, roi, decoder_stride, with_skips)
         self.decoder_stride = decoder_stride
+        self.with_skips = with_skips
         self.use_checkpoint = use_checkpoint
         self.channels = {stride: feature_size * stride // 2 for stride in STAGE_STRIDES}
         self.network = self.make_network(1, 1, feature_size, use_checkpoint)
         if with_masks:
             self.mask_token = truncated_normal(1, feature_size, 1, 1, 1)
-            if decoder_stride == 1:
+            if self._reads_voxels:
                 self.mask_voxel = nn.Parameter(torch.zeros(1))
         self._drop_unused_modules()
 
-    @staticmethod
-    def make_network(in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool) -> SwinUNETR:
+    @classmethod
+    def make_network(cls, in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool) -> SwinUNETR:
         """MONAI's network, with window attention that is fast, and norms and convolutions that are right on CPU."""
         network = SwinUNETR(
             in_channels=in_channels,
             out_channels=out_channels,
             feature_size=feature_size,
             use_checkpoint=use_checkpoint,
+            use_v2=cls.use_v2,
         )
         use_fast_window_attention(network)
         use_steady_instance_norm(network)
@@ -98,13 +111,23 @@ class SwinUNETRBackbone(nn.Module):
         """Stride -> channels of the decoder maps that were built."""
         return {s: self.channels[max(s, 2)] for s in DECODER_LEVELS if self.decoder_stride and s >= self.decoder_stride}
 
+    @property
+    def skip_channels(self) -> dict[int, int]:
+        """Stride -> channels of the maps that `skips` gives."""
+        return {stride: self.channels[max(stride, 2)] for stride in SKIP_BLOCKS}
+
+    @property
+    def _reads_voxels(self) -> bool:
+        """Whether there is a block encoder1."""
+        return self.decoder_stride == 1 or self.with_skips
+
     def _drop_unused_modules(self) -> None:
         """Delete what gets no gradient: DDP then runs without searching for unused parameters."""
-        unused = [
-            name for s, names in DECODER_LEVELS.items() if s not in self.decoder_channels for name in names if name
-        ]
-        if self.decoder_stride is None:
-            unused.append("encoder10")
+        dropped = [names for stride, names in DECODER_LEVELS.items() if stride not in self.decoder_channels]
+        unused = [decoder for decoder, _ in dropped]
+        if not self.with_skips:
+            unused += [encoder for _, encoder in dropped if encoder]
+            unused += ["encoder10"] if self.decoder_stride is None else []
         if self.decoder_stride != 1:
             unused.append("out")
         for name in unused:
@@ -118,7 +141,7 @@ class SwinUNETRBackbone(nn.Module):
             masked: bool [B, d, h, w] block mask, True = hidden; blocks at least 2 voxels a side. None hides nothing.
 
         Returns:
-            {stride: [B, C_stride, D/stride, H/stride, W/stride]} for strides 2 to 32, and 1 for a full decoder.
+            {stride: [B, C_stride, D/stride, H/stride, W/stride]} for strides 2 to 32, and 1 where encoder1 is built.
         """
         vit = self.network.swinViT
         tokens = vit.pos_drop(vit.patch_embed(volumes))  # [B, F, D/2, H/2, W/2]
@@ -126,10 +149,13 @@ class SwinUNETRBackbone(nn.Module):
             token_mask = upsample_mask(masked, tuple(tokens.shape[2:]))
             tokens = torch.where(token_mask, self.mask_token.to(tokens.dtype), tokens)
         features = {2: vit.proj_out(tokens, self.network.normalize)}
-        for stride, layers in zip(STAGE_STRIDES[1:], (vit.layers1, vit.layers2, vit.layers3, vit.layers4)):
+        for number, stride in enumerate(STAGE_STRIDES[1:], start=1):
+            if self.use_v2:
+                tokens = self._run_block(getattr(vit, f"layers{number}c")[0], tokens.contiguous())
+            layers = getattr(vit, f"layers{number}")
             tokens = layers[0](tokens.contiguous())  # [B, F*stride/2, D/stride, H/stride, W/stride]
             features[stride] = vit.proj_out(tokens, self.network.normalize)
-        if self.decoder_stride == 1:
+        if self._reads_voxels:
             features[1] = self._visible_voxels(volumes, masked)
         return features
 
@@ -154,8 +180,14 @@ class SwinUNETRBackbone(nn.Module):
             current = decoded[stride] = self._run(decoder, current, skip)
         return (self.network.out(current) if self.decoder_stride == 1 else None), decoded
 
+    def skips(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The maps to pool: outputs of the encoder blocks at strides 1, 2, 4, 8 and 32 (needs `with_skips`)."""
+        return {stride: self._run(block, features[stride]) for stride, block in SKIP_BLOCKS.items()}
+
     def _run(self, name: str, *inputs: Tensor) -> Tensor:
-        block = getattr(self.network, name)
+        return self._run_block(getattr(self.network, name), *inputs)
+
+    def _run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -175,7 +207,13 @@ class SwinUNETRBackbone(nn.Module):
         return twin
 
 
-def check_sizes(feature_size: int, roi: Size3, decoder_stride: int | None) -> None:
+class SwinUNETRV2Backbone(SwinUNETRBackbone):
+    """SwinUNETR with a residual convolution block before each stage of windows."""
+
+    use_v2 = True
+
+
+def check_sizes(feature_size: int, roi: Size3, decoder_stride: int | None, with_skips: bool = False) -> None:
     """Raise ValueError, naming the flag, for sizes that SwinUNETR cannot take."""
     if feature_size < 12 or feature_size % 12:
         raise ValueError(f"--feature_size must be a positive multiple of 12 for swin_unetr, got {feature_size}")
@@ -187,9 +225,9 @@ def check_sizes(feature_size: int, roi: Size3, decoder_stride: int | None) -> No
         )
     if decoder_stride is not None and decoder_stride not in DECODER_LEVELS:
         raise ValueError(f"swin_unetr has decoder maps at strides {tuple(DECODER_LEVELS)}, not at {decoder_stride}")
-    if decoder_stride is not None and max(roi) == multiple:
+    if (decoder_stride is not None or with_skips) and max(roi) == multiple:
+        alone = "" if with_skips else ", or train cls alone (--lambda2 0 --lambda3 0)"
         raise ValueError(
-            f"a crop of {tuple(roi)} voxels leaves one token at stride {multiple}, and the decoder's "
-            "instance norm needs two: make one of --roi_x, --roi_y, --roi_z at least 64, or train cls alone "
-            "(--lambda2 0 --lambda3 0)"
+            f"a crop of {tuple(roi)} voxels leaves one token at stride {multiple}, and the instance norm after it "
+            f"needs two: make one of --roi_x, --roi_y, --roi_z at least 64{alone}"
         )

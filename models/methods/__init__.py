@@ -4,5 +4,6 @@ from models.methods.alice import Alice
 from models.methods.dino import DINO
 from models.methods.method import Method
 from models.methods.simsiam import SimSiam
+from models.methods.voco import VoCo
 
-METHODS: dict[str, type[Method]] = {"alice": Alice, "simsiam": SimSiam, "dino": DINO}
+METHODS: dict[str, type[Method]] = {"alice": Alice, "simsiam": SimSiam, "dino": DINO, "voco": VoCo}
