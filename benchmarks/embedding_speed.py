@@ -9,11 +9,9 @@ out of it, with the embeddings of each way; shown are the share that arrives in 
 to its vectors.
 """
 
-import json
 import math
 import tempfile
 import time
-from pathlib import Path
 
 import jsonargparse
 import numpy as np
@@ -26,14 +24,12 @@ from benchmarks.results import (
     Rows,
     benchmark_parser,
     command,
+    measure_apart,
     reset_peak_resident,
     resident_bytes,
-    run_command,
     table,
-    words,
 )
 from engine.device import keep_freed_memory
-from engine.flags import flags_as_dict
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.embed import embed_tensor, for_inference, output_affine
 from sam_embed.embeddings.embedding_store import Embedding
@@ -158,14 +154,13 @@ def run(flags) -> dict:
         return {"ways": {flags.only: run_one(flags)}}
     found, kept = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        given = flags_as_dict(flags) | {"kept": f"{folder}/kept.pt", "output": f"{folder}/found.json", "markdown": None}
+        file = f"{folder}/kept.pt"
         for way in WAYS:
             try:
-                run_command("benchmarks.embedding_speed", words(**given | {"only": way}))
+                found |= measure_apart("benchmarks.embedding_speed", flags, only=way, kept=file)["ways"]
             except RuntimeError as error:
                 raise RuntimeError(f"{way}: {error}") from None
-            found |= json.loads(Path(given["output"]).read_text())["ways"]
-            kept[way] = torch.load(given["kept"])
+            kept[way] = torch.load(file)
             print(f"{way}: {found[way]['seconds']:.1f} s", flush=True)
     shape = QUICK_TORSO if flags.quick else TORSO
     for way, figures in compare(kept, make_network(flags), shape).items():

@@ -20,11 +20,9 @@ import gc
 import itertools
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import jsonargparse
@@ -37,11 +35,10 @@ from benchmarks.results import (
     Rows,
     benchmark_parser,
     command,
+    measure_apart,
     reset_peak_resident,
     resident_bytes,
-    run_command,
     table,
-    words,
 )
 from engine.device import (
     compile_networks,
@@ -52,7 +49,7 @@ from engine.device import (
     use_channels_last,
 )
 from engine.distributed import World
-from engine.flags import flags_as_dict, git_commit
+from engine.flags import git_commit
 from engine.logging import SilentLog
 from engine.loop import Hooks, LoopOptions, pretrain
 from engine.optim import make_optimizer
@@ -265,16 +262,13 @@ def synthetic_batch(num_pairs: int, roi: tuple[int, int, int], device: torch.dev
     return batch | {name: value.to(device) for name, value in facts.items()}
 
 
-def measure_apart(setting: Setting, flags, limit_s: float) -> dict:
-    """The same in a process of its own that may be ended: compilers can hang, and take their time."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "found.json"
-        given = {"only": json.dumps(asdict(setting)), "output": output, "markdown": None}
-        try:
-            run_command("benchmarks.pretrain_step", words(**flags_as_dict(flags) | given), limit_s)
-        except RuntimeError as error:
-            return {"error": str(error)[-300:]}
-        return json.loads(output.read_text())["settings"][0]["found"]
+def compiled(setting: Setting, flags, limit_s: float) -> dict:
+    """A setting measured in a process of its own that may be ended: compilers can hang, and take their time."""
+    try:
+        found = measure_apart("benchmarks.pretrain_step", flags, limit_s, only=json.dumps(asdict(setting)))
+    except RuntimeError as error:
+        return {"error": str(error)[-300:]}
+    return found["settings"][0]["found"]
 
 
 # All settings
@@ -318,7 +312,7 @@ def run(flags) -> dict:
         if left_s < 0:
             found = {"error": f"left out after --time_limit_s {flags.time_limit_s:.0f}"}
         elif setting.is_compiled:
-            found = measure_apart(setting, flags, min(left_s, flags.compile_limit_s))
+            found = compiled(setting, flags, min(left_s, flags.compile_limit_s))
         else:
             found = bench.measure(setting, num_steps if result["table"] == "speed" else min(3, num_steps))
         result |= {"setting": asdict(setting), "found": found}

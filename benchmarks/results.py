@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jsonargparse
 
 from datasets.store.files import write_text
-from engine.flags import REPOSITORY, RunInfo, add_switch, git_commit, make_parser, run_main
+from engine.flags import REPOSITORY, RunInfo, add_switch, flags_as_dict, git_commit, make_parser, run_main
 
 HEADER = ("what", "ours", "beside", "ratio", "wanted")
 Rows = list[tuple[str, str, str, str, str]]  # lines under HEADER
@@ -122,6 +123,14 @@ def run_command(module: str, arguments: Sequence[str], limit_s: float | None = N
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"{module} failed: {'; '.join(lines[-3:])}"[-600:])
+
+
+def measure_apart(module: str, flags: jsonargparse.Namespace, limit_s: float | None = None, **changed: object) -> dict:
+    """The figures of a benchmark that runs in a process of its own, with some flags changed."""
+    with tempfile.TemporaryDirectory() as folder:
+        changed |= {"output": f"{folder}/found.json", "markdown": None}
+        run_command(module, words(**flags_as_dict(flags) | changed), limit_s)
+        return json.loads(Path(changed["output"]).read_text())
 
 
 # Time and memory
