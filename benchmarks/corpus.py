@@ -34,7 +34,7 @@ def write_phantoms(
 
 
 def phantom_hu(shape: Sequence[int]) -> np.ndarray:
-    """HU, int16 [D, H, W], of a phantom with its scanner's noise, which decides how small it can be stored."""
+    """HU, int16 [D, H, W], of a phantom, mirrored where it is too small."""
     return fit(render(PhantomCase("torso", 0, 0, False)).hu.transpose(2, 1, 0), shape).astype(np.int16)
 
 

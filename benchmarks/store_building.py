@@ -5,7 +5,7 @@
 Both read the same .nii.gz files, bring them to one orientation and one voxel size and write int16: ours to the
 compressed store with checksums and several processes, the other to plain .npy, which costs it nothing to compress.
 Files are in the cache for both, and our time is that of the whole command, start of Python included. A real CT of the
-shared reference data, or else a phantom, cut at other places for each case.
+shared reference data, or else a noisy synthetic torso, cut at other places for each case.
 """
 
 import tempfile

@@ -4,7 +4,7 @@
     python -m benchmarks.volume_store --image some_ct.nii.gz --output results/benchmarks/volume_store.json
 
 Beside it: MONAI's LoadImage of the .nii.gz and a crop; a crop from a memory-mapped .npy; the file cache is warm for
-everybody. Without --image, a real CT of the shared reference data, or else a phantom, is mirrored to 512x512x200.
+everybody. Without --image, a real CT of the shared reference data, or else a noisy synthetic torso, is mirrored to 512x512x200.
 """
 
 import tempfile
@@ -15,8 +15,9 @@ import jsonargparse
 import numpy as np
 import torch
 from monai.transforms import LoadImage
+from scipy import ndimage
 
-from benchmarks.corpus import fit, phantom_hu
+from benchmarks.corpus import fit
 from benchmarks.results import Rows, benchmark_parser, command, real_ct_dir, table, timed
 from datasets.ct.nifti import read_ct, write_nifti
 from datasets.lists.data_list import Case
@@ -45,7 +46,20 @@ def source_volume(image: str | None) -> tuple[np.ndarray, np.ndarray, str]:
     affine = np.eye(4)[[2, 1, 0, 3]] * [2.5, -0.8, -0.8, 1]
     if real.exists():
         return fit(read_ct(real).array, SHAPE_VOX), affine, f"{real.name}, mirrored to {SHAPE_VOX[0]} slices"
-    return phantom_hu(SHAPE_VOX), affine, "phantom, mirrored"
+    return noisy_torso(), affine, "synthetic torso with noise of 12 HU"
+
+
+def noisy_torso() -> np.ndarray:
+    """A body of smooth tissue in air, with the correlated noise of a reconstruction, which decides the stored size."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[-1 : 1 : SHAPE_VOX[1] * 1j, -1 : 1 : SHAPE_VOX[2] * 1j]
+    body = (y / 0.55) ** 2 + (x / 0.8) ** 2 < 1
+    slices = []
+    for _ in range(SHAPE_VOX[0]):
+        noise = ndimage.gaussian_filter(rng.normal(size=SHAPE_VOX[1:]), 0.7)
+        tissue = 40 + 60 * np.sin(9 * x) * np.cos(7 * y) + 12 * noise / noise.std()
+        slices.append(np.where(body, tissue, -1024).astype(np.int16))
+    return np.stack(slices)
 
 
 def measure(array: np.ndarray, affine: np.ndarray, flags: jsonargparse.Namespace, folder: Path) -> dict:
