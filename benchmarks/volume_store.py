@@ -4,7 +4,7 @@
     python -m benchmarks.volume_store --image some_ct.nii.gz --output results/benchmarks/volume_store.json
 
 Beside it: MONAI's LoadImage of the .nii.gz and a crop; a crop from a memory-mapped .npy; the file cache is warm for
-everybody. Without --image, a real CT of the shared reference data, or else a noisy synthetic torso, is mirrored to 512x512x200.
+everybody. Without --image, a real CT of the shared reference data, mirrored to 512x512x200, or else a noisy torso.
 """
 
 import tempfile
