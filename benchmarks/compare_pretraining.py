@@ -1,7 +1,6 @@
 """The comparison that proves the method: the same finetuning from weights that were pretrained in different ways.
 
     python -m benchmarks.compare_pretraining --preset gpu --output_dir results/comparison
-    python -m benchmarks.compare_pretraining --preset cpu --output_dir results/comparison_cpu
     python -m benchmarks.compare_pretraining --output_dir results/comparison --stages data,sam,pretrain,probe
 
 Arms: from scratch (and, with --scratch_flags, once more with those); masked image modelling alone; Alice with random,
@@ -20,44 +19,38 @@ comparison.json and the figure dice_over_labels.png. gpu: estimated at under 25 
 GPU with 16 cores, not yet measured. cpu: two hours on 2 cores. smoke: two minutes, to see that it runs.
 """
 
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.comparison.arms import ARMS, SCRATCH_OWN
-from benchmarks.comparison.jobs import Records, Workers
-from benchmarks.comparison.settings import make_flags as make_setting_flags
-from benchmarks.comparison.settings import settle
+from benchmarks.comparison.jobs import Records, make_pool, run_jobs
+from benchmarks.comparison.settings import PRESETS, add_settings, resolve
 from benchmarks.comparison.stages import Plan
-from engine.flags import RunInfo, run_main
+from benchmarks.results import chosen
+from engine.flags import RunInfo, available_cpus, make_parser, run_main
 
 STAGES = ("data", "sam", "pretrain", "probe", "finetune", "report")
 
 
 def make_flags():
-    """The command line."""
-    return make_setting_flags(__doc__, list(ARMS), list(STAGES))
-
-
-def chosen(given: str, known: list[str], flag: str) -> list[str]:
-    """The words of a comma-separated flag, in the order of `known`.
-
-    Raises:
-        ValueError: a word that is not known, or none.
-    """
-    words = [word.strip() for word in given.split(",") if word.strip()]
-    strangers = [word for word in words if word not in known]
-    if strangers or not words:
-        raise ValueError(f"{flag} {given}: expected some of {', '.join(known)}, separated by commas")
-    return [word for word in known if word in words]
+    """The command line: where, which stages, and every setting (unset = the preset's)."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--output_dir", type=str, required=True, help="everything goes here; the same command again goes on there")
+    add("--preset", type=str, choices=list(PRESETS), default="gpu", help="defaults of all settings")
+    add("--stages", type=str, default=",".join(STAGES), help="which of these to run, separated by commas")
+    add("--arms", type=str, default=",".join(ARMS), help="which of these to compare, separated by commas")
+    add("--sam_checkpoint", type=str, default="", help="a trained SAM; empty = train one")
+    add("--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one")
+    add("--num_cpus", type=int, default=available_cpus(), help="cores for the stages that prepare data")
+    add_settings(parser.add_argument_group("settings (unset = the preset's; shown: gpu's)"))
+    return parser
 
 
 def make_plan(flags) -> Plan:
     """Check the flags; nothing is written."""
-    arms = chosen(flags.arms, list(ARMS), "--arms")
-    settings = settle(flags)
+    arms = chosen(flags.arms.split(","), list(ARMS), "--arms")
+    settings = resolve(flags)
     checkpoint = Path(flags.sam_checkpoint).resolve() if flags.sam_checkpoint else None
     if checkpoint is not None and not checkpoint.is_file():
         raise ValueError(f"--sam_checkpoint {flags.sam_checkpoint}: no such file (empty = train one)")
@@ -69,28 +62,22 @@ def make_plan(flags) -> Plan:
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
-    stages = chosen(flags.stages, list(STAGES), "--stages")
+    stages = chosen(flags.stages.split(","), STAGES, "--stages")
     plan = make_plan(flags)
     info = RunInfo.collect(flags)
     info.write(plan.root)
     records = Records(plan.root / "jobs")
-    with Workers(plan.settings.num_parallel, records) as workers:
+    with make_pool(plan.settings.num_parallel) as pool:
         for stage in stages:
             started = time.time()
             if stage == "report":
-                report(plan, records, info.command)
+                from benchmarks.comparison.report import write_report  # the other stages start without matplotlib
+
+                print(write_report(plan, records, info.command), flush=True)
                 continue
             for batch in plan.batches(stage):
-                workers.run(batch, plan.num_threads(stage, len(batch)))
+                run_jobs(batch, records, plan.num_threads(stage, len(batch)), pool)
             print(f"{stage}: {time.time() - started:.0f} s", flush=True)
-
-
-def report(plan: Plan, records: Records, command: str) -> None:
-    """Write the report and print its tables."""
-    from benchmarks.comparison.report import TABLES, write_report
-
-    write_report(plan, records, command)
-    print((plan.root / "report" / TABLES).read_text(), flush=True)
 
 
 if __name__ == "__main__":

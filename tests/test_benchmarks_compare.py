@@ -234,18 +234,18 @@ def small_job(folder, told: str, name: str = "stage/job", **more) -> jobs.Job:
 @pytest.mark.parametrize("num_parallel", [0, 2])
 def test_jobs_are_done_once_and_anew_when_they_change(tmp_path, num_parallel):
     records, output = jobs.Records(tmp_path / "jobs"), tmp_path / "out" / "file.txt"
-    with jobs.Workers(num_parallel, records) as workers:
-        workers.run([small_job(tmp_path, "one", environment={"COLOUR": "red"})], 1)
+    with jobs.make_pool(num_parallel) as pool:
+        jobs.run_jobs([small_job(tmp_path, "one", environment={"COLOUR": "red"})], records, 1, pool)
         first = output.read_text()
-        workers.run([small_job(tmp_path, "one")], 1)
+        jobs.run_jobs([small_job(tmp_path, "one")], records, 1, pool)
         assert output.read_text() == first, "done once"
         told, colour, process, start_method = first.split()
         assert start_method == multiprocessing.get_start_method(), "loading processes start as a user's do"
         assert (told, colour) == ("one", "red") and (int(process) == os.getpid()) == (num_parallel == 0)
-        workers.run([small_job(tmp_path, "two")], 1)
+        jobs.run_jobs([small_job(tmp_path, "two")], records, 1, pool)
         assert output.read_text().split()[:2] == ["two", "none"], "the folder was emptied, the variable is gone"
         with pytest.raises(jobs.JobError, match=r"stage/bad failed.*it was told to fail(.|\n)*told fail"):
-            workers.run([small_job(tmp_path / "bad", "fail", "stage/bad")], 1)
+            jobs.run_jobs([small_job(tmp_path / "bad", "fail", "stage/bad")], records, 1, pool)
     assert not records.is_done(small_job(tmp_path / "bad", "fail", "stage/bad"))
     assert "told two" in records.log(small_job(tmp_path, "two")).read_text()
 
@@ -370,26 +370,26 @@ def test_verdict_on_random(gains, word):
 
 
 @pytest.mark.parametrize("preset", settings.PRESETS)
-def test_presets_can_be_settled_and_changed(preset):
+def test_presets_can_be_changed(preset):
     flags = compare_pretraining.make_flags().parse_args(["--output_dir", "x", "--preset", preset, "--shots", "1", "2"])
-    settled = settings.settle(flags)
-    assert settled.shots == (1, 2) and settled.num_test >= 2
-    assert settled.backbone == ("swin_unetr" if preset == "gpu" else "unet")
+    resolved = settings.resolve(flags)
+    assert resolved.shots == (1, 2) and resolved.num_test >= 2
+    assert resolved.backbone == ("swin_unetr" if preset == "gpu" else "unet")
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--shots", "99"], "has fewer cases"),
+        (["--shots", "99"], "expected no more than there are"),
         (["--pretrain_seeds", "0", "1", "2", "3"], "at most as many as --seeds"),
-        (["--seeds", "0", "1", "0"], "--seeds 0 1 0: expected different numbers"),
-        (["--arms", "sam,nonsense"], "--arms sam,nonsense: expected some of scratch"),
+        (["--seeds", "0", "1", "0"], r"--seeds \(0, 1, 0\): expected different numbers"),
+        (["--arms", "sam,nonsense"], "--arms names nonsense: expected some of scratch"),
         (["--stages", ""], "expected some of data"),
         (["--sam_checkpoint", "nowhere.pth"], "no such file"),
         (["--weights_from", "both"], "expected student or teacher"),
         (["--weights_part", "decoder"], "expected encoder or whole"),
         (["--weights_from", "teacher", "--weights_part", "whole"], "the teacher has no decoder"),
-        (["--num_held_out", "64"], "must leave at least two"),
+        (["--num_held_out", "64"], "two or more that are not held out"),
     ],
 )
 def test_wrong_flags_are_refused(tmp_path, words, told):

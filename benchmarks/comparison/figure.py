@@ -6,22 +6,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmarks.comparison.arms import ARMS, SCRATCH, SCRATCH_OWN
+from benchmarks.comparison.arms import ARMS, UNTRAINED
 from benchmarks.comparison.results import Scores
 from datasets.store.files import write_bytes
 
-STYLES = {
-    SCRATCH: ("#777777", "o", "--"),
-    SCRATCH_OWN: ("#222222", "o", ":"),
-    "mim": ("#b07aa1", "s", "-"),
-    "random": ("#f28e2b", "^", "-"),
-    "iou": ("#edc948", "v", "-"),
-    "sam": ("#d62728", "D", "-"),
-    "sam_no_casa": ("#76b7b2", "P", "-"),
-    "true": ("#2f5d9b", "X", ":"),
-    "simsiam_iou": ("#59a14f", "<", "-"),
-    "dino_iou": ("#9c755f", ">", "-"),
-}
+MARKERS = "oosdv^DPX<>"  # of the arms, in their order; each has a colour of matplotlib's cycle
 SPREAD = 0.02  # arms lie beside each other by this share of the axis, so that error bars can be told apart
 
 
@@ -38,14 +27,14 @@ def draw(scores: Scores, num_seeds: int, path: Path) -> None:
         by_seed = [100 * scores.by_seed(arm, shots) for shots in scores.shots]
         means = [values.mean() for values in by_seed]
         spreads = [values.std(ddof=1) if len(values) > 1 else 0.0 for values in by_seed]
-        colour, marker, line = STYLES[arm]
+        place = list(ARMS).index(arm)
         axes.errorbar(
             places + (number - (len(scores.arms) - 1) / 2) * reach,
             means,
             spreads,
-            color=colour,
-            marker=marker,
-            linestyle=line,
+            color=f"C{place}",
+            marker=MARKERS[place],
+            linestyle="--" if arm in UNTRAINED else "-",
             capsize=2,
             linewidth=1.6,
             markersize=5,

@@ -20,12 +20,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from benchmarks.results import words
 from datasets.store.files import write_text
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_LOG_LINES = 15
 INDECISIVE = ("--num_workers", "--device")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -41,6 +42,11 @@ class Call:
 
     module: str
     words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module: str, *more: str, **flags: object) -> "Call":
+        """With `flags` as words, and `more` words behind them."""
+        return cls(module, (*words(**flags), *more))
 
     @property
     def command(self) -> str:
@@ -73,8 +79,8 @@ class Job:
         decisive = [[call.module, *without_flags(call.words, INDECISIVE)] for call in self.calls]
         recipes = [Path(word) for call in self.calls for word in call.words if word.endswith(".yaml")]
         contents = [path.read_text() for path in recipes if path.is_file()]
-        told = json.dumps([decisive, contents, [job.key for job in self.after]])
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        content = json.dumps([decisive, contents, [job.key for job in self.after]])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def stage(self) -> str:
@@ -105,55 +111,42 @@ class Records:
         record = {"key": job.key, "commands": [call.command for call in job.calls], **more}
         write_text(self.path(job), json.dumps(record, indent=1) + "\n")
 
+    def finished(self) -> dict[str, dict]:
+        """Job name -> record of every finished job in the folder."""
+        paths = {f"{path.parent.name}/{path.stem}": path for path in sorted(self.folder.glob("*/*.json"))}
+        records = {name: json.loads(path.read_text()) for name, path in paths.items()}
+        return {name: record for name, record in records.items() if "seconds" in record}
 
-class Workers:
-    """The processes that do jobs, started once: `with Workers(8, records) as workers: workers.run(jobs, 1)`.
 
-    Args:
-        num_parallel: processes; 0 = jobs are done one by one in this process.
-        records: where to look for what is done.
+def make_pool(num_parallel: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | None]:
+    """The processes that do jobs; 0 = none, jobs are done in this process."""
+    if not num_parallel:
+        return contextlib.nullcontext()
+    given = (os.getpid(), multiprocessing.get_start_method())
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_parallel, spawn, initializer=set_up_worker, initargs=given)
+
+
+def run_jobs(jobs: Sequence[Job], records: Records, num_threads: int, pool: ProcessPoolExecutor | None) -> None:
+    """Do what is not done yet, begun in the order given, each with so many CPU threads.
+
+    Raises:
+        JobError: a job failed; those running then have ended, the others have not been begun.
     """
-
-    def __init__(self, num_parallel: int, records: Records) -> None:
-        self.records, self.pool = records, None
-        if num_parallel:
-            spawn = multiprocessing.get_context("spawn")
-            given = (os.getpid(), multiprocessing.get_start_method())
-            self.pool = ProcessPoolExecutor(num_parallel, spawn, initializer=set_up_worker, initargs=given)
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=True, cancel_futures=True)
-
-    def run(self, jobs: Sequence[Job], num_threads: int) -> None:
-        """Do what is not done yet, begun in the order given, each with so many CPU threads.
-
-        Raises:
-            JobError: a job failed; those running then have ended, the others have not been begun.
-        """
-        missing = [job for job in jobs if not self.records.is_done(job)]
-        if self.pool is None:
-            for job in missing:
-                do_job(job, self.records, num_threads)
-                tell(job, self.records, missing[missing.index(job) + 1 :])
-            return
-        with changed_environment(dict.fromkeys(THREAD_VARIABLES, "1")):
-            waiting = {self.pool.submit(do_job, job, self.records, num_threads): job for job in missing}
-        left = list(missing)
-        for future in as_completed(waiting):
-            left.remove(waiting[future])
-            if future.exception() is not None:
-                self.pool.shutdown(wait=True, cancel_futures=True)
-                raise future.exception()
-            tell(waiting[future], self.records, left)
-
-
-def tell(job: Job, records: Records, left: list[Job]) -> None:
-    """One line about a job that has ended."""
-    print(f"{job.name}: {records.read(job)['seconds']:.0f} s, {len(left)} to go", flush=True)
+    missing = [job for job in jobs if not records.is_done(job)]
+    if pool is None:
+        ended = (do_job(job, records, num_threads) for job in missing)
+    else:
+        with mock.patch.dict(os.environ, dict.fromkeys(THREAD_VARIABLES, "1")):
+            futures = [pool.submit(do_job, job, records, num_threads) for job in missing]
+        ended = (future.result() for future in as_completed(futures))
+    try:
+        for number, (name, seconds) in enumerate(ended, 1):
+            print(f"{name}: {seconds:.0f} s, {len(missing) - number} to go", flush=True)
+    except BaseException:
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+        raise
 
 
 def set_up_worker(parent: int, start_method: str) -> None:
@@ -171,8 +164,11 @@ def set_up_worker(parent: int, start_method: str) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def do_job(job: Job, records: Records, num_threads: int) -> None:
+def do_job(job: Job, records: Records, num_threads: int) -> tuple[str, float]:
     """Run a job's calls one after the other in this process; what they print goes to the job's log.
+
+    Returns:
+        Its name and seconds.
 
     Raises:
         JobError: one of them failed, or the job's folder holds something that no job has made.
@@ -189,7 +185,8 @@ def do_job(job: Job, records: Records, num_threads: int) -> None:
     records.write(job, started=started)
     log = records.log(job)
     try:
-        with changed_environment(job.environment), output_to(log), torch_threads(num_threads):
+        with mock.patch.dict(os.environ, job.environment), output_to(log):
+            torch.set_num_threads(num_threads)
             for call in job.calls:
                 run_call(call)
     except (Exception, SystemExit) as error:
@@ -198,51 +195,21 @@ def do_job(job: Job, records: Records, num_threads: int) -> None:
     for pattern in job.scraps:
         for path in sorted(job.folder.glob(pattern)):
             path.unlink()
-    records.write(job, started=started, seconds=time.time() - started)
+    seconds = time.time() - started
+    records.write(job, started=started, seconds=seconds)
+    return job.name, seconds
 
 
 def run_call(call: Call) -> None:
     """`main(argv)` of an entry point, as from the command line: its run record shows the words."""
     print(f"$ {call.command}", flush=True)
-    words_before, sys.argv = sys.argv, [call.module, *call.words]
     try:
-        importlib.import_module(call.module).main(list(call.words))
-    finally:
-        sys.argv = words_before
-        free_memory()
-
-
-def free_memory() -> None:
-    """Give back what a call has left, so that the next one, or another process, has it."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def changed_environment(variables: dict[str, str]) -> Iterator[None]:
-    """Environment variables for a while."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """PyTorch's CPU threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        with mock.patch.object(sys, "argv", [call.module, *call.words]):
+            importlib.import_module(call.module).main(list(call.words))
+    finally:  # the next call, or another process, has the memory
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
@@ -264,26 +231,7 @@ def output_to(path: Path) -> Iterator[None]:
                 os.close(copy)
 
 
-def read_records(records: Records) -> dict[str, dict]:
-    """Job name -> record of every finished job in the folder."""
-    found = {}
-    for path in sorted(records.folder.glob("*/*.json")):
-        record = json.loads(path.read_text())
-        if "seconds" in record:
-            found[f"{path.parent.name}/{path.stem}"] = record
-    return found
-
-
 def without_flags(given: Sequence[str], names: Sequence[str]) -> list[str]:
     """Words of a command line without some flags and the one value of each."""
     dropped = {place + offset for place, word in enumerate(given) if word in names for offset in (0, 1)}
     return [word for place, word in enumerate(given) if place not in dropped]
-
-
-def words(**flags: object) -> tuple[str, ...]:
-    """Flags as words of a command line; lists and tuples as several words."""
-    made: list[str] = []
-    for name, value in flags.items():
-        made.append(f"--{name}")
-        made += map(str, value) if isinstance(value, list | tuple) else [str(value)]
-    return tuple(made)

@@ -3,13 +3,10 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
-
-import numpy as np
 
 from benchmarks.comparison.arms import ARMS
 from benchmarks.comparison.figure import draw
-from benchmarks.comparison.jobs import Records, read_records
+from benchmarks.comparison.jobs import Records
 from benchmarks.comparison.results import (
     PROBES,
     Comparison,
@@ -23,24 +20,24 @@ from benchmarks.comparison.results import (
     verdicts,
 )
 from benchmarks.comparison.stages import Plan
+from benchmarks.results import table
 from datasets.store.files import write_text
 from engine.flags import git_commit
-from engine.segmentation.report import without_nan
+from engine.segmentation.report import percent, spread, without_nan
 
 FIGURE, TABLES, SUMMARY = "dice_over_labels.png", "comparison.md", "comparison.json"
 
 
-def write_report(plan: Plan, records: Records, command: str) -> dict:
-    """Write the three files to `plan.root/report`; returns the summary."""
+def write_report(plan: Plan, records: Records, command: str) -> str:
+    """Write the three files to `plan.root/report`; returns the text of the first."""
     scores, folder = read_dice(plan, records), plan.root / "report"
     comparisons, ends, probes = compare_all(scores), pretraining_ends(plan), read_probes(plan, records)
     seconds = stage_seconds(records)
-    told = verdicts(comparisons)
     summary = {
         "command": command,
         "commit": git_commit(),
         "settings": dataclasses.asdict(plan.settings),
-        "verdicts": told,
+        "verdicts": verdicts(comparisons),
         "dice": {arm: {str(k): dice_summary(scores, arm, k) for k in scores.shots} for arm in scores.arms},
         "test_cases": scores.cases,
         "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons],
@@ -52,15 +49,15 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
     parts = [
         "# Pretrainings compared",
         f"`{command}`, commit {summary['commit']}",
-        "\n".join(f"- {line}" for line in told),
+        "\n".join(f"- {line}" for line in summary["verdicts"]),
         f"Dice in percent, mean over organs and {len(scores.cases)} held-out phantoms in their files' own spacing; "
         f"mean ± std over {len(plan.settings.seeds)} seeds, each with the labelled cases of another fold (folds share "
         f"cases where five of them need more than {plan.settings.num_labelled}):",
         dice_table(scores, ends),
         f"![Dice against the number of labels]({FIGURE})",
         "Paired differences in Dice points; in brackets the 95 % t interval over seeds (other labelled cases, crops "
-        f"and new layers; {pretrainings_told(plan)}; the test cases are the same), in parentheses every seed; p of the "
-        "two-sided paired t test over seeds, not corrected for the number of tests:",
+        f"and new layers; {about_pretrainings(plan)}; the test cases are the same), in parentheses every seed; p of "
+        "the two-sided paired t test over seeds, not corrected for the number of tests:",
         comparison_table(comparisons, scores.shots),
         f"Frozen encoders: balanced accuracy in percent over voxels of the organs and background, taught by "
         f"{min(plan.settings.shots)} labelled, judged on the same held-out phantoms; mean ± std over "
@@ -71,15 +68,19 @@ def write_report(plan: Plan, records: Records, command: str) -> dict:
         monitor_table(ends),
         "\n".join(f"- {arm}: {warning}" for arm, end in ends.items() for warning in end.warnings) or "No collapse.",
         "Time, seconds: from the stage's first job to the end of its last, and all its jobs added up:",
-        time_table(seconds),
+        table(
+            [[stage, *(f"{value:.0f}" for value in times.values())] for stage, times in seconds.items()],
+            ["stage", "wall", "sum of jobs", "longest job", "jobs"],
+        ),
         "Settings: " + ", ".join(f"{name} {value}" for name, value in summary["settings"].items()),
     ]
-    write_text(folder / TABLES, "\n\n".join(parts) + "\n")
+    text = "\n\n".join(parts) + "\n"
+    write_text(folder / TABLES, text)
     draw(scores, len(plan.settings.seeds), folder / FIGURE)
-    return summary
+    return text
 
 
-def pretrainings_told(plan: Plan) -> str:
+def about_pretrainings(plan: Plan) -> str:
     """What the seeds say, and do not say, of the luck of a pretraining."""
     number = len(plan.settings.pretrain_seeds)
     if number == 1:
@@ -90,38 +91,29 @@ def pretrainings_told(plan: Plan) -> str:
 
 def dice_summary(scores: Scores, arm: str, shots: int) -> dict:
     """Mean and spread over seeds, and every entry [seeds][cases]."""
-    by_seed = scores.by_seed(arm, shots)
-    return {
-        "mean": float(by_seed.mean()),
-        "std": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
-        "by_seed": by_seed.tolist(),
-        "by_seed_and_case": scores.dice[arm, shots].tolist(),
-    }
+    by_seed = scores.by_seed(arm, shots).tolist()
+    return {**spread(by_seed), "by_seed": by_seed, "by_seed_and_case": scores.dice[arm, shots].tolist()}
 
 
 def dice_table(scores: Scores, ends: dict[str, PretrainingEnd]) -> str:
     """One row an arm: the voxels that its pretraining has seen, and a column for each number of labelled cases."""
-    seen = {arm: end.values["voxels_seen"] for arm, end in ends.items()}
-    lines = [
-        [ARMS[arm].title, number(seen.get(arm)), *(percent(scores.by_seed(arm, shots)) for shots in scores.shots)]
-        for arm in scores.arms
-    ]
-    return markdown(["", "voxels seen", *(f"{shots} labelled" for shots in scores.shots)], lines)
+    lines = []
+    for arm in scores.arms:
+        seen = ends[arm].values["voxels_seen"] if arm in ends else None
+        dice = (percent(spread(scores.by_seed(arm, shots).tolist())) for shots in scores.shots)
+        lines.append([ARMS[arm].title, number(seen), *dice])
+    return table(lines, ["", "voxels seen", *(f"{shots} labelled" for shots in scores.shots)])
 
 
 def probe_table(probes: dict[str, dict[str, list[float]]]) -> str:
     """One row an arm, one column a probe."""
     if not probes:
         return "Not probed (`--stages probe`)."
-    titles = {arm: ARMS[arm].title if arm in ARMS else "untrained networks" for arm in probes}
-    lines = [[titles[arm], *(percent(probes[arm][probe]) for probe in PROBES)] for arm in probes]
-    return markdown(["", "k-NN", "linear"], lines)
-
-
-def percent(shares: Sequence[float]) -> str:
-    """Mean ± std of shares, in percent."""
-    values = 100 * np.asarray(shares)
-    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+    lines = []
+    for arm, by_probe in probes.items():
+        title = ARMS[arm].title if arm in ARMS else "untrained networks"
+        lines.append([title, *(percent(spread(by_probe[probe])) for probe in PROBES)])
+    return table(lines, ["", "k-NN", "linear"])
 
 
 def comparison_table(comparisons: list[Comparison], shots: tuple[int, ...]) -> str:
@@ -132,7 +124,7 @@ def comparison_table(comparisons: list[Comparison], shots: tuple[int, ...]) -> s
         [f"{ARMS[one].title} − {ARMS[other].title}", *(points(by_key[one, other, k]) for k in shots)]
         for one, other in pairs
     ]
-    return markdown(["", *(f"{k} labelled" for k in shots)], lines)
+    return table(lines, ["", *(f"{k} labelled" for k in shots)])
 
 
 def monitor_table(ends: dict[str, PretrainingEnd]) -> str:
@@ -140,7 +132,7 @@ def monitor_table(ends: dict[str, PretrainingEnd]) -> str:
     names = list(dict.fromkeys(name for end in ends.values() for name in end.values))
     lines = [["log K", *(number(end.out_dim and math.log(end.out_dim)) for end in ends.values())]]
     lines += [[name, *(number(end.values.get(name)) for end in ends.values())] for name in names]
-    return markdown(["", *ends], lines)
+    return table(lines, ["", *ends])
 
 
 def number(value: float | None) -> str:
@@ -151,27 +143,14 @@ def number(value: float | None) -> str:
 def stage_seconds(records: Records) -> dict[str, dict[str, float]]:
     """Stage -> wall seconds from its first start to its last end, and the sum over jobs."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for name, record in read_records(records).items():
+    for name, record in records.finished().items():
         found.setdefault(name.split("/")[0], []).append((record["started"], record["seconds"]))
     return {
         stage: {
             "wall": max(start + length for start, length in jobs) - min(start for start, _ in jobs),
-            "sum": float(np.sum([length for _, length in jobs])),
+            "sum": sum(length for _, length in jobs),
             "longest": max(length for _, length in jobs),
             "num_jobs": len(jobs),
         }
         for stage, jobs in found.items()
     }
-
-
-def time_table(seconds: dict[str, dict[str, float]]) -> str:
-    """One row a stage."""
-    names = ("wall", "sum", "longest", "num_jobs")
-    lines = [[stage, *(f"{seconds[stage][name]:.0f}" for name in names)] for stage in seconds]
-    return markdown(["stage", "wall", "sum of jobs", "longest job", "jobs"], lines)
-
-
-def markdown(heads: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -116,12 +116,12 @@ def read_probes(plan: Plan, records: Records) -> dict[str, dict[str, list[float]
 
     Empty where the probe stage has not been run with these flags.
     """
-    if not plan.probe or not all(records.is_done(job) for job in plan.probe):
+    if not plan.probe or not all(records.is_done(job) for job in plan.probe.values()):
         return {}
     arms = (*plan.pretrained_arms, UNTRAINED_NETWORKS)
     found: dict[str, dict[str, list[float]]] = {arm: {probe: [] for probe in PROBES} for arm in arms}
-    for seed in plan.settings.seeds:
-        judged = json.loads(plan.probe_file(seed).read_text())["results"]
+    for seed, job in plan.probe.items():
+        judged = json.loads((job.folder / "probe.json").read_text())["results"]
         for arm in arms:
             name = "random" if arm == UNTRAINED_NETWORKS else str(plan.weights(arm, seed))  # their mean
             for probe in PROBES:
@@ -137,24 +137,24 @@ def compare_all(scores: Scores) -> list[Comparison]:
 
 def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
     """What the comparison had to show, and whether it did, in words."""
-    told = []
+    lines = []
     by_key = {(c.better, c.worse, c.shots): c for c in comparisons}
     fewest = min((c.shots for c in comparisons), default=0)
     against = [by_key[key] for scratch in UNTRAINED if (key := ("sam", scratch, fewest)) in by_key]
     if against:
         strongest = min(against, key=lambda comparison: comparison.gain)
         word = "yes" if strongest.gain >= WANTED_GAIN else "NO"
-        told.append(
+        lines.append(
             f"Alice with SAM pairs beats training {ARMS[strongest.worse].title} by 5 Dice points with {fewest} "
             f"labelled: {word} ({points(strongest)})"
         )
     against_random = by_key.get(("sam", "random", fewest))
     if against_random is not None:
         word = "yes" if against_random.gain >= 0 else ("within chance" if against_random.high >= 0 else "NO")
-        told.append(
+        lines.append(
             f"SAM pairs are not worse than random pairs with {fewest} labelled: {word} ({points(against_random)})"
         )
-    return told
+    return lines
 
 
 def points(comparison: Comparison) -> str:
@@ -187,7 +187,7 @@ class PretrainingEnd:
 def pretraining_ends(plan: Plan) -> dict[str, PretrainingEnd]:
     """How the pretrainings of every arm ended."""
     return {
-        arm: mean_end({seed: read_end(plan.pretrain_folder(arm, seed)) for seed in plan.settings.pretrain_seeds})
+        arm: mean_end({seed: read_end(plan.pretrain[arm, seed].folder) for seed in plan.settings.pretrain_seeds})
         for arm in plan.pretrained_arms
     }
 
@@ -197,8 +197,8 @@ def mean_end(ends: dict[int, PretrainingEnd]) -> PretrainingEnd:
     first = next(iter(ends.values()))
     values = {name: float(np.mean([end.values[name] for end in ends.values()])) for name in first.values}
     prefix = {seed: f"seed {seed}: " if len(ends) > 1 else "" for seed in ends}
-    told = [prefix[seed] + warning for seed, end in ends.items() for warning in end.warnings]
-    return PretrainingEnd(values, first.out_dim, told)
+    warnings = [prefix[seed] + warning for seed, end in ends.items() for warning in end.warnings]
+    return PretrainingEnd(values, first.out_dim, warnings)
 
 
 def read_end(folder: Path) -> PretrainingEnd:

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from engine.flags import available_cpus, make_parser
+from engine.flags import FlagChecks
 
 
 def flag(default: object, help: str):
@@ -51,6 +51,23 @@ class Settings:
     num_parallel: int = flag(8, "pretrainings or finetunings side by side; 0 = one by one within this process")
     num_threads: int = flag(1, "CPU threads of each")
 
+    def __post_init__(self) -> None:
+        checks = FlagChecks(self)
+        checks.expect(min(self.shots, default=0) > 0 and len(self.seeds) > 0, "shots seeds", "one or more of each")
+        for name in ("seeds", "pretrain_seeds", "shots"):
+            checks.expect(len(set(getattr(self, name))) == len(getattr(self, name)), name, "different numbers")
+        finetuned = 0 < len(self.pretrain_seeds) <= len(self.seeds)
+        checks.expect(finetuned, "pretrain_seeds seeds", "pretrainings at most as many as --seeds: each is finetuned")
+        checks.expect(max(self.shots, default=0) <= self.num_labelled, "shots num_labelled", "no more than there are")
+        checks.expect(self.weights_from in ("student", "teacher"), "weights_from", "student or teacher")
+        checks.expect(self.weights_part in ("encoder", "whole"), "weights_part", "encoder or whole")
+        has_decoder = (self.weights_from, self.weights_part) != ("teacher", "whole")
+        checks.expect(has_decoder, "weights_from weights_part", "student: the teacher has no decoder")
+        is_enough = 0 < self.num_held_out < self.num_unlabelled - 1
+        checks.expect(is_enough, "num_held_out num_unlabelled", "two or more that are not held out")
+        checks.expect(len(self.roi) == 3, "roi", "D H W")
+        checks.finish()
+
 
 PRESETS: dict[str, dict] = {
     "gpu": {},
@@ -78,62 +95,21 @@ PRESETS: dict[str, dict] = {
 }
 
 
-def make_flags(description: str, arms: list[str], stages: list[str]):
-    """The command line: where, which stages, and every setting (unset = the preset's)."""
-    parser = make_parser(description)
-    add = parser.add_argument
-    add("--output_dir", type=str, required=True, help="everything goes here; the same command again goes on there")
-    add("--preset", type=str, choices=list(PRESETS), default="gpu", help="defaults of all settings")
-    add("--stages", type=str, default=",".join(stages), help="which of these to run, separated by commas")
-    add("--arms", type=str, default=",".join(arms), help="which of these to compare, separated by commas")
-    add("--sam_checkpoint", type=str, default="", help="a trained SAM; empty = train one")
-    add("--device", type=str, choices=["auto", "cpu", "cuda"], default="auto", help="auto = CUDA where there is one")
-    add("--num_cpus", type=int, default=available_cpus(), help="cores for the stages that prepare data")
-    group = parser.add_argument_group("settings (unset = the preset's; shown: gpu's)")
+def add_settings(group) -> None:
+    """A flag of every setting; unset = the preset's."""
     for entry in dataclasses.fields(Settings):
-        told = f"{entry.metadata['help']} [{shown(entry.default)}]"
-        if isinstance(entry.default, tuple):
-            group.add_argument(f"--{entry.name}", type=int, nargs="+", default=None, help=told)
-        else:
-            group.add_argument(f"--{entry.name}", type=type(entry.default), default=None, help=told)
-    return parser
+        one = entry.default[0] if isinstance(entry.default, tuple) else entry.default
+        several = {"nargs": "+"} if isinstance(entry.default, tuple) else {}
+        text = f"{entry.metadata['help']} [{entry.default}]"
+        group.add_argument(f"--{entry.name}", type=type(one), default=None, help=text, **several)
 
 
-def shown(value: object) -> str:
-    """A setting in one word, for the help."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def settle(flags) -> Settings:
+def resolve(flags) -> Settings:
     """The preset with the given flags on top.
 
     Raises:
         ValueError: numbers that contradict each other.
     """
-    names = [entry.name for entry in dataclasses.fields(Settings)]
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    given = {entry.name: getattr(flags, entry.name) for entry in dataclasses.fields(Settings)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    settings = Settings(**PRESETS[flags.preset] | given)
-    if not settings.shots or not settings.seeds or min(settings.shots) < 1:
-        raise ValueError(f"--shots {settings.shots} --seeds {settings.seeds}: expected at least one of each")
-    if not 0 < len(settings.pretrain_seeds) <= len(settings.seeds):
-        raise ValueError(
-            f"--pretrain_seeds {shown(settings.pretrain_seeds)}: expected one or more, at most as many as --seeds "
-            f"({shown(settings.seeds)}): each is finetuned"
-        )
-    for name in ("seeds", "pretrain_seeds", "shots"):
-        if len(set(getattr(settings, name))) < len(getattr(settings, name)):
-            raise ValueError(f"--{name} {shown(getattr(settings, name))}: expected different numbers")
-    if max(settings.shots) > settings.num_labelled:
-        raise ValueError(f"--shots {settings.shots}: --num_labelled {settings.num_labelled} has fewer cases")
-    if settings.weights_from not in ("student", "teacher"):
-        raise ValueError(f"--weights_from {settings.weights_from}: expected student or teacher")
-    if settings.weights_part not in ("encoder", "whole"):
-        raise ValueError(f"--weights_part {settings.weights_part}: expected encoder or whole")
-    if (settings.weights_from, settings.weights_part) == ("teacher", "whole"):
-        raise ValueError("--weights_part whole: the teacher has no decoder; choose --weights_from student")
-    if not 0 < settings.num_held_out < settings.num_unlabelled - 1:
-        raise ValueError("--num_held_out must leave at least two of --num_unlabelled to pretrain with")
-    if len(settings.roi) != 3:
-        raise ValueError(f"--roi {settings.roi}: expected D H W")
-    return settings
+    return Settings(**PRESETS[flags.preset] | {name: value for name, value in given.items() if value is not None})

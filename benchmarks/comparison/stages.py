@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.comparison.arms import ARMS, SCRATCH_OWN, UNTRAINED
-from benchmarks.comparison.jobs import REPOSITORY, Call, Job, words
+from benchmarks.comparison.jobs import Call, Job
 from benchmarks.comparison.settings import Settings
+from benchmarks.results import words
 from datasets.samples.pairings import PAIRINGS
+from engine.flags import REPOSITORY
 
 LEARNING_STAGES = ("pretrain", "probe", "finetune")
 STEPS_PER_EPOCH = 20
@@ -75,33 +77,33 @@ class Plan:
         """The data list of `unlabelled` or `labelled` cases."""
         return self.data / f"{which}.json"
 
+    def data_flags(self, which: str, store: Path | None = None) -> dict[str, Path]:
+        """The flags by which entry points find those cases and their volumes."""
+        return {"data_dir": self.phantoms, "json_list": self.list_of(which), "store_dir": store or self.store}
+
     def tables(self, which: str) -> Path:
         """The folder of the `sam` or `true` table of pairs."""
         return self.data / f"pairs_{which}"
 
-    def run_folder(self, *parts: object) -> Path:
-        return self.root.joinpath(*map(str, parts))
-
-    def probe_file(self, seed: int) -> Path:
-        """What the probes of one labelled split found."""
-        return self.run_folder("probe", f"seed{seed}", "probe.json")
-
     def evaluation(self, arm: str, shots: int, seed: int) -> Path:
         """Where one finetuning is judged."""
-        return self.run_folder("finetune", arm, f"{shots}shot", f"seed{seed}", "evaluation")
+        return self.root / "finetune" / arm / f"{shots}shot" / f"seed{seed}" / "evaluation"
 
     # Stages: batches of jobs, each batch after the one before
 
     def batches(self, stage: str) -> list[list[Job]]:
         """The jobs of a stage."""
-        made = {
-            "data": lambda: [[self.make_phantoms], list(self.make_lists.values()), list(self.make_stores.values())],
-            "sam": lambda: [self.train_sam, [self.make_true_pairs, *self.embed], self.mine],
-            "pretrain": lambda: [list(self.pretrain.values())],
-            "probe": lambda: [self.probe],
-            "finetune": lambda: [self.finetune],
-        }
-        return made[stage]()
+        match stage:
+            case "data":
+                return [[self.make_phantoms], list(self.make_lists.values()), list(self.make_stores.values())]
+            case "sam":
+                return [self.train_sam, [self.make_true_pairs, *self.embed], self.mine]
+            case "pretrain":
+                return [list(self.pretrain.values())]
+            case "probe":
+                return [list(self.probe.values())]
+            case "finetune":
+                return [self.finetune]
 
     def num_threads(self, stage: str, num_jobs: int) -> int:
         """CPU threads of each of a batch's jobs."""
@@ -112,14 +114,15 @@ class Plan:
     @cached_property
     def make_phantoms(self) -> Job:
         s = self.settings
-        flags = words(
+        call = Call.of(
+            "scripts.make_phantom_dataset",
             out_dir=self.phantoms,
             num_unlabelled=s.num_unlabelled,
             num_labelled=s.num_labelled + s.num_test,
             seed=s.data_seed,
             num_workers=self.num_cpus,
         )
-        return Job("data/phantoms", (Call("scripts.make_phantom_dataset", flags),))
+        return Job("data/phantoms", (call,))
 
     @cached_property
     def make_lists(self) -> dict[str, Job]:
@@ -127,14 +130,19 @@ class Plan:
         return {which: self._make_list(which, number) for which, number in held_out.items()}
 
     def _make_list(self, which: str, num_held_out: int) -> Job:
-        flags = words(
+        call = Call.of(
+            "scripts.create_json",
             data_dir=self.phantoms,
             output=self.list_of(which),
             cases=which,
             num_validation=num_held_out,
-            num_workers=max(1, self.num_cpus // 2),
+            num_workers=self.half_of_cpus,
         )
-        return Job(f"data/{which}_list", (Call("scripts.create_json", flags),), after=(self.make_phantoms,))
+        return Job(f"data/{which}_list", (call,), after=(self.make_phantoms,))
+
+    @property
+    def half_of_cpus(self) -> int:
+        return max(1, self.num_cpus // 2)
 
     @cached_property
     def make_stores(self) -> dict[str, Job]:
@@ -150,48 +158,41 @@ class Plan:
 
     def _make_store(self, name: str, which: str, folder: Path) -> Job:
         spacing_mm = self.settings.spacing_mm if folder == self.store else self.settings.sam_spacing_mm
-        flags = words(
-            data_dir=self.phantoms,
-            json_list=self.list_of(which),
-            store_dir=folder,
-            spacing_mm=spacing_mm,
-            num_workers=max(1, self.num_cpus // 2),
-        )
-        calls = (Call("scripts.prepare_volumes", flags),)
-        return Job(f"data/{name}_store", calls, after=(self.make_lists[which],))
+        flags = {**self.data_flags(which, folder), "spacing_mm": spacing_mm, "num_workers": self.half_of_cpus}
+        call = Call.of("scripts.prepare_volumes", **flags)
+        return Job(f"data/{name}_store", (call,), after=(self.make_lists[which],))
 
     @cached_property
     def make_true_pairs(self) -> Job:
         s = self.settings
-        flags = words(
+        call = Call.of(
+            "benchmarks.comparison.true_pairs",
             landmark_dir=self.phantoms / "landmarks",
             store_dir=self.store,
             json_list=self.list_of("unlabelled"),
             output_dir=self.tables("true"),
             num_points=s.num_points,
             num_partners=s.num_partners,
-            num_workers=max(1, self.num_cpus // 2),
+            num_workers=self.half_of_cpus,
         )
-        calls = (Call("benchmarks.comparison.true_pairs", flags),)
-        return Job("sam/true_pairs", calls, self.tables("true"), (self.make_stores["unlabelled"],))
+        return Job("sam/true_pairs", (call,), self.tables("true"), (self.make_stores["unlabelled"],))
 
     @cached_property
     def train_sam(self) -> list[Job]:
         """One job, or none where a trained SAM is given."""
         if self.sam_checkpoint is not None:
             return []
-        folder = self.run_folder("sam")
-        flags = words(
+        folder, further = self.root / "sam", shlex.split(self.settings.sam_flags)
+        call = Call.of(
+            "scripts.train_sam",
+            *further,
             config=REPOSITORY / self.settings.sam_config,
-            data_dir=self.phantoms,
-            json_list=self.list_of("unlabelled"),
-            store_dir=self.sam_store,
+            **self.data_flags("unlabelled", self.sam_store),
             output_dir=folder,
             val_cases=0,
             device=self.device,
         )
-        calls = (Call("scripts.train_sam", (*flags, *shlex.split(self.settings.sam_flags))),)
-        return [Job("sam/train", calls, folder, (self.make_sam_store,))]
+        return [Job("sam/train", (call,), folder, (self.make_sam_store,))]
 
     def loaders(self, wanted: int, num_crops: int) -> int:
         """Loading processes of each run: as wanted, or none where shared memory has no room for their batches.
@@ -214,28 +215,29 @@ class Plan:
 
     @cached_property
     def embed(self) -> list[Job]:
-        flags = words(
-            checkpoint_file=self.sam_checkpoint or self.run_folder("sam") / "checkpoint_best.pth",
+        call = Call.of(
+            "scripts.generate_sam_embeddings",
+            checkpoint_file=self.sam_checkpoint or self.root / "sam" / "checkpoint_best.pth",
             store_dir=self.sam_store,
             json_list=self.list_of("unlabelled"),
             data_dir=self.phantoms,
             embed_dir=self.tables("sam"),
             device=self.device,
         )
-        after = (self.make_sam_store, *self.train_sam)
-        return self._shards("sam/embed", Call("scripts.generate_sam_embeddings", flags), after)
+        return self._shards("sam/embed", call, (self.make_sam_store, *self.train_sam))
 
     @cached_property
     def mine(self) -> list[Job]:
         s = self.settings
-        flags = words(
+        call = Call.of(
+            "scripts.mine_pairs",
             embed_dir=self.tables("sam"),
             json_list=self.list_of("unlabelled"),
             sections=("training", "validation"),
             num_points=s.num_points,
             num_partners=s.num_partners,
         )
-        return self._shards("sam/mine", Call("scripts.mine_pairs", flags), (self.embed[0],))
+        return self._shards("sam/mine", call, (self.embed[0],))
 
     def _shards(self, name: str, call: Call, after: tuple[Job, ...]) -> list[Job]:
         """The same command in several processes, each with its share of the cases; the first one joins them."""
@@ -260,24 +262,20 @@ class Plan:
         s = self.settings
         return s.pretrain_seeds[s.seeds.index(seed) % len(s.pretrain_seeds)]
 
-    def pretrain_folder(self, arm: str, pretrain_seed: int) -> Path:
-        return self.run_folder("pretrain", arm, f"seed{pretrain_seed}")
-
     def num_steps(self, arm: str) -> int:
         """Optimiser steps of an arm: as many voxels as `pretrain_steps` see with `USUAL_CROPS` crops a sample."""
         return -(-self.settings.pretrain_steps * USUAL_CROPS // PAIRINGS[ARMS[arm].pairing].num_crops)
 
     def _pretrain(self, arm: str, pretrain_seed: int) -> Job:
-        s, folder, num_steps = self.settings, self.pretrain_folder(arm, pretrain_seed), self.num_steps(arm)
-        num_epochs, is_alice = -(-num_steps // STEPS_PER_EPOCH), ARMS[arm].method == "alice"
-        num_crops = PAIRINGS[ARMS[arm].pairing].num_crops * CROPS_LOADED
+        s, num_steps = self.settings, self.num_steps(arm)
+        folder = self.root / "pretrain" / arm / f"seed{pretrain_seed}"
+        recipe, num_epochs = ARMS[arm], -(-num_steps // STEPS_PER_EPOCH)
+        num_crops = PAIRINGS[recipe.pairing].num_crops * CROPS_LOADED
         flags = words(
-            config=REPOSITORY / "configs" / ARMS[arm].config,
-            method=ARMS[arm].method,
-            pairing=ARMS[arm].pairing,
-            data_dir=self.phantoms,
-            json_list=self.list_of("unlabelled"),
-            store_dir=self.store,
+            config=REPOSITORY / "configs" / recipe.config,
+            method=recipe.method,
+            pairing=recipe.pairing,
+            **self.data_flags("unlabelled"),
             spacing_mm=s.spacing_mm,
             output_dir=folder,
             **self._network,
@@ -296,18 +294,15 @@ class Plan:
             device=self.device,
             seed=pretrain_seed,
         )
-        after: list[Job] = [self.make_stores["unlabelled"]]
-        if ARMS[arm].table == "sam":
-            after.append(self.mine[0])
-        if ARMS[arm].table == "true":
-            after.append(self.make_true_pairs)
-        if ARMS[arm].table is not None:
-            flags += words(table_file=self.tables(ARMS[arm].table) / "correspondences.npy")
-        flags += (*ARMS[arm].flags, *shlex.split(f"{s.pretrain_flags} {s.alice_flags if is_alice else ''}"))
-        weights = self.extracted(arm, pretrain_seed)
-        extract = (str(folder / "checkpoint.pth"), str(weights), "--checkpoint_key", s.weights_from)
+        made_tables = {"sam": (self.mine[0],), "true": (self.make_true_pairs,), None: ()}
+        after = (self.make_stores["unlabelled"], *made_tables[recipe.table])
+        if recipe.table is not None:
+            flags += words(table_file=self.tables(recipe.table) / "correspondences.npy")
+        alice_flags = s.alice_flags if recipe.method == "alice" else ""
+        flags += (*recipe.flags, *shlex.split(f"{s.pretrain_flags} {alice_flags}"))
+        extract = (str(folder / "checkpoint.pth"), str(folder / self.extracted), "--checkpoint_key", s.weights_from)
         calls = (Call("main_ddp", flags), Call("extract_backbone_weights", extract))
-        return Job(f"pretrain/{arm}_seed{pretrain_seed}", calls, folder, tuple(after))
+        return Job(f"pretrain/{arm}_seed{pretrain_seed}", calls, folder, after)
 
     @property
     def _network(self) -> dict:
@@ -316,30 +311,29 @@ class Plan:
         sides = dict(zip(("roi_z", "roi_y", "roi_x"), s.roi))
         return {"backbone": s.backbone, "feature_size": s.feature_size, **sides}
 
-    def extracted(self, arm: str, pretrain_seed: int) -> Path:
-        """The extracted weights of a pretraining; the name says of which module."""
-        return self.pretrain_folder(arm, pretrain_seed) / f"{self.settings.weights_from}.safetensors"
+    @property
+    def extracted(self) -> str:
+        """The file of a pretraining's extracted weights; the name says of which module."""
+        return f"{self.settings.weights_from}.safetensors"
+
+    def pretraining(self, arm: str, seed: int) -> Job:
+        """What a finetuning or a probe starts from."""
+        return self.pretrain[arm, self.pretrain_seed(seed)]
 
     def weights(self, arm: str, seed: int) -> Path:
-        """What a finetuning of an arm starts from."""
-        return self.extracted(arm, self.pretrain_seed(seed))
-
-    def pretraining_of(self, seed: int) -> dict[str, Job]:
-        """What makes those weights, by arm."""
-        return {arm: self.pretrain[arm, self.pretrain_seed(seed)] for arm in self.pretrained_arms}
+        return self.pretraining(arm, seed).folder / self.extracted
 
     @cached_property
-    def probe(self) -> list[Job]:
-        """Frozen encoders beside untrained ones, taught by the fewest labelled cases: a job for each split."""
-        return [self._probe(seed) for seed in self.settings.seeds] if self.pretrained_arms else []
+    def probe(self) -> dict[int, Job]:
+        """Frozen encoders beside untrained ones, taught by the fewest labelled cases: by the seed of the split."""
+        return {seed: self._probe(seed) for seed in self.settings.seeds if self.pretrained_arms}
 
     def _probe(self, seed: int) -> Job:
-        output = self.probe_file(seed)
-        flags = words(
+        folder = self.root / "probe" / f"seed{seed}"
+        call = Call.of(
+            "scripts.probe_features",
             weights=[self.weights(arm, seed) for arm in self.pretrained_arms],
-            data_dir=self.phantoms,
-            json_list=self.list_of("labelled"),
-            store_dir=self.store,
+            **self.data_flags("labelled"),
             num_labelled=min(self.settings.shots),
             fold=seed,
             num_voxels=200,
@@ -347,10 +341,10 @@ class Plan:
             window_batch=8,
             device=self.device,
             num_workers=0,
-            output=output,
+            output=folder / "probe.json",
         )
-        after = (self.make_stores["labelled"], *self.pretraining_of(seed).values())
-        return Job(f"probe/seed{seed}", (Call("scripts.probe_features", flags),), output.parent, after)
+        after = (self.make_stores["labelled"], *(self.pretraining(arm, seed) for arm in self.pretrained_arms))
+        return Job(f"probe/seed{seed}", (call,), folder, after)
 
     @cached_property
     def finetune(self) -> list[Job]:
@@ -360,18 +354,15 @@ class Plan:
 
     def _finetune(self, arm: str, shots: int, seed: int) -> Job:
         s, evaluation = self.settings, self.evaluation(arm, shots, seed)
-        shared = {
-            "data_dir": self.phantoms,
-            "json_list": self.list_of("labelled"),
-            "store_dir": self.store,
-            "device": self.device,
-        }
+        shared = {**self.data_flags("labelled"), "device": self.device}
         start = words(weights="none")
         if arm not in UNTRAINED:
             start = words(weights=self.weights(arm, seed), weights_part=s.weights_part)
             start += tuple(shlex.split(s.weights_flags))
         further = shlex.split(f"{s.finetune_flags} {s.scratch_flags if arm == SCRATCH_OWN else ''}")
-        train = words(
+        train = Call.of(
+            "scripts.finetune_segmentation",
+            *(*start, *further),
             config=REPOSITORY / "configs" / "finetune_comparison.yaml",
             **shared,
             output_dir=evaluation.parent,
@@ -387,11 +378,9 @@ class Plan:
             min_lr=s.finetune_lr / 100,
             num_workers=self.loaders(s.finetune_workers, 2 * s.finetune_batch),
         )
-        judge = words(checkpoint_file=evaluation.parent / "best.pth", **shared, output_dir=evaluation)
-        judge += ("--no_pictures", *words(nsd_mm=0, overlap=0.25, window_batch=8))
-        after = (self.make_stores["labelled"], *([] if arm in UNTRAINED else [self.pretraining_of(seed)[arm]]))
-        calls = (
-            Call("scripts.finetune_segmentation", (*train, *start, *further)),
-            Call("scripts.evaluate_segmentation", judge),
-        )
-        return Job(f"finetune/{arm}_{shots}shot_seed{seed}", calls, evaluation.parent, after, scraps=("*.pth",))
+        best = words(checkpoint_file=evaluation.parent / "best.pth", **shared, output_dir=evaluation)
+        sliding = words(nsd_mm=0, overlap=0.25, window_batch=8)
+        judge = Call("scripts.evaluate_segmentation", (*best, "--no_pictures", *sliding))
+        after = (self.make_stores["labelled"], *([] if arm in UNTRAINED else [self.pretraining(arm, seed)]))
+        name = f"finetune/{arm}_{shots}shot_seed{seed}"
+        return Job(name, (train, judge), evaluation.parent, after, scraps=("*.pth",))

@@ -8,15 +8,9 @@ section of the list at random. The key's place comes from the two patients' defo
 points that the key's scan does not show are left out. Every row has score 1 and cycle error 0.
 """
 
-import multiprocessing
-import sys
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from scipy import ndimage
@@ -43,7 +37,7 @@ def make_flags():
     add("--num_partners", type=int, default=8, help="key cases per query case")
     add("--border_mm", type=float, default=12.0, help="points keep so far from the skin and the scan's ends, mm")
     add("--seed", type=int, default=0, help="of points and partners")
-    add("--num_workers", type=int, default=1, help="processes; 1 = this one")
+    add("--num_workers", type=int, default=1, help="threads that prepare cases")
     return parser
 
 
@@ -57,13 +51,6 @@ def draw_points(store: VolumeStore, name: str, num_points: int, border_mm: float
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     chosen = voxels[rng.integers(len(voxels), size=num_points)] * COARSE + rng.uniform(0, COARSE, (num_points, 3))
     return index_to_world(volume.affine, np.minimum(chosen, np.array(volume.shape) - 1))
-
-
-def prepare(
-    name: str, store: VolumeStore, landmark_dir: str, num_points: int, border_mm: float, seed: int
-) -> tuple[PhantomTruth, np.ndarray]:
-    """A case's truth and its query points, world mm."""
-    return load_truth(landmark_dir, [name])[name], draw_points(store, name, num_points, border_mm, seed)
 
 
 def rows_of(
@@ -93,20 +80,14 @@ def main(argv: list[str] | None = None) -> None:
     if len(names) < 2 or min(flags.num_points, flags.num_partners) < 1:
         raise ValueError(f"{flags.json_list}: true pairs need two cases, --num_points and --num_partners of 1 or more")
     store = VolumeStore(flags.store_dir, names)
-    job = partial(
-        prepare,
-        store=store,
-        landmark_dir=flags.landmark_dir,
-        num_points=flags.num_points,
-        border_mm=flags.border_mm,
-        seed=flags.seed,
-    )
-    if flags.num_workers > 1:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(flags.num_workers, len(names)), mp_context=spawn) as pool:
-            prepared = list(pool.map(job, names))
-    else:
-        prepared = [job(name) for name in names]
+
+    def prepare(name: str) -> tuple[PhantomTruth, np.ndarray]:
+        """A case's truth and its query points, world mm."""
+        points_mm = draw_points(store, name, flags.num_points, flags.border_mm, flags.seed)
+        return load_truth(flags.landmark_dir, [name])[name], points_mm
+
+    with ThreadPoolExecutor(max(1, flags.num_workers)) as pool:
+        prepared = list(pool.map(prepare, names))
     truths = [truth for truth, _ in prepared]
     parts = []
     for number, (truth, points) in enumerate(prepared):
