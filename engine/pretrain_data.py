@@ -9,6 +9,7 @@ from datasets.lists.label_classes import read_classes
 from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.crops import CropOptions
 from datasets.samples.dataset import CropDataset
+from datasets.samples.distort import DistortOptions
 from datasets.samples.loader import make_pair_loader
 from datasets.samples.masks import MaskOptions
 from datasets.samples.pairings import PAIRINGS, PairingOptions
@@ -92,12 +93,14 @@ def make_dataset(
     """Samples of the cases `names`, with a method's views.
 
     Args:
-        flags: has --pairing and the flags of `PairingOptions` and `CropOptions`; of `MaskOptions` for views of blocks.
+        flags: has --pairing and the flags of `PairingOptions` and `CropOptions`; of `MaskOptions` for views of blocks,
+            of `DistortOptions` for distorted ones.
     """
     crops = options_of(flags, CropOptions)
     pairing = PAIRINGS[flags.pairing](store, names, crops.roi, options_of(flags, PairingOptions), table)
     masks = options_of(flags, MaskOptions) if "blocks" in views.values() else None
-    return CropDataset(store, pairing, views, crops, masks, seed=seed)
+    distort = options_of(flags, DistortOptions) if "distorted" in views.values() else None
+    return CropDataset(store, pairing, views, crops, masks, seed=seed, distort=distort)
 
 
 def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:

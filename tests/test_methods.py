@@ -35,8 +35,8 @@ SMALL_SIZES = {
     **{"head_hidden_dim": 32, "head_bottleneck_dim": 8, "out_dim": 16},
     **{"projector_hidden_dim": 32, "projector_dim": 16, "predictor_dim": 8, "voco_dim": 16},
 }
-# What a method needs beside; for example a queue that the batch divides.
-SMALL_OPTIONS: dict[str, dict] = {}
+# What a method needs beside.
+SMALL_OPTIONS: dict[str, dict] = {"caid": {"queue_size": 6, "caid_dim": 8}}
 # The form of a method in which ranks equal one process: VoCo's version 2 pairs the volumes of one rank.
 EQUAL_RANKS = {"voco": ["--voco_variant=v1"]}
 NUM_SAMPLES = 4
@@ -131,8 +131,10 @@ def test_total_and_terms_are_what_the_loop_expects(argv):
 
 
 def test_every_trained_weight_gets_a_gradient(argv):
-    method = build(argv)
-    method(batch_of(dataset_of(argv)), moment(method))[0].backward()
+    method, dataset = build(argv), dataset_of(argv)
+    method(batch_of(dataset), moment(method))
+    method.after_step(moment(method), was_skipped=False)  # a queue is empty before the first step
+    method(batch_of(dataset, NUM_SAMPLES), moment(method))[0].backward()
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
     assert all(name.startswith("student.") for name in trained), "what has gradients hangs under the student"
     assert not [name for name, p in trained.items() if p.grad is None or not p.grad.isfinite().all()]

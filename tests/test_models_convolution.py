@@ -52,7 +52,7 @@ def test_float32_is_left_alone():
     assert list(convolution.state_dict()) == names
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"resnet50_unet"}))  # which is 2-D
 def test_backbones_have_no_other_convolution(name):
     network = BACKBONES[name].make_network(1, 1, 12, False)
     kinds = {type(part) for part in network.modules() if isinstance(part, nn.Conv3d)}

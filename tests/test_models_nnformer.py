@@ -109,7 +109,7 @@ def test_nnformer_tokens_lie_where_their_voxels_lie() -> None:
             assert moved[axis] > 4 and moved.argmax() == axis
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"resnet50_unet"}))  # which is 2-D
 def test_exported_weights_fill_a_segmentation_network(name: str) -> None:
     """Under the network's own names, output layer apart; the teacher's are the encoder's part of them."""
     backbone = make_backbone(name, roi=(64, 32, 32))

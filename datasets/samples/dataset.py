@@ -1,8 +1,9 @@
 """The crop dataset: sample i is V crops and their views, a pure function of (seed, i).
 
 A pairing rule (`pairings.py`) chooses the places of the V crops. A method names the views that it needs of every crop:
-"augmented" (the crop with intensity augmentation), "blocks" (a block mask). Every random choice of sample i comes from
-NumPy's `SeedSequence([seed, i, attempt])`, so that ranks, workers, restarts and the order of reading change nothing.
+"augmented" (the crop with intensity augmentation), "blocks" (a block mask), "distorted" (augmented and corrupted, with
+a clean target). Every random choice of sample i comes from NumPy's `SeedSequence([seed, i, attempt])`, so that ranks,
+workers, restarts and the order of reading change nothing.
 Cases are dealt like cards: each run of `num_cases` samples visits every case once, in an order of its own.
 """
 
@@ -15,11 +16,12 @@ from torch.utils.data import Dataset
 
 from datasets.samples.augment import AugmentOptions, ViewAugmenter, window
 from datasets.samples.crops import CropOptions, cut
+from datasets.samples.distort import DistortOptions, ViewDistorter
 from datasets.samples.masks import MaskOptions, draw_mask, mask_grid, num_masked_blocks
 from datasets.samples.pairings import Pairing, Places
 from datasets.store.format import StoreError
 
-VIEW_KINDS = ("augmented", "blocks")
+VIEW_KINDS = ("augmented", "blocks", "distorted")
 MAX_ATTEMPTS = 20  # broken volumes in a row for one sample; more than that is no accident
 PAIRED_ATTEMPTS = 10  # after these, a sample of one volume: with few cases every pair may contain the broken one
 
@@ -41,6 +43,7 @@ class CropDataset(Dataset):
         masks: for views of blocks.
         augment: strengths for augmented views; None = the defaults, or none at all where `crops.augment` is off.
         seed: every choice depends on it, 0 or more.
+        distort: for distorted views.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class CropDataset(Dataset):
         masks: MaskOptions | None = None,
         augment: AugmentOptions | None = None,
         seed: int = 0,
+        distort: DistortOptions | None = None,
     ) -> None:
         if seed < 0:
             raise ValueError(f"--seed is {seed}, expected 0 or more")
@@ -63,6 +67,7 @@ class CropDataset(Dataset):
         if augment is None:
             augment = AugmentOptions() if self.crops.augment else AugmentOptions.off()
         self.augmenter = ViewAugmenter(augment, self.crops.a_min, self.crops.a_max)
+        self.distorter = ViewDistorter(self.augmenter, pairing.roi, distort)
         if "blocks" in views.values():
             masks = masks or MaskOptions()
             self.grid = mask_grid(pairing.roi, masks.mask_block)
@@ -81,8 +86,9 @@ class CropDataset(Dataset):
 
         Returns:
             "crop": float32 [V, 1, D, H, W] in [0, 1], windowed and not augmented (reconstruction targets);
-            one entry for each name in `views`: augmented crops like "crop", or bool masks [V, d, h, w] on the block
-            grid (roi / mask_block), True = masked = in the loss;
+            one entry for each name in `views`: augmented or distorted crops like "crop" (of a distorted view also
+            `<name>_target`: the clean crop, mirrored where the view is), or bool masks [V, d, h, w] on the block grid
+            (roi / mask_block), True = masked = in the loss;
             "case": int64 [V] index into `store.names`; "centre_mm": float32 [V, 3], crop centres in world mm;
             "score": float32; "is_fallback": bool; the rule's further facts ("overlap" of the grids).
 
@@ -161,13 +167,18 @@ class CropDataset(Dataset):
             "is_fallback": torch.tensor(places.is_fallback),
             **{name: torch.from_numpy(value) for name, value in places.facts.items()},
         }
-        # Seeds go to masks view by view, then to pictures crop by crop; other orders would change every recorded run.
+        # Seeds go to masks view by view, then to augmented pictures crop by crop, then to distorted ones; other orders
+        # would change every recorded run.
         for name in [name for name, kind in self.views.items() if kind == "blocks"]:
             rngs = [np.random.Generator(np.random.Philox(seed)) for seed in seeds.spawn(len(crops_hu))]
             sample[name] = torch.stack([draw_mask(rng, self.grid, self.num_masked) for rng in rngs])
         pictured = [name for name, kind in self.views.items() if kind == "augmented"]
         made = [[self.augmenter(hu, seed) for seed in seeds.spawn(len(pictured))] for hu in crops_hu]
-        return sample | {name: torch.stack(views) for name, views in zip(pictured, zip(*made))}
+        sample |= {name: torch.stack(views) for name, views in zip(pictured, zip(*made))}
+        for name in [name for name, kind in self.views.items() if kind == "distorted"]:
+            pairs = [self.distorter(hu, seed) for hu, seed in zip(crops_hu, seeds.spawn(len(crops_hu)))]
+            sample[name], sample[f"{name}_target"] = (torch.stack(column) for column in zip(*pairs))
+        return sample
 
 
 def describe_batch(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -69,7 +69,7 @@ def sheets(method: Method, dataset: CropDataset, batch: dict, precision: str = "
         found["attention"] = attention_figure(crops, attention, titles, voxel_mm)
     if "reconstruction" in looks:
         made = (looks["seen"], looks["reconstruction"])
-        found["reconstruction"] = reconstruction_figure(crops, *made, titles, voxel_mm)
+        found["reconstruction"] = reconstruction_figure(looks.get("target", crops), *made, titles, voxel_mm)
     return found
 
 

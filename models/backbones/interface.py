@@ -104,8 +104,10 @@ def flatten_tokens(feature_map: Tensor) -> Tensor:
 
 
 def pool_tokens(features: dict[int, Tensor], strides: tuple[int, ...]) -> Tensor:
-    """Means over the tokens of the maps at `strides`, joined: {stride: map} -> [R, sum of C] in float32."""
-    return torch.cat([features[stride].float().mean(dim=(2, 3, 4)) for stride in strides], dim=1)
+    """Means over the tokens of the maps at `strides`, joined: {stride: map} -> [R, sum of C] in float32 or more."""
+    maps = [features[stride] for stride in strides]
+    wide = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in maps]
+    return torch.cat([one.mean(dim=(2, 3, 4)) for one in wide], dim=1)
 
 
 def drop_mask_tokens(backbone: nn.Module) -> None:

@@ -70,6 +70,11 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(variance.to(self.running_var.dtype), share)
 
 
+def has_batch_norms(module: nn.Module) -> bool:
+    """Whether `module` normalises over the samples of a batch somewhere."""
+    return any(isinstance(part, BATCH_NORMS) for part in module.modules())
+
+
 def synchronise_batch_norms(module: nn.Module) -> int:
     """Let every batch norm of `module` see the samples of all ranks; weights and state-dict names stay.
 

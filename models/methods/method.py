@@ -25,10 +25,11 @@ class Method(nn.Module):
     Attributes:
         Options: a dataclass; its fields are the method's flags.
         pairings: values of --pairing that it can use; the first is its default.
-        views: batch name -> what that entry is made of every crop ("augmented", "blocks"); the class's default, which
-            an instance may overwrite.
+        views: batch name -> what that entry is made of every crop ("augmented", "blocks", "distorted"); the class's
+            default, which an instance may overwrite. A distorted view NAME brings its clean target, NAME_target.
         constant_lr: parts of the student whose learning rate follows no schedule.
-        sees_batch: a norm looks across samples, so that ranks and accumulated parts do not equal one big batch.
+        sees_batch: a norm looks across samples, so that ranks and accumulated parts do not equal one big batch; an
+            instance may overwrite it, where the backbone decides.
         student: everything that has gradients; `student.backbone` is what people want.
     """
 
@@ -70,7 +71,8 @@ class Method(nn.Module):
     def look(self, batch: Batch) -> dict[str, Tensor]:
         """For pictures, rows [B * V, ...] in the order of `rows_of`; called in evaluation mode, without gradient.
 
-        "seen": what the student saw [R, 1, D, H, W], NaN = hidden; "reconstruction": what it made of it;
+        "seen": what the student saw [R, 1, D, H, W], NaN = hidden; "reconstruction": what it made of it; "target": what
+        it should have made of it, where that is not the batch's crops;
         "attention_NAME": [R, N, M], attention of N asking tokens to M tokens of the view, mean over heads.
         """
         return {}
@@ -82,17 +84,21 @@ def rows_of(entry: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average_towards(teacher: nn.Module, student: nn.Module, momentum: float, copied: tuple[str, ...] = ()) -> None:
+def average_towards(
+    teacher: nn.Module, student: nn.Module, momentum: float, copied: tuple[str, ...] = (), with_buffers: bool = True
+) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, over the names that the teacher has.
 
     Args:
         momentum: 0 copies, 1 keeps.
         copied: prefixes of names that are copied instead. Integers are copied too.
+        with_buffers: also the running statistics of batch norms; false where the teacher follows batches of its own.
     """
     source = {**dict(student.named_parameters()), **dict(student.named_buffers())}
     averaged: list[Tensor] = []
     towards: list[Tensor] = []
-    for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
+    buffers = teacher.named_buffers() if with_buffers else ()
+    for name, tensor in (*teacher.named_parameters(), *buffers):
         if name.startswith(copied) or not tensor.is_floating_point():
             tensor.copy_(source[name])
         else:
