@@ -154,7 +154,7 @@ def test_nothing_to_extract_is_an_error_not_an_empty_file(checkpoint, tmp_path):
     bare = {name.removeprefix("backbone."): value for name, value in state["teacher"].items()}
     torch.save(state | {"teacher": bare}, tmp_path / "bare.pth")
     with pytest.raises(CheckpointError, match="nothing to extract"):
-        extract(tmp_path / "bare.pth", tmp_path / "out.pth")
+        extract(tmp_path / "bare.pth", tmp_path / "out.pth", "--checkpoint_key", "teacher")
     renamed = {name.replace("swinViT", "vit"): value for name, value in state["teacher"].items()}
     torch.save(state | {"teacher": renamed}, tmp_path / "renamed.pth")
     with pytest.raises(CheckpointError, match="does not fit swin_unetr"):
