@@ -131,21 +131,22 @@ def pretrain(
             checks = torch.stack([broken_loss, broken_gradient, torch.tensor(stop.requested, device=world.device)])
             loss_is_broken, gradient_is_broken, is_asked_to_stop = all_max(checks.float()).tolist()
             is_skipped = bool(loss_is_broken or gradient_is_broken)
+            is_overflow = run.scaler.is_enabled() and is_skipped and not loss_is_broken
 
             # Step, averages
             if is_skipped:
                 num_skipped += 1
-                is_overflow = run.scaler.is_enabled() and not loss_is_broken  # the scaler's business: it scales less
                 report_broken(losses, grad_norm, parts, dataset, options, num_skipped, is_overflow, run.step, log)
                 for buffer, value in zip(norms, norms_before):
                     buffer.copy_(value)
             else:
                 num_skipped = 0
                 run.scaler.step(run.optimizer)
+            if is_overflow or not is_skipped:  # losses of an overflow are right, its gradients were scaled too far
                 for values in values_of_parts:
                     meters.add(values)
                     epoch_meters.add(values)
-            run.scaler.update()
+            run.scaler.update()  # scales less after an overflow
             method.after_step(now, is_skipped)
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1

@@ -112,8 +112,11 @@ def in_half_precision(out: Path) -> list[tuple[str, list]]:
     return runs
 
 
-def assert_close(one: Path, other: Path, parts: tuple[str, ...]) -> None:
-    """The parts of two runs' latest checkpoints differ by rounding at most."""
+def assert_close(one: Path, other: Path, parts: tuple[str, ...], atol: float = 2e-5) -> None:
+    """The parts of two runs' latest checkpoints differ by rounding at most.
+
+    AdamW turns the rounding of gradients near 0 into steps of up to the learning rate: `atol` allows for that.
+    """
     ours, theirs = (load_checkpoint(folder / LATEST) for folder in (one, other))
     assert ours["step"] == theirs["step"]
     for part in parts:
@@ -121,7 +124,7 @@ def assert_close(one: Path, other: Path, parts: tuple[str, ...]) -> None:
         assert flat_ours.keys() == flat_theirs.keys()
         for name, value in flat_ours.items():
             if torch.is_tensor(value):
-                torch.testing.assert_close(value, flat_theirs[name], rtol=1e-3, atol=2e-5, msg=f"{part}{name}")
+                torch.testing.assert_close(value, flat_theirs[name], rtol=1e-3, atol=atol, msg=f"{part}{name}")
 
 
 def losses(folder: Path, kind: str = "train") -> list[float]:
@@ -157,7 +160,7 @@ def test_probes_of_weights_equal_the_cpus(ran):
 
 
 def test_finetuning_equals_the_cpus(ran):
-    assert_close(ran / "finetuned_cpu", ran / "finetuned_cuda", ("model", "optimizer"))
+    assert_close(ran / "finetuned_cpu", ran / "finetuned_cuda", ("model", "optimizer"), atol=3e-4)
     assert losses(ran / "finetuned_cuda") == pytest.approx(losses(ran / "finetuned_cpu"), rel=1e-5)
 
 
