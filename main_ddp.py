@@ -276,7 +276,7 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
     method, output_dir = run.method, Path(flags.output_dir)
     schedules = make_schedules(flags, method, options.num_steps, options.steps_per_epoch, world.size)
     if flags.compile:
-        compile_networks(*(part for name, part in method.named_children() if name in ("student", "teacher")))
+        compile_networks(*method.networks().values())
     loader = make_pair_loader(
         data.training, flags.batch_size, world.rank, world.size, flags.num_workers, run.step, options.num_steps,
         flags.accumulate_steps, pin_memory=world.device.type == "cuda",

@@ -12,7 +12,6 @@ from zipfile import BadZipFile
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from engine.checkpoint import CheckpointError, check_parts
 from models.methods.method import Method, average_towards
@@ -63,7 +62,7 @@ def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[st
     if with_head:
         head = {name: value.contiguous() for name, value in state[key].items() if name.startswith(HEAD_PREFIX)}
         if not head:
-            raise CheckpointError(f"{path}: its {key} has no head  (its method and flags built none)")
+            raise CheckpointError(f"{path}: its {key} has no head (its method and flags built none)")
         weights |= head
     return weights
 
@@ -142,8 +141,8 @@ def start_from(method: Method, path: str | Path) -> LoadReport:
     except (ValueError, OSError, BadZipFile) as error:
         raise CheckpointError(f"--checkpoint_file {path}: {error}") from error
     student.load_state_dict(beside, strict=False)
-    if isinstance(teacher := getattr(method, "teacher", None), nn.Module):
-        average_towards(teacher, student, 0.0)
+    if "teacher" in method.networks():
+        average_towards(method.teacher, student, 0.0)
     return replace(report, beside=list(beside))
 
 

@@ -30,6 +30,7 @@ class DistillationOptions:
             every forward pass (sinkhorn, SwAV); use sinkhorn when batches are small and the log warns of collapse, then
             also set --teacher_temp 0.012
         centre_momentum: momentum of the centres, per step; with --centring mean
+        momentum_teacher: EMA momentum of the teacher at the start; rises to 1 along a cosine
     """
 
     student_temp: float = 0.1
@@ -38,6 +39,7 @@ class DistillationOptions:
     warmup_teacher_temp_epochs: int = 30
     centring: Literal["mean", "sinkhorn"] = "mean"
     centre_momentum: float = 0.9
+    momentum_teacher: float = 0.996
 
     def __post_init__(self) -> None:
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
@@ -49,6 +51,8 @@ class DistillationOptions:
             raise ValueError(f"--centring {self.centring!r}: expected mean or sinkhorn")
         if not 0 <= self.centre_momentum < 1:
             raise ValueError(f"--centre_momentum {self.centre_momentum}: expected a number from 0 to below 1")
+        if not 0 <= self.momentum_teacher <= 1:
+            raise ValueError(f"--momentum_teacher {self.momentum_teacher}: expected a momentum between 0 and 1")
 
 
 class Distillation(nn.Module):

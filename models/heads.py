@@ -122,10 +122,11 @@ class ProjectionHead(nn.Module):
         """[B, M, decoder_dim] -> [B, M, K]: phi in the student, psi in the teacher (fed encoder tokens)."""
         return self._token_logits(self.mlp4(tokens))
 
-    def last_layer_parameters(self) -> list[nn.Parameter]:
-        """The trained parameters of the last layers, which DINO's training freezes at first."""
-        layers = [layer for layer in (self.last_layer, self.last_layer2) if layer is not None]
-        return [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
+    def drop_last_layer_gradients(self) -> None:
+        """Let the last layers stand still in this step, as DINO's training does at first."""
+        for layer in (self.last_layer, self.last_layer2):
+            if layer is not None:
+                layer.zero_grad(set_to_none=True)
 
     def target_twin(self, shared_last_layer: bool) -> "ProjectionHead":
         """An independent copy for the teacher; with `shared_last_layer` its tokens use cls's last layer."""

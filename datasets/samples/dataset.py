@@ -67,7 +67,8 @@ class CropDataset(Dataset):
         if augment is None:
             augment = AugmentOptions() if self.crops.augment else AugmentOptions.off()
         self.augmenter = ViewAugmenter(augment, self.crops.a_min, self.crops.a_max)
-        self.distorter = ViewDistorter(self.augmenter, pairing.roi, distort)
+        if "distorted" in views.values():
+            self.distorter = ViewDistorter(self.augmenter, pairing.roi, distort)
         if "blocks" in views.values():
             masks = masks or MaskOptions()
             self.grid = mask_grid(pairing.roi, masks.mask_block)

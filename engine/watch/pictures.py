@@ -78,8 +78,7 @@ def look(method: Method, batch: dict, precision: str = "fp32") -> tuple[Tensor, 
     """An encoder map of the un-augmented crops [B * V, C, d, h, w], and the method's `look`; float32 on the CPU."""
     device = next(method.parameters()).device
     batch = on_device(batch, device)
-    teacher = getattr(method, "teacher", None)
-    network = teacher if hasattr(teacher, "backbone") else method.student
+    *_, network = (network for network in method.networks().values() if hasattr(network, "backbone"))
     with evaluating(method), autocast(precision, device):
         maps = network.backbone.encode(rows_of(batch["crop"]))
         looks = method.look(batch)

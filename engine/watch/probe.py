@@ -255,13 +255,13 @@ def watch_probe(method: nn.Module, voxels, options: ProbeOptions, world: World) 
         nothing on the others, which wait as long as it takes.
     """
     values = {}
-    networks = {"": method.student, "_teacher": getattr(method, "teacher", None)}
     if world.is_main:
         with evaluating(method):
-            for ending, network in networks.items():
+            for name, network in method.networks().items():
                 if not hasattr(network, "backbone"):
                     continue
+                ending = "" if name == "student" else f"_{name}"
                 found = probe_encoder(network.backbone.encode, voxels, options, world.device)
-                values |= {f"probe_{name}_balanced{ending}": one["balanced_accuracy"] for name, one in found.items()}
+                values |= {f"probe_{probe}_balanced{ending}": one["balanced_accuracy"] for probe, one in found.items()}
     wait_for_all(world)
     return values

@@ -37,7 +37,7 @@ from models.backbones.interface import Backbone, MakeBackbone, flatten_tokens, p
 from models.heads import HeadOptions, ProjectionHead
 from models.methods.casa import CASA_VARIANTS, FigureCASA, PublishedCASA, relative_entropy
 from models.methods.method import Batch, Method, Now, average_towards, rows_of
-from models.methods.schedules import CosineSchedule, distillation_schedules
+from models.methods.schedules import distillation_schedules
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class AliceOptions(MaskOptions, HeadOptions, DistillationOptions):
         lambda3: weight of loss_recon; 0 = off
         recon_on: voxels that are reconstructed: those of masked blocks, or all of them at half the weight (released
             code)
-        momentum_teacher: EMA momentum of the teacher at the start; rises to 1 along a cosine
         cls_features: what cls is: pooled tokens of the deepest stage, or of all stages joined
         shared_head: student: tokens share the last layer of cls
         shared_head_teacher: teacher: tokens use the moving average of cls's last layer
@@ -67,7 +66,6 @@ class AliceOptions(MaskOptions, HeadOptions, DistillationOptions):
     lambda2: float = 1.0
     lambda3: float = 10.0
     recon_on: Literal["masked", "all"] = "masked"
-    momentum_teacher: float = 0.996
     cls_features: Literal["deepest", "multiscale"] = "deepest"
     shared_head: bool = False
     shared_head_teacher: bool = True
@@ -90,8 +88,6 @@ class AliceOptions(MaskOptions, HeadOptions, DistillationOptions):
                 f"--mask_ratio {self.mask_ratio}, --lambda3 {self.lambda3}: expected masked voxels to reconstruct, or "
                 "--recon_on all"
             )
-        if not 0 <= self.momentum_teacher <= 1:
-            raise ValueError(f"--momentum_teacher {self.momentum_teacher}: expected a momentum between 0 and 1")
         for name in ("casa_heads", "casa_head_dim", "casa_hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
@@ -215,10 +211,7 @@ class Alice(Method):
 
     def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Callable[[int], float]]:
         """The teacher's momentum and temperature per step."""
-        return {
-            "momentum_teacher": CosineSchedule(self.options.momentum_teacher, 1.0, num_steps),
-            **distillation_schedules(self.options, self.options.freeze_last_layer, steps_per_epoch),
-        }
+        return distillation_schedules(self.options, self.options.freeze_last_layer, num_steps, steps_per_epoch)
 
     def forward(self, batch: Batch, now: Now) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the three terms; terms are "loss_cls", "loss_tokens", "loss_recon" where switched on."""
@@ -251,8 +244,7 @@ class Alice(Method):
     def before_step(self, now: Now) -> None:
         """The head's last layers stand still at first."""
         if now["last_layer_frozen"] and self.student.head is not None:
-            for parameter in self.student.head.last_layer_parameters():
-                parameter.grad = None
+            self.student.head.drop_last_layer_gradients()
 
     def after_step(self, now: Now, was_skipped: bool) -> None:
         """Move the teacher and the centres. The published CASA is copied: there both branches share one."""
@@ -288,10 +280,11 @@ class CasaAttention:
 
     def __enter__(self) -> "CasaAttention":
         if self.casa is not None:
-            attention = self.casa.Cross_Att.MH_attn
-            keep = lambda module, inputs, output: self.kept.append(module.attention_weights(*inputs[:2]))  # noqa: E731
-            self.hook = attention.register_forward_hook(keep)
+            self.hook = self.casa.Cross_Att.MH_attn.register_forward_hook(self._keep)
         return self
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.kept.append(module.attention_weights(*inputs[:2]))
 
     def __exit__(self, *error) -> None:
         if self.casa is not None:

@@ -21,16 +21,12 @@ from losses.distillation import Distillation, DistillationOptions, swap_views
 from models.backbones.interface import Backbone, MakeBackbone, pool_tokens
 from models.heads import HeadOptions, ProjectionHead
 from models.methods.method import Batch, Method, Now, average_towards, rows_of
-from models.methods.schedules import CosineSchedule, distillation_schedules
+from models.methods.schedules import distillation_schedules
 
 
 @dataclass(frozen=True)
 class DinoOptions(HeadOptions, DistillationOptions):
-    """DINO's flags: those of the head and of distillation, with the published values.
-
-    Attributes:
-        momentum_teacher: EMA momentum of the teacher at the start; rises to 1 along a cosine
-    """
+    """DINO's flags: those of the head and of distillation, with the published values."""
 
     out_dim: int = 1024
     teacher_temp: float = 0.04
@@ -40,8 +36,6 @@ class DinoOptions(HeadOptions, DistillationOptions):
     def __post_init__(self) -> None:
         HeadOptions.__post_init__(self)
         DistillationOptions.__post_init__(self)
-        if not 0 <= self.momentum_teacher <= 1:
-            raise ValueError(f"--momentum_teacher {self.momentum_teacher}: expected a momentum between 0 and 1")
 
 
 class DinoNetwork(nn.Module):
@@ -88,10 +82,7 @@ class DINO(Method):
 
     def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Callable[[int], float]]:
         """The teacher's momentum and temperature per step, and whether the last layer stands still."""
-        return {
-            "momentum_teacher": CosineSchedule(self.options.momentum_teacher, 1.0, num_steps),
-            **distillation_schedules(self.options, self.options.freeze_last_layer, steps_per_epoch),
-        }
+        return distillation_schedules(self.options, self.options.freeze_last_layer, num_steps, steps_per_epoch)
 
     def forward(self, batch: Batch, now: Now) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; terms are "loss_cls" and the monitors of collapse."""
@@ -108,8 +99,7 @@ class DINO(Method):
     def before_step(self, now: Now) -> None:
         """The head's last layer stands still at first: without a gradient, weight decay and moments leave it alone."""
         if now["last_layer_frozen"]:
-            for parameter in self.student.head.last_layer_parameters():
-                parameter.grad = None
+            self.student.head.drop_last_layer_gradients()
 
     def after_step(self, now: Now, was_skipped: bool) -> None:
         """Move the teacher and the centre; after a skipped step neither moves."""

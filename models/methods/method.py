@@ -41,11 +41,15 @@ class Method(nn.Module):
 
     student: nn.Module  # `teacher` has no default here: nn.Module would never find the module of that name
 
+    def networks(self) -> dict[str, nn.Module]:
+        """The student, and the teacher where there is one, by name; a teacher may lack a `backbone`."""
+        return {name: part for name, part in self.named_children() if name in ("student", "teacher")}
+
     def train(self, mode: bool = True) -> "Method":
         """As every module's, but a teacher stays in evaluation mode."""
         super().train(mode)
-        if isinstance(teacher := getattr(self, "teacher", None), nn.Module):
-            teacher.eval()
+        if "teacher" in self.networks():
+            self.teacher.eval()
         return self
 
     def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Callable[[int], float]]:

@@ -62,12 +62,13 @@ class LinearSchedule:
 
 
 def distillation_schedules(
-    options: DistillationOptions, freeze_epochs: float, steps_per_epoch: int
+    options: DistillationOptions, freeze_epochs: float, num_steps: int, steps_per_epoch: int
 ) -> dict[str, Callable[[int], float]]:
-    """The teacher's temperature, and whether the head's last layers stand still (1 or 0), per step."""
+    """The teacher's momentum and temperature, and whether the head's last layers stand still (1 or 0), per step."""
     num_freeze_steps = round(freeze_epochs * steps_per_epoch)
     warmup = options.warmup_teacher_temp_epochs * steps_per_epoch
     return {
+        "momentum_teacher": CosineSchedule(options.momentum_teacher, 1.0, num_steps),
         "teacher_temp": LinearSchedule(options.warmup_teacher_temp, options.teacher_temp, warmup),
         "last_layer_frozen": lambda step: float(step < num_freeze_steps),
     }
