@@ -4,11 +4,11 @@
     python -m benchmarks.compare_pretraining --output_dir results/comparison --stages data,sam,pretrain,probe
 
 Arms: from scratch (and, with --scratch_flags, once more with those); masked image modelling alone; Alice with random,
-IoU and SAM pairs; Alice without CASA; Alice with the phantoms' true correspondences, the upper bound of SAM pairs; and
-its peers SimSiam and DINO with IoU pairs. All pretrain on the same unlabelled phantoms until they have seen as many
-voxels (steps x batch x crops of a sample x voxels of a crop). Then each is finetuned with 1, 4, 15
-(cpu: 1 and 4) labelled phantoms, three times, with the same cases, crops, seeds and schedule for every arm, and judged
-on further phantoms; and the frozen encoders are probed, which chance moves less.
+IoU and SAM pairs; Alice without CASA; Alice with the phantoms' true correspondences, the upper bound of SAM pairs;
+and its peers: SimSiam and DINO with IoU pairs, VoCo in one patient and in two, CAiD. All pretrain on the same
+unlabelled phantoms until they have seen as many voxels (steps x batch x crops of a sample x voxels of a crop). Then
+each is finetuned with 1, 4, 15 (cpu: 1 and 4) labelled phantoms, three times, with the same cases, crops, seeds and
+schedule for every arm, and judged on further phantoms; and the frozen encoders are probed, which chance moves less.
 
 An arm is pretrained once, unless --pretrain_seeds names several: chance moves the Dice of one pretraining by a few
 points, and without further ones no interval shows that.

@@ -187,6 +187,8 @@ def pretraining_flags(plan: Plan, arm: str) -> dict[str, str]:
 
 def voxels_of(flags: dict[str, str]) -> int:
     numbers = {name: int(flags[name]) for name in ("roi_z", "roi_y", "roi_x", "batch_size")}
+    numbers |= {"grid_bases": flags.get("grid_bases", "3 3").split(), "grid_crops": int(flags.get("grid_crops", 2))}
+    numbers["grid_bases"] = [int(number) for number in numbers["grid_bases"]]
     num_steps = int(flags["epochs"]) * int(flags["steps_per_epoch"])
     return voxels_seen(numbers | {"accumulate_steps": 1, "pairing": flags["pairing"]}, num_steps)
 
@@ -198,13 +200,16 @@ def whole_plan(tmp_path) -> Plan:
 
 def test_every_arm_sees_as_many_voxels(whole_plan):
     seen = {arm: voxels_of(pretraining_flags(whole_plan, arm)) for arm in whole_plan.pretrained_arms}
-    assert {"mim", "sam", "true", "simsiam_iou", "dino_iou"} <= seen.keys()
+    grids = {arm: seen.pop(arm) for arm in ("voco", "voco_sam")}
+    assert {"mim", "sam", "true", "simsiam_iou", "dino_iou", "caid"} <= seen.keys()
     assert set(seen.values()) == {1200 * 8 * 2 * 32**3}
+    for num_voxels in grids.values():  # whole epochs of whole steps, 13 or 26 crops a sample
+        assert num_voxels / (1200 * 8 * 2 * 32**3) == pytest.approx(1, abs=0.03)
 
 
 def test_samples_of_more_crops_take_fewer_steps(whole_plan, monkeypatch):
     before = pretraining_flags(whole_plan, "iou")
-    monkeypatch.setattr(PAIRINGS["iou"], "num_crops", 8)
+    monkeypatch.setattr(PAIRINGS["iou"], "num_crops", lambda options: 8)
     plan = dataclasses.replace(whole_plan)
     after = pretraining_flags(plan, "iou")
     assert int(after["epochs"]) == int(before["epochs"]) / 4 and voxels_of(after) == 1200 * 8 * 2 * 32**3
@@ -216,11 +221,26 @@ def test_peers_differ_from_alice_with_iou_pairs_in_the_method_and_its_recipe(who
         pretraining_flags(whole_plan, "iou"),
         {"lambda1", "lambda2", "mask_block", "mask_ratio"},
     )
-    for method, own in (("simsiam", ("lr", "min_lr")), ("dino", ())):
-        peer = pretraining_flags(whole_plan, f"{method}_iou")
+    for arm, method, own in (
+        ("simsiam_iou", "simsiam", ("lr", "min_lr")), ("dino_iou", "dino", ()), ("caid", "caid", ("lr", "min_lr")),
+    ):  # fmt: skip
+        peer = pretraining_flags(whole_plan, arm)
         assert alice.keys() - peer.keys() == only_alice and not peer.keys() - alice.keys()
         assert {name for name in peer if peer[name] != alice[name]} == {"method", "output_dir", "config", *own}
         assert peer["method"] == method and peer["pairing"] == "iou" and peer["channels_last"] == "true"
+
+
+def test_voco_takes_smaller_crops_of_the_same_data_and_the_arms_finetune_alike(whole_plan):
+    alice, grid = pretraining_flags(whole_plan, "iou"), pretraining_flags(whole_plan, "voco")
+    assert [grid[side] for side in ("roi_z", "roi_y", "roi_x")] == ["32", "16", "16"]
+    assert all(grid[name] == alice[name] for name in ("store_dir", "json_list", "backbone", "feature_size"))
+    assert (grid["a_min"], grid["a_max"]) == ("-125", "225"), "the window of all other arms"
+    assert "correspondences.npy" in pretraining_flags(whole_plan, "voco_sam")["table_file"]
+    tuned = {
+        arm: job.calls[0].words for job in whole_plan.finetune for arm in [job.name.split("/")[1].split("_1shot")[0]]
+    }
+    sides = {arm: words[words.index("--roi_x") + 1] for arm, words in tuned.items() if arm in ("iou", "voco")}
+    assert sides == {"iou": "32", "voco": "32"}
 
 
 # Jobs

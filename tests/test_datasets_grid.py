@@ -59,7 +59,8 @@ def test_a_sample_holds_the_bases_then_random_crops_with_their_overlap(spacing_m
     dataset = make_dataset("grid", store, views=VIEWS, roi=ROI, grid_bases=(3, 2), grid_crops=4)
     for index in range(10):
         sample, starts = dataset[index], starts_of(store, dataset.places(index))
-        assert sample["crop"].shape == sample["view"].shape == (10, 1, *ROI) and dataset.pairing.num_crops == 10
+        assert sample["crop"].shape == sample["view"].shape == (10, 1, *ROI)
+        assert dataset.pairing.num_crops(dataset.pairing.options) == 10
         assert (starts[:6] - starts[0] == base_starts((3, 2), ROI)).all()
         assert (starts.min(0) >= 0).all() and (starts.max(0) <= np.array([20, 30, 40]) - ROI).all()
         assert torch.equal(sample["overlap"], torch.from_numpy(overlap_shares(starts[6:], starts[:6], ROI)))
@@ -111,7 +112,7 @@ def test_pair_rules_still_toss_for_the_order():
         is_same = np.array_equal(drawn.points_mm, plain.points_mm)
         assert is_same or np.array_equal(drawn.points_mm[::-1], plain.points_mm)
         orders.add(is_same)
-    assert orders == {True, False} and pairing.num_crops == 2
+    assert orders == {True, False} and pairing.num_crops(pairing.options) == 2
 
 
 def matched_store(spacings_mm) -> FakeStore:
@@ -137,7 +138,7 @@ def test_grid_sam_shows_the_same_anatomy_crop_by_crop():
     dataset = make_dataset(
         "grid_sam", store, matched_table(store), views=VIEWS, roi=ROI, grid_bases=(3, 2), grid_crops=4, max_cycle_mm=5.0
     )
-    assert dataset.pairing.num_crops == 20
+    assert dataset.pairing.num_crops(dataset.pairing.options) == 20
     for seed in range(20):
         places = dataset.pairing.draw(np.random.default_rng(seed), 0)
         assert places.names == ("case0",) * 10 + ("case1",) * 10 and not places.is_fallback

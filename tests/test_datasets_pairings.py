@@ -271,6 +271,6 @@ def test_pairing_options_are_checked():
 @pytest.mark.parametrize("name", PAIRINGS)
 def test_a_sample_has_the_crops_that_its_rule_promises(name):
     dataset = make_dataset(name)
-    num_crops = dataset.pairing.num_crops
+    num_crops = dataset.pairing.num_crops(dataset.pairing.options)
     assert len(dataset.places(0).names) == len(dataset.places(0).points_mm) == num_crops
     assert dataset[0]["crop"].shape == (num_crops, 1, *ROI)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from benchmarks.results import words
+from datasets.samples.pairings import PAIRINGS, PairingOptions
+
 SCRATCH = "scratch"
 SCRATCH_OWN = "scratch_own"  # --scratch_flags: what suits scratch better, or what else pretrained arms get, as freezing
 UNTRAINED = (SCRATCH, SCRATCH_OWN)
@@ -13,11 +16,13 @@ class Arm:
 
     Attributes:
         title: for tables and the figure.
-        pairing: --pairing, which also decides how many crops a sample has.
+        pairing: --pairing.
         flags: further flags of main_ddp.py, besides what all arms share.
         table: whose table of pairs it reads: "sam", "true" or None.
         method: --method.
         config: recipe in configs/; sizes, steps and learning rate are the benchmark's, unless `flags` say otherwise.
+        crop_parts: D H W, by how much each side of the crop is smaller than that of other arms.
+        grid: the rule's options as far as they decide how many crops a sample has; of VoCo's grids.
     """
 
     title: str
@@ -26,6 +31,17 @@ class Arm:
     table: str | None = None
     method: str = "alice"
     config: str = "comparison.yaml"
+    crop_parts: tuple[int, int, int] = (1, 1, 1)
+    grid: PairingOptions = PairingOptions()
+
+    @property
+    def num_crops(self) -> int:
+        """Crops of one sample."""
+        return PAIRINGS[self.pairing].num_crops(self.grid)
+
+    def roi(self, usual: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The crop D H W, where all other arms have `usual`."""
+        return tuple(side // parts for side, parts in zip(usual, self.crop_parts))
 
 
 # A tenth of the default, beside reconstruction: with more, cls and CASA crowd out what reconstruction teaches the maps
@@ -34,6 +50,16 @@ ALICE = ("--lambda1", "0.1", "--lambda2", "0.1")
 
 # It trains with SGD, so that a learning rate of AdamW would hardly move it.
 SIMSIAM = ("--lr", "0.025", "--min_lr", "1e-6")
+
+# Three bases must fit side by side into a body, so that a base is half as wide as the crops of other arms.
+GRID = PairingOptions(grid_bases=(3, 3), grid_crops=4)
+VOCO = {
+    "flags": (
+        *words(grid_bases=GRID.grid_bases, grid_crops=GRID.grid_crops, a_min=-125, a_max=225),
+        *("--lr", "1e-3", "--min_lr", "1e-5"),
+    ),
+    **{"method": "voco", "config": "voco_small.yaml", "crop_parts": (1, 2, 2), "grid": GRID},
+}
 
 ARMS: dict[str, Arm] = {
     SCRATCH: Arm("from scratch"),
@@ -46,12 +72,16 @@ ARMS: dict[str, Arm] = {
     "true": Arm("Alice, true pairs", "sam", ALICE, "true"),
     "simsiam_iou": Arm("SimSiam, IoU pairs", "iou", SIMSIAM, method="simsiam", config="simsiam_small.yaml"),
     "dino_iou": Arm("DINO, IoU pairs", "iou", method="dino", config="dino_small.yaml"),
+    "voco": Arm("VoCo", "grid", **VOCO),
+    "voco_sam": Arm("VoCo, SAM pairs", "grid_sam", table="sam", **VOCO),
+    "caid": Arm("CAiD", "iou", ("--lr", "1e-3", "--min_lr", "1e-5"), method="caid", config="caid_small.yaml"),
 }
 
 # (better, worse): what the method claims, each tested at every number of labelled cases.
 CLAIMS = (
     *((name, scratch) for scratch in UNTRAINED for name in ARMS if name not in UNTRAINED),
-    *(("sam", other) for other in ("random", "iou", "mim", "sam_no_casa", "simsiam_iou", "dino_iou")),
+    *(("sam", other) for other in ("random", "iou", "mim", "sam_no_casa", "simsiam_iou", "dino_iou", "voco", "caid")),
+    ("voco_sam", "voco"),
     ("true", "sam"),
     ("true", "random"),
 )

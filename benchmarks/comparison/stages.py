@@ -3,7 +3,7 @@
 import math
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from benchmarks.comparison.arms import ARMS, SCRATCH_OWN, UNTRAINED
 from benchmarks.comparison.jobs import Call, Job
 from benchmarks.comparison.settings import Settings
 from benchmarks.results import words
-from datasets.samples.pairings import PAIRINGS
+from datasets.samples.pairings import PAIRINGS, PairingOptions
 from engine.flags import REPOSITORY
 
 LEARNING_STAGES = ("pretrain", "probe", "finetune")
@@ -31,7 +31,8 @@ def voxels_seen(flags: Mapping, num_steps: int, num_ranks: int = 1) -> int:
     """
     num_samples = num_steps * flags["batch_size"] * flags["accumulate_steps"] * num_ranks
     crop_voxels = flags["roi_z"] * flags["roi_y"] * flags["roi_x"]
-    return num_samples * PAIRINGS[flags["pairing"]].num_crops * crop_voxels
+    grid = PairingOptions(grid_bases=tuple(flags["grid_bases"]), grid_crops=flags["grid_crops"])
+    return num_samples * PAIRINGS[flags["pairing"]].num_crops(grid) * crop_voxels
 
 
 @dataclass(frozen=True)
@@ -264,13 +265,14 @@ class Plan:
 
     def num_steps(self, arm: str) -> int:
         """Optimiser steps of an arm: as many voxels as `pretrain_steps` see with `USUAL_CROPS` crops a sample."""
-        return -(-self.settings.pretrain_steps * USUAL_CROPS // PAIRINGS[ARMS[arm].pairing].num_crops)
+        s, recipe = self.settings, ARMS[arm]
+        usual_voxels, voxels = USUAL_CROPS * math.prod(s.roi), recipe.num_crops * math.prod(recipe.roi(s.roi))
+        return max(1, round(s.pretrain_steps * usual_voxels / voxels))
 
     def _pretrain(self, arm: str, pretrain_seed: int) -> Job:
         s, num_steps = self.settings, self.num_steps(arm)
         folder = self.root / "pretrain" / arm / f"seed{pretrain_seed}"
-        recipe, num_epochs = ARMS[arm], -(-num_steps // STEPS_PER_EPOCH)
-        num_crops = PAIRINGS[recipe.pairing].num_crops * CROPS_LOADED
+        recipe, num_epochs = ARMS[arm], max(1, round(num_steps / STEPS_PER_EPOCH))
         flags = words(
             config=REPOSITORY / "configs" / recipe.config,
             method=recipe.method,
@@ -278,10 +280,10 @@ class Plan:
             **self.data_flags("unlabelled"),
             spacing_mm=s.spacing_mm,
             output_dir=folder,
-            **self._network,
+            **self._network(recipe.roi(s.roi)),
             batch_size=s.pretrain_batch,
             epochs=num_epochs,
-            steps_per_epoch=min(STEPS_PER_EPOCH, num_steps),
+            steps_per_epoch=round(num_steps / num_epochs),
             warmup_epochs=0.1 * num_epochs,
             lr=s.pretrain_lr,
             min_lr=s.pretrain_lr / 100,
@@ -290,7 +292,7 @@ class Plan:
             log_freq=20,
             picture_freq=0,
             num_val_pairs=32,
-            num_workers=self.loaders(s.pretrain_workers, num_crops * s.pretrain_batch),
+            num_workers=self.loaders(s.pretrain_workers, recipe.num_crops * CROPS_LOADED * s.pretrain_batch),
             device=self.device,
             seed=pretrain_seed,
         )
@@ -304,12 +306,10 @@ class Plan:
         calls = (Call("main_ddp", flags), Call("extract_backbone_weights", extract))
         return Job(f"pretrain/{arm}_seed{pretrain_seed}", calls, folder, after)
 
-    @property
-    def _network(self) -> dict:
-        """Network and crop, as both pretraining and finetuning call them."""
-        s = self.settings
-        sides = dict(zip(("roi_z", "roi_y", "roi_x"), s.roi))
-        return {"backbone": s.backbone, "feature_size": s.feature_size, **sides}
+    def _network(self, roi: Sequence[int]) -> dict:
+        """Network and crop D H W, as both pretraining and finetuning call them."""
+        sides = dict(zip(("roi_z", "roi_y", "roi_x"), roi))
+        return {"backbone": self.settings.backbone, "feature_size": self.settings.feature_size, **sides}
 
     @property
     def extracted(self) -> str:
@@ -366,7 +366,7 @@ class Plan:
             config=REPOSITORY / "configs" / "finetune_comparison.yaml",
             **shared,
             output_dir=evaluation.parent,
-            **self._network,
+            **self._network(s.roi),
             num_labelled=shots,
             fold=seed,
             seed=seed,

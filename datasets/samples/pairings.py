@@ -109,12 +109,10 @@ class Pairing:
 
     Attributes:
         needs_table: whether it reads a correspondence table.
-        num_crops: V, the crops of one sample.
         is_ordered: the order of the crops says what they are; otherwise chance decides which one comes first.
     """
 
     needs_table = False
-    num_crops = 2
     is_ordered = False
 
     def __init__(
@@ -129,6 +127,11 @@ class Pairing:
         self.store, self.names, self.roi = store, list(names), tuple(int(side) for side in roi)
         self.options = options or PairingOptions()
         self.table = table
+
+    @classmethod
+    def num_crops(cls, options: PairingOptions) -> int:
+        """V, the crops of one sample."""
+        return 2
 
     def draw(self, rng: np.random.Generator, case: int) -> Places:
         """The places of one sample of `names[case]`, in an order of chance where the rule gives none."""
@@ -316,10 +319,10 @@ class GridPairing(Pairing):
 
     is_ordered = True
 
-    @property
-    def num_crops(self) -> int:
+    @classmethod
+    def num_crops(cls, options: PairingOptions) -> int:
         """Base crops and random ones."""
-        return self.options.grid_bases[0] * self.options.grid_bases[1] + self.options.grid_crops
+        return options.grid_bases[0] * options.grid_bases[1] + options.grid_crops
 
     def draw_places(self, rng: np.random.Generator, case: int) -> Places:
         """A region of `names[case]`."""
@@ -360,10 +363,10 @@ class GridSamPairing(SamPairing):
         """The rule for one volume."""
         return GridPairing(self.store, self.names, self.roi, self.options)
 
-    @property
-    def num_crops(self) -> int:
+    @classmethod
+    def num_crops(cls, options: PairingOptions) -> int:
         """Those of two regions."""
-        return 2 * self.grid.num_crops
+        return 2 * GridPairing.num_crops(options)
 
     def draw_places(self, rng: np.random.Generator, case: int) -> Places:
         """Two regions, the first of `names[case]`."""
