@@ -36,6 +36,12 @@ def forkserver():
     return context
 
 
+def run_ranks(function: Callable[..., None], args: tuple = (), num_ranks: int = 2) -> None:
+    """`function(rank, *args)` in a process for each rank, to its end; an error there is raised here."""
+    forkserver()
+    torch.multiprocessing.start_processes(function, args, num_ranks, start_method="forkserver")
+
+
 def start(argv: list[str], told: Path, prepare: Callable[[], None] | None = None, **environment: str):
     """`python main_ddp.py ARGV` in another process, with one thread.
 

@@ -10,7 +10,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import engine.checkpoint
 import engine.segmentation.loop
@@ -25,6 +24,7 @@ from engine.weights import save_weights
 from models.segmenters import SEGMENTERS
 from models.weights_file import read_weights_file
 from tests.labelled_corpus import finetune_arguments, make_labelled_corpus
+from tests.launched import run_ranks
 from tests.tiny_run import log_of
 
 EXPECTED_FILES = {"checkpoint.pth", "checkpoint_previous.pth", "best.pth", "log.txt", "run.json", "tensorboard", LOCK}
@@ -366,7 +366,7 @@ def test_two_ranks_train_and_judge_together(finished, corpus, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = {"steps": 3, "num_val_cases": 0, "freeze_encoder_steps": 2, "clip_grad": 0, "log_freq": 1, "val_freq": 3}
-    mp.spawn(one_of_two_ranks, (port, finetune_arguments(corpus, tmp_path, batch_size=1, **flags)), nprocs=2)
+    run_ranks(one_of_two_ranks, (port, finetune_arguments(corpus, tmp_path, batch_size=1, **flags)))
     assert [line["step"] for line in log_of(tmp_path, "validation")] == [3]
     summary = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert summary["num_cases"] == 2 and (tmp_path / "evaluation" / "worst_and_best.png").exists()

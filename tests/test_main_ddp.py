@@ -7,13 +7,13 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import engine.loop
 import main_ddp
 from engine.checkpoint import LATEST, load_checkpoint
 from engine.flags import REPOSITORY
 from engine.signals import EXIT_INTERRUPTED
+from tests.launched import run_ranks
 from tests.tiny_run import add_store_and_table, arguments, log_of, make_corpus
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,7 +122,7 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(finished, corpus, tmp_p
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = arguments(corpus, tmp_path, batch_size=1, val_freq=1, num_val_pairs=2)
-    mp.spawn(one_of_two_ranks, (port, argv), nprocs=2)
+    run_ranks(one_of_two_ranks, (port, argv))
     for kind in ("train", "validation"):
         assert len(log_of(tmp_path, kind)) == len(log_of(finished, kind)) > 0
         for one, other in zip(log_of(tmp_path, kind), log_of(finished, kind)):

@@ -6,12 +6,12 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import engine.loop
 import main_ddp
 from engine.checkpoint import LATEST, load_checkpoint
 from tests.labelled_corpus import make_stored_corpus
+from tests.launched import run_ranks
 from tests.tiny_run import TINY, add_store_and_table, log_of, make_corpus
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +91,7 @@ def test_rank_0_probes_and_the_other_waits(corpus, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = arguments(corpus, tmp_path, batch_size=1, steps_per_epoch=1, warmup_epochs=0, **PROBED)
-    mp.spawn(one_of_two_ranks, (port, argv), nprocs=2)
+    run_ranks(one_of_two_ranks, (port, argv))
     assert [line["step"] for line in log_of(tmp_path, "probe")] == [0, 1]
     assert len(log_of(tmp_path, "train")) == 1
 

@@ -8,7 +8,6 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from monai.networks.nets import SwinUNETR
 from torch import nn
 
@@ -24,7 +23,7 @@ from engine.loop import Hooks, LoopOptions, pretrain, values_at
 from engine.optim import make_optimizer
 from engine.run import RunState
 from models.methods import METHODS, Method
-from tests.launched import SMALLEST, assert_same_weights, die_at_save, start
+from tests.launched import SMALLEST, assert_same_weights, die_at_save, run_ranks, start
 from tests.small_alice import TinyBackbone
 from tests.tiny_run import TINY, add_store_and_table, arguments, log_of, make_corpus
 
@@ -200,7 +199,7 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(argv, tmp_path):
     if method.sees_batch:
         pytest.importorskip("models.layers.batch_norm")
     torch.save(batch, tmp_path / "batch.pt")
-    mp.spawn(run_rank, args=(str(tmp_path), argv), nprocs=2)
+    run_ranks(run_rank, (str(tmp_path), argv))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     whole = joined(argv, batch)
     torch.testing.assert_close((ranks[0]["total"] + ranks[1]["total"]) / 2, whole["total"], rtol=1e-4, atol=1e-5)

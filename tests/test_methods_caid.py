@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from datasets.samples.crops import CropOptions
@@ -25,6 +24,7 @@ from models.methods.schedules import CosineSchedule
 from tests.fakes import make_dataset
 from tests.golden_fill import fill, fill_by_name, golden_folder
 from tests.golden_iou import GoldenArrays, assert_near
+from tests.launched import run_ranks
 
 GOLDEN = GoldenArrays("golden_caid.npz")
 ROI = (32, 32, 32)
@@ -404,7 +404,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_hold_the_same_queue_in_the_order_of_the_samples(tmp_path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    run_ranks(run_rank, (str(tmp_path),))
     queues = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert same_state(*queues)
     method = small_method()

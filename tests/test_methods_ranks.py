@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from models.layers.batch_norm import synchronise_batch_norms
 from tests.golden_iou import batch_of
+from tests.launched import run_ranks
 from tests.test_methods_dino import small_method as small_dino
 from tests.test_methods_simsiam import small_method as small_simsiam
 
@@ -48,7 +48,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(str(folder),), nprocs=NUM_RANKS)
+    run_ranks(run_rank, (str(folder),), NUM_RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(NUM_RANKS)]
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from models.methods.alice import Alice, pool_tokens
 from models.methods.method import rows_of
+from tests.launched import run_ranks
 from tests.small_alice import NOW, run_alice, small_alice, small_batch
 
 SIZES = {"swin_unetr": (64, 32, 32), "nnformer": (32, 16, 16), "unet": (32, 16, 16)}
@@ -111,6 +111,6 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_agree_on_the_gradient_of_every_parameter(tmp_path: Path):
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    run_ranks(run_rank, (str(tmp_path),))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first and all(torch.equal(gradient, second[name]) for name, gradient in first.items())

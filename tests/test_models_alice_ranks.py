@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+from tests.launched import run_ranks
 from tests.small_alice import NOW, small_alice, small_batch
 
 NUM_RANKS = 2
@@ -60,7 +60,7 @@ def assert_close(ours: dict, expected: dict, tolerance: float) -> None:
 
 @pytest.mark.parametrize("centring", ["mean", "sinkhorn"])
 def test_two_ranks_equal_one_process(centring: str, tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path), centring), nprocs=NUM_RANKS)
+    run_ranks(run_rank, (str(tmp_path), centring), NUM_RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(NUM_RANKS)]
     whole = train([small_batch(2 * NUM_RANKS, seed) for seed in range(NUM_STEPS)], lambda method: method, centring)
     torch.testing.assert_close(sum(r["terms"] for r in ranks) / NUM_RANKS, whole["terms"], rtol=1e-4, atol=1e-6)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from models.layers.batch_norm import SynchronisedBatchNorm, synchronise_batch_norms
+from tests.launched import run_ranks
 
 NUM_RANKS = 2
 SHAPES = {"rows": (7, 5), "places": (7, 5, 2, 3), "volumes": (7, 5, 2, 3, 2)}
@@ -68,7 +68,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(str(folder),), nprocs=NUM_RANKS)
+    run_ranks(run_rank, (str(folder),), NUM_RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(NUM_RANKS)]
 
 

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from sam_embed.network import OutputGrid
@@ -21,6 +20,7 @@ from sam_embed.training.contrastive import (
     too_near,
     voxel_points,
 )
+from tests.launched import run_ranks
 
 FINE = OutputGrid((2.0, 2.0, 2.0), (0.5, 0.0, 0.0))
 COARSE = OutputGrid((4.0, 4.0, 4.0), (0.5, 0.0, 0.0))
@@ -221,7 +221,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path):
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    run_ranks(run_rank, (str(tmp_path),))
     ranks = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
     total, gradients = published_like(slice(0, 4))
     assert torch.allclose((ranks[0][0] + ranks[1][0]) / 2, total, atol=1e-6)
