@@ -25,6 +25,7 @@ from engine.flags import add_switch, make_parser, run_main
 from engine.run import load_pretraining
 from engine.weights import CHECKPOINT_KEYS, FORMATS, HEAD_PREFIX, chosen_part, extract, save_weights, weights_file_name
 from models.backbones import BACKBONES, segmentation_network
+from models.backbones.interface import Size3, spatial_dims_of
 from models.pretrained import load_pretrained
 from models.weights_file import WeightsError, WeightsFile
 
@@ -73,8 +74,11 @@ def describe(state: dict, key: str) -> dict:
     }
 
 
-def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> str:
+def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3, path: str) -> str:
     """Compare with the network that the weights are for.
+
+    Args:
+        roi: crops of the run (D, H, W), which decide whether the network is 2-D.
 
     Returns:
         One line that says what matched.
@@ -87,8 +91,11 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, path: str) -> 
         raise CheckpointError(f"{path}: its backbone is {name!r}; known are {', '.join(BACKBONES)}")
     parts = {"encoder": BACKBONES[name].encoder_key_prefixes, "decoder": BACKBONES[name].decoder_key_prefixes}
     backbone_weights = {key: value for key, value in weights.items() if not key.startswith(HEAD_PREFIX)}
-    network = segmentation_network(name, backbone["in_channels"], NUM_CLASSES, backbone["feature_size"])
-    built = f"{name}, feature size {backbone['feature_size']}"
+    spatial_dims = spatial_dims_of(roi)
+    network = segmentation_network(
+        name, backbone["in_channels"], NUM_CLASSES, backbone["feature_size"], spatial_dims=spatial_dims
+    )
+    built = f"{name}{' in 2-D' if spatial_dims == 2 else ''}, feature size {backbone['feature_size']}"
     try:
         report = load_pretrained(network, WeightsFile(path, backbone_weights), min_share=0.0, part="whole")
     except WeightsError as error:
@@ -111,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     state = load_pretraining(flags.checkpoint)
     key = chosen_part(state, flags.checkpoint_key)
     weights = extract(state, key, flags.with_head, flags.checkpoint)
-    print(check_match(weights, state["backbone"], flags.checkpoint))
+    print(check_match(weights, state["backbone"], state["preprocessing"]["roi"], flags.checkpoint))
     save_weights(weights, describe(state, key), output)
     print(f"wrote {len(weights)} tensors of the {key} (step {state['step']}) to {output}")
 

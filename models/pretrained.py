@@ -169,7 +169,7 @@ def fit_input_channels(given: Tensor, own: Tensor) -> Tensor | None:
     """
     if given.shape == own.shape:
         return given
-    is_convolution = own.ndim == 5 and given.ndim == 5
+    is_convolution = own.ndim == given.ndim and own.ndim in (4, 5)
     if is_convolution and given.shape[1] == 1 and given.shape[0] == own.shape[0] and given.shape[2:] == own.shape[2:]:
         return torch.as_tensor(given).expand_as(own) / own.shape[1]
     return None

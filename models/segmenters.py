@@ -14,6 +14,7 @@ from torch import nn
 from models.backbones import BACKBONES, segmentation_network
 from models.backbones.interface import Size3
 from models.backbones.nnformer import NNFormer
+from models.backbones.resnet_unet import SliceNetwork
 from models.backbones.unet import UNet
 
 
@@ -33,9 +34,16 @@ class SegmenterKind:
 
     output_key_prefixes = ("out.",)  # of the layer whose shape depends on the number of classes
 
-    def build(self, in_channels: int, num_classes: int, feature_size: int, use_checkpoint: bool = False) -> nn.Module:
-        """A network that maps [B, in_channels, D, H, W] to logits [B, num_classes, D, H, W]."""
-        return segmentation_network(self.name, in_channels, num_classes, feature_size, use_checkpoint)
+    def build(
+        self,
+        in_channels: int,
+        num_classes: int,
+        feature_size: int,
+        use_checkpoint: bool = False,
+        spatial_dims: int = 3,
+    ) -> nn.Module:
+        """A network that maps [B, in_channels, D, H, W] to logits [B, num_classes, D, H, W]; D = 1 in 2-D."""
+        return segmentation_network(self.name, in_channels, num_classes, feature_size, use_checkpoint, spatial_dims)
 
     @property
     def encoder_key_prefixes(self) -> tuple[str, ...]:
@@ -64,9 +72,14 @@ SWIN_UNETR_DEPTHS = {
     **{f"encoder{depth + 1}.": depth for depth in range(1, 4)},
 }
 STAGED_DEPTHS = {"embed.": 0, "encoder.2.": 1, "encoder.4.": 2, "encoder.8.": 3, "encoder.16.": 4}
+RESNET_DEPTHS = {
+    **{"encoder.conv1.": 0, "encoder.bn1.": 0},
+    **{f"encoder.layer{depth}.": depth for depth in range(1, 5)},
+}
 
 SEGMENTERS = {
     "nnformer": SegmenterKind("nnformer", NNFormer, STAGED_DEPTHS),
+    "resnet50_unet": SegmenterKind("resnet50_unet", SliceNetwork, RESNET_DEPTHS),
     "swin_unetr": SegmenterKind("swin_unetr", SwinUNETR, SWIN_UNETR_DEPTHS),
     "swin_unetr_v2": SegmenterKind("swin_unetr_v2", SwinUNETR, SWIN_UNETR_DEPTHS),
     "unet": SegmenterKind("unet", UNet, STAGED_DEPTHS),

@@ -30,11 +30,14 @@ def build(**changed) -> Method:
     return main_ddp.build_method(flags)
 
 
+PREPROCESSING = {"axcodes": "SPL", "spacing_mm": [2, 1.5, 1.5], "roi": [64, 32, 32]}
+
+
 def write_checkpoint(path, **changed):
     method = build(**changed)
     description = {
         "kind": "alice", "flags": {}, "commit": "abc", "versions": {},
-        "preprocessing": {"axcodes": "SPL", "spacing_mm": [2.0, 1.5, 1.5]},
+        "preprocessing": PREPROCESSING,
         "backbone": {"name": "swin_unetr", "feature_size": 12, "in_channels": 1},
     }  # fmt: skip
     run = RunState(method, make_optimizer(method.student, 0.1, 0, CPU), make_scaler("fp32", CPU), description, 7)
@@ -85,11 +88,7 @@ def test_description_travels_with_the_weights(checkpoint, tmp_path):
         inside = file.metadata()
     assert beside["method"] == inside["method"] == "alice"
     assert beside["module"] == "teacher" and beside["step"] == 7 and beside["commit"] == "abc"
-    assert (
-        beside["preprocessing"]
-        == json.loads(inside["preprocessing"])
-        == {"axcodes": "SPL", "spacing_mm": [2, 1.5, 1.5]}
-    )
+    assert beside["preprocessing"] == json.loads(inside["preprocessing"]) == PREPROCESSING
     assert beside["backbone"]["feature_size"] == 12
 
 

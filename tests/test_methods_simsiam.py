@@ -1,7 +1,7 @@
 """SimSiam against the published numbers (../shared/golden, section SimSiam and DINO), and what must not go wrong.
 
-Of that section, `swin2d_*`, `zoom` and `png_*` have no counterpart here: our networks see volumes, our crops are not
-zoomed and not stored as pictures. The published optimiser lets attention's bias tables decay, ours does not.
+Of that section, `zoom` and `png_*` have no counterpart here: our crops are not zoomed and not stored as pictures. The
+published optimiser lets attention's bias tables decay, ours does not.
 """
 
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from engine.flags import options_of
 from engine.optim import make_optimizer, set_schedule
 from engine.pretrain_flags import chosen_method, make_pretrain_flags
 from models.backbones import BACKBONES
+from models.backbones.interface import Backbone
 from models.methods import METHODS
 from models.methods.schedules import CosineSchedule
 from models.methods.simsiam import SimSiam, SimSiamOptions, similarity
@@ -191,10 +192,35 @@ def test_drawn_pairs_are_distributed_like_the_published_ones(axes: str) -> None:
             assert np.all(np.abs(found.mean(0) - offsets) <= 0.5 + error * found.std(0)), (shape, interval)
 
 
+def published_encoder(roi: tuple[int, int, int]) -> Backbone:
+    """SwinUNETR's encoder of the published size, filled by name."""
+    backbone = BACKBONES["swin_unetr"](48, roi, None, False, False)
+    fill(backbone.network.swinViT, lambda name: f"backbone.model.{name}", kept=("relative_position_index",))
+    return backbone
+
+
+def test_our_encoder_of_slices_is_the_published_one() -> None:
+    backbone = published_encoder((1, 96, 96))
+    shapes = {f"backbone.model.{name}": list(v.shape) for name, v in backbone.network.swinViT.state_dict().items()}
+    assert shapes == published_shapes("swin2d")
+    ours = SimSiam(SimSiamOptions(), lambda decoder_stride, with_masks: backbone).student.eval()
+    fill(ours.projector, lambda name: published_name(f"projector.{name}"))
+    fill(ours.predictor, lambda name: published_name(f"predictor.{name}"))
+    slices = GOLDEN["swin2d_image"].unsqueeze(2)
+    with torch.no_grad():
+        features = backbone.encode(slices)
+        _, predictions = ours(slices)
+    deepest = GOLDEN["swin2d_deepest_first16"]
+    assert_near(features[32][:, : deepest.shape[1]], deepest)
+    assert_near(features[32].mean((2, 3, 4)), GOLDEN["swin2d_pooled"])
+    assert_near(torch.stack([one.abs().mean() for one in features.values()]), GOLDEN["swin2d_mean_abs"])
+    golden = GOLDEN["swin2d_eval_p_first64"]
+    assert_near(predictions[:, : golden.shape[1]], golden)
+
+
 def test_feature_of_our_encoder_is_the_published_one() -> None:
     """The mean over the places of SwinUNETR's deepest map. Older MONAI merged patches otherwise (off by 0.4)."""
-    backbone = BACKBONES["swin_unetr"](48, (64, 64, 64), None, False, False)
-    fill(backbone.network.swinViT, lambda name: f"backbone.model.{name}", kept=("relative_position_index",))
+    backbone = published_encoder((64, 64, 64))
     ours = SimSiam(SMALL, lambda decoder_stride, with_masks: backbone).student.eval()
     generator = np.random.Generator(np.random.PCG64(808))
     volume = torch.from_numpy(generator.random((1, 1, 64, 64, 64)).astype(np.float32))

@@ -215,7 +215,7 @@ def test_snippets_of_other_projects_load_our_files(snippet, name, num_matched, f
 @pytest.mark.parametrize("name", SEGMENTERS)
 def test_every_backbone_has_a_segmenter_whose_encoder_is_known(name):
     kind = SEGMENTERS[name]
-    network = kind.build(1, 5, 12)
+    network = kind.build(1, 5, 12, spatial_dims=max(BACKBONES[name].spatial_dims))
     assert kind_of(network) is kind
     keys = list(network.state_dict())
     decoder = BACKBONES[name].decoder_key_prefixes

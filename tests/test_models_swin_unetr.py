@@ -117,6 +117,8 @@ def test_activation_checkpointing_keeps_the_numbers() -> None:
         ({"roi": (64, 40, 32)}, "--roi_x"),
         ({"roi": (32, 32, 32)}, "--roi_x"),
         ({"roi": (64, 32)}, "--roi_x"),
+        ({"roi": (1, 40, 64)}, "--roi_x"),
+        ({"roi": (1, 32, 32)}, "--roi_x"),
     ],
 )
 def test_impossible_sizes_name_the_flag(options: dict, flag: str) -> None:

@@ -17,7 +17,12 @@ BACKBONES = {
 
 
 def segmentation_network(
-    name: str, in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool = False
+    name: str,
+    in_channels: int,
+    out_channels: int,
+    feature_size: int,
+    use_checkpoint: bool = False,
+    spatial_dims: int = 3,
 ) -> nn.Module:
     """The whole network that a backbone pretrains, with an output for another task.
 
@@ -28,13 +33,14 @@ def segmentation_network(
         name: of `BACKBONES`.
         out_channels: number of classes, background included.
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
+        spatial_dims: 3, or 2 for slices (see `models.backbones.interface.spatial_dims_of`).
 
     Returns:
-        A module that maps [B, in_channels, D, H, W] to logits [B, out_channels, D, H, W].
+        A module that maps [B, in_channels, D, H, W] to logits [B, out_channels, D, H, W]; D = 1 in 2-D.
 
     Raises:
-        ValueError: unknown name, naming the flag.
+        ValueError: unknown name, or a network that does not exist in so many dimensions, naming the flag.
     """
     if name not in BACKBONES:
         raise ValueError(f"--backbone must be one of {sorted(BACKBONES)}, got {name!r}")
-    return BACKBONES[name].make_network(in_channels, out_channels, feature_size, use_checkpoint)
+    return BACKBONES[name].make_network(in_channels, out_channels, feature_size, use_checkpoint, spatial_dims)

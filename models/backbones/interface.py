@@ -2,8 +2,9 @@
 
 Letters used for shapes in `models/` and `losses/`:
     B   volumes in a call; networks see all V crops of all samples in one call, so that B there is samples x V
-    D H W   voxels of a crop (canonical axes: Superior, Posterior, Left)
-    s   stride of a feature map in voxels; a map at stride s is [B, C_s, D/s, H/s, W/s]
+    D H W   voxels of a crop (canonical axes: Superior, Posterior, Left); D = 1 for axial slices
+    s   stride of a feature map in voxels; a map at stride s is [B, C_s, D/s, H/s, W/s],
+        or [B, C_s, 1, H/s, W/s] of slices
     N   query tokens of CASA (stride 16 by default)
     M   key and value tokens of CASA (stride 8 by default); all tokens are in D, H, W order
     K   width of the projected space in which distributions are compared (out_dim, 512)
@@ -29,7 +30,8 @@ class Backbone(Protocol):
     skip_channels: dict[int, int]  # stride -> channels of the maps that `skips` gives
     encoder_key_prefixes: tuple[str, ...]  # of `network`'s state dict
     decoder_key_prefixes: tuple[str, ...]
-    roi_multiple: int
+    roi_multiple: int  # of every side of a crop; slices are one voxel deep
+    spatial_dims: tuple[int, ...]  # 3 where it takes volumes, 2 where it takes slices
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class Backbone(Protocol):
         with_masks: bool = True,
         with_skips: bool = False,
     ) -> None:
-        """Build for crops of `roi` (D, H, W) voxels.
+        """Build for crops of `roi` (D, H, W) voxels; D = 1 makes a 2-D network.
 
         `decoder_stride` is the finest decoder map that will be needed: None builds no decoder, 1 builds all of it with
         the reconstruction output. `with_masks` adds the tokens that `encode` puts where a mask hides voxels.
@@ -61,8 +63,13 @@ class Backbone(Protocol):
         """An independent copy that holds the encoder's weights only."""
 
     @staticmethod
-    def make_network(in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool) -> nn.Module:
-        """The whole `network`, for other tasks too: volumes [B, in_channels, D, H, W] -> [B, out_channels, D, H, W]."""
+    def make_network(
+        in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool, spatial_dims: int = 3
+    ) -> nn.Module:
+        """The whole `network`, for other tasks too: volumes [B, in_channels, D, H, W] -> [B, out_channels, D, H, W].
+
+        Where `spatial_dims` is 2 it is a 2-D network on volumes of depth 1. A backbone that cannot be built like that
+        raises ValueError."""
 
 
 class MakeBackbone(Protocol):
@@ -70,6 +77,11 @@ class MakeBackbone(Protocol):
 
     def __call__(self, decoder_stride: int | None, with_masks: bool, with_skips: bool = False) -> Backbone:
         """Arguments as of `Backbone`."""
+
+
+def spatial_dims_of(roi: Size3) -> int:
+    """2 for crops of one axial slice (D = 1), which 2-D networks take; else 3."""
+    return 2 if roi[0] == 1 else 3
 
 
 def upsample_mask(masked: Tensor, size: Size3) -> Tensor:

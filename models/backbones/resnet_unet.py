@@ -22,7 +22,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from models.backbones.interface import Size3, drop_mask_tokens, upsample_mask
+from models.backbones.interface import Size3, drop_mask_tokens, spatial_dims_of, upsample_mask
 
 CHANNELS = {2: 64, 4: 256, 8: 512, 16: 1024, 32: 2048}
 DECODER_CHANNELS = {16: 256, 8: 128, 4: 64, 2: 32, 1: 16}
@@ -72,6 +72,7 @@ class ResNetUNetBackbone(nn.Module):
     encoder_key_prefixes = ("encoder.",)
     decoder_key_prefixes = ("decoder.",)
     roi_multiple = max(CHANNELS)
+    spatial_dims = (2,)
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class ResNetUNetBackbone(nn.Module):
         if decoder_stride not in (None, 1):
             raise ValueError(f"resnet50_unet has its decoder map at stride 1, not at {decoder_stride}")
         self.channels = self.skip_channels = dict(CHANNELS)
-        self.network = self.make_network(1, 1, feature_size, use_checkpoint)
+        self.network = self.make_network(1, 1, feature_size, use_checkpoint, spatial_dims_of(roi))
         if with_masks:
             self.mask_voxel = nn.Parameter(torch.zeros(1))
         if decoder_stride is None:
@@ -110,9 +111,15 @@ class ResNetUNetBackbone(nn.Module):
 
     @staticmethod
     def make_network(
-        in_channels: int, out_channels: int, feature_size: int = 48, use_checkpoint: bool = False
+        in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool, spatial_dims: int = 3
     ) -> SliceNetwork:
-        """The whole network, also for other tasks; one input channel is repeated to the published three."""
+        """The whole network, also for other tasks; one input channel is repeated to the published three.
+
+        Raises:
+            ValueError: a 3-D network is asked for, or --use_checkpoint.
+        """
+        if spatial_dims != 2:
+            raise ValueError("resnet50_unet takes slices, not volumes: expected --roi_z 1, or another --backbone")
         if use_checkpoint:
             raise ValueError("--use_checkpoint: resnet50_unet has batch norms, which would count every batch twice")
         return SliceNetwork(in_channels, out_channels)

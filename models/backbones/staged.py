@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.backbones.interface import Size3, drop_mask_tokens, truncated_normal, upsample_mask
+from models.backbones.interface import Size3, drop_mask_tokens, spatial_dims_of, truncated_normal, upsample_mask
 from models.layers.convolution import use_steady_convolutions
 from models.layers.instance_norm import use_steady_instance_norm
 
@@ -98,6 +98,7 @@ class StagedBackbone(nn.Module):
 
     encoder_key_prefixes = ("embed.", "encoder.")
     decoder_key_prefixes = ("decoder.",)
+    spatial_dims = (3,)
     name: ClassVar[str]
     network_class: ClassVar[Callable[[int, int, int, bool], StagedNetwork]]
     roi_multiple: ClassVar[int]
@@ -137,9 +138,14 @@ class StagedBackbone(nn.Module):
 
     @classmethod
     def make_network(
-        cls, in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool
+        cls, in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool, spatial_dims: int = 3
     ) -> StagedNetwork:
-        """The whole network, also for other tasks: any number of input channels and output classes."""
+        """The whole network, also for other tasks: any number of input channels and output classes.
+
+        Raises:
+            ValueError: a 2-D network is asked for.
+        """
+        cls._check_spatial_dims(spatial_dims)
         return cls.network_class(in_channels, out_channels, feature_size, use_checkpoint)
 
     @property
@@ -152,7 +158,16 @@ class StagedBackbone(nn.Module):
         """Stride -> channels of the maps that `skips` gives."""
         return self.channels
 
+    @classmethod
+    def _check_spatial_dims(cls, spatial_dims: int) -> None:
+        if spatial_dims not in cls.spatial_dims:
+            raise ValueError(
+                f"--roi_z 1: {cls.name} takes volumes, not slices; expected --roi_z {cls.roi_multiple} or more, or "
+                "--backbone swin_unetr, swin_unetr_v2 or resnet50_unet"
+            )
+
     def _check_sizes(self, feature_size: int, roi: Size3, decoder_stride: int | None) -> None:
+        self._check_spatial_dims(spatial_dims_of(roi))
         if feature_size < 1 or feature_size % self.feature_multiple:
             raise ValueError(
                 f"--feature_size must be a positive multiple of {self.feature_multiple} for {self.name}, "

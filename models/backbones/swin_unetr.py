@@ -19,6 +19,9 @@ connection: it sees one learnt intensity wherever a voxel is masked, so no maske
 `swin_unetr_v2` is MONAI's `use_v2=True`: a residual convolution block before each stage of windows (He et al.,
 "SwinUNETR-V2", MICCAI 2023). VoCo's published weights are of this network.
 
+Slices. Crops of depth 1 make MONAI's 2-D network, whose weights fit `SwinUNETR(spatial_dims=2)`. Its maps are
+[B, C, 1, H/s, W/s] outside of the modules and [B, C, H/s, W/s] inside.
+
 Pooling. Without a decoder the blocks encoder1 to encoder4 and encoder10 can be had too (`with_skips`); their outputs at
 strides 1, 2, 4, 8 and 32 are the maps that VoCo pools: F, F, 2F, 4F and 16F channels. Stride 16 has no block.
 """
@@ -30,7 +33,7 @@ from monai.networks.nets import SwinUNETR
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.backbones.interface import Size3, drop_mask_tokens, truncated_normal, upsample_mask
+from models.backbones.interface import Size3, drop_mask_tokens, spatial_dims_of, truncated_normal, upsample_mask
 from models.layers.convolution import use_steady_convolutions
 from models.layers.instance_norm import use_steady_instance_norm
 from models.layers.window_attention import use_fast_window_attention
@@ -48,12 +51,21 @@ DECODER_LEVELS = {
 SKIP_BLOCKS = {1: "encoder1", 2: "encoder2", 4: "encoder3", 8: "encoder4", 32: "encoder10"}
 
 
+class SliceSwinUNETR(SwinUNETR):
+    """MONAI's 2-D network, with its names, on volumes of depth 1."""
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        """[B, in_channels, 1, H, W] -> [B, out_channels, 1, H, W]."""
+        return super().forward(volumes.squeeze(2)).unsqueeze(2)
+
+
 class SwinUNETRBackbone(nn.Module):
     """SwinUNETR split into `encode` and `decode`, with a mask token, holding no module that its user does not need."""
 
     encoder_key_prefixes = ("swinViT.", "encoder1.", "encoder2.", "encoder3.", "encoder4.", "encoder10.")
     decoder_key_prefixes = ("decoder5.", "decoder4.", "decoder3.", "decoder2.", "decoder1.")
     roi_multiple = STAGE_STRIDES[-1]
+    spatial_dims = (2, 3)
     use_v2 = False
 
     def __init__(
@@ -65,7 +77,7 @@ class SwinUNETRBackbone(nn.Module):
         with_masks: bool = True,
         with_skips: bool = False,
     ) -> None:
-        """Build the network for crops of `roi` (D, H, W) voxels.
+        """Build the network for crops of `roi` (D, H, W) voxels, a 2-D one where D = 1.
 
         Args:
             feature_size: channels F at stride 2, a multiple of 12.
@@ -84,7 +96,8 @@ class SwinUNETRBackbone(nn.Module):
         self.with_skips = with_skips
         self.use_checkpoint = use_checkpoint
         self.channels = {stride: feature_size * stride // 2 for stride in STAGE_STRIDES}
-        self.network = self.make_network(1, 1, feature_size, use_checkpoint)
+        self.is_flat = spatial_dims_of(roi) == 2
+        self.network = self.make_network(1, 1, feature_size, use_checkpoint, spatial_dims_of(roi))
         if with_masks:
             self.mask_token = truncated_normal(1, feature_size, 1, 1, 1)
             if self._reads_voxels:
@@ -92,14 +105,18 @@ class SwinUNETRBackbone(nn.Module):
         self._drop_unused_modules()
 
     @classmethod
-    def make_network(cls, in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool) -> SwinUNETR:
+    def make_network(
+        cls, in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool, spatial_dims: int = 3
+    ) -> SwinUNETR:
         """MONAI's network, with window attention that is fast, and norms and convolutions that are right on CPU."""
-        network = SwinUNETR(
+        network_class = SwinUNETR if spatial_dims == 3 else SliceSwinUNETR
+        network = network_class(
             in_channels=in_channels,
             out_channels=out_channels,
             feature_size=feature_size,
             use_checkpoint=use_checkpoint,
             use_v2=cls.use_v2,
+            spatial_dims=spatial_dims,
         )
         use_fast_window_attention(network)
         use_steady_instance_norm(network)
@@ -137,24 +154,25 @@ class SwinUNETRBackbone(nn.Module):
         """The five encoder maps, and under key 1 the voxels that the finest skip connection may see.
 
         Args:
-            volumes: [B, 1, D, H, W], intensities in [0, 1]; sides multiples of 32.
+            volumes: [B, 1, D, H, W], intensities in [0, 1]; sides multiples of 32, but for slices D = 1.
             masked: bool [B, d, h, w] block mask, True = hidden; blocks at least 2 voxels a side. None hides nothing.
 
         Returns:
             {stride: [B, C_stride, D/stride, H/stride, W/stride]} for strides 2 to 32, and 1 where encoder1 is built.
         """
         vit = self.network.swinViT
-        tokens = vit.pos_drop(vit.patch_embed(volumes))  # [B, F, D/2, H/2, W/2]
+        tokens = self._outside(vit.pos_drop(vit.patch_embed(self._inside(volumes))))  # [B, F, D/2, H/2, W/2]
         if masked is not None:
             token_mask = upsample_mask(masked, tuple(tokens.shape[2:]))
             tokens = torch.where(token_mask, self.mask_token.to(tokens.dtype), tokens)
-        features = {2: vit.proj_out(tokens, self.network.normalize)}
+        tokens = self._inside(tokens)
+        features = {2: self._outside(vit.proj_out(tokens, self.network.normalize))}
         for number, stride in enumerate(STAGE_STRIDES[1:], start=1):
             if self.use_v2:
                 tokens = self._run_block(getattr(vit, f"layers{number}c")[0], tokens.contiguous())
             layers = getattr(vit, f"layers{number}")
             tokens = layers[0](tokens.contiguous())  # [B, F*stride/2, D/stride, H/stride, W/stride]
-            features[stride] = vit.proj_out(tokens, self.network.normalize)
+            features[stride] = self._outside(vit.proj_out(tokens, self.network.normalize))
         if self._reads_voxels:
             features[1] = self._visible_voxels(volumes, masked)
         return features
@@ -178,14 +196,23 @@ class SwinUNETRBackbone(nn.Module):
             decoder, skip_encoder = DECODER_LEVELS[stride]
             skip = self._run(skip_encoder, features[stride]) if skip_encoder else features[stride]
             current = decoded[stride] = self._run(decoder, current, skip)
-        return (self.network.out(current) if self.decoder_stride == 1 else None), decoded
+        output = self._outside(self.network.out(self._inside(current))) if self.decoder_stride == 1 else None
+        return output, decoded
 
     def skips(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
         """The maps to pool: outputs of the encoder blocks at strides 1, 2, 4, 8 and 32 (needs `with_skips`)."""
         return {stride: self._run(block, features[stride]) for stride, block in SKIP_BLOCKS.items()}
 
     def _run(self, name: str, *inputs: Tensor) -> Tensor:
-        return self._run_block(getattr(self.network, name), *inputs)
+        return self._outside(self._run_block(getattr(self.network, name), *map(self._inside, inputs)))
+
+    def _inside(self, one: Tensor) -> Tensor:
+        """A map as MONAI's modules take it: without the axis D where the network is 2-D."""
+        return one.squeeze(2) if self.is_flat else one
+
+    def _outside(self, one: Tensor) -> Tensor:
+        """A module's map as everybody else takes it: with the axis D."""
+        return one.unsqueeze(2) if self.is_flat else one
 
     def _run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
@@ -218,10 +245,11 @@ def check_sizes(feature_size: int, roi: Size3, decoder_stride: int | None, with_
     if feature_size < 12 or feature_size % 12:
         raise ValueError(f"--feature_size must be a positive multiple of 12 for swin_unetr, got {feature_size}")
     multiple = SwinUNETRBackbone.roi_multiple
-    if len(roi) != 3 or any(side < multiple or side % multiple for side in roi):
+    sides = roi[1:] if roi[0] == 1 else roi
+    if len(roi) != 3 or any(side < multiple or side % multiple for side in sides):
         raise ValueError(
-            f"swin_unetr needs crops whose sides are multiples of {multiple} voxels, got (D, H, W) = {tuple(roi)}: "
-            "change --roi_x, --roi_y, --roi_z"
+            f"swin_unetr needs crops whose sides are multiples of {multiple} voxels (slices: --roi_z 1), got "
+            f"(D, H, W) = {tuple(roi)}: change --roi_x, --roi_y, --roi_z"
         )
     if decoder_stride is not None and decoder_stride not in DECODER_LEVELS:
         raise ValueError(f"swin_unetr has decoder maps at strides {tuple(DECODER_LEVELS)}, not at {decoder_stride}")

@@ -12,18 +12,28 @@ import torch
 from torch import Tensor, nn
 
 
-class SteadyInstanceNorm3d(nn.InstanceNorm3d):
-    """`nn.InstanceNorm3d` in float32 arithmetic for half-precision input on CPU; keeps the input's type."""
+class _SteadyInstanceNorm(nn.modules.instancenorm._InstanceNorm):
+    """Torch's norm in float32 arithmetic for half-precision input on CPU; keeps the input's type."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, D, H, W] -> the same shape and type."""
+        """[B, C, ...] -> the same shape and type."""
         if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
             return super().forward(x.float()).to(x.dtype)
         return super().forward(x)
 
 
+class SteadyInstanceNorm2d(_SteadyInstanceNorm, nn.InstanceNorm2d):
+    """For maps [B, C, H, W]."""
+
+
+class SteadyInstanceNorm3d(_SteadyInstanceNorm, nn.InstanceNorm3d):
+    """For maps [B, C, D, H, W]."""
+
+
+STEADY = {nn.InstanceNorm2d: SteadyInstanceNorm2d, nn.InstanceNorm3d: SteadyInstanceNorm3d}
+
+
 def use_steady_instance_norm(network: nn.Module) -> None:
     """Let every instance norm of `network` take the steady path; its state dict does not change."""
     for part in network.modules():
-        if type(part) is nn.InstanceNorm3d:
-            part.__class__ = SteadyInstanceNorm3d
+        part.__class__ = STEADY.get(type(part), type(part))
