@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from datasets.samples.masks import mask_grid
 from models.backbones import BACKBONES
 from models.backbones.interface import Size3, drop_mask_tokens, upsample_mask
 from models.methods.alice import Alice, AliceOptions, StudentOutputs, TeacherOutputs
@@ -24,7 +25,9 @@ NOW = {"step": 0, "teacher_temp": 0.04, "momentum_teacher": 0.9, "last_layer_fro
 
 
 class TinyBackbone(nn.Module):
-    """The least that `models.backbones.interface.Backbone` asks for: strides 8, 16 and 32, one layer each way."""
+    """The least that `models.backbones.interface.Backbone` asks for: strides 8, 16 and 32, one layer each way.
+
+    For slices its kernels are one voxel deep."""
 
     encoder_key_prefixes = ("encoder.",)
     decoder_key_prefixes = ("decoder.",)
@@ -42,12 +45,14 @@ class TinyBackbone(nn.Module):
         width = feature_size
         self.channels = {8: width, 16: 2 * width, 32: 4 * width}
         self.decoder_channels = {8: width} if decoder_stride else {}
-        encoder = [nn.Conv3d(1, width, 8, 8), nn.Conv3d(width, 2 * width, 2, 2), nn.Conv3d(2 * width, 4 * width, 2, 2)]
+        two, four, eight = ((1 if roi[0] == 1 else side, side, side) for side in (2, 4, 8))
+        widths = [(1, width, eight), (width, 2 * width, two), (2 * width, 4 * width, two)]
+        encoder = [nn.Conv3d(before, after, side, side) for before, after, side in widths]
         self.network = nn.ModuleDict({"encoder": nn.ModuleList(encoder)})
         if decoder_stride:
-            self.network["decoder"] = nn.ConvTranspose3d(4 * width, width, 4, 4)
+            self.network["decoder"] = nn.ConvTranspose3d(4 * width, width, four, four)
         if decoder_stride == 1:
-            self.network["out"] = nn.ConvTranspose3d(width, 1, 8, 8)
+            self.network["out"] = nn.ConvTranspose3d(width, 1, eight, eight)
         if with_masks:
             self.mask_token = nn.Parameter(torch.randn(1, width, 1, 1, 1))
 
@@ -105,7 +110,7 @@ def small_batch(num_samples: int, seed: int = 0, roi: Size3 = ROI) -> dict[str, 
     """A batch of random crops and views, V = 2; every mask hides a different set of three quarters of the blocks."""
     generator = torch.Generator().manual_seed(seed)
     batch = {name: torch.rand(num_samples, 2, 1, *roi, generator=generator) for name in ("crop", "student", "teacher")}
-    grid = tuple(side // 16 for side in roi)
+    grid = mask_grid(roi, 16)
     num_blocks = grid[0] * grid[1] * grid[2]
     order = torch.rand(num_samples, 2, num_blocks, generator=generator).argsort(dim=2)
     cases = torch.arange(num_samples)

@@ -1,10 +1,11 @@
-"""Block masks: exact ratio, aligned to the block grid, three-dimensional, and upsampled block by block."""
+"""Block masks: exact ratio, aligned to the block grid, three-dimensional or flat, and upsampled block by block."""
 
 import numpy as np
 import pytest
 import torch
 
-from datasets.samples.masks import draw_mask, mask_grid, num_masked_blocks, upsample_mask
+from datasets.samples.masks import draw_mask, mask_grid, num_masked_blocks
+from models.backbones.interface import upsample_mask
 
 
 @pytest.mark.parametrize("roi", [(96, 96, 96), (32, 64, 48)])
@@ -28,15 +29,21 @@ def test_masks_vary_along_every_axis_and_hit_every_block_alike():
 
 def test_upsampling_equals_the_obvious_loop():
     mask = draw_mask(np.random.default_rng(1), (2, 3, 4), 10)
-    voxels = upsample_mask(mask, 5)
+    voxels = upsample_mask(mask[None], (10, 15, 20))[0, 0]
     assert voxels.dtype == torch.bool and tuple(voxels.shape) == (10, 15, 20)
     for d, h, w in np.ndindex(10, 15, 20):
         assert voxels[d, h, w] == mask[d // 5, h // 5, w // 5]
 
 
-def test_upsampling_keeps_batch_axes():
-    masks = torch.stack([draw_mask(np.random.default_rng(i), (2, 2, 3), 5) for i in range(4)])
-    assert torch.equal(upsample_mask(masks, 8), torch.stack([upsample_mask(mask, 8) for mask in masks]))
+def test_blocks_of_a_slice_are_one_voxel_deep():
+    grid = mask_grid((1, 64, 32), 16)
+    assert grid == (1, 4, 2)
+    mask = draw_mask(np.random.default_rng(1), grid, num_masked_blocks(grid, 0.75))
+    assert int(mask.sum()) == 6
+    voxels = upsample_mask(mask[None], (1, 64, 32))
+    assert voxels.shape == (1, 1, 1, 64, 32) and int(voxels.sum()) == 6 * 16 * 16
+    with pytest.raises(ValueError, match="--mask_block"):
+        mask_grid((1, 60, 32), 16)
 
 
 @pytest.mark.parametrize(("roi", "block"), [((96, 96, 90), 16), ((96, 96, 96), 0), ((0, 16, 16), 16)])

@@ -18,7 +18,7 @@ from datasets.samples.loader import make_pair_loader
 from datasets.samples.masks import MaskOptions
 from datasets.samples.pairings import PairingOptions, SamPairing
 from datasets.store.volumes import VolumeStore, build_store
-from engine.watch.sample_sheet import draw_sample_sheet, samples_of
+from engine.watch.sample_sheet import draw_sample_sheet, sample_figure, samples_of
 from tests.fakes import ROI, make_dataset, make_store, make_table, spl_affine, world_volume
 
 
@@ -286,5 +286,10 @@ def test_sheet_is_drawn(real_store, tmp_path):
     draw_sample_sheet(samples_of(batch), tmp_path / "no_store.png")
     maskless = make_dataset("iou", real_store, views={"view": "augmented"})
     draw_sample_sheet([maskless[0]], tmp_path / "maskless.png", real_store, "view")
+    of_slices = make_dataset("iou", real_store, roi=(1, 24, 32))
+    figure = sample_figure([of_slices[0]], real_store)
+    assert [axis.images[0].get_array().shape for axis in figure.axes] == [(24, 32)] * 2  # one plane a crop
+    tinted = figure.axes[0].images[1].get_array()[..., 3] > 0
+    assert tinted.reshape(3, 8, 4, 8).all((1, 3)).sum() == tinted.sum() // 64 == of_slices[0]["mask"][0].sum()
     with pytest.raises(ValueError, match="at least one"):
         draw_sample_sheet([], tmp_path / "empty.png")

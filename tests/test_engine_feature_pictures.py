@@ -11,7 +11,7 @@ from engine.watch.feature_pictures import (
     enlarge,
     feature_figure,
     principal_colours,
-    token_stride,
+    token_sides,
 )
 from engine.watch.pictures import draw_pictures, look, sheets
 from models.backbones.interface import upsample_mask
@@ -55,7 +55,8 @@ def test_look_shows_what_the_student_saw_and_made_of_it():
 
 @pytest.mark.parametrize("stride", [2, 8, 16])
 def test_the_stride_follows_from_the_number_of_tokens(stride):
-    assert token_stride(ROI, (64 // stride) * (32 // stride) ** 2) == stride
+    assert token_sides(ROI, (64 // stride) * (32 // stride) ** 2) == (stride, stride, stride)
+    assert token_sides((1, *ROI[:2]), (64 // stride) * (32 // stride)) == (1, stride, stride)
 
 
 def test_heat_lies_where_the_centre_token_looks():
@@ -112,6 +113,19 @@ def test_tokens_cover_their_voxels():
 )
 def test_switched_off_objectives_leave_out_their_sheets(options, expected):
     assert set(sheets(small_alice(**options), make_dataset(), small_batch(NUM_PAIRS))) == expected
+
+
+def test_of_slices_the_axial_plane_alone_is_drawn():
+    roi = (1, 64, 32)
+    method, batch = small_alice(roi=roi), small_batch(NUM_PAIRS, roi=roi)
+    found = sheets(method, make_dataset(), batch)
+    columns = {"features": 2, "attention": 3, "reconstruction": 4}
+    assert {name: len(figure.axes) // (2 * NUM_PAIRS) for name, figure in found.items()} == columns
+    for figure in found.values():
+        assert {axis.images[0].get_array().shape[:2] for axis in figure.axes} == {roi[1:]}
+        assert "coronal" not in "".join(axis.get_title() for axis in figure.axes)
+    asked = found["attention"].axes[1].images[1].get_array()  # tokens of 8 pixels: 8 x 4 of them
+    assert all((asked[8 * i : 8 * i + 8, 8 * j : 8 * j + 8] == asked[8 * i, 8 * j]).all() for i, j in np.ndindex(8, 4))
 
 
 def test_a_full_disk_costs_the_pictures_and_is_told_once(tmp_path):

@@ -62,6 +62,17 @@ def test_features_of_a_ramp_are_its_own_values():
         voxel_features(pooled, ramp.astype(np.int16), voxels, ProbeOptions((8, 16, 16), strides=(16,)), CPU)
 
 
+def test_a_voxel_of_a_2d_network_is_read_from_its_own_slice():
+    """Slices of one HU each, and a ramp within them."""
+    hu = (100 * np.arange(12)[:, None, None] + np.arange(24)[:, None] + 0 * np.arange(33)).astype(np.int16)
+    voxels = np.stack([np.random.default_rng(0).integers(2, size - 2, 30) for size in hu.shape], axis=1)
+    options = ProbeOptions((1, 16, 16), hu_min=0, hu_max=1200, window_batch=5)
+    found = voxel_features(
+        lambda slices: {2: torch.nn.functional.avg_pool3d(slices, (1, 2, 2))}, hu, voxels, options, CPU
+    )
+    assert (found[2][:, 0] - torch.from_numpy(hu[tuple(voxels.T)]).float() / 1200).abs().max() < 1e-5
+
+
 def test_every_voxel_lies_in_the_middle_half_of_its_window_unless_at_the_border():
     places = torch.cartesian_prod(*(torch.arange(0, size, 3) for size in (40, 24, 50)))
     options = ProbeOptions((16, 24, 16))

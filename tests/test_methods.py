@@ -288,7 +288,7 @@ def test_extracted_weights_fill_monais_network(argv, corpus, tmp_path):
     method = build(small(name, corpus, tmp_path / "run", **size))
     part = "teacher" if hasattr(getattr(method, "teacher", None), "backbone") else "student"
     trained = getattr(method, part).backbone
-    described = {"kind": name, "commit": "abc", "versions": {}, "preprocessing": {}, "flags": {}}
+    described = {"kind": name, "commit": "abc", "versions": {}, "preprocessing": {"roi": [64, 32, 32]}, "flags": {}}
     described["backbone"] = {"name": "swin_unetr", "feature_size": 12, "in_channels": 1}
     run = RunState(method, make_optimizer(method.student, 0.1, 0, CPU), make_scaler("fp32", CPU), described, 3)
     torch.save(run.as_checkpoint(1), tmp_path / LATEST)

@@ -24,6 +24,7 @@ from tests.golden_iou import GivenFeatures, GoldenArrays, assert_near, batch_of,
 
 CPU = torch.device("cpu")
 GOLDEN = GoldenArrays()
+NUM_SLICES = 20
 SMALL = SimSiamOptions(projector_hidden_dim=24, projector_dim=16, predictor_dim=8)
 NOW = {"step": 0}
 
@@ -156,8 +157,10 @@ def test_iou_and_its_intervals_are_the_published_ones(axes: str) -> None:
 
 
 def drawn(shape: tuple[int, ...], interval: tuple[float, float], num: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """Share of fall-backs, and of the others IoU [n] and absolute start offsets [n, axes], of crops of 96 a side."""
-    whole = (1,) * (3 - len(shape)) + shape
+    """Share of fall-backs, and of the others IoU [n] and absolute start offsets [n, axes], of crops of 96 a side.
+
+    In 2-D they are slices of a volume, both of one pair in one slice."""
+    whole = (NUM_SLICES,) * (3 - len(shape)) + shape
     affine = np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]]  # index (d, h, w) -> (x, y, z) = (w, h, d), 1 mm
     record = SimpleNamespace(
         name="case", shape=whole, affine=affine, body_start=np.zeros(3, dtype=int), body_stop=np.array(whole)
@@ -169,6 +172,7 @@ def drawn(shape: tuple[int, ...], interval: tuple[float, float], num: int) -> tu
     places = [pairing.draw(rng, 0) for _ in range(num)]
     kept = [place for place in places if not place.is_fallback]
     offsets = np.array([np.abs(np.diff(place.points_mm, axis=0))[0, ::-1] for place in kept]).reshape(len(kept), 3)
+    assert len(shape) == 3 or not offsets[:, 0].any()
     return 1 - len(kept) / num, np.array([place.score for place in kept]), offsets[:, 3 - len(shape) :]
 
 

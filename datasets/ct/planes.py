@@ -22,6 +22,11 @@ class Plane(NamedTuple):
 PLANES = {"axial": Plane(0, 1, 2, False), "coronal": Plane(1, 0, 2, True), "sagittal": Plane(2, 0, 1, True)}
 
 
+def planes_of(shape: Sequence[int], wanted: Sequence[str] = tuple(PLANES)) -> tuple[str, ...]:
+    """The planes of `wanted` to show of a volume of this shape (D, H, W); of a slice (D = 1) the axial one alone."""
+    return ("axial",) if shape[0] == 1 else tuple(wanted)
+
+
 def cut_plane(volume: np.ndarray, plane: str, at: int | Sequence[int] | None = None) -> np.ndarray:
     """One plane of a volume; a view, rows from the top of the picture.
 

@@ -19,7 +19,7 @@ class CropOptions:
     Attributes:
         roi_x: crop size along W (towards the patient's left), voxels (multiple of 32 for swin_unetr, else 16)
         roi_y: crop size along H (posterior), voxels
-        roi_z: crop size along D (superior), voxels
+        roi_z: crop size along D (superior), voxels; 1 = axial slices, for 2-D networks (not unet, nnformer)
         a_min: HU that becomes 0
         a_max: HU that becomes 1
         augment: intensity augmentation, another one for every view

@@ -1,8 +1,8 @@
-"""3-D block masks for masked image modelling (Alice, ICCV 2023, figure 2: masks u and r).
+"""Block masks for masked image modelling (Alice, ICCV 2023, figure 2: masks u and r).
 
 A mask lives on the grid of `block_vox`-sided cubes of the crop, so that it is aligned to the encoder's tokens: True =
 masked = hidden from the student and counted in the reconstruction loss. Exactly `round(ratio * num_blocks)` blocks are
-masked.
+masked. A crop of depth 1 (a slice) has squares in place of cubes.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class MaskOptions:
 
     Attributes:
         mask_ratio: share of blocks hidden from the student, from 0 to below 1; 0 = off
-        mask_block: side of a mask block, voxels
+        mask_block: side of a mask block, voxels; blocks of slices are one voxel deep
     """
 
     mask_ratio: float = 0.75
@@ -39,12 +39,13 @@ def mask_grid(roi: Sequence[int], block_vox: int) -> tuple[int, int, int]:
     Raises:
         ValueError: the block does not divide the crop.
     """
-    if block_vox < 1 or any(side < 1 or side % block_vox for side in roi):
+    blocks = (1 if roi[0] == 1 else block_vox, block_vox, block_vox)
+    if block_vox < 1 or any(side < 1 or side % block for side, block in zip(roi, blocks)):
         raise ValueError(
             f"mask blocks of {block_vox} voxels do not divide the crop {tuple(roi)} (D, H, W); change --mask_block or "
             "--roi_z, --roi_y, --roi_x"
         )
-    return tuple(int(side) // block_vox for side in roi)
+    return tuple(int(side) // block for side, block in zip(roi, blocks))
 
 
 def num_masked_blocks(grid: Sequence[int], mask_ratio: float) -> int:
@@ -70,11 +71,3 @@ def draw_mask(rng: np.random.Generator, grid: Sequence[int], num_masked: int) ->
     mask = np.zeros(int(np.prod(grid)), dtype=bool)
     mask[rng.permutation(mask.size)[:num_masked]] = True
     return torch.from_numpy(mask.reshape(tuple(grid)))
-
-
-def upsample_mask(mask: torch.Tensor, block_vox: int) -> torch.Tensor:
-    """Spread a block mask to voxels: bool [..., d, h, w] -> bool [..., d * block_vox, h * block_vox, w * block_vox]."""
-    d, h, w = mask.shape[-3:]
-    b = block_vox
-    spread = mask[..., :, None, :, None, :, None].expand(*mask.shape[:-3], d, b, h, b, w, b)  # [..., d, b, h, b, w, b]
-    return spread.reshape(*mask.shape[:-3], d * b, h * b, w * b)  # [..., D, H, W]

@@ -2,6 +2,7 @@
 
 - `sam` (Alice, ICCV 2023, figure 2): the same anatomy in two patients, from the correspondence table;
 - `iou`: two crops of one volume whose intersection over union lies in a range, the positives of the IoU-based peers;
+  of crops of depth 1 (slices) both lie in one slice;
 - `random`: random crops of two different volumes, the control that any pairing must beat;
 - `grid` (VoCo, CVPR 2024): base crops that tile a region of one volume, and random crops inside that region;
 - `grid_sam`: such a region in two patients at the same anatomy, from the correspondence table.
@@ -152,23 +153,27 @@ class Pairing:
 
 
 class IouPairing(Pairing):
-    """Two overlapping crops of one volume (the IoU-based positives of the peers, 3-D).
+    """Two overlapping crops of one volume, or, where crops are one voxel deep, of one slice (IoU-based positives).
 
     The first crop lies anywhere in the body; the second is redrawn up to 30 times until the IoU lies in the range, then
-    the first is drawn anew, up to 120 draws in all; after that two random crops of the volume stand in as a fallback.
+    the first is drawn anew, up to 120 draws in all; after that two random crops of that volume or slice stand in as a
+    fallback.
     (In a large volume hardly one crop in a thousand overlaps another, so the second is drawn from its neighbourhood.)
     """
 
     def draw_places(self, rng: np.random.Generator, case: int) -> Places:
         """A pair within `names[case]`."""
-        record, roi = self.store.record(self.names[case]), self.roi
+        record, roi = self.store.record(self.names[case]), np.asarray(self.roi)
         low, high = self.options.iou_range
+        may_differ = roi > 1  # axes along which the two crops may begin at different voxels
         first, last = body_start_range(record, roi, 0.0)
-        if crop_iou(first, last, roi) > low:  # a small body: without overhang no two crops lie far enough apart
+        # A small body: without overhang no two crops lie far enough apart.
+        if crop_iou(first[may_differ], last[may_differ], roi[may_differ]) > low:
             first, last = body_start_range(record, roi, SMALL_BODY_OVERHANG)
         # An IoU of at least `low` takes an overlap of 2 low / (1 + low) of the side along every axis. Second crops
         # farther away can only be refused, so they are not drawn: the accepted ones are distributed as if they were.
-        reach = np.floor(np.asarray(roi) * (1 - 2 * low / (1 + low))).astype(np.int64) if low > 0 else last - first
+        reach = np.floor(roi * (1 - 2 * low / (1 + low))).astype(np.int64) if low > 0 else last - first
+        reach = np.where(may_differ, reach, 0)
         for _ in range(FIRST_DRAWS):
             start = draw_starts(rng, first, last, 1)[0]
             near = np.maximum(first, start - reach), np.minimum(last, start + reach)
@@ -178,7 +183,7 @@ class IouPairing(Pairing):
             if len(hits):
                 return self._pair(record, start, seconds[hits[0]], False)
         start, second = draw_starts(rng, first, last, 2)
-        return self._pair(record, start, second, True)
+        return self._pair(record, start, np.where(may_differ, second, start), True)
 
     def _pair(self, record, start: np.ndarray, second: np.ndarray, is_fallback: bool) -> Places:
         points = centre_mm(record, np.stack([start, second]), self.roi)

@@ -7,7 +7,7 @@ that prefers nothing shows nothing.
 Features: the three main components of an encoder map as red, green and blue. All views of a sheet share their
 components, so that the same colour means the same features.
 
-Arrays are [D, H, W] in canonical orientation; planes are drawn as in `datasets.ct.planes`.
+Arrays are [D, H, W] in canonical orientation; planes are drawn as in `datasets.ct.planes`, of slices the axial one.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from datasets.ct.planes import cut_plane, pixel_aspect
+from datasets.ct.planes import cut_plane, pixel_aspect, planes_of
 
 PLANES = ("axial", "coronal")
 MOST_TIMES_UNIFORM = 4.0  # the end of the colour scale of attention
@@ -26,9 +26,11 @@ CLIPPED_SHARE = 0.02  # of feature values at either end of the colour scale
 Size3 = tuple[int, int, int]
 
 
-def token_stride(size: Size3, num_tokens: int) -> int:
-    """The stride in voxels of the map of a crop that has so many tokens."""
-    return round((math.prod(size) / num_tokens) ** (1 / 3))
+def token_sides(size: Size3, num_tokens: int) -> Size3:
+    """The sides (D, H, W) in voxels of a token of a crop that has so many; tokens of a slice are one voxel deep."""
+    num_axes = 2 if size[0] == 1 else 3
+    stride = round((math.prod(size) / num_tokens) ** (1 / num_axes))
+    return (1 if size[0] == 1 else stride), stride, stride
 
 
 def attention_figure(crops: Tensor, attention: dict[str, Tensor], titles: list[str], voxel_mm: tuple) -> Figure:
@@ -41,20 +43,20 @@ def attention_figure(crops: Tensor, attention: dict[str, Tensor], titles: list[s
         voxel_mm: voxel size (D, H, W).
     """
     size = tuple(crops.shape[2:])
-    strides = [token_stride(size, num) for num in next(iter(attention.values())).shape[1:]]
-    asking, asked = (tuple(side // stride for side in size) for stride in strides)
-    token = tuple(side // 2 for side in asking)
+    sides = [token_sides(size, num) for num in next(iter(attention.values())).shape[1:]]
+    asking, asked = (tuple(whole // side for whole, side in zip(size, one)) for one in sides)
+    token = tuple(num // 2 for num in asking)
     row = int(np.ravel_multi_index(token, asking))
-    centre = tuple(int((place + 0.5) * strides[0]) for place in token)
-    width = 1 + len(attention)
-    figure = Figure(figsize=(0.5 + 4 * width, 2.2 * len(titles) + 0.3), layout="constrained")
-    axes = figure.subplots(len(titles), width * len(PLANES), squeeze=False)
+    centre = tuple(int((place + 0.5) * side) for place, side in zip(token, sides[0]))
+    width, planes = 1 + len(attention), planes_of(size, PLANES)
+    figure = Figure(figsize=(0.5 + 2 * width * len(planes), 2.2 * len(titles) + 0.3), layout="constrained")
+    axes = figure.subplots(len(titles), width * len(planes), squeeze=False)
     for view, title in enumerate(titles):
         crop = crops[view, 0].float().cpu().numpy()
-        for number, plane in enumerate(PLANES):
+        for number, plane in enumerate(planes):
             columns = axes[view, width * number : width * (number + 1)]
             draw_plane(columns[0], crop, plane, centre, voxel_mm, f"{plane}: asking token")
-            outline_token(columns[0], token, strides[0], size, plane)
+            outline_token(columns[0], token, sides[0][2], size, plane)
             for axis, (name, weights) in zip(columns[1:], attention.items()):
                 times = weights[view, row].reshape(asked).numpy() * weights.shape[-1]
                 label = f"{name} looks (at most {times.max():.2f}x uniform)"
@@ -75,12 +77,12 @@ def feature_figure(crops: Tensor, features: Tensor, titles: list[str], voxel_mm:
     """
     size = tuple(crops.shape[2:])
     centre = tuple(side // 2 for side in size)
-    colours = principal_colours(features)
-    figure = Figure(figsize=(8.5, 2.2 * len(titles) + 0.3), layout="constrained")
-    axes = figure.subplots(len(titles), 2 * len(PLANES), squeeze=False)
+    colours, planes = principal_colours(features), planes_of(size, PLANES)
+    figure = Figure(figsize=(0.5 + 4 * len(planes), 2.2 * len(titles) + 0.3), layout="constrained")
+    axes = figure.subplots(len(titles), 2 * len(planes), squeeze=False)
     for view, title in enumerate(titles):
         crop, coloured = crops[view, 0].float().cpu().numpy(), enlarge(colours[view], size)
-        for number, plane in enumerate(PLANES):
+        for number, plane in enumerate(planes):
             left, right = axes[view, 2 * number : 2 * number + 2]
             draw_plane(left, crop, plane, centre, voxel_mm, f"{plane}: crop")
             draw_plane(right, coloured, plane, centre, voxel_mm, f"{plane}: features")

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from datasets.ct.planes import cut_plane, pixel_aspect
+from datasets.ct.planes import cut_plane, pixel_aspect, planes_of
 from datasets.samples.dataset import CropDataset
 from engine.device import autocast
 from engine.logging import RunLog
@@ -93,7 +93,7 @@ def reconstruction_figure(
     titles: list[str],
     voxel_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Figure:
-    """One row per view: the four columns of `COLUMNS` in the axial plane, then in the coronal one.
+    """One row per view: the four columns of `COLUMNS` in the axial plane, then (but not of slices) in the coronal one.
 
     Args:
         crops: [N, 1, D, H, W] in [0, 1], un-augmented.
@@ -102,12 +102,13 @@ def reconstruction_figure(
         titles: one per view.
         voxel_mm: voxel size (D, H, W), for the pictures' proportions.
     """
-    figure = Figure(figsize=(16, 2.3 * len(titles) + 0.3), layout="constrained")
-    axes = figure.subplots(len(titles), 2 * len(COLUMNS), squeeze=False)
+    planes = planes_of(crops.shape[2:], PLANES)
+    figure = Figure(figsize=(8 * len(planes), 2.3 * len(titles) + 0.3), layout="constrained")
+    axes = figure.subplots(len(titles), len(planes) * len(COLUMNS), squeeze=False)
     for index, title in enumerate(titles):
         crop, view, made = (tensor[index, 0].float().cpu().numpy() for tensor in (crops, seen, reconstructions))
         volumes = (crop, view, made, np.where(np.isnan(view), made, crop))
-        pictures = [(plane, name, volume) for plane in PLANES for name, volume in zip(COLUMNS, volumes)]
+        pictures = [(plane, name, volume) for plane in planes for name, volume in zip(COLUMNS, volumes)]
         for axis, (plane, name, volume) in zip(axes[index], pictures):
             show(axis, cut_plane(volume, plane), pixel_aspect(plane, voxel_mm))
             axis.set_title(f"{plane}: {name}", fontsize=7, pad=2)

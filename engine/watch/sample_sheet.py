@@ -1,7 +1,7 @@
 """A picture of samples: do the crops of one sample show what the pairing rule promises, and do masks lie right?
 
-Each row is one sample: every crop in three planes through its centre. Masked blocks are tinted, a cross marks the
-crop's centre.
+Each row is one sample: every crop in three planes through its centre, slices in their own. Masked blocks are tinted, a
+cross marks the crop's centre.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from datasets.ct.planes import PLANES, cut_plane, pixel_aspect
-from datasets.samples.masks import upsample_mask
+from datasets.ct.planes import cut_plane, pixel_aspect, planes_of
+from models.backbones.interface import upsample_mask
 
 MOST_CROPS = 4  # of a sample that are drawn
 
@@ -33,7 +33,7 @@ def draw_sample_sheet(
 
 
 def sample_figure(samples: Sequence[Mapping[str, torch.Tensor]], store=None, view: str = "crop") -> Figure:
-    """Draw samples of `CropDataset` as rows, three planes for each crop.
+    """Draw samples of `CropDataset` as rows, three planes for each crop, one for each slice.
 
     Args:
         samples: single samples (see `samples_of` for a batch).
@@ -46,8 +46,9 @@ def sample_figure(samples: Sequence[Mapping[str, torch.Tensor]], store=None, vie
     if not samples:
         raise ValueError("a sample sheet needs at least one sample")
     num_crops = min(MOST_CROPS, len(samples[0]["case"]))
-    figure = Figure(figsize=(6.5 * num_crops, 2.6 * len(samples)))
-    axes = figure.subplots(len(samples), 3 * num_crops, squeeze=False)
+    planes = planes_of(samples[0][view].shape[2:])
+    figure = Figure(figsize=((0.2 + 2.1 * len(planes)) * num_crops, 2.6 * len(samples)))
+    axes = figure.subplots(len(samples), len(planes) * num_crops, squeeze=False)
     figure.subplots_adjust(0.005, 0.01, 0.995, 1 - 0.4 / (2.6 * len(samples)), wspace=0.03, hspace=0.28)
     for row, sample in zip(axes, samples):
         row[0].text(0, 1.14, _title(sample, store, num_crops), transform=row[0].transAxes, fontsize=9)
@@ -55,7 +56,7 @@ def sample_figure(samples: Sequence[Mapping[str, torch.Tensor]], store=None, vie
             image = sample[view][crop, 0].float().cpu().numpy()
             mask = _voxel_mask(sample, crop, image.shape)
             spacing = _case(store, sample["case"][crop])[1]
-            for axis, plane in zip(row[3 * crop :], PLANES):
+            for axis, plane in zip(row[len(planes) * crop :], planes):
                 pictures = (cut_plane(array, plane) for array in (image, mask))
                 _draw_plane(axis, f"crop {crop + 1} {plane}", *pictures, pixel_aspect(plane, spacing))
     return figure
@@ -65,8 +66,7 @@ def _voxel_mask(sample: Mapping[str, torch.Tensor], crop: int, shape: tuple[int,
     """The crop's block mask spread to voxels; nothing is masked where the sample has none."""
     if "mask" not in sample:
         return np.zeros(shape, dtype=bool)
-    mask = sample["mask"][crop].cpu()
-    return upsample_mask(mask, shape[0] // mask.shape[0]).numpy()
+    return upsample_mask(sample["mask"][crop][None].cpu(), shape)[0, 0].numpy()
 
 
 def _draw_plane(axis, label: str, image: np.ndarray, mask: np.ndarray, aspect: float) -> None:

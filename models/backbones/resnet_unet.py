@@ -101,7 +101,10 @@ class ResNetUNetBackbone(nn.Module):
                 f"(D, H, W) = {tuple(roi)}: change --roi_x, --roi_y, --roi_z"
             )
         if decoder_stride not in (None, 1):
-            raise ValueError(f"resnet50_unet has its decoder map at stride 1, not at {decoder_stride}")
+            raise ValueError(
+                f"resnet50_unet has its decoder map at stride 1, not at {decoder_stride}, where CASA asks for one: "
+                "expected --lambda2 0 (no CASA), or another --backbone"
+            )
         self.channels = self.skip_channels = dict(CHANNELS)
         self.network = self.make_network(1, 1, feature_size, use_checkpoint, spatial_dims_of(roi))
         if with_masks:

@@ -33,8 +33,9 @@ from datasets.samples.masks import MaskOptions
 from losses.collapse import distribution_monitors, feature_spread, mean_cosine
 from losses.distillation import Distillation, DistillationOptions, swap_views
 from losses.reconstruction import reconstruction_error
-from models.backbones.interface import Backbone, MakeBackbone, flatten_tokens, pool_tokens
+from models.backbones.interface import Backbone, MakeBackbone, flatten_tokens, pool_tokens, upsample_mask
 from models.heads import HeadOptions, ProjectionHead
+from models.layers.batch_norm import has_batch_norms
 from models.methods.casa import CASA_VARIANTS, FigureCASA, PublishedCASA, relative_entropy
 from models.methods.method import Batch, Method, Now, average_towards, rows_of
 from models.methods.schedules import distillation_schedules
@@ -205,6 +206,7 @@ class Alice(Method):
         super().__init__()
         self.options = options
         self.student = make_student(options, make_backbone)
+        self.sees_batch = has_batch_norms(self.student)
         self.teacher = AliceTeacher(self.student, options.shared_head_teacher)
         self.loss = Distillation({"cls": options.out_dim, "tokens": options.out_dim}, options)
         self.train()
@@ -264,10 +266,7 @@ class Alice(Method):
             self.teacher.forward(rows_of(batch["teacher"]), student.casa_query)
         found = online.found("student") | target.found("teacher")
         if student.reconstruction is not None:
-            hidden = masks
-            for axis in (1, 2, 3):
-                hidden = hidden.repeat_interleave(views.shape[axis + 1] // masks.shape[axis], dim=axis)
-            found["seen"] = views.masked_fill(hidden[:, None], float("nan"))
+            found["seen"] = views.masked_fill(upsample_mask(masks, tuple(views.shape[2:])), float("nan"))
             found["reconstruction"] = student.reconstruction
         return found
 
@@ -332,6 +331,11 @@ def check_casa_strides(backbone: Backbone, query_stride: int, key_stride: int) -
     if query_stride not in backbone.channels:
         raise ValueError(f"--query_stride must be one of {sorted(backbone.channels)}, got {query_stride}")
     both = [s for s, width in backbone.decoder_channels.items() if backbone.channels.get(s) == width]
+    if not both:
+        raise ValueError(
+            "--lambda2: CASA compares tokens of an encoder and a decoder map of one width, and this --backbone has "
+            "none; expected --lambda2 0 (no CASA), or another --backbone"
+        )
     if key_stride not in both:
         raise ValueError(
             f"--key_stride must be one of {sorted(both)} (encoder and decoder maps of one width), got {key_stride}"

@@ -20,6 +20,7 @@ from losses.collapse import distribution_monitors, feature_spread
 from losses.distillation import Distillation, DistillationOptions, swap_views
 from models.backbones.interface import Backbone, MakeBackbone, pool_tokens
 from models.heads import HeadOptions, ProjectionHead
+from models.layers.batch_norm import has_batch_norms
 from models.methods.method import Batch, Method, Now, average_towards, rows_of
 from models.methods.schedules import distillation_schedules
 
@@ -76,6 +77,7 @@ class DINO(Method):
             train_gain=not options.norm_last_layer,
         )
         self.student = DinoNetwork(backbone, head)
+        self.sees_batch = has_batch_norms(self.student)
         self.teacher = self.student.teacher_twin()
         self.loss = Distillation({"cls": options.out_dim}, options)
         self.train()
