@@ -307,11 +307,12 @@ def test_the_method_is_a_student_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["simsiam", "dino"])
-@pytest.mark.parametrize("recipe", ["iou", "small"])
+@pytest.mark.parametrize("recipe", ["iou", "iou_2d", "small"])
 def test_recipes_choose_their_method_and_hold_its_flags(name: str, recipe: str) -> None:
     argv = ["--config", f"configs/{name}_{recipe}.yaml"]
     assert chosen_method(argv) == name
     flags = make_pretrain_flags("", name).parse_args(argv)
     assert flags.pairing == "iou" and tuple(flags.iou_range) == (0.3, 0.6)
-    if recipe == "iou":  # the published settings are the defaults
+    assert (flags.roi_z == 1) == (recipe == "iou_2d")
+    if recipe != "small":  # the published settings are the defaults
         assert options_of(flags, METHODS[name].Options) == METHODS[name].Options()

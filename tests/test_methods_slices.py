@@ -28,7 +28,6 @@ RUNS = {
 RESNET_RUNS = {
     "caid": ("caid", {}),
     "masked image modelling": ("alice", MASKED_MODELLING),
-    "alice without CASA": ("alice", {"lambda2": 0}),
 }
 
 
