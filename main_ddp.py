@@ -1,4 +1,4 @@
-"""Pretrain a 3-D network on unlabelled CT: Alice by default, other methods by --method (models/methods/).
+"""Pretrain a network on unlabelled CT or radiographs: Alice by default, other methods by --method (models/methods/).
 
 One process, on a CPU or one GPU:
 
@@ -80,10 +80,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def start_and_train(flags, method: Method, world: World) -> bool:
     """Open the data, find where to start, and train; True when the run is complete."""
+    data = open_data(flags, method, world)
+    flags.a_min, flags.a_max = data.store.window(
+        flags.a_min, flags.a_max
+    )  # run.json and checkpoints name what was used
     info = RunInfo.collect(flags)
     if world.is_main:
         info.write(flags.output_dir)
-    data = open_data(flags, method, world)
     options = make_options(flags, data, world)
     run = make_run(flags, method, data, options, world, info)
     start = find_start(flags, run, world)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets.ct.images import RADIOGRAPH
 from datasets.lists.data_list import Case, load_data_list
 from datasets.lists.label_classes import read_classes
 from datasets.samples.correspondences import CorrespondenceTable
@@ -48,6 +49,7 @@ def open_data(flags, method: Method | type[Method], world: World) -> Data:
     distributed.wait_for_all(world)
     spacing = None if flags.spacing_mm is None else parse_spacing(flags.spacing_mm) or "native"
     store = VolumeStore(store_dir, expected_spacing_mm=spacing)
+    check_probe(flags, store)
     names = {section: [case.name for case in listed if case.name in store] for section, listed in cases.items()}
     table = load_table(flags)
     training = make_dataset(flags, method.views, store, table, names["training"], flags.seed)
@@ -67,6 +69,12 @@ def probe_cases(flags) -> tuple[list[Case], list[Case]]:
     if not flags.probe_freq:
         return [], []
     return split_probe_cases(flags.probe_json_list or flags.json_list, flags.data_dir, max_cases=flags.probe_cases)
+
+
+def check_probe(flags, store: VolumeStore) -> None:
+    """Raise ValueError where frozen probes are asked for and the store holds radiographs: probes read CT in HU."""
+    if flags.probe_freq and store.kind == RADIOGRAPH:
+        raise ValueError(f"--probe_freq {flags.probe_freq}: frozen probes read CT, not radiographs; set --probe_freq 0")
 
 
 def load_table(flags) -> CorrespondenceTable | None:

@@ -1,14 +1,19 @@
-"""Write the data list (Decathlon JSON) of a folder of CT volumes; every file is opened and checked on the way.
+"""Write the data list (Decathlon JSON) of a folder of CT or radiographs; every file is opened and checked on the way.
 
     python scripts/create_json.py --data_dir FLARE22 --output flare.json --num_validation 20
     python scripts/create_json.py --data_dir FLARE22 --output flare_labelled.json \\
         --cases labelled --validation_fraction 0.2
     python scripts/create_json.py --data_dir totalsegmentator --output totalsegmentator.json
+    python scripts/create_json.py --data_dir ChestX-ray14/images --list_file train.txt --validation_list_file val.txt \\
+        --output chest.json
 
 Understood are the FLARE22 layout, nnU-Net and Decathlon folders, one folder per case with a ct.nii.gz, and any other
-folder of .nii and .nii.gz files. Files that cannot be used are named on stderr with the reason, kept under "unreadable"
-in the list, and left out of both sections; a CT whose label cannot be used is listed without it (pretraining needs
-none), unless --cases labelled asks for labels. Takes about as long as decompressing all files once.
+folder of .nii and .nii.gz files. A folder of .png files holds radiographs, their masks named or placed like the labels
+of CT; a list file names one in each line.
+
+Files that cannot be used are named on stderr with the reason, kept under "unreadable" in the list, and left out of both
+sections; a CT whose label cannot be used is listed without it (pretraining needs none), unless --cases labelled asks
+for labels. Takes about as long as decompressing all files once.
 """
 
 import sys
@@ -23,9 +28,11 @@ import jsonargparse
 import numpy as np
 from tqdm import tqdm
 
-from datasets.ct.nifti import CTReadError, read_ct, read_label_of
+from datasets.ct.images import CT, kind_of, read_image, read_labels_of
+from datasets.ct.nifti import CTReadError
 from datasets.lists.data_list import Case, DataListError, find_cases, split_cases, write_data_list
-from datasets.lists.label_classes import LabelClasses
+from datasets.lists.label_classes import LabelClasses, read_classes
+from datasets.lists.list_file import read_list_file
 from engine.flags import make_parser, run_main
 
 FLARE22_LABELS = LabelClasses.built_in("flare22").names
@@ -38,7 +45,13 @@ def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
     parser = make_parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", type=str, required=True, help="folder to search for CT volumes")
+    data.add_argument("--data_dir", type=str, required=True, help="folder to search for CT or radiographs")
+    data.add_argument(
+        "--list_file", type=str, default="", help="text file that names radiographs of --data_dir, one a line"
+    )
+    data.add_argument(
+        "--validation_list_file", type=str, default="", help="the same for the validation section; empty = draw it"
+    )
     data.add_argument("--output", type=str, required=True, help="JSON file to write")
     data.add_argument(
         "--cases", choices=["all", "unlabelled", "labelled"], default="all", help="which cases to put in the list"
@@ -59,13 +72,15 @@ def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict
     """
     file, has_air = case.image, True
     try:
-        image = read_ct(file)
-        has_air = bool(image.array.min() <= NO_AIR_HU)
-        if num_values := few_whole_values(image.array):
-            raise CTReadError(f"{file}: only {num_values} whole values, none below zero: it looks like a label map")
+        image = read_image(file)
+        is_ct = kind_of(file) == CT
+        has_air = not is_ct or bool(image.array.min() <= NO_AIR_HU)
+        if num_values := few_whole_values(image.array if is_ct else image.array - int(image.array.min())):
+            least = "none below zero: " if is_ct else ""
+            raise CTReadError(f"{file}: only {num_values} whole values, {least}it looks like a label map")
         if case.label is not None:
             file = case.label
-            read_label_of(image, file)
+            read_labels_of(image, file)
         return case, {}, has_air
     except CTReadError as error:
         reason = str(error).removeprefix(f"{file}: ")
@@ -115,18 +130,62 @@ def choose(cases: Sequence[Case], which: str, data_dir: str) -> list[Case]:
     return chosen
 
 
-def label_names(cases: Sequence[Case]) -> dict[str, str]:
-    """Label value -> name for FLARE22, else only the background."""
+def label_names(cases: Sequence[Case], data_dir: str) -> dict[str, str]:
+    """Label value -> name: of the folder's own dataset.json, else FLARE22's for its cases, else only the background."""
+    known = Path(data_dir) / "dataset.json"
+    if known.is_file():
+        try:
+            classes = read_classes(known)
+            return {str(value): name for value, name in zip(classes.values, classes.names)}
+        except DataListError as error:
+            print(f"note: the names of labels are not known: {error}", file=sys.stderr)
     is_flare = any(case.label is not None and case.name.startswith("FLARE22_") for case in cases)
     return {str(value): name for value, name in enumerate(FLARE22_LABELS if is_flare else FLARE22_LABELS[:1])}
 
 
+def find(flags) -> tuple[list[Case], set[str] | None, dict[str, str]]:
+    """All cases, names of those that a list holds out (None: to be drawn), and file -> why a listed one is missing."""
+    if not flags.list_file:
+        return find_cases(flags.data_dir), None, {}
+    cases, held_out, missing = [], None, {}
+    for list_file in filter(None, (flags.list_file, flags.validation_list_file)):
+        listed = read_list_file(list_file, flags.data_dir)
+        print(
+            f"{list_file}: {len(listed.cases)} pictures, {len(listed.missing)} missing, {listed.num_blank} blank lines"
+        )
+        names = {case.name for case in listed.cases}
+        if twice := sorted(names & {case.name for case in cases}):
+            raise DataListError(f"{flags.list_file} and {list_file} both name {', '.join(twice[:NUM_NAMES_SHOWN])}")
+        held_out = names if cases else None
+        cases, missing = cases + listed.cases, missing | listed.missing
+    return cases, held_out, missing
+
+
+def split(cases: Sequence[Case], held_out: set[str] | None, flags) -> tuple[list[Case], list[Case]]:
+    """Training and validation: by the names held out, or drawn."""
+    if held_out is None:
+        return split_cases(cases, flags.num_validation, flags.validation_fraction, flags.seed)
+    return [case for case in cases if case.name not in held_out], [case for case in cases if case.name in held_out]
+
+
+def check_split_flags(flags) -> None:
+    """Raise DataListError for two ways of holding cases out."""
+    if flags.validation_list_file and not flags.list_file:
+        raise DataListError("--validation_list_file needs --list_file, the pictures to train with")
+    if flags.validation_list_file and (flags.num_validation is not None or flags.validation_fraction):
+        raise DataListError(
+            "--validation_list_file says what is held out: leave --num_validation and the fraction away"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
-    found = choose(find_cases(flags.data_dir), flags.cases, flags.data_dir)
-    split_cases(found, flags.num_validation, flags.validation_fraction, flags.seed)  # complain before the long check
+    check_split_flags(flags)
+    listed, held_out, missing = find(flags)
+    found = choose(listed, flags.cases, flags.data_dir)
+    split(found, held_out, flags)  # complain before the long check
     cases, unreadable, airless = check_cases(found, flags.num_workers, needs_label=flags.cases == "labelled")
-    for file, reason in unreadable.items():
+    for file, reason in (missing | unreadable).items():
         print(f"left out {file}: {reason}", file=sys.stderr)
     if airless:
         # Found out too late, every crop of such a data set is one grey.
@@ -139,13 +198,14 @@ def main(argv: list[str] | None = None) -> None:
         )
     if not cases:
         raise DataListError(f"{flags.data_dir}: none of {len(found)} cases can be read; the reasons are above")
-    training, validation = split_cases(cases, flags.num_validation, flags.validation_fraction, flags.seed)
-    write_data_list(flags.output, flags.data_dir, training, validation, label_names(cases), unreadable)
+    training, validation = split(cases, held_out, flags)
+    names = label_names(cases, flags.data_dir)
+    write_data_list(flags.output, flags.data_dir, training, validation, names, missing | unreadable)
     num_labelled = sum(case.label is not None for case in cases)
     num_left_out = len(found) - len(cases)
     print(
         f"{flags.output}: {len(training)} training and {len(validation)} validation cases "
-        f"({num_labelled} with labels), {num_left_out} cases left out"
+        f"({num_labelled} with labels), {num_left_out + len(missing)} cases left out"
         + (f", {num} listed without their label" if (num := len(unreadable) - num_left_out) else "")
     )
 

@@ -1,11 +1,14 @@
-"""Make a data set of synthetic torso CT with known truth, in FLARE22's folder layout.
+"""Make a data set of synthetic torso CT with known truth, in FLARE22's folder layout, or of their radiographs.
 
     python scripts/make_phantom_dataset.py --out_dir data/phantom --num_unlabelled 20 --num_labelled 4 --seed 0
     python scripts/make_phantom_dataset.py --out_dir data/phantom_full --num_unlabelled 2 --num_labelled 0 --full_size
+    python scripts/make_phantom_dataset.py --out_dir data/xray --radiographs --num_unlabelled 20 --num_labelled 8
 
 A default case takes about 3 s on one core: 112-144 pixels a side, up to 125 slices of 1.5-5 mm, 1-3 MB.
 Finished cases are kept, so a run that was stopped goes on where it was; a larger --num_unlabelled adds cases.
 Each case: CT (and labels 1-13), landmarks/<case>.json with named landmarks in world mm.
+A radiograph is the projection of a patient: images/<case>.png (and labels/<case>.png: 1-13, 14 the lungs), about
+200 x 200 pixels of 2 mm, some 6 s on one core; dataset.json names all of them.
 """
 
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.phantom.cases import list_cases, write_dataset
+from datasets.phantom.radiographs import list_radiographs, write_radiographs
 from engine.flags import RunInfo, add_switch, make_parser, run_main
 
 
@@ -32,6 +36,7 @@ def make_flags():
         False,
         "clinical matrices, 512x512 with up to 250 slices: 35-90 s a core and case, 40-80 MB a file, 2 GiB a process",
     )
+    add_switch(group, "--radiographs", False, "chest and abdomen X-rays as PNG instead of CT; --full_size: 1 mm pixels")
     add_switch(group, "--save_atlas_map", False, "also write atlas_maps/<case>.npz: every voxel's atlas mm (RAS order)")
     return parser
 
@@ -41,10 +46,16 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("num_unlabelled", "num_labelled", "num_workers", "seed"):
         if getattr(flags, name) < 0:
             raise ValueError(f"--{name} must be 0 or more, got {getattr(flags, name)}")
-    cases = list_cases(flags.num_unlabelled, flags.num_labelled, flags.seed, flags.full_size)
+    if flags.radiographs and flags.save_atlas_map:
+        raise ValueError("--save_atlas_map is of CT: leave it away, or --radiographs")
+    list_all = list_radiographs if flags.radiographs else list_cases
+    cases = list_all(flags.num_unlabelled, flags.num_labelled, flags.seed, flags.full_size)
     if not cases:
         raise ValueError("nothing to make: --num_unlabelled and --num_labelled are both 0")
-    num_made = write_dataset(Path(flags.out_dir), cases, flags.num_workers, flags.save_atlas_map)
+    if flags.radiographs:
+        num_made = write_radiographs(Path(flags.out_dir), cases, flags.num_workers)
+    else:
+        num_made = write_dataset(Path(flags.out_dir), cases, flags.num_workers, flags.save_atlas_map)
     RunInfo.collect(flags).write(flags.out_dir, "phantom_run.json")
     print(f"{num_made} cases made, {len(cases) - num_made} were there, in {flags.out_dir}")
 

@@ -1,10 +1,11 @@
-"""Make the volume store: every CT of a data list in a form that gives random crops in milliseconds.
+"""Make the volume store: every CT or radiograph of a data list in a form that gives random crops in milliseconds.
 
     python scripts/prepare_volumes.py --data_dir FLARE22 --json_list flare.json --store_dir store
     python scripts/prepare_volumes.py --data_dir FLARE22 --json_list flare.json --store_dir store_1.5mm \\
         --spacing_mm 1.5 1.5 1.5
     python scripts/prepare_volumes.py --data_dir FLARE22 --json_list flare.json --store_dir store --verify
 
+Radiographs become volumes [1, H, W]; their pixels are 1 mm wide where the files do not say otherwise.
 It may be stopped at any time and run again, and several may run at once on a shared folder: finished cases are kept.
 A native store takes about 0.8 of the .nii.gz files' size. A worker needs about 0.5 GB of memory for a 512x512x200 CT.
 """

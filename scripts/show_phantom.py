@@ -2,8 +2,10 @@
 
     python scripts/show_phantom.py --images data/phantom/FLARE22Train/images/*.nii.gz --output phantom.png
     python scripts/show_phantom.py --images a.nii.gz b.nii.gz --output lungs.png --hu_min -1100 --hu_max 100
+    python scripts/show_phantom.py --images data/xray/images/Xray_Tr_*.png --output xray.png
 
-Reads any NIfTI, so that phantoms can be looked at next to real CT. Patient's right is on the picture's left.
+A radiograph (PNG) is shown in its whole range, and once more with its mask outlined. Reads any NIfTI, so that phantoms
+can be looked at next to real CT. Patient's right is on the picture's left.
 """
 
 import sys
@@ -16,8 +18,10 @@ import numpy as np
 from PIL import Image
 
 from datasets.ct.geometry import spacing_of, to_canonical
+from datasets.ct.images import RADIOGRAPH, kind_of, read_labels_of
 from datasets.ct.intensity import window_hu
 from datasets.ct.planes import PLANES, cut_plane
+from datasets.ct.radiograph import read_radiograph
 from engine.flags import make_parser, run_main
 
 COLOURS = np.array(
@@ -30,7 +34,7 @@ COLOURS = np.array(
 def make_flags():
     """The parser of this script."""
     parser = make_parser(__doc__)
-    parser.add_argument("--images", type=str, nargs="+", required=True, help="NIfTI files, one row of slices each")
+    parser.add_argument("--images", type=str, nargs="+", required=True, help="NIfTI or PNG files, a row each")
     parser.add_argument("--output", type=str, required=True, help="PNG file to write")
     parser.add_argument("--num_axial", type=int, default=5, help="axial slices per file, evenly spaced")
     parser.add_argument("--hu_min", type=float, default=-160.0, help="HU shown black")
@@ -46,10 +50,23 @@ def read_any(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     return array, spacing_of(affine)
 
 
-def picture(plane: np.ndarray, labels: np.ndarray | None, pixel_mm: tuple[float, float], flags) -> np.ndarray:
-    """A plane as an RGB picture with outlined labels; `pixel_mm` is the size of its pixels, down and across."""
-    size = tuple(max(int(n * mm / flags.pixel_mm), 1) for n, mm in zip(plane.shape, pixel_mm))[::-1]
-    grey = (window_hu(plane, flags.hu_min, flags.hu_max) * 255).astype(np.uint8)
+def picture(
+    plane: np.ndarray,
+    labels: np.ndarray | None,
+    pixel_mm: tuple[float, float],
+    window: tuple[float, float],
+    shown_mm: float,
+) -> np.ndarray:
+    """A plane as an RGB picture with outlined labels.
+
+    Args:
+        plane, labels: [height, width].
+        pixel_mm: size of the plane's pixels, down and across.
+        window: values that are black and white.
+        shown_mm: size of the picture's pixels.
+    """
+    size = tuple(max(int(n * mm / shown_mm), 1) for n, mm in zip(plane.shape, pixel_mm))[::-1]
+    grey = (window_hu(plane, *window) * 255).astype(np.uint8)
     rgb = np.repeat(np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR))[..., None], 3, axis=-1)
     if labels is not None:
         ids = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
@@ -59,7 +76,22 @@ def picture(plane: np.ndarray, labels: np.ndarray | None, pixel_mm: tuple[float,
 
 
 def row_of(path: Path, flags) -> np.ndarray:
-    """All slices of one file, side by side."""
+    """The pictures of one file, side by side."""
+    return radiograph_row(path, flags) if kind_of(path) == RADIOGRAPH else ct_row(path, flags)
+
+
+def radiograph_row(path: Path, flags) -> np.ndarray:
+    """A radiograph, and once more with its mask where there is one."""
+    image = read_radiograph(path)
+    mask = path.parent.parent / "labels" / path.name
+    labels = [None, read_labels_of(image, mask).array[0]] if mask != path and mask.exists() else [None]
+    window = (float(image.array.min()), float(image.array.max()))
+    tiles = [picture(image.array[0], outlined, image.spacing_mm[1:], window, flags.pixel_mm) for outlined in labels]
+    return stack(tiles, axis=1)
+
+
+def ct_row(path: Path, flags) -> np.ndarray:
+    """Slices of a CT."""
     hu, voxel_mm = read_any(path)
     label = path.parent.parent / "labels" / path.name.replace("_0000.nii.gz", ".nii.gz")  # in FLARE22's layout
     ids = read_any(label)[0] if label != path and label.exists() else None
@@ -70,7 +102,8 @@ def row_of(path: Path, flags) -> np.ndarray:
     for plane, at in cuts:
         pixel_mm = [voxel_mm[axis] for axis in (PLANES[plane].down, PLANES[plane].across)]
         outlined = None if ids is None else cut_plane(ids, plane, at)
-        tiles.append(picture(cut_plane(hu, plane, at), outlined, pixel_mm, flags))
+        window = (flags.hu_min, flags.hu_max)
+        tiles.append(picture(cut_plane(hu, plane, at), outlined, pixel_mm, window, flags.pixel_mm))
     return stack(tiles, axis=1)
 
 

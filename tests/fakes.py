@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datasets.ct.images import CT
 from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
 from datasets.samples.dataset import CropDataset
 from datasets.samples.masks import MaskOptions
@@ -36,6 +37,8 @@ def spl_affine(spacing_mm=(2.0, 2.0, 2.0), origin_mm=(0.0, 0.0, 0.0)) -> np.ndar
 
 class FakeStore:
     """Volumes in memory; reading a case in `broken` raises OSError and is counted in `num_reads` like any other."""
+
+    kind = CT
 
     def __init__(self, volumes: dict[str, np.ndarray], affines: dict[str, np.ndarray] | None = None, broken=()) -> None:
         self.volumes = volumes

@@ -312,7 +312,7 @@ def test_create_json_goes_on_after_what_nobody_foresaw(flare, monkeypatch):
             raise OverflowError("too large")
         return read_ct(path)
 
-    monkeypatch.setattr(create_json, "read_ct", read)
+    monkeypatch.setattr(create_json, "read_image", read)
     create_json.main(["--data_dir", str(flare), "--output", str(flare / "all.json")])
     content = json.loads((flare / "all.json").read_text())
     reasons = {Path(file).name: reason for file, reason in content["unreadable"].items()}

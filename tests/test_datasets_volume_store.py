@@ -217,12 +217,12 @@ def test_what_nobody_foresaw_in_one_case_leaves_the_others(tmp_path, cases, monk
             raise OverflowError("too large")
         return read_ct(path)
 
-    monkeypatch.setattr("datasets.store.build.read_ct", read)
+    monkeypatch.setattr("datasets.store.build.read_image", read)
     report = build_store(cases, tmp_path / "store", progress=False)
     assert report.built == ["case0", "case2"]
     reason = f"{cases[1].image}: unexpected OverflowError while storing it (too large)"
     assert report.failed == {"case1": reason}
-    monkeypatch.setattr("datasets.store.build.read_ct", _interrupt)
+    monkeypatch.setattr("datasets.store.build.read_image", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_store(cases, tmp_path / "store", progress=False)
 

@@ -1,4 +1,4 @@
-"""Which cases there are: finding CT files in the layouts people have, and Decathlon data lists (JSON).
+"""Which cases there are: finding CT or radiographs in the layouts people have, and Decathlon data lists (JSON).
 
 A list has `training` and `validation` sections of {"image": ..., "label": ..., "name": ...}, paths relative to the data
 folder; MONAI reads it too. In unlabelled lists an entry may also be just the image's path.
@@ -13,9 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets.ct.images import CT, RADIOGRAPH, kind_of
 from datasets.store.files import write_text
 
 SUFFIXES = (".nii.gz", ".nii")
+PICTURE_SUFFIXES = (".png",)
+MODALITIES = {CT: "CT", RADIOGRAPH: "X-ray"}
 CHANNEL_SUFFIX = "_0000"  # nnU-Net and FLARE name the first channel of an image so, and the label without it
 # File names that say what a file is, not whose: the case is then named after its folder.
 IMAGE_STEMS = ("ct", "image", "imaging", "img", "volume", "scan")
@@ -34,21 +37,36 @@ class DataListError(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """One CT volume: a name unique in its list, the image file, and the label file if there is one."""
+    """One CT or radiograph: a name unique in its list, the image file, and the label file if there is one."""
 
     name: str
     image: Path
     label: Path | None = None
 
 
+def kind_of_cases(cases: Sequence[Case]) -> str:
+    """CT or RADIOGRAPH, by the files' names; CT where there are none.
+
+    Raises:
+        DataListError: some are one and some the other.
+    """
+    first = {kind_of(case.image): case for case in reversed(cases)}
+    if len(first) > 1:
+        raise DataListError(
+            f"{first[CT].image} is a CT and {first[RADIOGRAPH].image} a radiograph; give each kind its own data list"
+        )
+    return next(iter(first), CT)
+
+
 def find_cases(data_dir: str | Path) -> list[Case]:
-    """All CT volumes below a folder, sorted by name.
+    """All CT volumes below a folder, or all radiographs where there is no CT, sorted by name.
 
     Understood are FLARE22 / nnU-Net / Decathlon folders (`images*/X_0000.nii.gz` or `X.nii.gz`, the label `X.nii.gz` in
     a folder that has "label", "seg" or the like as a word of its name), one folder per case (`<case>/ct.nii.gz`,
     `<case>/label.nii.gz`; other NIfTI files beside a `ct.nii.gz` are not images), and any other tree of `.nii` and
     `.nii.gz` files, where `X_label`, `X_seg` or `label_X` is the label of `X`, and `segmentation-0` or `label0` that of
-    `volume-0` or `img0`. Names starting with a dot are skipped.
+    `volume-0` or `img0`. Names starting with a dot are skipped. Radiographs are `.png` files in the same layouts;
+    beside NIfTI files they count as previews and are left out.
 
     Raises:
         DataListError: the folder is missing or holds no image, or a case has two labels.
@@ -56,12 +74,13 @@ def find_cases(data_dir: str | Path) -> list[Case]:
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise DataListError(f"{data_dir}: no such folder (--data_dir)")
-    images, labels = _sort_files(sorted(_nifti_files(data_dir)), data_dir)
+    files = sorted(_files(data_dir, SUFFIXES)) or sorted(_files(data_dir, PICTURE_SUFFIXES))
+    images, labels = _sort_files(files, data_dir)
     if not images:
         raise DataListError(
-            f"{data_dir}: no images found below it. Expected .nii or .nii.gz files that are not named like labels, and "
-            f"outside of folders named label*, {', '.join(LABEL_FOLDERS)} ({len(labels)} label files were seen). "
-            "Is --data_dir right?"
+            f"{data_dir}: no images found below it. Expected .nii, .nii.gz or .png files that are not named like "
+            f"labels, and outside of folders named label*, {', '.join(LABEL_FOLDERS)} ({len(labels)} label files were "
+            "seen). Is --data_dir right?"
         )
     by_stem, by_number = defaultdict(list), defaultdict(list)
     for label in labels:
@@ -143,7 +162,7 @@ def write_data_list(
     content = {
         "name": name or Path(data_dir).resolve().name,
         "description": f"{len(training)} training and {len(validation)} validation cases",
-        "modality": {"0": "CT"},
+        "modality": {"0": MODALITIES[kind_of_cases([*training, *validation])]},
         "labels": labels or {"0": "background"},
         "training": [_entry(case, Path(data_dir)) for case in training],
         "validation": [_entry(case, Path(data_dir)) for case in validation],
@@ -194,11 +213,11 @@ def load_sections(
     return cases
 
 
-def _nifti_files(folder: Path) -> Iterable[Path]:
-    """All .nii and .nii.gz files below a folder, following links to folders but no hidden names."""
+def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterable[Path]:
+    """All files below a folder that end so, following links to folders but no hidden names."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in files if name.endswith(SUFFIXES) and not name.startswith("."))
+        yield from (Path(parent, name) for name in files if name.endswith(suffixes) and not name.startswith("."))
 
 
 def _sort_files(files: Sequence[Path], data_dir: Path) -> tuple[list[Path], list[Path]]:
@@ -285,7 +304,7 @@ def _plain_stem(file: Path) -> str:
 
 
 def _stem(name: str) -> str:
-    for suffix in SUFFIXES:
+    for suffix in SUFFIXES + PICTURE_SUFFIXES:
         name = name.removesuffix(suffix)
     return name
 

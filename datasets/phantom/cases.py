@@ -17,8 +17,10 @@ import gzip
 import io
 import json
 import multiprocessing
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -234,16 +236,21 @@ def list_cases(num_unlabelled: int, num_labelled: int, seed: int, full_size: boo
 
 def write_dataset(out_dir: Path, cases: list[PhantomCase], num_workers: int, save_atlas_map: bool = False) -> int:
     """Write all cases in `num_workers` processes (0 or 1: in this one); returns how many were made anew."""
+    return write_cases(partial(write_case, out_dir, save_atlas_map=save_atlas_map), cases, num_workers)
+
+
+def write_cases(write: Callable[[PhantomCase], bool], cases: Sequence[PhantomCase], num_workers: int) -> int:
+    """Call `write`, which says whether it made anything, for all cases; returns how many were made anew."""
     num_made = 0
     with tqdm(total=len(cases), desc="phantom cases", unit="case") as bar:
         if num_workers <= 1:
             for case in cases:
-                num_made += write_case(out_dir, case, save_atlas_map)
+                num_made += write(case)
                 bar.update()
             return num_made
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(num_workers, len(cases)), mp_context=spawn) as pool:
-            for job in as_completed([pool.submit(write_case, out_dir, case, save_atlas_map) for case in cases]):
+            for job in as_completed([pool.submit(write, case) for case in cases]):
                 num_made += job.result()
                 bar.update()
     return num_made

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from monai.transforms import RandAdjustContrast, RandomizableTransform, RandScaleIntensity, RandShiftIntensity
 
-from datasets.ct.intensity import window_hu
+from datasets.ct.intensity import CT_WINDOW_HU, window_hu
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class AugmentOptions:
 
     Attributes:
         window_prob: probability of a jittered HU window.
-        window_jitter_hu: largest shift of either end of the window, in HU (0 = off).
+        window_jitter_hu: largest shift of either end of the window, in HU (0 = off). For a radiograph the width of its
+            window stands for the 350 HU of CT's default one.
         gamma_prob: probability of x ** gamma.
         gamma_range: gamma is uniform in this range (1, 1 = off).
         blur_prob: probability of a Gaussian blur.
@@ -93,30 +94,36 @@ class ViewAugmenter:
             RandShiftIntensity(offsets=options.brightness, prob=options.brightness_prob),
         ]
 
-    def __call__(self, hu: np.ndarray, seed: np.random.SeedSequence) -> torch.Tensor:
+    def __call__(
+        self, hu: np.ndarray, seed: np.random.SeedSequence, own_window: tuple[float, float] | None = None
+    ) -> torch.Tensor:
         """An augmented view.
 
         Args:
             hu: int16 [D, H, W] in HU.
             seed: decides every draw.
+            own_window: of the radiograph that was cut, in its stored grey; None = a CT in the augmenter's window.
 
         Returns:
             float32 [1, D, H, W] in [0, 1].
         """
         random = np.random.RandomState(np.random.MT19937(seed))
-        low, high = self._draw_window(random)
+        low, high = self._draw_window(random, own_window)
         view = window(hu, low, high)
         for transform in self._transforms:
             view = transform.set_random_state(state=random)(view).as_subclass(torch.Tensor)  # sheds MONAI's MetaTensor
         return view.clamp_(0.0, 1.0)
 
-    def _draw_window(self, random: np.random.RandomState) -> tuple[float, float]:
-        """This view's window in HU; an extreme draw never makes it narrower than half of the given one."""
+    def _draw_window(
+        self, random: np.random.RandomState, own_window: tuple[float, float] | None
+    ) -> tuple[float, float]:
+        """This view's window; an extreme draw never makes it narrower than half of the given one."""
+        low, high = own_window or (self.hu_min, self.hu_max)
         if random.uniform() >= self.options.window_prob:
-            return self.hu_min, self.hu_max
-        shift = random.uniform(-1.0, 1.0, size=2) * self.options.window_jitter_hu
-        low = self.hu_min + shift[0]
-        return low, max(self.hu_max + shift[1], low + (self.hu_max - self.hu_min) / 2)
+            return low, high
+        unit = 1.0 if own_window is None else (high - low) / (CT_WINDOW_HU[1] - CT_WINDOW_HU[0])
+        shift = random.uniform(-1.0, 1.0, size=2) * self.options.window_jitter_hu * unit
+        return low + shift[0], max(high + shift[1], low + shift[0] + (high - low) / 2)
 
 
 class RandFastNoise(RandomizableTransform):

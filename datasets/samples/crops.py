@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from datasets.ct.geometry import index_to_world, world_to_index
+from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
 
 
 @dataclass(frozen=True)
@@ -20,21 +21,25 @@ class CropOptions:
         roi_x: crop size along W (towards the patient's left), voxels (multiple of 32 for swin_unetr, else 16)
         roi_y: crop size along H (posterior), voxels
         roi_z: crop size along D (superior), voxels; 1 = axial slices, for 2-D networks (not unet, nnformer)
-        a_min: HU that becomes 0
-        a_max: HU that becomes 1
+        a_min: HU that becomes 0; unset = -125, and the darkest grey of each radiograph
+        a_max: HU that becomes 1; unset = 225, and the brightest grey of each radiograph
         augment: intensity augmentation, another one for every view
     """
 
     roi_x: int = 96
     roi_y: int = 96
     roi_z: int = 96
-    a_min: float = -125.0
-    a_max: float = 225.0
+    a_min: float | None = None
+    a_max: float | None = None
     augment: bool = True
 
     def __post_init__(self) -> None:
-        if self.a_min >= self.a_max:
-            raise ValueError(f"--a_min {self.a_min}, --a_max {self.a_max}: expected a low end below the high end (HU)")
+        low, high = fill_ends((self.a_min, self.a_max), CT_WINDOW_HU)
+        if low >= high:
+            raise ValueError(
+                f"--a_min {low}, --a_max {high}: expected a low end below the high end (HU; for radiographs, in "
+                "stored grey, give both or none)"
+            )
 
     @property
     def roi(self) -> tuple[int, int, int]:
@@ -54,7 +59,8 @@ def centre_mm(record, start: np.ndarray, roi: Sequence[int]) -> np.ndarray:
 
 
 def cut(store, name: str, point_mm: np.ndarray, roi: Sequence[int]) -> np.ndarray:
-    """The crop of case `name` around a world point, int16 HU [D, H, W]; whatever lies outside of the volume is air."""
+    """The crop of case `name` around a world point, int16 HU [D, H, W]; outside of a CT is air, outside of a radiograph
+    its darkest grey."""
     start = start_at(store.record(name), point_mm, roi)
     return store.crop(name, tuple(int(s) for s in start), tuple(roi))
 

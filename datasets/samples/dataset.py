@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from datasets.ct.images import RADIOGRAPH
+from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
 from datasets.samples.augment import AugmentOptions, ViewAugmenter, window
 from datasets.samples.crops import CropOptions, cut
 from datasets.samples.distort import DistortOptions, ViewDistorter
@@ -36,10 +38,11 @@ class CropDataset(Dataset):
     """Samples of V crops of a volume store.
 
     Args:
-        store: a `VolumeStore` (or anything with `names`, `record` and `crop`).
+        store: a `VolumeStore` (or anything with `names`, `kind`, `record` and `crop`).
         pairing: the rule, made for the cases to draw from.
         views: name -> what is made of every crop, one of `VIEW_KINDS`.
-        crops: HU window and augmentation; the crop's size is the rule's.
+        crops: window and augmentation; the crop's size is the rule's. Without a window of its own a radiograph is shown
+            in its whole range.
         masks: for views of blocks.
         augment: strengths for augmented views; None = the defaults, or none at all where `crops.augment` is off.
         seed: every choice depends on it, 0 or more.
@@ -63,10 +66,12 @@ class CropDataset(Dataset):
             raise ValueError(f"views of kind {', '.join(sorted(unknown))}; expected {', '.join(VIEW_KINDS)}")
         self.store, self.pairing, self.views, self.seed = store, pairing, dict(views), seed
         self.names = check_names(store, pairing.names)
+        check_depth(store, pairing.roi)
         self.crops = crops or CropOptions()
         if augment is None:
             augment = AugmentOptions() if self.crops.augment else AugmentOptions.off()
-        self.augmenter = ViewAugmenter(augment, self.crops.a_min, self.crops.a_max)
+        self.hu_window = fill_ends((self.crops.a_min, self.crops.a_max), CT_WINDOW_HU)
+        self.augmenter = ViewAugmenter(augment, *self.hu_window)
         if "distorted" in views.values():
             self.distorter = ViewDistorter(self.augmenter, pairing.roi, distort)
         if "blocks" in views.values():
@@ -157,11 +162,19 @@ class CropDataset(Dataset):
                 logger.warning("case %s cannot be read; other samples take the place of its own: %s", name, error)
             raise BrokenVolumeError(f"case {name}: {error}") from error
 
+    def _own_window(self, name: str) -> tuple[float, float] | None:
+        """The window of a radiograph, whose range is its own; None for a CT."""
+        if self.store.kind != RADIOGRAPH:
+            return None
+        return self.store.record(name).window(self.crops.a_min, self.crops.a_max)
+
     def _sample(
         self, places: Places, crops_hu: list[np.ndarray], seeds: np.random.SeedSequence
     ) -> dict[str, torch.Tensor]:
+        own_windows = [self._own_window(name) for name in places.names]
+        cut_crops = list(zip(crops_hu, own_windows))
         sample = {
-            "crop": torch.stack([window(hu, self.crops.a_min, self.crops.a_max) for hu in crops_hu]),
+            "crop": torch.stack([window(hu, *(own or self.hu_window)) for hu, own in cut_crops]),
             "case": torch.tensor([self._store_index[name] for name in places.names]),
             "centre_mm": torch.from_numpy(places.points_mm.astype(np.float32)),
             "score": torch.tensor(places.score, dtype=torch.float32),
@@ -174,10 +187,10 @@ class CropDataset(Dataset):
             rngs = [np.random.Generator(np.random.Philox(seed)) for seed in seeds.spawn(len(crops_hu))]
             sample[name] = torch.stack([draw_mask(rng, self.grid, self.num_masked) for rng in rngs])
         pictured = [name for name, kind in self.views.items() if kind == "augmented"]
-        made = [[self.augmenter(hu, seed) for seed in seeds.spawn(len(pictured))] for hu in crops_hu]
+        made = [[self.augmenter(hu, seed, own) for seed in seeds.spawn(len(pictured))] for hu, own in cut_crops]
         sample |= {name: torch.stack(views) for name, views in zip(pictured, zip(*made))}
         for name in [name for name, kind in self.views.items() if kind == "distorted"]:
-            pairs = [self.distorter(hu, seed) for hu, seed in zip(crops_hu, seeds.spawn(len(crops_hu)))]
+            pairs = [self.distorter(hu, seed, own) for (hu, own), seed in zip(cut_crops, seeds.spawn(len(crops_hu)))]
             sample[name], sample[f"{name}_target"] = (torch.stack(column) for column in zip(*pairs))
         return sample
 
@@ -197,6 +210,12 @@ def summarise_places(drawn: Sequence[Places]) -> dict:
         "share_fallback": num_fallback / max(1, len(drawn)),
         "mean_score": float(np.mean(scores)) if scores else 0.0,
     }
+
+
+def check_depth(store, roi: Sequence[int]) -> None:
+    """Raise ValueError for crops of radiographs that are thicker than these."""
+    if store.kind == RADIOGRAPH and roi[0] != 1:
+        raise ValueError(f"--roi_z {roi[0]}: the store holds radiographs, which are one voxel deep; set --roi_z 1")
 
 
 def check_names(store, names: Sequence[str]) -> list[str]:

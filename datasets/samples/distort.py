@@ -59,11 +59,16 @@ class ViewDistorter:
             for is_inside, (low, high) in ((False, OUTSIDE_SHARES), (True, INSIDE_SHARES))
         )  # fmt: skip
 
-    def __call__(self, hu: np.ndarray, seed: np.random.SeedSequence) -> tuple[torch.Tensor, torch.Tensor]:
-        """The view and its target, float32 [1, D, H, W] in [0, 1] each, of an int16 crop [D, H, W] in HU."""
+    def __call__(
+        self, hu: np.ndarray, seed: np.random.SeedSequence, own_window: tuple[float, float] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The view and its target, float32 [1, D, H, W] in [0, 1] each, of an int16 crop [D, H, W] in HU.
+
+        `own_window` is that of a radiograph, as in `ViewAugmenter`.
+        """
         looks, corrupts = seed.spawn(2)
-        view = self.augmenter(hu, looks)
-        target = window(hu, self.augmenter.hu_min, self.augmenter.hu_max)
+        view = self.augmenter(hu, looks, own_window)
+        target = window(hu, *(own_window or (self.augmenter.hu_min, self.augmenter.hu_max)))
         random = np.random.RandomState(np.random.MT19937(corrupts))
         paint = self.paint_outside if random.uniform() < OUTSIDE_SHARE else self.paint_inside
         is_flipped = random.uniform() < FLIP_PROB

@@ -1,4 +1,4 @@
-"""Building a volume store from NIfTI files: in parallel, resumable, safe to kill and to run several times at once.
+"""Building a volume store from image files: in parallel, resumable, safe to kill and to run several times at once.
 
 Every case is made under its own lock (on file systems without locks two builders may both make it, with one result);
 its files are written aside and renamed, its manifest comes last. So whatever ends the run, the next one keeps the
@@ -21,8 +21,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.ct.geometry import body_mask, mask_box, resample, spacing_of
-from datasets.ct.nifti import CTReadError, read_ct, read_label_of
-from datasets.lists.data_list import Case
+from datasets.ct.images import RADIOGRAPH, read_image, read_labels_of
+from datasets.ct.nifti import CTReadError
+from datasets.ct.radiograph import Radiograph
+from datasets.lists.data_list import Case, kind_of_cases
 from datasets.store.files import FileWriteError, exclusive, remove_asides, write_bytes, write_text
 from datasets.store.format import (
     ARRAY,
@@ -73,12 +75,14 @@ def build_store(
         What was done. A case that cannot be read does not stop the others: it is in `failed` and in failures.json.
 
     Raises:
-        StoreError: the store has another spacing, names clash or are no file names, or a worker was killed.
+        DataListError: CT and radiographs in one list.
+        StoreError: the store has another spacing or holds another kind of volumes, names clash or are no file names, or
+            a worker was killed.
         FileWriteError: the folder cannot be written to, or is full; what is finished stays.
     """
     store_dir = Path(store_dir)
     _check_names([case.name for case in cases])
-    create_settings(store_dir, spacing_mm)
+    create_settings(store_dir, spacing_mm, kind_of_cases(cases))
     report, order = BuildReport(), list(cases)
     if not verify:
         records = read_records(store_dir)
@@ -225,13 +229,19 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
     if locked:  # else they may be another builder's, in work
         for path in paths:
             remove_asides(path)
-    image = read_ct(case.image)
-    label = None if case.label is None else read_label_of(image, case.label).array
+    image = read_image(case.image)
+    label = None if case.label is None else read_labels_of(image, case.label).array
     array, affine = image.array, image.affine
     if spacing_mm is not None:
         array, affine = resample(array, image.affine, spacing_mm)
         label = None if label is None else resample(label, image.affine, spacing_mm, order=0)[0]
-    body_start, body_stop = mask_box(body_mask(array, spacing_of(affine)))
+    facts = {}
+    if isinstance(image, Radiograph):
+        facts = {"kind": RADIOGRAPH, "bits": image.bits, "value_range": (int(array.min()), int(array.max()))}
+        body = array > array.min()  # black borders are left out
+    else:
+        body = body_mask(array, spacing_of(affine))
+    body_start, body_stop = mask_box(body)
     checksums = []
     for path, content in zip(paths, (array, label)):
         if content is not None:
@@ -244,8 +254,9 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
             path.unlink(missing_ok=True)
             checksums.append("")
     record = CaseRecord(
-        case.name, array.shape, spacing_of(affine), affine, body_start, body_stop, str(case.image), stamp, *checksums
-    )
+        case.name, array.shape, spacing_of(affine), affine, body_start, body_stop, str(case.image), stamp, *checksums,
+        **facts,
+    )  # fmt: skip
     write_text(paths[2], json.dumps(record.to_json(), indent=1) + "\n")
 
 

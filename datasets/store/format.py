@@ -1,7 +1,8 @@
 """What a volume store is on disk, and how its files are written and read.
 
-<store>/store.json            format version, spacing, chunk and block size
-<store>/cases/<name>.b2nd     int16 HU [D, H, W], Blosc2 NDArray: zstd level 5, byte shuffle, chunks 64³, blocks 32³
+<store>/store.json            format version, kind of volumes, spacing, chunk and block size
+<store>/cases/<name>.b2nd     int16 HU [D, H, W], Blosc2 NDArray: zstd level 5, byte shuffle, chunks 64³, blocks 32³;
+                              of a radiograph its grey [1, H, W], chunks 512², blocks 128²
 <store>/cases/<name>.label.b2nd   labels on the same grid, where there are any
 <store>/cases/<name>.json     manifest, written last: a case without it does not exist
 <store>/index.json            all manifests in one file, only to open quickly; whatever is outdated in it is re-read
@@ -10,17 +11,21 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import blosc2
 import numpy as np
 
+from datasets.ct.images import CT, RADIOGRAPH
+from datasets.ct.intensity import AIR_HU, CT_WINDOW_HU, fill_ends
 from datasets.store.files import exclusive, write_text
 
 FORMAT, VERSION = "alice volume store", 1
 ARRAY, LABEL, MANIFEST = ".b2nd", ".label.b2nd", ".json"
 CHUNK_VOX, BLOCK_VOX, ZSTD_LEVEL = 64, 32, 5
+FLAT_CHUNK_VOX, FLAT_BLOCK_VOX = (1, 512, 512), (1, 128, 128)  # of volumes of depth 1
 # One thread: a DataLoader worker or a builder is one of many processes, and a pool of threads does not survive a fork.
 NUM_THREADS = 1
 
@@ -42,6 +47,9 @@ class CaseRecord:
         source: the file it was made from.
         source_stamp: size and time of the image, then of the label where one is stored, to see whether they changed.
         checksum, label_checksum: BLAKE2b of the compressed files; the latter is empty without labels.
+        kind: CT or RADIOGRAPH.
+        bits: of a radiograph's file; its grey is the stored value + 2^(bits - 1).
+        value_range: smallest and largest stored value of a radiograph; None of a CT.
     """
 
     name: str
@@ -54,20 +62,46 @@ class CaseRecord:
     source_stamp: str
     checksum: str
     label_checksum: str = ""
+    kind: str = CT
+    bits: int | None = None
+    value_range: tuple[int, int] | None = None
 
     @property
     def has_label(self) -> bool:
         return bool(self.label_checksum)
 
+    @property
+    def outside(self) -> int:
+        """What lies outside of the volume: air, or the darkest value of the radiograph."""
+        return AIR_HU if self.value_range is None else self.value_range[0]
+
+    def window(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
+        """The values that become 0 and 1; None = CT's default ends, or those of the radiograph's range.
+
+        Raises:
+            StoreError: the ends are swapped.
+        """
+        low, high = fill_ends((low, high), CT_WINDOW_HU if self.value_range is None else self.value_range)
+        if low >= high:
+            raise StoreError(
+                f"case {self.name}: --a_min {low:g}, --a_max {high:g}: expected a low end below the high end"
+            )
+        return low, high
+
     def to_json(self) -> dict:
-        plain = {key: getattr(self, key) for key in self.__dataclass_fields__}
-        return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in plain.items()}
+        """Plain values for the manifest; what only radiographs have is left out for a CT."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain = {name: value for name, value in plain.items() if value is not None}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in plain.items()}
 
     @classmethod
     def from_json(cls, plain: dict) -> "CaseRecord":
-        known = {key: plain[key] for key in cls.__dataclass_fields__}
-        for key in ("shape", "spacing_mm"):
-            known[key] = tuple(known[key])
+        """The record of a manifest; manifests written before there were radiographs lack their fields."""
+        fields = cls.__dataclass_fields__.values()
+        known = {one.name: plain[one.name] for one in fields if one.name in plain or one.default is MISSING}
+        for key in ("shape", "spacing_mm", "value_range"):
+            if key in known:
+                known[key] = tuple(known[key])
         for key, dtype in (("affine", np.float64), ("body_start", np.int64), ("body_stop", np.int64)):
             known[key] = np.array(known[key], dtype=dtype)
         return cls(**known)
@@ -95,9 +129,10 @@ def compress(array: np.ndarray) -> bytes:
         filters=[blosc2.Filter.SHUFFLE],
         filters_meta=[0],
     )
-    packed = blosc2.asarray(
-        np.ascontiguousarray(array), chunks=(CHUNK_VOX,) * 3, blocks=(BLOCK_VOX,) * 3, cparams=cparams
-    )
+    is_flat = array.shape[0] == 1
+    chunks = FLAT_CHUNK_VOX if is_flat else (CHUNK_VOX,) * 3
+    blocks = FLAT_BLOCK_VOX if is_flat else (BLOCK_VOX,) * 3
+    packed = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=cparams)
     return packed.to_cframe()
 
 
@@ -135,8 +170,15 @@ def spacing_text(spacing_mm: tuple[float, float, float] | None) -> str:
     return "native" if spacing_mm is None else " x ".join(f"{value:g}" for value in spacing_mm) + " mm (D, H, W)"
 
 
-def read_settings(store_dir: Path) -> tuple[float, float, float] | None:
-    """The spacing of a store, None for native.
+class StoreSettings(NamedTuple):
+    """What all cases of a store have in common: the kind of volumes, and the spacing (D, H, W) in mm, None = native."""
+
+    kind: str
+    spacing_mm: tuple[float, float, float] | None
+
+
+def read_settings(store_dir: Path) -> StoreSettings:
+    """The settings of a store.
 
     Raises:
         StoreError: no store there, or one of another format version.
@@ -153,12 +195,14 @@ def read_settings(store_dir: Path) -> tuple[float, float, float] | None:
             f"{path}: holds {settings.get('format')!r} version {settings.get('version')}, expected {FORMAT!r} version "
             f"{VERSION}. Make a new store with scripts/prepare_volumes.py in another --store_dir."
         )
-    return None if settings["spacing_mm"] == "native" else tuple(settings["spacing_mm"])
+    spacing = settings["spacing_mm"]
+    kind = settings.get("kind", CT)  # stores made before there were radiographs do not say
+    return StoreSettings(kind, None if spacing == "native" else tuple(spacing))
 
 
 def check_spacing(store_dir: Path, wanted_mm: tuple[float, float, float] | None) -> None:
     """Raise StoreError unless the store has the wanted spacing (None: native)."""
-    found_mm = read_settings(store_dir)
+    found_mm = read_settings(store_dir).spacing_mm
     same = found_mm == wanted_mm or (found_mm and wanted_mm and np.allclose(found_mm, wanted_mm, rtol=0, atol=1e-6))
     if not same:
         raise StoreError(
@@ -167,16 +211,30 @@ def check_spacing(store_dir: Path, wanted_mm: tuple[float, float, float] | None)
         )
 
 
-def create_settings(store_dir: Path, spacing_mm: tuple[float, float, float] | None) -> None:
-    """Start a store, or check that the one that is there has this spacing. Safe when several processes do it."""
+def check_kind(store_dir: Path, wanted: str) -> None:
+    """Raise StoreError unless the store holds the wanted kind of volumes."""
+    found = read_settings(store_dir).kind
+    if found != wanted:
+        names = {CT: "CT", RADIOGRAPH: "radiographs"}
+        raise StoreError(
+            f"{store_dir}: the store holds {names[found]}, expected {names[wanted]}; a store holds one kind. Give "
+            "another --store_dir."
+        )
+
+
+def create_settings(store_dir: Path, spacing_mm: tuple[float, float, float] | None, kind: str = CT) -> None:
+    """Start a store, or check that the one that is there has this spacing and kind. Safe for several processes."""
     path = store_dir / "store.json"
     if not path.exists():  # a finished store may lie in a folder that cannot be written to: no lock for it
         with exclusive(store_dir / "locks" / "store"):
             if not path.exists():  # no other process was first
-                settings = {"format": FORMAT, "version": VERSION, "axcodes": "SPL"}
+                settings = {"format": FORMAT, "version": VERSION, "axcodes": "SPL", "kind": kind}
                 settings["spacing_mm"] = "native" if spacing_mm is None else list(spacing_mm)
-                settings |= {"chunk_vox": CHUNK_VOX, "block_vox": BLOCK_VOX}
+                is_flat = kind == RADIOGRAPH
+                settings["chunk_vox"] = FLAT_CHUNK_VOX if is_flat else CHUNK_VOX
+                settings["block_vox"] = FLAT_BLOCK_VOX if is_flat else BLOCK_VOX
                 write_text(path, json.dumps(settings, indent=1) + "\n")
+    check_kind(store_dir, kind)
     check_spacing(store_dir, spacing_mm)
 
 

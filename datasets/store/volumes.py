@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.ct.intensity import AIR_HU
+from datasets.ct.images import CT, RADIOGRAPH
+from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
 from datasets.ct.nifti import Volume
-from datasets.lists.data_list import Case
+from datasets.lists.data_list import Case, kind_of_cases
 from datasets.store.build import BuildReport, build_store, is_current
 from datasets.store.format import (
     ARRAY,
@@ -20,6 +21,7 @@ from datasets.store.format import (
     CaseRecord,
     StoreError,
     case_file,
+    check_kind,
     check_spacing,
     read_records,
     read_region,
@@ -27,7 +29,8 @@ from datasets.store.format import (
     spacing_text,
 )
 
-DEFAULT_SPACING_MM = (2.0, 1.5, 1.5)  # of a store that an entry point starts, unless its user says otherwise
+# Of a store of CT that an entry point starts, unless its user says otherwise. Radiographs keep their own.
+DEFAULT_SPACING_MM = (2.0, 1.5, 1.5)
 
 
 def parse_spacing(words: Sequence[str | float] | str | None) -> tuple[float, float, float] | None:
@@ -47,7 +50,11 @@ def parse_spacing(words: Sequence[str | float] | str | None) -> tuple[float, flo
 
 
 class VolumeStore:
-    """Random access to the CT volumes of a store.
+    """Random access to the volumes of a store: CT in HU, or radiographs [1, H, W] in grey less 2^(bits - 1).
+
+    Attributes:
+        kind: CT or RADIOGRAPH.
+        spacing_mm: (D, H, W) of every case, or None where each keeps its own.
 
     Args:
         store_dir: a folder made by `build_store`.
@@ -65,7 +72,7 @@ class VolumeStore:
         expected_spacing_mm: tuple[float, float, float] | str | None = None,
     ) -> None:
         self.store_dir = Path(store_dir)
-        self.spacing_mm = read_settings(self.store_dir)  # (D, H, W) of every case, or None where each keeps its own
+        self.kind, self.spacing_mm = read_settings(self.store_dir)
         if expected_spacing_mm is not None:
             check_spacing(self.store_dir, parse_spacing(expected_spacing_mm))
         records = read_records(self.store_dir)
@@ -91,6 +98,10 @@ class VolumeStore:
         except KeyError:
             raise StoreError(f"{self.store_dir}: no case called {name!r} among the {len(self)} in use") from None
 
+    def window(self, low: float | None = None, high: float | None = None) -> tuple[float | None, float | None]:
+        """The values that become 0 and 1 in all cases: the given ends, else CT's; None = each radiograph's own."""
+        return fill_ends((low, high), (None, None) if self.kind == RADIOGRAPH else CT_WINDOW_HU)
+
     def read(self, name: str) -> Volume:
         """The whole volume, int16 HU [D, H, W]."""
         return self._read(case_file(self.store_dir, name, ARRAY), self.record(name))
@@ -99,19 +110,21 @@ class VolumeStore:
         """The whole label map [D, H, W] on the grid of `read(name)`."""
         return self._read(self._label_file(name), self.record(name))
 
-    def crop(self, name: str, start: Sequence[int], size: Sequence[int], fill: int = AIR_HU) -> np.ndarray:
+    def crop(self, name: str, start: Sequence[int], size: Sequence[int], fill: int | None = None) -> np.ndarray:
         """A part of a volume; only the chunks it touches are read.
 
         Args:
             name: the case.
             start: first voxel (d, h, w); may lie outside of the volume on any side.
             size: (D, H, W) of the result.
-            fill: HU outside of the volume.
+            fill: HU outside of the volume; None = air, or a radiograph's darkest value.
 
         Returns:
             int16 HU of shape `size`, contiguous and owned by the caller.
         """
-        return self._crop(case_file(self.store_dir, name, ARRAY), self.record(name), start, size, fill)
+        record = self.record(name)
+        fill = record.outside if fill is None else fill
+        return self._crop(case_file(self.store_dir, name, ARRAY), record, start, size, fill)
 
     def label_crop(self, name: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """The labels of `crop(name, start, size)`; 0 outside of the volume."""
@@ -158,7 +171,8 @@ def fill_store(
     """Store the cases that are not stored yet, or lack the label that they have now; print what is added and left out.
 
     Args:
-        spacing_mm: as of a `--spacing_mm` flag; None = the store's own, DEFAULT_SPACING_MM for a new one.
+        spacing_mm: as of a `--spacing_mm` flag; None = the store's own; for a new one DEFAULT_SPACING_MM, and native if
+            it is of radiographs.
         num_workers: processes; below 1 counts as 1.
         renew: also store again cases whose files have changed since.
 
@@ -166,13 +180,16 @@ def fill_store(
         What was done; cases that were there are not in it.
 
     Raises:
-        StoreError: the store has another spacing and lacks cases; and as `build_store`.
+        StoreError: the store has another spacing and lacks cases, or holds another kind of volumes; and as
+            `build_store`.
     """
     store_dir = Path(store_dir)
     # A case may stand in two lists; the entry with a label counts.
     cases = list({(c.name, c.image): c for c in sorted(cases, key=lambda case: case.label is not None)}.values())
-    wanted_mm = DEFAULT_SPACING_MM if spacing_mm is None else parse_spacing(spacing_mm)
+    kind = kind_of_cases(cases)
+    wanted_mm = parse_spacing(spacing_mm) if spacing_mm is not None else DEFAULT_SPACING_MM if kind == CT else None
     if (store_dir / "store.json").exists():
+        check_kind(store_dir, kind)
         store = VolumeStore(store_dir)
         wanted_mm = store.spacing_mm if spacing_mm is None else wanted_mm
         cases = [case for case in cases if not _is_stored(case, store, renew)]
