@@ -5,8 +5,10 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from datasets.ct.images import CT
 from datasets.ct.nifti import Volume, read_ct
 from datasets.lists.data_list import find_cases, load_sections
+from datasets.store.format import check_kind
 from datasets.store.volumes import CaseRecord, VolumeStore
 
 SECTIONS = ("training", "validation")
@@ -55,6 +57,7 @@ def open_cases(options: CaseOptions, rank: int = 0) -> CaseSource:
         listed = load_sections(options.json_list, options.data_dir or ".", options.sections, must_exist)
     if options.store_dir is not None:
         store = VolumeStore(options.store_dir)
+        check_kind(store.store_dir, CT)
         names = store.names if listed is None else _stored_cases(store, [case.name for case in listed], rank)
         return CaseSource(list(names), store.read, lambda name: record_identity(store.record(name)))
     cases = find_cases(options.data_dir) if listed is None else listed

@@ -23,8 +23,10 @@ import jsonargparse
 import torch
 from torch import nn
 
+from datasets.ct.images import CT
 from datasets.lists.data_list import Case, load_data_list
 from datasets.samples.loader import make_pair_loader
+from datasets.store.format import check_kind
 from datasets.store.volumes import VolumeStore, fill_store
 from engine import distributed
 from engine.checkpoint import describe_resumed, find_wanted, save_checkpoint, set_aside
@@ -186,6 +188,7 @@ def open_store(flags: jsonargparse.Namespace, world: World, cases: Sequence[Case
         fill_store(cases, flags.store_dir, None if is_there else flags.store_spacing_mm, flags.num_workers)
     distributed.wait_for_all(world)
     store = VolumeStore(flags.store_dir)
+    check_kind(store.store_dir, CT)
     return VolumeStore(flags.store_dir, [case.name for case in cases if case.name in store])
 
 

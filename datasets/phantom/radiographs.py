@@ -116,9 +116,9 @@ def radiograph_of(case: RadiographCase) -> tuple[np.ndarray, np.ndarray]:
     done = render(case)
     pixel_mm, depth_mm, _ = done.scan.spacing_mm
     rng = np.random.Generator(np.random.PCG64([case.seed, int(case.labelled), case.index, 1]))
-    signal = detect(integrate_attenuation(done.hu, depth_mm), rng.uniform(*QUANTA), rng)
-    shown = to_picture(develop(signal, pixel_mm))
+    quanta = rng.uniform(*QUANTA)
     bits, dtype = (8, np.uint8) if rng.uniform() < SHARE_8_BIT else (DETECTOR_BITS, np.uint16)
+    shown = to_picture(develop(detect(integrate_attenuation(done.hu, depth_mm), quanta, rng), pixel_mm))
     mask = to_picture(project_labels(label_lungs(case, done), depth_mm))
     return np.round(shown * (2**bits - 1)).astype(dtype), mask
 
