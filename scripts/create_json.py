@@ -75,7 +75,8 @@ def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict
         image = read_image(file)
         is_ct = kind_of(file) == CT
         has_air = not is_ct or bool(image.array.min() <= NO_AIR_HU)
-        if num_values := few_whole_values(image.array if is_ct else image.array - int(image.array.min())):
+        values = image.array if is_ct else image.array.astype(np.int32) - int(image.array.min())
+        if num_values := few_whole_values(values):
             least = "none below zero: " if is_ct else ""
             raise CTReadError(f"{file}: only {num_values} whole values, {least}it looks like a label map")
         if case.label is not None:

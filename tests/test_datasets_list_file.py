@@ -97,7 +97,7 @@ def test_create_json_of_a_folder_with_masks(pictures, capsys):
     mask = (picture(seed=8) > 99).astype(np.uint8)
     save(pictures / "masks" / "a.png", mask)
     save(pictures / "masks" / "b.png", mask[:, 1:])
-    save(pictures / "looks_like_labels.png", mask)
+    save(pictures / "looks_like_labels.png", mask.astype(np.uint16) * 65535)
     (pictures / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "lungs"}}))
     content = run(pictures)
     entries = {entry["name"]: entry.get("label") for entry in content["training"]}

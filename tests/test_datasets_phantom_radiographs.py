@@ -103,7 +103,7 @@ def test_a_data_set_is_read_as_it_was_meant(tmp_path):
     masks = [read_mask_of(image, case.label).array[0] for image, case in zip((chest, abdomen), found[1:])]
     assert chest.spacing_mm == pytest.approx((1.0, 8.0, 8.0), rel=1e-3)
     assert [image.bits for image in (chest, abdomen)] == [16, 8]
-    assert chest.array.max() + 32768 == 4095 and abdomen.array.max() + 128 == 255
+    assert int(chest.array.max()) + 32768 == 4095 and int(abdomen.array.max()) + 128 == 255
     lungs = masks[0] == LUNGS
     rows, columns = np.nonzero(lungs)
     height, width = lungs.shape

@@ -267,6 +267,8 @@ def test_a_12_bit_picture_is_shown_in_its_whole_range(stored):
     assert crops.min() < 0.1 and crops.max() > 0.9
     shown = samples_of(stored, crops=CropOptions(a_min=-32768.0, a_max=32767.0))[0]["crop"]
     assert shown.max() < 0.07
+    with pytest.raises(StoreError, match="case ramp: --a_min -9000, --a_max -28673"):
+        samples_of(stored, crops=CropOptions(a_min=-9000.0))
     with pytest.raises(ValueError, match="--roi_z 16: the store holds radiographs.*--roi_z 1"):
         make_dataset("iou", VolumeStore(stored / "store"), names=("ramp",), views={}, roi=(16, 32, 32))
 

@@ -72,6 +72,8 @@ class CropDataset(Dataset):
             augment = AugmentOptions() if self.crops.augment else AugmentOptions.off()
         self.hu_window = fill_ends((self.crops.a_min, self.crops.a_max), CT_WINDOW_HU)
         self.augmenter = ViewAugmenter(augment, *self.hu_window)
+        for name in self.names:
+            self._own_window(name)  # flags that fit a radiograph's range badly are refused now, not in the run's middle
         if "distorted" in views.values():
             self.distorter = ViewDistorter(self.augmenter, pairing.roi, distort)
         if "blocks" in views.values():
