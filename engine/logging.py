@@ -4,11 +4,13 @@ Other ranks get a silent stand-in with the same methods, so that the loop needs 
 until a logging step reads them all at once.
 """
 
+import contextlib
 import json
+import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -46,7 +48,10 @@ class Meters:
 
 
 class Clock:
-    """Samples per second of this rank, and the share of time spent waiting for data, since the last reading."""
+    """Samples per second, and the share of time spent waiting for data, since the last reading.
+
+    Counts are the caller's: the loops count the samples of all ranks.
+    """
 
     def __init__(self) -> None:
         self.started = self.asked = time.perf_counter()
@@ -61,6 +66,15 @@ class Clock:
         """Call when the batch is there: the time since `wait` was waiting."""
         self.waited_s += time.perf_counter() - self.asked
         self.num_samples += num_samples
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the block does not count: what a run does between its steps."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
         """`samples_per_s` and `data_wait_share` (0 to 1); resets both."""
@@ -107,9 +121,11 @@ class RunLog:
 
     def record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Write values to log.txt and TensorBoard, and show them. `kind`: train, epoch or validation."""
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        line = {"kind": kind, "step": step, "epoch": epoch} | plain
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+                file.write(json.dumps(line) + "\n")
         except OSError as error:
             self.warn_once(f"{self.path} cannot be written", error)
         self._to_tensorboard(

@@ -1,6 +1,8 @@
 """The training loop, in execution order.
 
-    schedules -> forward, backward -> clip -> finite check over ranks -> step -> averages -> log -> save
+    schedules -> forward, backward -> clip -> finite check over ranks -> step -> averages -> log -> save -> look
+
+Pictures, validation and probes come after the checkpoint, so that a run which is ended meanwhile loses nothing.
 
 The loop knows no method: it calls one (`models.methods.method.Method`), and the method's networks hide behind it. One
 step is one optimiser step over `num_parts` batches per rank.
@@ -126,11 +128,8 @@ def pretrain(
             grad_norm = clip_gradients(parameters, options.clip_grad, options.clip_each)
 
             # Finite check over ranks; the one value read from the device in every step
-            broken_loss = ~torch.isfinite(torch.stack(losses)).all()
-            broken_gradient = ~torch.isfinite(grad_norm)
-            checks = torch.stack([broken_loss, broken_gradient, torch.tensor(stop.requested, device=world.device)])
-            loss_is_broken, gradient_is_broken, is_asked_to_stop = all_max(checks.float()).tolist()
-            is_skipped = bool(loss_is_broken or gradient_is_broken)
+            loss_is_broken, gradient_is_broken, is_asked_to_stop = agreed_checks(losses, grad_norm, stop)
+            is_skipped = loss_is_broken or gradient_is_broken
             is_overflow = run.scaler.is_enabled() and is_skipped and not loss_is_broken
 
             # Step, averages
@@ -158,21 +157,18 @@ def pretrain(
             if run.step % options.log_freq == 0 or is_last:
                 values = meters.read(world.device) | {name: value for name, value in now.items() if name != "step"}
                 log.record("train", run.step, epoch, values | {"grad_norm": float(grad_norm)} | clock.read())
-            if options.picture_freq and (run.step % options.picture_freq == 0 or is_last) and world.is_main:
-                hooks.draw(batch, run.step)
             if is_epoch_end or is_last:
                 means = epoch_meters.read(world.device)
                 log.record("epoch", run.step, epoch, means)
                 for warning in hooks.watch(means):
                     log.say(f"warning: {warning}")
-            if options.val_freq and (is_last or (is_epoch_end and epoch % options.val_freq == 0)):
-                hooks.saved()  # validation may start processes, which must not happen while a thread writes
-                log.record("validation", run.step, epoch, hooks.validate())
-            if options.probe_freq and (is_last or (is_epoch_end and epoch % options.probe_freq == 0)):
-                log.record("probe", run.step, epoch, hooks.probe())
 
             # Save
-            is_due = is_epoch_end and epoch % options.save_freq == 0
+            is_validated, is_probed = (
+                freq > 0 and (is_last or (is_epoch_end and epoch % freq == 0))
+                for freq in (options.val_freq, options.probe_freq)
+            )
+            is_due = (is_epoch_end and epoch % options.save_freq == 0) or is_validated or is_probed
             if world.is_main and (is_due or is_last or is_asked_to_stop):
                 is_kept = is_epoch_end and options.keep_freq and epoch % options.keep_freq == 0
                 hooks.save(epoch if is_kept else None)
@@ -180,12 +176,42 @@ def pretrain(
                     raise CheckpointError(
                         f"step {run.step} could not be saved, and the run ends here (see the warning)"
                     )
-            if is_asked_to_stop or is_last:
-                wait_for_all(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
             if is_asked_to_stop and not is_last:
+                wait_for_all(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
                 log.say(f"asked to stop: step {run.step} is saved")
                 return False
+
+            # Look: pictures, validation, probes
+            with clock.paused():
+                if options.picture_freq and (run.step % options.picture_freq == 0 or is_last) and world.is_main:
+                    hooks.draw(batch, run.step)
+                if is_validated:
+                    hooks.saved()  # validation may start processes, which must not happen while a thread writes
+                    log.record("validation", run.step, epoch, hooks.validate())
+                if is_probed and not asked_on_any_rank(stop, world):
+                    log.record("probe", run.step, epoch, hooks.probe())
+            if is_last:
+                wait_for_all(world)  # rank 0 may be drawing
     return True
+
+
+def agreed_checks(losses: list[torch.Tensor], grad_norm: torch.Tensor, stop: StopRequest) -> tuple[bool, bool, bool]:
+    """On any of the ranks: is a loss not finite, is the gradient not finite, did a stop signal come.
+
+    Args:
+        losses: scalars of this rank's parts.
+        grad_norm: scalar, on the same device.
+    """
+    broken_loss = ~torch.isfinite(torch.stack(losses)).all()
+    asked = torch.tensor(stop.requested, device=broken_loss.device)
+    checks = torch.stack([broken_loss, ~torch.isfinite(grad_norm), asked]).float()
+    broken_loss, broken_gradient, is_asked = all_max(checks).tolist()
+    return bool(broken_loss), bool(broken_gradient), bool(is_asked)
+
+
+def asked_on_any_rank(stop: StopRequest, world: World) -> bool:
+    """Whether a stop signal has reached one of the ranks; the same answer on all of them."""
+    return bool(all_max(torch.tensor(float(stop.requested), device=world.device)))
 
 
 def values_at(schedules: Schedules, step: int) -> dict[str, float]:

@@ -5,7 +5,9 @@ beside success (0) and failure (anything else). Before the first step there is n
 with the same code at once.
 """
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 # EX_TEMPFAIL of sysexits.h: a temporary end, try again.
@@ -22,6 +24,18 @@ def stop_early_when_asked() -> None:
     """From now until a `StopRequest` a stop signal ends the program with `EXIT_INTERRUPTED`."""
     for number in STOP_SIGNALS:
         signal.signal(number, exit_until_trained)
+
+
+@contextlib.contextmanager
+def exiting_when_asked() -> Iterator[None]:
+    """Inside the block a stop signal ends the program at once: for work after the training that can be done again."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    stop_early_when_asked()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:

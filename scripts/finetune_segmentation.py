@@ -46,7 +46,7 @@ from engine.segmentation.report import TABLE
 from engine.segmentation.segmenter import Segmenter, open_segmenter
 from engine.segmentation.setup import Setup, plain_spacing, resolve_setup
 from engine.segmentation.sliding_window import WindowOptions
-from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
+from engine.signals import EXIT_INTERRUPTED, StopRequest, exiting_when_asked, stop_early_when_asked
 from losses.segmentation import make_dice_ce, rare_class_weights
 from models.pretrained import load_pretrained
 from models.segmenters import SEGMENTERS, count_parameters, freeze, layer_groups
@@ -259,7 +259,8 @@ def start_and_train(plan: Plan, info: RunInfo, world: World) -> bool:
     is_complete = train(plan, store, run, world, log)
     log.close()
     if is_complete and options.evaluate:
-        evaluate_best(plan, store, world)
+        with exiting_when_asked():  # the same command evaluates again
+            evaluate_best(plan, store, world)
     return is_complete
 
 
@@ -280,8 +281,9 @@ def train(plan: Plan, store: VolumeStore, run: FinetuneRun, world: World, log) -
     segmenter = Segmenter(run.network, plan.classes, known.spacing_mm, windows, world.device)
     held_out = [case.name for case in plan.held_out][: options.num_val_cases or None]
 
-    def validate() -> dict[str, float]:
-        return {"dice": evaluate(segmenter, stored_cases(store, plan.classes), held_out, world).dice}
+    def validate(stop: StopRequest) -> dict[str, float] | None:
+        judged = evaluate(segmenter, stored_cases(store, plan.classes), held_out, world, stop=stop)
+        return None if judged is None else {"dice": judged.dice}
 
     weights = rare_class_weights(dataset.count_voxels()).to(world.device) if options.class_weights == "rare" else None
     return finetune(run, make_dice_ce(weights), iter(loader), validate, options, world, log)

@@ -50,6 +50,26 @@ def test_log_lines_are_json_and_appear_once_after_a_resume(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 0.5), (4, 0.25), (6, 0.5)]
 
 
+def test_time_between_the_steps_does_not_count():
+    clock = Clock()
+    clock.wait()
+    time.sleep(0.02)
+    clock.data_arrived(4)
+    with clock.paused():
+        time.sleep(0.5)
+    told = clock.read()
+    assert told["data_wait_share"] > 0.1 and told["samples_per_s"] > 10  # 0.04 and 8 with the pause
+
+
+def test_values_that_are_not_finite_are_null_in_the_log(tmp_path):
+    """Bare NaN and Infinity are Python's, not JSON's."""
+    log = RunLog(tmp_path, num_steps=1, tensorboard=False)
+    log.record("train", 1, 0, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["lr"] == 0.5
+    assert json.loads(line)["loss"] is None and json.loads(line)["grad_norm"] is None
+
+
 def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path):
     log = RunLog(tmp_path, num_steps=3, tensorboard=False)
     (tmp_path / "log.txt").symlink_to("/dev/full")

@@ -235,7 +235,7 @@ def test_clipping_takes_all_trained_modules_together():
 def test_epochs_decide_when_to_save_validate_and_draw(tmp_path):
     setup = Setup(tmp_path, num_steps=9, steps_per_epoch=2, save_freq=2, keep_freq=4, val_freq=3, picture_freq=5)
     setup()
-    assert setup.saved == [(4, None), (8, 4), (9, None)]  # every second epoch, a numbered copy, the end
+    assert setup.saved == [(4, None), (6, None), (8, 4), (9, None)]  # every second epoch, a numbered copy, the end
     assert setup.validated == [6, 9]
     assert setup.drawn == [5, 9]
     assert [line["step"] for line in log_of(tmp_path, "epoch")] == [2, 4, 6, 8, 9]
@@ -381,6 +381,40 @@ def test_signal_saves_after_the_running_step(tmp_path, monkeypatch, number):
     assert setup() is False
     assert setup.saved == [(3, None)]
     assert signal.getsignal(number) == handler
+
+
+def test_a_step_is_saved_before_it_is_looked_at_and_a_stopped_run_looks_at_nothing(tmp_path, monkeypatch):
+    """Looking may take longer than a launcher waits after its signal."""
+    looks = {"picture_freq": 3, "val_freq": 1, "probe_freq": 1}
+    setup, order = Setup(tmp_path, num_steps=9, steps_per_epoch=3, save_freq=100, **looks), []
+    plain = engine.loop.seed_step
+
+    def seed_and_signal(seed: int, step: int, rank: int) -> None:
+        plain(seed, step, rank)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(engine.loop, "seed_step", seed_and_signal)
+    setup.hooks = Hooks(
+        validate=lambda: order.append("validate") or {},
+        draw=lambda batch, step: order.append("draw"),
+        save=lambda epoch: order.append(f"save {setup.run.step}"),
+        saved=lambda: True,
+        probe=lambda: order.append("probe") or {},
+    )
+    assert setup() is False
+    assert order == ["save 3", "draw", "validate", "probe", "save 6"]
+
+
+def test_a_signal_while_validating_leaves_the_probe_out(tmp_path):
+    setup = Setup(tmp_path, num_steps=9, steps_per_epoch=3, val_freq=1, probe_freq=1)
+    setup.hooks = dataclasses.replace(
+        setup.hooks,
+        validate=lambda: os.kill(os.getpid(), signal.SIGTERM) or {},
+        probe=lambda: pytest.fail("probed"),
+    )
+    assert setup() is False
+    assert setup.saved == [(3, None), (4, None)]
 
 
 def test_validation_leaves_no_trace(tmp_path, monkeypatch):

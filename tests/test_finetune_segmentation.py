@@ -18,6 +18,7 @@ import scripts.finetune_segmentation as command
 from datasets.ct.nifti import CTReadError
 from engine.checkpoint import LATEST, PREVIOUS, CheckpointError, load_checkpoint
 from engine.distributed import World
+from engine.loop import NonFiniteLossError
 from engine.run_folder import LOCK
 from engine.signals import EXIT_INTERRUPTED
 from engine.weights import save_weights
@@ -108,6 +109,86 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, corpus, tmp_path
     assert [line["loss"] for line in log_of(tmp_path)] == [line["loss"] for line in log_of(finished)]
 
 
+def test_stopped_while_validating_saves_before_and_validates_again(finished, corpus, tmp_path, monkeypatch, capfd):
+    """A validation may take longer than a launcher waits after its signal."""
+    plain = command.stored_cases
+
+    def signal_at_case(*given):
+        assert load_checkpoint(tmp_path / LATEST)["step"] == 2, "saved before the validation"
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*given)
+
+    monkeypatch.setattr(command, "stored_cases", signal_at_case)
+    with pytest.raises(SystemExit) as ended:
+        command.main(finetune_arguments(corpus, tmp_path, save_freq=100, evaluate="false"))
+    assert ended.value.code == EXIT_INTERRUPTED
+    assert "asked to stop: step 2 is saved" in capfd.readouterr().out
+    assert log_of(tmp_path, "validation") == [] and not (tmp_path / "best.pth").exists()
+    monkeypatch.setattr(command, "stored_cases", plain)
+    command.main(finetune_arguments(corpus, tmp_path, save_freq=100, evaluate="false"))
+    for name in (LATEST, "best.pth"):
+        ours, theirs = (load_checkpoint(folder / name) for folder in (tmp_path, finished))
+        for part in theirs.keys() - {"flags", "commit"}:
+            assert same(ours[part], theirs[part]), (name, part)
+    assert log_of(tmp_path, "validation") == log_of(finished, "validation")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_while_evaluating_is_an_interruption_and_evaluates_again(corpus, tmp_path, monkeypatch, number):
+    plain, flags = command.file_cases, {"steps": 1, "val_freq": 0}
+
+    def signalled(*given):
+        os.kill(os.getpid(), number)
+        return plain(*given)
+
+    monkeypatch.setattr(command, "file_cases", signalled)
+    with pytest.raises(SystemExit) as ended:
+        command.main(finetune_arguments(corpus, tmp_path, **flags))
+    assert ended.value.code == EXIT_INTERRUPTED and not (tmp_path / "evaluation").exists()
+    monkeypatch.setattr(command, "file_cases", plain)
+    command.main(finetune_arguments(corpus, tmp_path, **flags))
+    assert (tmp_path / "evaluation" / "results.md").exists()
+
+
+def overflowing_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """A loss that is finite, with gradients that are not."""
+    logits.register_hook(lambda gradient: gradient * float("inf"))
+    return logits.mean()
+
+
+def test_overflows_of_fp16_end_the_run_when_they_do_not_end(corpus, tmp_path, monkeypatch):
+    """The scaler leaves such steps out: a run of them would end as complete, with the weights that it began with."""
+    monkeypatch.setattr(command, "make_scaler", lambda *_: torch.amp.GradScaler("cpu"))
+    monkeypatch.setattr(engine.segmentation.loop, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(command, "make_dice_ce", lambda weights: overflowing_loss)
+    flags = {"val_freq": 0, "evaluate": "false", "save_freq": 100}
+    command.main(finetune_arguments(corpus, tmp_path / "few", steps=2, **flags))  # so many are the scaler's business
+    assert all(line.keys() & {"loss", "grad_norm"} == set() for line in log_of(tmp_path / "few"))
+    with pytest.raises(NonFiniteLossError, match="3 steps in a row had to be skipped.*--lr"):
+        command.main(finetune_arguments(corpus, tmp_path / "many", steps=100, **flags))
+
+
+def test_gradients_that_are_not_finite_stop_a_run_without_scaling(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "make_dice_ce", lambda weights: overflowing_loss)
+    with pytest.raises(NonFiniteLossError, match="step 0: .*gradient norm"):
+        command.main(finetune_arguments(corpus, tmp_path))
+
+
+def test_layer_decay_slows_the_first_layers_down(weights, corpus, tmp_path):
+    """Adam moves a weight by about its rate in the first step."""
+    flags = {"weights": weights, "layer_decay": 0.1, "steps": 1, "val_freq": 0, "evaluate": "false", "weight_decay": 0}
+    command.main(finetune_arguments(corpus, tmp_path, **flags))
+    given, now = read_weights_file(weights).tensors, load_checkpoint(tmp_path / "best.pth")["model"]
+    rates = {group["lr"] for group in load_checkpoint(tmp_path / LATEST)["optimizer"]["param_groups"]}
+    assert max(rates) == pytest.approx(5e-3) and min(rates) == pytest.approx(5e-3 * 0.1**5)
+    moved = {
+        name: float((now[name] - given[name]).abs().max())
+        for name in ("encoder.2.conv1.conv.weight", "encoder.16.conv1.conv.weight")
+    }
+    assert moved["encoder.16.conv1.conv.weight"] == pytest.approx(5e-4, rel=0.05)
+    assert moved["encoder.2.conv1.conv.weight"] == pytest.approx(5e-7, rel=0.2)
+
+
 def test_a_last_checkpoint_that_cannot_be_written_is_no_success(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(engine.segmentation.loop, "save_checkpoint", lambda *_: False)
     with pytest.raises(CheckpointError, match="could not be saved, and the run ends here"):
@@ -180,7 +261,7 @@ def test_every_rank_goes_on_from_what_rank_0_chose(finished, monkeypatch):
     monkeypatch.setattr(engine.checkpoint, "main_decides", lambda world, decide: str(finished / PREVIOUS))
     kind = engine.segmentation.loop.KIND
     state, path = engine.checkpoint.find_wanted("auto", finished, kind, World(rank=1, size=2))
-    assert path == finished / PREVIOUS and state["step"] < 4
+    assert path == finished / PREVIOUS and state["progress"]["judged_step"] < 4
 
 
 def test_how_to_compute_does_not_come_from_the_file():

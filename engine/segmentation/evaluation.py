@@ -23,6 +23,7 @@ from engine.segmentation.metrics import OrganScore, case_means, nan_mean, score_
 from engine.segmentation.pictures import CaseView, case_view, save_overlay
 from engine.segmentation.report import write_report
 from engine.segmentation.segmenter import Segmenter
+from engine.signals import StopRequest
 
 OVERLAY = "worst_and_best.png"
 EVALUATION = "evaluation"  # folder of a finetuning run's judgement of its best network
@@ -80,7 +81,8 @@ def evaluate(
     tolerance_mm: float = 0.0,
     predictions_dir: Path | None = None,
     progress: bool = False,
-) -> Evaluation:
+    stop: StopRequest | None = None,
+) -> Evaluation | None:
     """Judge a network; every rank takes every W-th case, and every rank gets all scores.
 
     Args:
@@ -89,12 +91,18 @@ def evaluate(
         tolerance_mm: of NSD; 0 leaves it out.
         predictions_dir: where to write label maps `<case>.nii.gz` on the label files' own grids; None = nowhere.
         progress: show a bar on rank 0.
+        stop: looked at before each case.
+
+    Returns:
+        None on every rank where `stop` was requested on one of them.
     """
     scores: list[OrganScore] = []
     views: dict[str, CaseView] = {}
     classes, mine = segmenter.classes, case_names[world.rank :: world.size]
     with evaluating(segmenter.network):
         for name in tqdm(mine, desc="evaluation", unit="case", disable=not (progress and world.is_main)):
+            if stop is not None and stop.requested:
+                break
             case = load_case(name)
             truth, spacing_mm = case.truth.array, case.truth.spacing_mm
             predicted = segmenter.segment(case.volume, case.truth)
@@ -104,10 +112,12 @@ def evaluate(
             if predictions_dir is not None:
                 grid = read_file_grid(case.truth.path)
                 write_label_like(predictions_dir / f"{name}.nii.gz", classes.to_values(predicted), grid)
-    gathered = gather_objects((scores, views))
+    gathered = gather_objects((scores, views, stop is not None and stop.requested))
+    if any(is_stopped for *_, is_stopped in gathered):
+        return None
     order = {name: number for number, name in enumerate(case_names)}
-    joined = sorted((score for part, _ in gathered for score in part), key=lambda score: order[score.case])
-    return Evaluation(joined, {name: view for _, part in gathered for name, view in part.items()})
+    joined = sorted((score for part, *_ in gathered for score in part), key=lambda score: order[score.case])
+    return Evaluation(joined, {name: view for _, part, _ in gathered for name, view in part.items()})
 
 
 def file_cases(

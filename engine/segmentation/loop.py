@@ -1,8 +1,9 @@
 """The finetuning loop, in execution order.
 
-    freeze -> schedule -> forward, backward -> clip -> finite check over ranks -> step -> log -> validate -> save
+    freeze -> schedule -> forward, backward -> clip -> finite check over ranks -> step -> log -> save -> validate
 
-A validation decides which weights are the best so far, and whether to stop early. A run's folder holds
+A validation decides which weights are the best so far, and whether to stop early. It may take long, so the step is
+saved before it; a run that was ended in the middle of a validation begins again with it. A run's folder holds
 `checkpoint.pth` and the one before it (everything, for an exact resume) and `best.pth` (network and description, for
 use).
 """
@@ -17,9 +18,9 @@ from torch import nn
 
 from engine.checkpoint import CheckpointError, load_strictly, save_checkpoint, sync_folder, write_synced
 from engine.device import autocast, pick_precision
-from engine.distributed import World, all_max, seed_step, wait_for_all, wrap
+from engine.distributed import World, seed_step, wait_for_all, wrap
 from engine.logging import Clock, Meters, RunLog, SilentLog
-from engine.loop import NonFiniteLossError
+from engine.loop import MAX_SKIPPED_IN_A_ROW, NonFiniteLossError, agreed_checks
 from engine.optim import clip_gradients, load_optimizer
 from engine.schedules import CosineSchedule
 from engine.segmentation.flags import FinetuneOptions
@@ -38,6 +39,7 @@ class FinetuneRun:
         network: not wrapped by DDP.
         optimizer: its groups carry "lr_scale" (layer-wise decay).
         frozen_keys: parameters that are frozen for the first `freeze_encoder_steps` steps.
+        judged_step: the step of the last validation.
         best_dice: of the validations so far, -1 before the first.
         num_without_gain: validations since the best one.
         is_stopped: whether the run ended early.
@@ -49,6 +51,7 @@ class FinetuneRun:
     description: dict = field(default_factory=dict)
     frozen_keys: list[str] = field(default_factory=list)
     step: int = 0
+    judged_step: int = 0
     best_dice: float = -1.0
     best_step: int = 0
     num_without_gain: int = 0
@@ -89,8 +92,9 @@ class FinetuneRun:
             ) from error
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        progress = {"judged_step": state["step"]} | state["progress"]  # older checkpoints were written after it
         for name in PROGRESS:
-            setattr(self, name, state["progress"][name])
+            setattr(self, name, progress[name])
         self.frozen_keys = list(state["frozen_keys"])
 
     def forget_best(self) -> None:
@@ -98,14 +102,14 @@ class FinetuneRun:
         self.best_dice, self.best_step, self.num_without_gain = -1.0, 0, 0
 
 
-PROGRESS = ("step", "best_dice", "best_step", "num_without_gain", "is_stopped")
+PROGRESS = ("step", "judged_step", "best_dice", "best_step", "num_without_gain", "is_stopped")
 
 
 def finetune(
     run: FinetuneRun,
     loss: nn.Module,
     batches: Iterator[dict],
-    validate: Callable[[], dict[str, float]],
+    validate: Callable[[StopRequest], dict[str, float] | None],
     options: FinetuneOptions,
     world: World,
     log: RunLog | SilentLog,
@@ -115,20 +119,37 @@ def finetune(
     Args:
         loss: (logits [B, C, D, H, W], channels [B, 1, D, H, W]) -> scalar.
         batches: of `SegmentationCropDataset`, on the CPU.
-        validate: -> {"dice": mean, ...}, the same on all ranks; NaN where no case counts.
+        validate: -> {"dice": mean, ...}, the same on all ranks, NaN where no case counts; None on all ranks when a stop
+            was requested of one of them before the end.
 
     Returns:
         True when the run is complete, False when a signal ended it after a checkpoint.
 
     Raises:
-        NonFiniteLossError: on all ranks together, when the loss or a gradient is not finite.
+        NonFiniteLossError: on all ranks together, when the loss or a gradient is not finite, or when
+            `MAX_SKIPPED_IN_A_ROW` steps of an fp16 run overflowed.
     """
     lr = CosineSchedule(options.lr, options.min_lr, options.steps, options.warmup_steps)
     precision = pick_precision(options.precision, world.device)
     trained = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
     meters, clock, wrapped = Meters(), Clock(), None
+    num_skipped, is_saved, is_asked_to_stop = 0, True, False
     with StopRequest() as stop:
-        while run.step < options.steps and not run.is_stopped:
+        while not is_asked_to_stop:
+            # Validate the step before; a run that was ended in the middle of this begins with it
+            if is_validation_due(run, options):
+                with clock.paused():
+                    values = validate(stop)
+                if values is None:
+                    is_asked_to_stop = True
+                    break
+                log.record("validation", run.step, 0, values)
+                judge(run, values["dice"], options, world, log)
+                if run.step == options.steps or run.is_stopped:
+                    is_saved = save(run, options, world)
+            if run.step >= options.steps or run.is_stopped:
+                break
+
             # Freeze or unfreeze the encoder, then rebuild DDP: it reads requires_grad only once
             if wrapped is None or run.step == options.freeze_encoder_steps:
                 if run.frozen_keys:
@@ -159,58 +180,58 @@ def finetune(
             grad_norm = clip_gradients(trained, options.clip_grad)
 
             # Finite check over ranks; the one value read from the device in every step
-            broken = ~torch.isfinite(total.detach())
-            if not run.scaler.is_enabled():  # with fp16 an overflow is the scaler's business
-                broken = broken | ~torch.isfinite(grad_norm)
-            flags = torch.stack([broken.float(), broken.new_tensor(stop.requested).float()])
-            is_broken, is_asked_to_stop = all_max(flags).tolist()
-            if is_broken:
+            loss_is_broken, gradient_is_broken, is_asked_to_stop = agreed_checks([total.detach()], grad_norm, stop)
+            is_overflow = run.scaler.is_enabled() and gradient_is_broken and not loss_is_broken
+            num_skipped = num_skipped + 1 if is_overflow else 0
+            if loss_is_broken or (gradient_is_broken and not is_overflow) or num_skipped >= MAX_SKIPPED_IN_A_ROW:
+                overflows = f" ({num_skipped} steps in a row had to be skipped)" if num_skipped else ""
                 raise NonFiniteLossError(
-                    f"step {run.step}: loss {float(total):g} or gradient norm {float(grad_norm):g} is not finite; "
-                    "lower --lr, or use --precision fp32"
+                    f"step {run.step}: loss {float(total.detach()):g} or gradient norm {float(grad_norm):g} is not finite"
+                    f"{overflows}; lower --lr, or use --precision fp32"
                 )
 
             # Step
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
+            if not is_overflow:
+                run.scaler.step(run.optimizer)
+                meters.add({"loss": total.detach(), "grad_norm": grad_norm})
+            run.scaler.update()  # scales less after an overflow
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
             is_last = run.step == options.steps
 
             # Log
             log.advance()
-            meters.add({"loss": total.detach(), "grad_norm": grad_norm})
             if run.step % options.log_freq == 0 or is_last:
                 log.record("train", run.step, 0, meters.read(world.device) | {"lr": rate} | clock.read())
 
-            # Validate
-            is_due = options.val_freq > 0 and (run.step % options.val_freq == 0 or is_last)
-            if is_due:
-                values = validate()
-                log.record("validation", run.step, 0, values)
-                judge(run, values["dice"], options, world, log)
-                clock.read()
-
-            # Save
-            is_end = is_last or run.is_stopped
-            if world.is_main and (is_end or is_due or is_asked_to_stop or run.step % options.save_freq == 0):
-                is_saved = save_checkpoint(run.as_checkpoint(), options.output_dir)
-                if (is_end or is_asked_to_stop) and not is_saved:
-                    raise CheckpointError(
-                        f"step {run.step} could not be saved, and the run ends here (see the warning)"
-                    )
-            if is_asked_to_stop or is_end:
-                wait_for_all(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
-            if is_asked_to_stop and not is_end:
-                log.say(f"asked to stop: step {run.step} is saved")
-                return False
-    if world.is_main and (not options.val_freq or run.best_step == 0):
+            # Save, before a validation, which may take long
+            is_due = run.step % options.save_freq == 0 or is_validation_due(run, options)
+            if is_due or is_last or is_asked_to_stop:
+                is_saved = save(run, options, world)
+    if not is_saved:
+        raise CheckpointError(f"step {run.step} could not be saved, and the run ends here (see the warning)")
+    if is_asked_to_stop:
+        log.say(f"asked to stop: step {run.step} is saved")
+    elif world.is_main and (not options.val_freq or run.best_step == 0):
         write_best(run, options.output_dir)  # no validation chose one
-    return True
+    wait_for_all(world)  # launchers end the others when the first one leaves, be rank 0 writing or not
+    return not is_asked_to_stop
+
+
+def is_validation_due(run: FinetuneRun, options: FinetuneOptions) -> bool:
+    """Whether the steps done so far end with one that must be validated, and has not been."""
+    is_chosen = options.val_freq > 0 and (run.step % options.val_freq == 0 or run.step == options.steps)
+    return is_chosen and run.judged_step < run.step
+
+
+def save(run: FinetuneRun, options: FinetuneOptions, world: World) -> bool:
+    """Write the checkpoint on rank 0; False there where the disk refused it."""
+    return not world.is_main or save_checkpoint(run.as_checkpoint(), options.output_dir)
 
 
 def judge(run: FinetuneRun, dice: float, options: FinetuneOptions, world: World, log: RunLog | SilentLog) -> None:
     """Keep the best weights, and end the run where patience is over. All ranks decide the same."""
+    run.judged_step = run.step
     is_first = run.best_step == 0  # then there must be something to use, even if no organ counted (NaN)
     if dice > run.best_dice or is_first:
         run.best_dice, run.best_step, run.num_without_gain = max(run.best_dice, dice), run.step, 0
