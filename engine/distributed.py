@@ -5,6 +5,7 @@ collective here tolerates a missing group and then returns what one process alon
 losses' own reductions touch `torch.distributed`.
 """
 
+import contextlib
 import inspect
 import os
 import time
@@ -20,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.device import keep_freed_memory, make_cpu_repeatable, pick_device
+from engine.signals import stop_with_torchrun
 
 LONG_WAIT = timedelta(days=2)
 
@@ -53,6 +55,7 @@ def start(wanted_device: str = "auto", timeout_min: float = 30.0) -> World:
         wanted_device: auto, cpu or cuda.
         timeout_min: minutes after which a collective that other ranks never join raises.
     """
+    stop_with_torchrun()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     size = planned_size()
     rank = int(os.environ.get("RANK", 0))
@@ -138,6 +141,15 @@ def wait_for_all(world: World) -> None:
         group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
         dist.barrier(group=group)
         dist.destroy_process_group(group)
+
+
+def leave_together(world: World) -> None:
+    """Ranks whose work is done wait here for the last one: launchers end the others when the first one leaves.
+
+    Where torchrun is gone, the store that ranks meet through went with it, and nobody ends the others.
+    """
+    with contextlib.suppress(dist.DistNetworkError):
+        wait_for_all(world)
 
 
 def all_max(values: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 from datasets.samples.dataset import CropDataset, describe_batch
 from engine.checkpoint import CheckpointError
 from engine.device import autocast
-from engine.distributed import World, all_max, gather_objects, seed_step, wait_for_all
+from engine.distributed import World, all_max, gather_objects, leave_together, seed_step
 from engine.logging import Clock, Meters, RunLog, SilentLog
 from engine.optim import clip_gradients, set_schedule
 from engine.run import RunState
@@ -177,7 +177,7 @@ def pretrain(
                         f"step {run.step} could not be saved, and the run ends here (see the warning)"
                     )
             if is_asked_to_stop and not is_last:
-                wait_for_all(world)  # launchers end the others when the first one leaves, be rank 0 saving or not
+                leave_together(world)  # be rank 0 saving or not
                 log.say(f"asked to stop: step {run.step} is saved")
                 return False
 
@@ -191,7 +191,7 @@ def pretrain(
                 if is_probed and not asked_on_any_rank(stop, world):
                     log.record("probe", run.step, epoch, hooks.probe())
             if is_last:
-                wait_for_all(world)  # rank 0 may be drawing
+                leave_together(world)  # rank 0 may be drawing
     return True
 
 

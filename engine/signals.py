@@ -6,13 +6,17 @@ with the same code at once.
 """
 
 import contextlib
+import ctypes
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
 # EX_TEMPFAIL of sysexits.h: a temporary end, try again.
 EXIT_INTERRUPTED = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 def exit_until_trained(number: int, frame: FrameType | None) -> None:
@@ -24,6 +28,15 @@ def stop_early_when_asked() -> None:
     """From now until a `StopRequest` a stop signal ends the program with `EXIT_INTERRUPTED`."""
     for number in STOP_SIGNALS:
         signal.signal(number, exit_until_trained)
+
+
+def stop_with_torchrun() -> None:
+    """Under torchrun, its end is a SIGTERM to this process, which would otherwise train on without a parent.
+
+    torchrun passes SIGTERM on to its processes, but SIGUSR1 or SIGKILL end torchrun alone. Linux only.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager

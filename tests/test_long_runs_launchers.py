@@ -82,6 +82,28 @@ def test_a_dead_rank_ends_the_others_within_a_minute_and_torchrun_resumes(corpus
     assert steps == list(range(1, len(steps) + 1))  # each once, across the restart
 
 
+def test_ranks_whose_torchrun_is_gone_save_and_end(corpus, tmp_path):
+    """torchrun dies of SIGUSR1 without a word to its processes."""
+    run, told = tmp_path / "run", tmp_path / "told.txt"
+    argv = smallest(corpus, run, batch_size=1, epochs=1, steps_per_epoch=100_000, warmup_epochs=1)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={free_port()}"]
+    with told.open("w") as output:
+        torchrun = subprocess.Popen(
+            [*launcher, "main_ddp.py", *argv],
+            cwd=REPOSITORY, env=plain_environment(), stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    wait_until(lambda: torchrun.poll() is not None or last_step(run) >= 1)
+    torchrun.send_signal(signal.SIGUSR1)
+    torchrun.wait(60)
+    try:
+        wait_until(lambda: not ranks_of(run), timeout_s=60)
+    finally:
+        for rank in ranks_of(run).values():
+            os.kill(rank, signal.SIGKILL)
+    assert load_checkpoint(run / LATEST)["step"] >= 1
+    assert "asked to stop" in told.read_text() and "Traceback" not in told.read_text(), told.read_text()
+
+
 # Slurm's part of the bargain: srun starts the tasks and passes SIGUSR1 on, ends the others 20 s after the first has
 # ended, and returns the largest exit code; sbatch sets the variables and runs the script; scontrol names hosts and
 # notes what is requeued.

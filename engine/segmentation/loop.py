@@ -18,7 +18,7 @@ from torch import nn
 
 from engine.checkpoint import CheckpointError, load_strictly, save_checkpoint, sync_folder, write_synced
 from engine.device import autocast, pick_precision
-from engine.distributed import World, seed_step, wait_for_all, wrap
+from engine.distributed import World, leave_together, seed_step, wrap
 from engine.logging import Clock, Meters, RunLog, SilentLog
 from engine.loop import MAX_SKIPPED_IN_A_ROW, NonFiniteLossError, agreed_checks
 from engine.optim import clip_gradients, load_optimizer
@@ -186,7 +186,7 @@ def finetune(
             if loss_is_broken or (gradient_is_broken and not is_overflow) or num_skipped >= MAX_SKIPPED_IN_A_ROW:
                 overflows = f" ({num_skipped} steps in a row had to be skipped)" if num_skipped else ""
                 raise NonFiniteLossError(
-                    f"step {run.step}: loss {float(total.detach()):g} or gradient norm {float(grad_norm):g} is not finite"
+                    f"step {run.step}: loss {total.item():g} or gradient norm {grad_norm.item():g} is not finite"
                     f"{overflows}; lower --lr, or use --precision fp32"
                 )
 
@@ -214,7 +214,7 @@ def finetune(
         log.say(f"asked to stop: step {run.step} is saved")
     elif world.is_main and (not options.val_freq or run.best_step == 0):
         write_best(run, options.output_dir)  # no validation chose one
-    wait_for_all(world)  # launchers end the others when the first one leaves, be rank 0 writing or not
+    leave_together(world)  # be rank 0 writing or not
     return not is_asked_to_stop
 
 
