@@ -81,17 +81,18 @@ def main(argv: list[str] | None = None) -> None:
 def start_and_train(flags, method: Method, world: World) -> bool:
     """Open the data, find where to start, and train; True when the run is complete."""
     data = open_data(flags, method, world)
-    flags.a_min, flags.a_max = data.store.window(
-        flags.a_min, flags.a_max
-    )  # run.json and checkpoints name what was used
+    # run.json and checkpoints name the window that was used
+    flags.a_min, flags.a_max = data.store.window(flags.a_min, flags.a_max)
     info = RunInfo.collect(flags)
-    if world.is_main:
-        info.write(flags.output_dir)
     options = make_options(flags, data, world)
     run = make_run(flags, method, data, options, world, info)
     start = find_start(flags, run, world)
+    if world.is_main:
+        info.write(flags.output_dir)
     log = make_log(world, flags.output_dir, options.num_steps, run.step)
     log.say(describe_start(flags, data, options, run, world, start))
+    if run.step >= options.num_steps:
+        log.say(f"nothing left to train: {run.step} of {options.num_steps} steps are done (--epochs)")
     is_complete = train(flags, run, data, options, world, log)
     log.close()
     return is_complete
@@ -178,6 +179,7 @@ def make_run(flags, method: Method, data: Data, options: LoopOptions, world: Wor
         },
         "backbone": {"name": flags.backbone, "feature_size": flags.feature_size, "in_channels": 1},
         "num_training_cases": len(data.training),
+        "data": data.digests(),
         "effective_batch": optimiser.effective_batch(world.size),
         "steps_per_epoch": options.steps_per_epoch,
     }

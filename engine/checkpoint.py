@@ -4,12 +4,14 @@ A run's folder holds `checkpoint.pth` (the latest), `checkpoint_previous.pth` (t
 numbered ones (`checkpoint0010.pth`) that stay. At every moment at least one complete checkpoint exists once the first
 was written: the new file is complete and on disk before any name changes, and a damaged one that a resumed run met is
 set aside as `checkpoint.pth.damaged`, so that it does not push the good one out. A new run in an old run's folder sets
-the old ones aside as `checkpoint.pth.before`. Everything loads with `weights_only=True`, so that a checkpoint can carry
-no code, and with the checksums of its parts compared, which `torch.load` does not do.
+the old one's files aside as `<name>.before`, those of a further run as `<name>.before2`. Everything loads with
+`weights_only=True`, so that a checkpoint can carry no code, and with the checksums of its parts compared, which
+`torch.load` does not do.
 """
 
 import contextlib
 import copy
+import itertools
 import os
 import pickle
 import shutil
@@ -27,6 +29,8 @@ from engine.distributed import World, main_decides, was_restarted
 LATEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
 DAMAGED = LATEST + ".damaged"
+# What a run writes into its folder, and the next one would replace or go on with (patterns of `Path.glob`).
+OF_ONE_RUN = ("checkpoint*.pth", DAMAGED, "best.pth", "log.txt", "run.json", "tensorboard", "evaluation")
 
 
 class CheckpointError(ValueError):
@@ -229,11 +233,16 @@ def describe_resumed(resume: str, found: tuple[dict, Path]) -> str:
 
 
 def set_aside(output_dir: str | Path) -> None:
-    """Rename old checkpoints to `<name>.before`, so that a new run does not resume from them. On rank 0 only."""
-    for name in (LATEST, PREVIOUS):
-        path = Path(output_dir) / name
-        if path.exists():
-            path.replace(path.with_name(name + ".before"))
+    """Rename the files of an old run to `<name>.before`, so that a new one starts in a clean folder. On rank 0 only.
+
+    Where files have been set aside before, the ending is `.before2`, `.before3`, ...: the same for all files of a run.
+    """
+    folder = Path(output_dir)
+    old = [path for pattern in OF_ONE_RUN for path in folder.glob(pattern)]
+    endings = (f".before{number if number > 1 else ''}" for number in itertools.count(1))
+    ending = next(ending for ending in endings if not any(folder.glob("*" + ending)))
+    for path in old:
+        path.rename(path.with_name(path.name + ending))
 
 
 def load_strictly(module: torch.nn.Module, state_dict: dict, what: str, path: str | Path) -> None:

@@ -1,5 +1,6 @@
 """The data of a pretraining run: the volume store, the samples to train and to validate with, the voxels to probe."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from datasets.samples.loader import make_pair_loader
 from datasets.samples.masks import MaskOptions
 from datasets.samples.pairings import PAIRINGS, PairingOptions
 from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
+from datasets.store.format import checksum_of
 from datasets.store.volumes import VolumeStore, fill_store, parse_spacing
 from engine import distributed
 from engine.distributed import World
@@ -33,6 +35,12 @@ class Data:
     training: CropDataset
     validation: CropDataset | None
     probe: ProbeVoxels | None = None  # on rank 0, with --probe_freq
+
+    def digests(self) -> dict[str, str | None]:
+        """Of what the training samples are cut from: the cases in their order, and the correspondence table."""
+        table = self.training.pairing.table
+        names = json.dumps(self.training.names).encode()
+        return {"cases": checksum_of(names), "table": None if table is None else table.digest()}
 
 
 def open_data(flags, method: Method | type[Method], world: World) -> Data:

@@ -3,7 +3,7 @@
 The checkpoint's layout (see also engine/checkpoint.py):
     kind: the method's name · one state dict for each of the method's parts (student, teacher, ...) · optimizer, scaler
     step, epoch · random: {"seed", "rule"} · flags, commit, versions · effective_batch, steps_per_epoch
-    preprocessing, backbone: what a user of the weights must know
+    data: digests of what samples are cut from · preprocessing, backbone: what a user of the weights must know
 No random state is stored: torch's is set from (seed, step, rank) before each step, and data are a function of
 (seed, sample index).
 """
@@ -18,7 +18,8 @@ from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly
 from engine.optim import load_optimizer
 from models.methods import METHODS, Method
 
-# Flags that may differ between a run and its continuation without changing what is trained.
+# Flags that may differ between a run and its continuation without changing what is trained. Files are compared by
+# their content, see `warn_of_changed_data`.
 FREE_FLAGS = {
     *("data_dir", "json_list", "embed_dir", "table_file", "store_dir", "output_dir", "checkpoint_file", "resume"),
     *("saveckp_freq", "keep_freq", "val_freq", "num_val_pairs", "picture_freq", "log_freq", "nan_policy"),
@@ -70,6 +71,7 @@ class RunState:
         self.step = int(state["step"])
         warn_of_changed_flags(state.get("flags", {}), self.description.get("flags", {}), path)
         warn_of_changed_steps(state, self.description, path)
+        warn_of_changed_data(state, self.description, path)
 
 
 def load_pretraining(path: str | Path) -> dict:
@@ -92,6 +94,31 @@ def changed_flags(before: dict, now: dict) -> dict[str, str]:
     """Flags that differ, each with both values for people; a flag that only one side knows counts for nothing."""
     names = sorted(before.keys() & now.keys())
     return {name: f"--{name} {before[name]} -> {now[name]}" for name in names if before[name] != now[name]}
+
+
+# What decides the content of "data" in a checkpoint
+FLAGS_OF_DATA = {
+    "cases": "other cases (--json_list, --data_dir, --store_dir)",
+    "table": "another correspondence table (--table_file, --embed_dir)",
+}
+
+
+def warn_of_changed_data(before: dict, now: dict, path: str | Path) -> None:
+    """Say when samples are cut from other data: sample i is then another one, as when a corpus has grown.
+
+    Args:
+        before, now: descriptions; older checkpoints have no "data".
+    """
+    old, new = before.get("data", {}), now.get("data", {})
+    changed = [text for name, text in FLAGS_OF_DATA.items() if name in old and old[name] != new.get(name)]
+    if not changed:
+        return
+    counts = [side.get("num_training_cases") for side in (before, now)]
+    warnings.warn(
+        f"{path} was trained on {' and '.join(changed)}: {counts[0]} cases then, {counts[1]} now. The run goes on with "
+        "the new data; it does not end where it would have ended with those of before",
+        stacklevel=3,
+    )
 
 
 def warn_of_changed_steps(before: dict, now: dict, path: str) -> None:

@@ -246,16 +246,18 @@ def start_and_train(plan: Plan, info: RunInfo, world: World) -> bool:
     resumed = find_wanted(options.resume, options.output_dir, KIND, world)
     if resumed is not None:
         check_continuation(resumed[0], description, resumed[1])
-    if world.is_main:
-        info.write(options.output_dir)
     store = open_store(plan, world)
     run, started = start_run(plan, description, resumed, world)
     if resumed is None and options.resume == "none":
         distributed.wait_for_all(world)  # --weights may be one of those
         if world.is_main:
             set_aside(options.output_dir)
+    if world.is_main:
+        info.write(options.output_dir)
     log = make_log(world, options.output_dir, options.steps, run.step)
     log.say(describe_start(plan, run, started, world))
+    if run.step >= options.steps or run.is_stopped:
+        log.say(f"nothing left to train: {run.step} of {options.steps} steps are done (--steps, --patience)")
     is_complete = train(plan, store, run, world, log)
     log.close()
     if is_complete and options.evaluate:

@@ -75,6 +75,24 @@ def test_nothing_to_resume_and_nothing_readable_differ(tmp_path):
             ck.find_resumable(tmp_path, "alice")
 
 
+def test_runs_that_were_set_aside_stay_and_mix_with_no_other(tmp_path):
+    names = ["checkpoint.pth", "checkpoint0010.pth", "best.pth", "log.txt", "run.json", "store", "tensorboard"]
+    for run in ("first", "second", "third"):
+        for name in names:
+            if name in ("store", "tensorboard"):
+                (tmp_path / name).mkdir(exist_ok=True)
+            else:
+                (tmp_path / name).write_text(run)
+        if run == "second":  # one that was ended before its first checkpoint
+            (tmp_path / "checkpoint.pth").unlink()
+        ck.set_aside(tmp_path)
+        assert [path.name for path in tmp_path.iterdir() if ".before" not in path.name] == ["store"]
+    for ending, run in ((".before", "first"), (".before2", "second"), (".before3", "third")):
+        kept = {path.name.removesuffix(ending): path for path in tmp_path.glob("*" + ending)}
+        assert kept.keys() == set(names) - {"store"} - ({"checkpoint.pth"} if run == "second" else set())
+        assert all(path.read_text() == run for path in kept.values() if path.is_file())
+
+
 @pytest.mark.parametrize(("own", "expected"), [(None, 5), (5, 5), (4, 5), (6, 6), ("damaged", 5)])
 def test_a_given_checkpoint_counts_until_the_folder_has_a_later_one(tmp_path, own, expected):
     ck.save_checkpoint(state(5), tmp_path / "other")

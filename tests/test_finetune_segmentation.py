@@ -195,10 +195,11 @@ def test_a_last_checkpoint_that_cannot_be_written_is_no_success(corpus, tmp_path
         command.main(finetune_arguments(corpus, tmp_path, steps=1))
 
 
-def test_a_finished_run_is_left_as_it_is(finished, corpus):
+def test_a_finished_run_is_left_as_it_is(finished, corpus, capfd):
     before = load_checkpoint(finished / LATEST)
     command.main(finetune_arguments(corpus, finished, evaluate="false"))
     assert same(before["model"], load_checkpoint(finished / LATEST)["model"])
+    assert "nothing left to train: 4 of 4 steps are done" in capfd.readouterr().out
 
 
 CHANGES = {

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.store.files import write_bytes, write_text
+from datasets.store.format import checksum_of
 
 ROWS_FILE = "correspondences.npy"
 HEADER_FILE = "correspondences.json"
@@ -164,6 +165,10 @@ class CorrespondenceTable:
         write_bytes(folder / ROWS_FILE, buffer.getbuffer())
         write_text(folder / HEADER_FILE, text)
         return cls.load(folder)
+
+    def digest(self) -> str:
+        """Tables of the same cases and rows have the same, whatever their provenance."""
+        return checksum_of(json.dumps([self.case_names, _checksum(self.rows)]).encode())
 
     def check_cases(self, known_names: Sequence[str], where: str = "the volume store") -> None:
         """Warn of cases that `known_names` lacks, naming up to five; raise where they are more than half of all.
