@@ -20,7 +20,7 @@ the preprocessing that the weights expect: spacing, HU window, crop, axis codes.
 
 import torch
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint import CheckpointError, require
 from engine.flags import add_switch, make_parser, run_main
 from engine.run import load_pretraining
 from engine.weights import CHECKPOINT_KEYS, FORMATS, HEAD_PREFIX, chosen_part, extract, save_weights, weights_file_name
@@ -29,6 +29,7 @@ from models.backbones.interface import Size3, spatial_dims_of
 from models.pretrained import load_pretrained
 from models.weights_file import WeightsError, WeightsFile
 
+DESCRIBING = ("backbone", "preprocessing", "step", "epoch", "commit", "versions")  # entries of a checkpoint
 NUM_CLASSES = 14  # of the network that weights are compared with; its output layer is not exported
 
 
@@ -62,16 +63,7 @@ def make_flags():
 
 def describe(state: dict, key: str) -> dict:
     """What a user of the weights must know, in plain values."""
-    return {
-        "method": state["kind"],
-        "module": key,
-        "backbone": state["backbone"],
-        "preprocessing": state["preprocessing"],
-        "step": state["step"],
-        "epoch": state["epoch"],
-        "commit": state["commit"],
-        "versions": state["versions"],
-    }
+    return {"method": state["kind"], "module": key} | {name: state[name] for name in DESCRIBING}
 
 
 def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3, path: str) -> str:
@@ -116,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     output = weights_file_name(flags.output, flags.format)
     state = load_pretraining(flags.checkpoint)
+    require(state, DESCRIBING, flags.checkpoint, "a checkpoint of main_ddp.py")
     key = chosen_part(state, flags.checkpoint_key)
     weights = extract(state, key, flags.with_head, flags.checkpoint)
     print(check_match(weights, state["backbone"], state["preprocessing"]["roi"], flags.checkpoint))

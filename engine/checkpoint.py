@@ -121,6 +121,20 @@ def load_checkpoint(path: str | Path, kinds: str | Collection[str] | None = None
     return state
 
 
+def require(state: dict, names: Collection[str], path: str | Path, expected: str) -> None:
+    """Check that a checkpoint has the entries `names`.
+
+    Args:
+        expected: which file has them, for the message.
+
+    Raises:
+        CheckpointError: naming those that are missing.
+    """
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise CheckpointError(f"{path}: holds no {', '.join(map(repr, missing))}; expected {expected}")
+
+
 def check_parts(path: Path) -> None:
     """Compare the checksum of every part of a checkpoint (a zip archive); older formats have none and pass.
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from engine.checkpoint import CheckpointError, check_parts
 from models.methods.method import Method, average_towards
 from models.pretrained import LoadReport, load_pretrained, own_head_name
-from models.weights_file import WeightsError, read_weights_file
+from models.weights_file import WeightsError, check_finite, read_weights_file
 
 BACKBONE_PREFIX = "backbone.network."
 HEAD_PREFIX = "head."
@@ -48,7 +48,7 @@ def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[st
         path: named in errors.
 
     Raises:
-        CheckpointError: the checkpoint holds no such module, or the module holds no backbone.
+        CheckpointError: the checkpoint holds no such module, the module holds no backbone, or values are not finite.
     """
     if key not in state:
         raise CheckpointError(f"{path}: holds no {key!r}; it holds {', '.join(map(str, state))}")
@@ -64,6 +64,10 @@ def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[st
         if not head:
             raise CheckpointError(f"{path}: its {key} has no head (its method and flags built none)")
         weights |= head
+    try:
+        check_finite(weights, path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     return weights
 
 
@@ -126,7 +130,7 @@ def start_from(method: Method, path: str | Path) -> LoadReport:
     own, network = student.state_dict(), student.backbone.network
     try:
         check_parts(Path(path))
-        file = read_weights_file(path)
+        file = read_weights_file(path, "student")
         file = replace(file, tensors={own_head_name(name): value for name, value in file.tensors.items()})
         beside = {
             name: value
@@ -134,6 +138,7 @@ def start_from(method: Method, path: str | Path) -> LoadReport:
             if name in own and own[name].shape == value.shape and not is_shared_with_segmenters(name)
         }
         file = replace(file, tensors={name: value for name, value in file.tensors.items() if name not in beside})
+        check_finite(beside, path)
         load_pretrained(network, file)
         report = load_pretrained(network, file, min_share=0.0, part="whole")  # the decoder, as far as there is one
     except WeightsError as error:

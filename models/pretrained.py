@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.segmenters import kind_of
-from models.weights_file import WeightsError, WeightsFile, read_weights_file
+from models.weights_file import WeightsError, WeightsFile, check_finite, read_weights_file
 
 PARTS = {"encoder": "encoder", "whole": "whole network"}
 # What training code puts around a network: DDP, torch.compile, Lightning, our students and teachers, others' wrappers.
@@ -84,13 +84,14 @@ def load_pretrained(
         The report; the model then holds the weights.
 
     Raises:
-        WeightsError: an unreadable file, or less than `min_share` fits; the model is then untouched.
+        WeightsError: an unreadable file, less than `min_share` fits, two tensors of the file stand for one weight, or
+            values are not finite; the model is then untouched.
         ValueError: an unknown part, or a network of which nobody knows what its encoder is.
     """
     file = path if isinstance(path, WeightsFile) else read_weights_file(path)
     own = model.state_dict()
     wanted = wanted_keys(model, own, part)
-    given = best_spelling(file.tensors, own)
+    given = best_spelling(file, own)
     found = {key: fit_input_channels(given[key], own[key]) for key in wanted if key in given}
     fitting = {key: tensor for key, tensor in found.items() if tensor is not None}
     shapes = {key: (tuple(given[key].shape), tuple(own[key].shape)) for key in found}
@@ -112,6 +113,7 @@ def load_pretrained(
         raise WeightsError(
             f"{report.describe()}: that is {report.share:.0%}, less than the {min_share:.0%} that must fit. {advice}"
         )
+    check_finite(fitting, file.path)
     model.load_state_dict(own | fitting)
     return report
 
@@ -131,18 +133,28 @@ def wanted_keys(model: nn.Module, own: dict[str, Tensor], part: str) -> list[str
     return [key for key in own if kind is None or not key.startswith(kind.output_key_prefixes)]
 
 
-def best_spelling(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors under the spelling that meets most of the network's names."""
+def best_spelling(file: WeightsFile, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors under the spelling that meets most of the network's names.
+
+    Raises:
+        WeightsError: different tensors get the name of one weight: the file holds two networks.
+    """
     spellings: list[Callable[[str], str]] = [
         lambda name: name,
         unwrapped,
         lambda name: published_names(unwrapped(name)),
         lambda name: "swinViT." + published_names(unwrapped(name)),  # MONAI's own pretraining keeps the bare encoder
     ]
-    # Some files hold two networks. The student's tensors come last, so that they replace the teacher's of one name.
-    ordered = sorted(tensors, key=lambda name: "teacher." not in name)
-    candidates = [{spell(name): tensors[name] for name in ordered} for spell in spellings]
-    return max(candidates, key=lambda candidate: sum(name in own for name in candidate))
+    spell = max(spellings, key=lambda spell: len(own.keys() & {spell(name) for name in file.tensors}))
+    names: dict[str, str] = {}
+    for name, tensor in file.tensors.items():
+        first = names.setdefault(spell(name), name)
+        if first != name and spell(name) in own and not torch.equal(file.tensors[first], tensor):
+            raise WeightsError(
+                f"{file.path}: {first} and {name} are different tensors for one weight of the network: the file holds "
+                "two networks; choose with --checkpoint_key student or teacher, or save the wanted one alone"
+            )
+    return {key: file.tensors[name] for key, name in names.items()}
 
 
 def unwrapped(name: str) -> str:

@@ -6,7 +6,7 @@ window, axis codes, backbone) comes from the header of a .safetensors, the `.jso
 
 import json
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,8 +31,12 @@ class WeightsFile:
     description: dict = field(default_factory=dict)
 
 
-def read_weights_file(path: str | Path) -> WeightsFile:
+def read_weights_file(path: str | Path, network: str = "auto") -> WeightsFile:
     """Read .safetensors, .pth or .pt onto the CPU.
+
+    Args:
+        network: of a file that holds a student and a teacher, the one to take; "auto" takes the student of our
+            checkpoints, and of other files all tensors.
 
     Raises:
         WeightsError: missing, damaged, carrying code, or without tensors.
@@ -40,10 +44,29 @@ def read_weights_file(path: str | Path) -> WeightsFile:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file (--weights)")
-    found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path, network)
     if not found.tensors:
         raise WeightsError(f"{path}: holds no tensors")
-    return found
+    return found if network == "auto" else replace(found, tensors=without_the_other(found.tensors, network))
+
+
+def without_the_other(tensors: dict[str, torch.Tensor], network: str) -> dict[str, torch.Tensor]:
+    """Tensors of a file in which "student" and "teacher" are parts of names, without those of the one not wanted."""
+    parts = {name: name.split(".") for name in tensors}
+    if not any(network in words for words in parts.values()):
+        return tensors
+    other = {"student": "teacher", "teacher": "student"}[network]
+    return {name: tensor for name, tensor in tensors.items() if other not in parts[name]}
+
+
+def check_finite(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise WeightsError, naming a tensor, where values are infinite or NaN."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise WeightsError(
+            f"{path}: {len(broken)} of {len(tensors)} tensors hold values that are not finite, first {broken[0]}; take "
+            "a checkpoint from before the run broke"
+        )
 
 
 def _read_safetensors(path: Path) -> WeightsFile:
@@ -63,7 +86,7 @@ def _plain(text: str) -> object:
         return text
 
 
-def _read_pickled(path: Path) -> WeightsFile:
+def _read_pickled(path: Path, network: str) -> WeightsFile:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -75,7 +98,7 @@ def _read_pickled(path: Path) -> WeightsFile:
         raise WeightsError(f"{path}: not a complete PyTorch file ({str(error).splitlines()[0][:200]})") from error
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: holds a {type(state).__name__}, expected a state dict")
-    container = next((name for name in CONTAINERS if isinstance(state.get(name), dict)), None)
+    container = next((name for name in (network, *CONTAINERS) if isinstance(state.get(name), dict)), None)
     tensors = state if container is None else state[container]
     description = {name: state[name] for name in DESCRIBING if name in state}
     beside = path.with_name(path.name + ".json")

@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.ct.images import CT, kind_of, read_image, read_labels_of
+from datasets.ct.intensity import NO_AIR_HU, few_whole_values
 from datasets.ct.nifti import CTReadError
 from datasets.lists.data_list import Case, DataListError, find_cases, split_cases, write_data_list
 from datasets.lists.label_classes import LabelClasses, read_classes
@@ -36,9 +37,7 @@ from datasets.lists.list_file import read_list_file
 from engine.flags import make_parser, run_main
 
 FLARE22_LABELS = LabelClasses.built_in("flare22").names
-NO_AIR_HU = -200  # a CT whose lowest value lies above shows no air: cropped, or not in HU
 NUM_NAMES_SHOWN = 3
-MAX_LABEL_VALUES = 64  # a volume of no more different values, none below zero, is no CT
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
@@ -92,18 +91,6 @@ def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict
     if file == case.image or needs_label:
         return None, {str(file): reason}, has_air
     return Case(case.name, case.image), {str(file): f"{reason}; {case.name} is listed without its label"}, has_air
-
-
-def few_whole_values(array: np.ndarray) -> int:
-    """How many values a volume has, if none is below zero and they are as few as a label map's; else 0."""
-    if array.min() < 0:
-        return 0
-    seen = np.zeros(int(array.max()) + 1, dtype=bool)
-    for plane in array:
-        seen[plane] = True
-        if np.count_nonzero(seen) > MAX_LABEL_VALUES:  # of an image, mostly within the first plane
-            return 0
-    return int(np.count_nonzero(seen))
 
 
 def check_cases(

@@ -41,10 +41,10 @@ from engine.optim import decays
 from engine.run_folder import claimed
 from engine.segmentation.evaluation import EVALUATION, evaluate, file_cases, labelled_cases, stored_cases
 from engine.segmentation.flags import GROUPS, FinetuneOptions, check_continuation
-from engine.segmentation.loop import BEST, KIND, FinetuneRun, finetune, holds_best
+from engine.segmentation.loop import BEST, FinetuneRun, finetune, holds_best
 from engine.segmentation.report import TABLE
 from engine.segmentation.segmenter import Segmenter, open_segmenter
-from engine.segmentation.setup import Setup, plain_spacing, resolve_setup
+from engine.segmentation.setup import KIND, Setup, plain_spacing, resolve_setup
 from engine.segmentation.sliding_window import WindowOptions
 from engine.signals import EXIT_INTERRUPTED, StopRequest, exiting_when_asked, stop_early_when_asked
 from losses.segmentation import make_dice_ce, rare_class_weights
@@ -98,7 +98,9 @@ def make_plan(options: FinetuneOptions) -> Plan:
     judged = held_out
     if options.evaluate and options.section != "validation":
         judged = labelled_cases(options.json_list, options.data_dir, options.section)
-    weights = WeightsFile("none", {}) if options.weights == "none" else read_weights_file(options.weights)
+    weights = WeightsFile("none", {})
+    if options.weights != "none":
+        weights = read_weights_file(options.weights, options.checkpoint_key)
     classes = read_classes(options.json_list, options.classes)
     setup = resolve_setup(
         weights.description,

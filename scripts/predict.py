@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from datasets.ct.file_grid import read_file_grid, write_label_like
-from datasets.ct.nifti import read_ct
+from datasets.ct.intensity import NO_AIR_HU, few_whole_values
+from datasets.ct.nifti import Volume, read_ct
 from engine.device import pick_device
 from engine.flags import DeviceOptions, add_options, make_parser, run_main
 from engine.segmentation.segmenter import open_segmenter
@@ -37,9 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     if not flags.output.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{flags.output}: expected a name ending in .nii or .nii.gz")
+    if Path(flags.output).exists() and Path(flags.image).exists() and Path(flags.output).samefile(flags.image):
+        raise ValueError(f"{flags.output} is the CT itself, which the label map would replace; give another name")
     device = pick_device(flags.device, 0)
     segmenter = open_segmenter(flags.checkpoint_file, device, flags.overlap, flags.window_batch, flags.precision)
     volume, grid = read_ct(flags.image), read_file_grid(flags.image)
+    check_is_ct(volume)
     found = segmenter.segment(segmenter.on_own_grid(volume), volume)
     write_label_like(flags.output, segmenter.classes.to_values(found), grid)
     voxel_ml = float(np.prod(volume.spacing_mm)) / 1000
@@ -47,6 +51,22 @@ def main(argv: list[str] | None = None) -> None:
     for name, value, count in zip(segmenter.classes.names[1:], segmenter.classes.values[1:], counts[1:]):
         print(f"{value:4d} {name}: {count * voxel_ml:.1f} ml")
     print(f"wrote {flags.output}: {' x '.join(map(str, grid.shape))} voxels, as {flags.image}")
+
+
+def check_is_ct(volume: Volume) -> None:
+    """Refuse a label map, and warn of a volume without air.
+
+    Raises:
+        ValueError: the values are few, whole and none below zero.
+    """
+    if num_values := few_whole_values(volume.array):
+        raise ValueError(f"{volume.path}: only {num_values} whole values, none below zero: a label map? Expected a CT")
+    if volume.array.min() > NO_AIR_HU:
+        print(
+            f"warning: {volume.path} holds nothing below {NO_AIR_HU} HU, where air lies: MR, or scanner values 1024 "
+            "above HU? The network expects HU",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def check_flags(flags) -> None:
 
 def read_encoder(path: str, key: str) -> WeightsFile:
     """Weights from a file of any kind that we know; of a pretraining checkpoint those of the student or teacher."""
-    file = read_weights_file(path)
+    file = read_weights_file(path, key)
     if file.description.get("kind") not in METHODS:
         return file
     state = load_pretraining(path)

@@ -80,6 +80,32 @@ def test_weights_fill_monais_network(checkpoint, tmp_path, capsys, key, suffix):
         assert torch.equal(network.state_dict()[name], source[f"backbone.network.{name}"]), name
 
 
+@pytest.mark.parametrize(("key", "name"), [("teacher", "backbone.network.encoder1.layer.conv1.conv.weight"),
+                                           ("student", "head.mlp.0.bias")])  # fmt: skip
+def test_weights_that_are_not_finite_are_no_result(checkpoint, tmp_path, key, name):
+    state = torch.load(checkpoint, weights_only=True)
+    state[key][name][0] = float("inf")
+    torch.save(state, tmp_path / "broken.pth")
+    told = f"broken.pth: 1 of .* not finite, first {name.removeprefix('backbone.network.')}"
+    with pytest.raises(CheckpointError, match=told):
+        extract(tmp_path / "broken.pth", tmp_path / "out.pth", "--checkpoint_key", key, "--with_head")
+    assert not (tmp_path / "out.pth").exists()
+    with pytest.raises(CheckpointError, match=r"--checkpoint_file .*broken.pth: .*not finite"):
+        if key == "teacher":  # --checkpoint_file takes the student
+            state["student"][name][0] = float("inf")
+            torch.save(state, tmp_path / "broken.pth")
+        start_from(build(), tmp_path / "broken.pth")
+
+
+@pytest.mark.parametrize("name", ["epoch", "backbone"])
+def test_a_checkpoint_that_lacks_an_entry_names_it(checkpoint, tmp_path, name):
+    state = torch.load(checkpoint, weights_only=True)
+    del state[name]
+    torch.save(state, tmp_path / "cut.pth")
+    with pytest.raises(CheckpointError, match=f"cut.pth: holds no '{name}'; expected a checkpoint of main_ddp.py"):
+        extract(tmp_path / "cut.pth", tmp_path / "out.pth")
+
+
 def test_description_travels_with_the_weights(checkpoint, tmp_path):
     extract(checkpoint, tmp_path / "alice.pth")
     extract(checkpoint, tmp_path / "alice.safetensors")

@@ -18,8 +18,10 @@ import scripts.finetune_segmentation as command
 from datasets.ct.nifti import CTReadError
 from engine.checkpoint import LATEST, PREVIOUS, CheckpointError, load_checkpoint
 from engine.distributed import World
+from engine.flags import options_of
 from engine.loop import NonFiniteLossError
 from engine.run_folder import LOCK
+from engine.segmentation.flags import FinetuneOptions
 from engine.signals import EXIT_INTERRUPTED
 from engine.weights import save_weights
 from models.segmenters import SEGMENTERS
@@ -260,8 +262,7 @@ def test_a_checkpoint_without_digests_is_compared_by_paths(finished, corpus, tmp
 
 def test_every_rank_goes_on_from_what_rank_0_chose(finished, monkeypatch):
     monkeypatch.setattr(engine.checkpoint, "main_decides", lambda world, decide: str(finished / PREVIOUS))
-    kind = engine.segmentation.loop.KIND
-    state, path = engine.checkpoint.find_wanted("auto", finished, kind, World(rank=1, size=2))
+    state, path = engine.checkpoint.find_wanted("auto", finished, "segmentation", World(rank=1, size=2))
     assert path == finished / PREVIOUS and state["progress"]["judged_step"] < 4
 
 
@@ -357,6 +358,16 @@ def test_weights_bring_their_preprocessing_and_their_encoder(weights, corpus, tm
     assert not torch.equal(
         state["model"]["decoder.8.conv_block.conv1.conv.weight"], given["decoder.8.conv_block.conv1.conv.weight"]
     )
+
+
+def test_which_network_of_the_weights_can_be_chosen(weights, corpus, tmp_path):
+    given = read_weights_file(weights).tensors
+    both = {f"student.{key}": value for key, value in given.items()}
+    both |= {f"teacher.{key}": value + 1 for key, value in given.items()}
+    torch.save(both, tmp_path / "both.pth")
+    flags = finetune_arguments(corpus, tmp_path / "run", weights=tmp_path / "both.pth", checkpoint_key="teacher")
+    plan = command.make_plan(options_of(command.make_flags().parse_args(flags), FinetuneOptions))
+    assert plan.weights.tensors.keys() == {f"teacher.{key}" for key in given}
 
 
 def test_encoder_waits_for_its_steps_and_then_moves(weights, corpus, tmp_path):

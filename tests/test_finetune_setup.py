@@ -87,3 +87,12 @@ def test_every_flag_has_a_group_and_every_named_flag_exists():
     assert grouped == set(flag_names(FinetuneOptions)) == set(vars(make_flags().parse_args([]))) - {"config"}
     assert grouped > DECISIVE_FLAGS | FREE_FLAGS | RESOLVED_FLAGS
     assert not DECISIVE_FLAGS & FREE_FLAGS and "steps" not in DECISIVE_FLAGS and "precision" not in FREE_FLAGS
+
+
+def test_weights_of_something_else_are_refused_by_their_kind():
+    """Their voxel size would otherwise be the first that does not fit, which says nothing."""
+    described = {"kind": "sam_embed", "preprocessing": {"spacing_mm": [8.0, 8.0, 8.0]}}
+    with pytest.raises(ValueError, match="--weights holds a checkpoint of kind 'sam_embed'; expected pretrained"):
+        resolve_setup(described, {}, ["swin_unetr"])
+    for kind in ("alice", "segmentation"):
+        assert resolve_setup({"kind": kind}, {}, ["swin_unetr"]).backbone == "swin_unetr"

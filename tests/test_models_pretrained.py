@@ -142,6 +142,48 @@ def test_wrong_size_foreign_and_broken_files_fail(files, tmp_path):
         read_weights_file(tmp_path / "none.pth")
 
 
+def test_values_that_are_not_finite_are_refused_and_named(encoder, tmp_path):
+    name = "swinViT.layers2.0.blocks.1.attn.qkv.bias"
+    broken = encoder[name].clone()
+    broken[1] = float("nan")
+    torch.save(encoder | {name: broken}, tmp_path / "w.pth")
+    model = swin()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=f"w.pth: 1 of 137 tensors hold values that are not finite, first {name}"):
+        load_pretrained(model, tmp_path / "w.pth")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("order", ["student first", "teacher first"])
+def test_a_file_of_two_networks_is_refused_unless_one_is_chosen(encoder, order, tmp_path):
+    """Neither is taken by chance of the order."""
+    student = {f"student.backbone.{key}": value for key, value in encoder.items()}
+    teacher = {f"teacher.{key}": value * 0 for key, value in encoder.items()}
+    both = student | teacher if order == "student first" else teacher | student
+    torch.save({"state_dict": both}, tmp_path / "both.pth")
+    with pytest.raises(WeightsError, match=r"(student|teacher)\.\S+ and (student|teacher)\..*--checkpoint_key student"):
+        load_pretrained(swin(), tmp_path / "both.pth")
+    for network, factor in (("student", 1), ("teacher", 0)):
+        model = swin()
+        load_pretrained(model, read_weights_file(tmp_path / "both.pth", network))
+        assert all(torch.equal(model.state_dict()[key], value * factor) for key, value in encoder.items())
+
+
+def test_the_same_tensors_under_two_prefixes_are_one_network(encoder, tmp_path):
+    torch.save(encoder | {f"module.{key}": value for key, value in encoder.items()}, tmp_path / "twice.pth")
+    assert load_pretrained(swin(), tmp_path / "twice.pth").share == 1
+
+
+def test_the_teacher_of_our_checkpoints_can_be_chosen(encoder, tmp_path):
+    inner = {f"backbone.network.{key}": value for key, value in encoder.items()}
+    torch.save({"student": inner, "teacher": {key: value + 1 for key, value in inner.items()}}, tmp_path / "run.pth")
+    for network, more in (("auto", 0), ("student", 0), ("teacher", 1)):
+        model = swin()
+        load_pretrained(model, read_weights_file(tmp_path / "run.pth", network))
+        name = "encoder1.layer.conv1.conv.weight"
+        assert torch.equal(model.state_dict()[name], encoder[name] + more)
+
+
 def test_a_network_of_ones_own_loads_whole_only(tmp_path):
     own = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     torch.save(own.state_dict(), tmp_path / "own.pth")

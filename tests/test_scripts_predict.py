@@ -83,6 +83,40 @@ def test_small_and_long_volumes(checkpoint, tmp_path):
         assert nib.load(out).shape == array.shape
 
 
+@pytest.mark.parametrize("how", ["the same name", "a link"])
+def test_the_ct_is_never_replaced(how, checkpoint, tmp_path):
+    hu, _ = labelled_volume(0)
+    save_as(tmp_path / "image.nii.gz", hu, "RAS")
+    before, output = (tmp_path / "image.nii.gz").read_bytes(), tmp_path / "image.nii.gz"
+    if how == "a link":
+        output = tmp_path / "out.nii.gz"
+        output.symlink_to(tmp_path / "image.nii.gz")
+    with pytest.raises(ValueError, match="is the CT itself, which the label map would replace"):
+        predict.main([str(tmp_path / "image.nii.gz"), str(output), "--checkpoint_file", str(checkpoint)])
+    assert (tmp_path / "image.nii.gz").read_bytes() == before
+
+
+def test_what_is_no_ct_is_told(checkpoint, tmp_path, capsys):
+    hu, label = labelled_volume(0)
+    save_as(tmp_path / "label.nii.gz", label, "RAS")
+    save_as(tmp_path / "shifted.nii.gz", (hu + 1024).clip(0), "RAS")
+    words = [str(tmp_path / "out.nii.gz"), "--checkpoint_file", str(checkpoint), "--device", "cpu", "--overlap", "0"]
+    with pytest.raises(ValueError, match="label.nii.gz: only 4 whole values, none below zero: a label map"):
+        predict.main([str(tmp_path / "label.nii.gz"), *words])
+    assert not (tmp_path / "out.nii.gz").exists()
+    predict.main([str(tmp_path / "shifted.nii.gz"), *words])
+    assert "shifted.nii.gz holds nothing below -200 HU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["backbone", "classes", "model", "preprocessing"])
+def test_a_checkpoint_that_lacks_a_part_names_it(name, checkpoint):
+    state = torch.load(checkpoint, weights_only=True)
+    del state[name]
+    torch.save(state, checkpoint)
+    with pytest.raises(CheckpointError, match=f"best.pth: holds no '{name}'; expected best.pth or checkpoint.pth of"):
+        predict.open_segmenter(checkpoint, torch.device("cpu"))
+
+
 def test_mistakes_are_named(checkpoint, tmp_path):
     words = ["--checkpoint_file", str(checkpoint), "--device", "cpu"]
     with pytest.raises(ValueError, match="out.png: expected a name ending in .nii"):

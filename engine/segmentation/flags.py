@@ -62,6 +62,7 @@ class NetworkOptions:
 
     Attributes:
         weights: pretrained weights (.safetensors, .pth); none = from scratch
+        checkpoint_key: which network of a file that holds a student and a teacher; auto = our checkpoints' student
         weights_part: what of them to load; whole = the reconstruction decoder too (student weights)
         min_share: least share of that part's keys that must fit, 0 to 1
         backbone: network; unset = the weights', else swin_unetr
@@ -70,6 +71,7 @@ class NetworkOptions:
     """
 
     weights: str = "none"
+    checkpoint_key: Literal["auto", "student", "teacher"] = "auto"
     weights_part: Literal["encoder", "whole"] = "encoder"
     min_share: float = 0.9
     backbone: str | None = field(default=None, metadata={"choices": sorted(SEGMENTERS)})
@@ -219,7 +221,7 @@ class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptio
 
 # These flags decide the result, so a resumed run must not change them.
 DECISIVE_FLAGS = {
-    *("num_labelled", "fold", "held_out_share", "weights_part"),
+    *("num_labelled", "fold", "held_out_share", "checkpoint_key", "weights_part"),
     *(name for name in flag_names(TrainingOptions) if name != "steps"),
 }
 # Neither must the content of these files; other paths are fine.

@@ -24,10 +24,10 @@ from engine.loop import MAX_SKIPPED_IN_A_ROW, NonFiniteLossError, agreed_checks
 from engine.optim import clip_gradients, load_optimizer
 from engine.schedules import CosineSchedule
 from engine.segmentation.flags import FinetuneOptions
+from engine.segmentation.setup import KIND
 from engine.signals import StopRequest
 from models.segmenters import freeze
 
-KIND = "segmentation"
 BEST = "best.pth"
 
 

@@ -10,10 +10,9 @@ from torch import nn
 from datasets.ct.geometry import resample
 from datasets.ct.nifti import Volume
 from datasets.lists.label_classes import LabelClasses
-from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly
+from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly, require
 from engine.device import pick_precision
-from engine.segmentation.loop import KIND
-from engine.segmentation.setup import Preprocessing
+from engine.segmentation.setup import KIND, Preprocessing
 from engine.segmentation.sliding_window import WindowOptions, segment_volume
 from models.segmenters import SEGMENTERS
 
@@ -62,6 +61,8 @@ def open_segmenter(
         CheckpointError: not a checkpoint of a finetuning run.
     """
     state = load_checkpoint(checkpoint_file, KIND)
+    names = ("backbone", "classes", "model", "preprocessing")
+    require(state, names, checkpoint_file, "best.pth or checkpoint.pth of a finetuning run")
     backbone, classes = state["backbone"], LabelClasses.from_dict(state["classes"])
     if backbone["name"] not in SEGMENTERS:
         known = ", ".join(SEGMENTERS)

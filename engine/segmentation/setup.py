@@ -10,7 +10,9 @@ from pathlib import Path
 
 from datasets.ct.geometry import CANONICAL_AXCODES as AXCODES
 from datasets.store.volumes import VolumeStore
+from models.methods import METHODS
 
+KIND = "segmentation"  # of a finetuned network's checkpoint
 DEFAULTS = {
     "preprocessing": {"spacing_mm": [2.0, 1.5, 1.5], "hu_min": -125.0, "hu_max": 225.0, "roi": [96, 96, 96]},
     "backbone": {"name": "swin_unetr", "feature_size": 48},
@@ -74,8 +76,13 @@ def resolve_setup(
         store_dir: a volume store, which may not exist yet.
 
     Raises:
-        ValueError: a HU window whose ends are swapped, or an unknown backbone.
+        ValueError: weights of something else (SAM), a HU window whose ends are swapped, or an unknown backbone.
     """
+    if described.get("kind") not in (None, KIND, *METHODS):
+        raise ValueError(
+            f"--weights holds a checkpoint of kind {described['kind']!r}; expected pretrained weights (main_ddp.py, "
+            "extract_backbone_weights.py) or a finetuned network"
+        )
     defaults, chosen, notes = dict(DEFAULTS["preprocessing"]), {}, []
     if store_dir is not None and (Path(store_dir) / "store.json").exists():
         defaults["spacing_mm"] = plain_spacing(VolumeStore(store_dir, names=()).spacing_mm)
