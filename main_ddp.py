@@ -19,6 +19,11 @@ import logging
 import sys
 from pathlib import Path
 
+from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
+
+if __name__ == "__main__":
+    stop_early_when_asked()  # before the imports below, which take seconds
+
 import torch
 
 from datasets.ct.geometry import CANONICAL_AXCODES
@@ -29,7 +34,14 @@ from datasets.samples.pairings import PairingOptions
 from datasets.store.volumes import parse_spacing, spacing_text
 from engine import distributed
 from engine.checkpoint import BackgroundSaver, describe_resumed, find_wanted, set_aside
-from engine.device import compile_networks, make_scaler, pick_device, pick_precision, use_channels_last
+from engine.device import (
+    compile_networks,
+    explained_out_of_memory,
+    make_scaler,
+    pick_device,
+    pick_precision,
+    use_channels_last,
+)
 from engine.distributed import World
 from engine.flags import RunInfo, check_all, options_of, run_main
 from engine.logging import RunLog, SilentLog, make_log
@@ -49,7 +61,6 @@ from engine.profiler import profiled
 from engine.run import RunState
 from engine.run_folder import claimed
 from engine.schedules import CosineSchedule
-from engine.signals import EXIT_INTERRUPTED, stop_early_when_asked
 from engine.watch.pictures import draw_pictures
 from engine.watch.probe import ProbeOptions, watch_probe
 from engine.weights import start_from
@@ -58,6 +69,12 @@ from models.backbones import BACKBONES
 from models.backbones.interface import MakeBackbone
 from models.layers.batch_norm import synchronise_batch_norms
 from models.methods import METHODS, Method
+
+MEMORY_FLAGS = (
+    "batch_size accumulate_steps roi_z roi_y roi_x feature_size precision use_checkpoint",
+    "halve --batch_size and double --accumulate_steps (the same training), use --use_checkpoint or --precision bf16, "
+    "or make the crops smaller",
+)
 
 
 def make_flags(method: str = DEFAULT_METHOD):
@@ -71,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     method = check_and_build(flags)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     world = distributed.start(flags.device, flags.dist_timeout_min)
-    with claimed(flags.output_dir, world):
+    with claimed(flags.output_dir, world), explained_out_of_memory(flags, *MEMORY_FLAGS):
         is_complete = start_and_train(flags, method, world)
     distributed.stop()
     if not is_complete:
@@ -310,5 +327,4 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
 
 
 if __name__ == "__main__":
-    stop_early_when_asked()
     run_main(main)

@@ -4,9 +4,11 @@ Nothing here changes what is computed beyond rounding; what each choice brings i
 `python -m benchmarks.pretrain_step`.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -102,6 +104,26 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
             "start at most that many processes (--nproc_per_node)"
         )
     return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(flags: object, names: str, advice: str) -> Iterator[None]:
+    """Inside the block, a GPU that has no memory left is a mistake in flags, and told as one.
+
+    Args:
+        flags: has the flags as attributes.
+        names: those that decide how much is needed, separated by spaces; the message shows their values.
+        advice: what to change.
+
+    Raises:
+        ValueError: in place of PyTorch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        facts = ". ".join(str(error).split(". ")[:3]).removesuffix(".")  # the rest is about allocators
+        values = ", ".join(f"--{name} {getattr(flags, name)}" for name in names.split())
+        raise ValueError(f"{facts}. This run has {values}: {advice}") from error
 
 
 def make_cpu_repeatable() -> None:

@@ -313,11 +313,18 @@ class RunInfo:
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a user's mistake (`ValueError`, a missing file) ends it with one line instead of a traceback.
 
-    Set ALICE_TRACEBACK=1 to see where the error was raised.
+    Every process of torchrun finds mistakes in flags, and one on each machine tells them. Set ALICE_TRACEBACK=1 to see
+    where the error was raised.
     """
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        message = f"error: {error}"
+        if isinstance(error, RuntimeError):
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            message += ". If the system ran out of memory, lower --num_workers; in containers also raise --shm-size"
         if os.environ.get("ALICE_TRACEBACK"):
             raise
-        raise SystemExit(f"error: {error}") from error
+        is_told_by_another = isinstance(error, FlagError) and os.environ.get("LOCAL_RANK", "0") != "0"
+        raise SystemExit(1 if is_told_by_another else message) from error

@@ -149,7 +149,8 @@ class RunningOptions(DeviceOptions):
         channels_last: 3-D convolutions in channels-last layout: same numbers, other speed
         cudnn_benchmark: cuDNN tries its algorithms at the first step, and keeps the fastest
         sync_batchnorm: batch norms see the samples of all ranks
-        compile: torch.compile: a slow first step, then faster ones; needs a C++ compiler
+        compile: torch.compile: a slow first step, then faster ones; needs a C++ compiler (on a CPU, torch 2.6 aborts in
+            the backward pass; newer ones do not)
         nan_policy: on a non-finite loss: stop all ranks, or skip the step
         profile_steps: record so many steps after the first: OUTPUT_DIR/trace.json.gz for ui.perfetto.dev, a table; 0 =
             off

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.store.volumes import VolumeStore
 from engine import distributed
+from engine.device import explained_out_of_memory
 from engine.flags import DeviceOptions, RunInfo, add_options, add_switch, make_parser, run_main
 from engine.segmentation.evaluation import evaluate, file_cases, labelled_cases
 from engine.segmentation.flags import EvaluationOptions
@@ -62,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         RunInfo.collect(flags).write(output_dir)
     predictions_dir = output_dir / "predictions" if flags.save_predictions else None
     load, names = file_cases(cases, segmenter, store, flags.pictures), [case.name for case in cases]
-    judged = evaluate(segmenter, load, names, world, flags.nsd_mm, predictions_dir, progress=len(names) > 1)
+    with explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"):
+        judged = evaluate(segmenter, load, names, world, flags.nsd_mm, predictions_dir, progress=len(names) > 1)
     if world.is_main:
         description = {"checkpoint": flags.checkpoint_file, "section": flags.section}
         judged.write(output_dir, segmenter.classes.names, description | {"NSD tolerance in mm": flags.nsd_mm})

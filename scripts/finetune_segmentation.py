@@ -21,6 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine.signals import EXIT_INTERRUPTED, StopRequest, exiting_when_asked, stop_early_when_asked
+
+if __name__ == "__main__":
+    stop_early_when_asked()  # before the imports below, which take seconds
+
 import torch
 from torch import nn
 
@@ -33,7 +38,7 @@ from datasets.store.format import checksum_of
 from datasets.store.volumes import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
 from engine.checkpoint import describe_resumed, find_wanted, load_checkpoint, set_aside
-from engine.device import make_scaler, pick_precision
+from engine.device import explained_out_of_memory, make_scaler, pick_precision
 from engine.distributed import World, main_decides
 from engine.flags import RunInfo, add_options, add_resume, make_parser, options_of, run_main
 from engine.logging import make_log
@@ -46,11 +51,16 @@ from engine.segmentation.report import TABLE
 from engine.segmentation.segmenter import Segmenter, open_segmenter
 from engine.segmentation.setup import KIND, Setup, plain_spacing, resolve_setup
 from engine.segmentation.sliding_window import WindowOptions
-from engine.signals import EXIT_INTERRUPTED, StopRequest, exiting_when_asked, stop_early_when_asked
 from losses.segmentation import make_dice_ce, rare_class_weights
 from models.pretrained import load_pretrained
 from models.segmenters import SEGMENTERS, count_parameters, freeze, layer_groups
 from models.weights_file import WeightsFile, read_weights_file
+
+MEMORY_FLAGS = (
+    "batch_size window_batch roi_z roi_y roi_x feature_size precision use_checkpoint",
+    "lower --batch_size (or --window_batch, if it happened in a validation), use --use_checkpoint or --precision bf16, "
+    "or make the crops smaller",
+)
 
 
 def make_flags():
@@ -69,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     plan = make_plan(options)
     world = distributed.start(options.device, options.dist_timeout_min)
-    with claimed(options.output_dir, world):
+    with claimed(options.output_dir, world), explained_out_of_memory(options, *MEMORY_FLAGS):
         is_complete = start_and_train(plan, RunInfo.collect(flags), world)
     distributed.stop()
     if not is_complete:
@@ -317,5 +327,4 @@ def evaluate_best(plan: Plan, store: VolumeStore, world: World) -> None:
 
 
 if __name__ == "__main__":
-    stop_early_when_asked()
     run_main(main)

@@ -17,7 +17,7 @@ import numpy as np
 from datasets.ct.file_grid import read_file_grid, write_label_like
 from datasets.ct.intensity import NO_AIR_HU, few_whole_values
 from datasets.ct.nifti import Volume, read_ct
-from engine.device import pick_device
+from engine.device import explained_out_of_memory, pick_device
 from engine.flags import DeviceOptions, add_options, make_parser, run_main
 from engine.segmentation.segmenter import open_segmenter
 from engine.segmentation.sliding_window import WindowOptions
@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     segmenter = open_segmenter(flags.checkpoint_file, device, flags.overlap, flags.window_batch, flags.precision)
     volume, grid = read_ct(flags.image), read_file_grid(flags.image)
     check_is_ct(volume)
-    found = segmenter.segment(segmenter.on_own_grid(volume), volume)
+    with explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"):
+        found = segmenter.segment(segmenter.on_own_grid(volume), volume)
     write_label_like(flags.output, segmenter.classes.to_values(found), grid)
     voxel_ml = float(np.prod(volume.spacing_mm)) / 1000
     counts = np.bincount(found.ravel(), minlength=len(segmenter.classes))

@@ -19,6 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine.signals import EXIT_INTERRUPTED, StopRequest, stop_early_when_asked
+
+if __name__ == "__main__":
+    stop_early_when_asked()  # before the imports below, which take seconds
+
 import jsonargparse
 import torch
 from torch import nn
@@ -37,7 +42,6 @@ from engine.logging import Clock, Meters, make_log
 from engine.optim import clip_gradients, make_optimizer
 from engine.run_folder import claimed
 from engine.schedules import CosineSchedule
-from engine.signals import EXIT_INTERRUPTED, StopRequest
 from models.layers.convolution import use_steady_convolutions
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.judging.evaluate import load_landmarks

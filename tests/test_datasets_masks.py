@@ -56,5 +56,7 @@ def test_ratios_that_leave_nothing_to_see_are_refused():
     for ratio in (-0.1, 1.0):
         with pytest.raises(ValueError, match="--mask_ratio"):
             num_masked_blocks((4, 4, 4), ratio)
+    with pytest.raises(ValueError, match="hides none of the 64 blocks"):
+        num_masked_blocks((4, 4, 4), 0.002)
     with pytest.raises(ValueError, match="hides all 1 blocks"):
         num_masked_blocks((1, 1, 1), 0.75)

@@ -67,6 +67,17 @@ def test_sam_crops_show_the_same_place_of_two_cases():
         assert np.abs(one - other).max() < 1.5  # 5 % other spacing along one axis
 
 
+def test_crops_can_stay_at_their_matched_points_as_published():
+    """Without jitter and with any overhang, every crop is centred at a point of the table."""
+    dataset = make_dataset(jitter_mm=0.0, max_outside=1.0)
+    rows = dataset.pairing.table.rows
+    matches = np.concatenate([rows["query_mm"], rows["key_mm"]], axis=1)
+    matches = np.concatenate([matches, matches[:, [3, 4, 5, 0, 1, 2]]])
+    for index in range(40):
+        distance = np.abs(matches - dataset.places(index).points_mm.reshape(6)).max(1).min()
+        assert distance < 1e-3
+
+
 def one_row(store: FakeStore, start: tuple[int, int, int] = (12, 10, 8)) -> CorrespondenceTable:
     """A match between the crops of case0 and case1 that begin at one voxel."""
     rows = np.zeros(1, ROW_DTYPE)

@@ -10,6 +10,7 @@ import pytest
 
 import main_ddp
 from engine.pretrain_flags import chosen_method
+from engine.signals import EXIT_INTERRUPTED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (REPOSITORY / "scripts").glob("*.py") if path.stem != "__init__")
@@ -56,6 +57,16 @@ def test_committed_configs_hold_known_keys(config):
     words = [word for action in required for word in (action.option_strings[0], "given")]
     flags = parser.parse_args(["--config", str(config), *words])
     assert flags is not None
+
+
+@pytest.mark.parametrize("entry_point", ["main_ddp.py", "scripts/finetune_segmentation.py", "scripts/train_sam.py"])
+def test_a_signal_while_importing_is_an_interruption(entry_point, tmp_path):
+    """On a network disk the imports take a minute."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, entry_point], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert run.returncode == EXIT_INTERRUPTED, run.stderr
 
 
 @pytest.mark.parametrize("entry_point", ["scripts/create_json.py", "main_ddp.py"])

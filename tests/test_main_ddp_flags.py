@@ -20,7 +20,7 @@ data_dir json_list output_dir embed_dir checkpoint_file batch_size lr epochs roi
 OURS = """
 method table_file store_dir spacing_mm pairing mask_block min_score max_cycle_mm iou_range jitter_mm augment backbone
 feature_size casa_variant casa_heads casa_head_dim casa_hidden_dim casa_cosine_scale query_stride key_stride out_dim
-head_hidden_dim head_bottleneck_dim shared_head shared_head_teacher norm_last_layer cls_features
+max_outside head_hidden_dim head_bottleneck_dim shared_head shared_head_teacher norm_last_layer cls_features
 recon_on student_temp teacher_temp warmup_teacher_temp warmup_teacher_temp_epochs
 centring centre_momentum optimizer sgd_momentum clip_each steps_per_epoch accumulate_steps lr_reference_batch
 min_lr warmup_epochs weight_decay weight_decay_end clip_grad freeze_last_layer device precision use_checkpoint compile
@@ -61,6 +61,11 @@ def test_every_flag_has_help():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configs_parse_and_hold_no_mistake(path):
     check(parsed(["--config", str(path)]), world_size=8)
+
+
+def test_the_published_recipe_centres_crops_at_its_matches():
+    options = options_of(parsed(["--config", str(FOLDER / "alice_published.yaml")]), PairingOptions)
+    assert (options.min_score, options.jitter_mm, options.max_outside) == (0.7, 0, 1)
 
 
 def test_command_line_wins_over_the_config(tmp_path):

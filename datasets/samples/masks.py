@@ -52,7 +52,8 @@ def num_masked_blocks(grid: Sequence[int], mask_ratio: float) -> int:
     """How many blocks a mask of this ratio hides.
 
     Raises:
-        ValueError: the ratio lies outside of [0, 1), or rounds to every block, which leaves nothing to see.
+        ValueError: the ratio lies outside of [0, 1), or rounds to every block, which leaves nothing to see, or is above
+            0 and rounds to none.
     """
     num_blocks = int(np.prod(grid))
     if not 0.0 <= mask_ratio < 1.0:
@@ -62,6 +63,11 @@ def num_masked_blocks(grid: Sequence[int], mask_ratio: float) -> int:
         raise ValueError(
             f"--mask_ratio {mask_ratio} hides all {num_blocks} blocks of the grid {tuple(grid)}; lower it, lower "
             "--mask_block, or enlarge --roi_z, --roi_y, --roi_x"
+        )
+    if mask_ratio > 0 and num_masked == 0:
+        raise ValueError(
+            f"--mask_ratio {mask_ratio} hides none of the {num_blocks} blocks of the grid {tuple(grid)}; raise it, "
+            "lower --mask_block, or give 0 (no masking)"
         )
     return num_masked
 

@@ -74,9 +74,9 @@ class PairingOptions:
         max_cycle_mm: largest cycle error of a matched pair, mm; 1e6 = any
         iou_range: IoU of two crops of one volume, low high
         jitter_mm: how far both crops of a matched pair may lie off its points, by the same vector, along each axis, mm;
-            0 = centred at the points, as published
-        max_outside: share of a crop's side by which the two crops of a match may overhang the bodies' boxes where one
-            vector can bring both inside, in [0, 1]; 1 = they stay where they are
+            0 = centred at the points, as published, where --max_outside 1 leaves them there
+        max_outside: share of a crop's side, 0 to 1, by which the two crops of a match may overhang the bodies' boxes:
+            further out, one vector moves both; 1 = they stay where they are, as published
         grid_bases: base crops of a grid: along W (left), along H (posterior)
         grid_crops: random crops inside the region of a grid
     """
@@ -86,7 +86,7 @@ class PairingOptions:
     max_cycle_mm: float = 18.0
     iou_range: tuple[float, float] = (0.3, 0.6)
     jitter_mm: float = 30.0
-    max_outside: float = field(default=0.0, metadata={"flag": False})
+    max_outside: float = 0.0
     grid_bases: tuple[int, int] = (3, 3)
     grid_crops: int = 2
 
@@ -96,8 +96,8 @@ class PairingOptions:
             raise ValueError(f"--iou_range is {low} {high}, expected 0 <= low <= high <= 1")
         if self.jitter_mm < 0 or not 0.0 <= self.max_outside <= 1.0 or self.max_cycle_mm < 0:
             raise ValueError(
-                f"expected --jitter_mm >= 0, --max_cycle_mm >= 0 and max_outside in [0, 1], got {self.jitter_mm}, "
-                f"{self.max_cycle_mm} and {self.max_outside}"
+                f"expected --jitter_mm >= 0, --max_cycle_mm >= 0 and --max_outside in [0, 1], got {self.jitter_mm:g}, "
+                f"{self.max_cycle_mm:g} and {self.max_outside:g}"
             )
         if min(self.grid_bases) < 1 or max(self.grid_bases) < 2:
             raise ValueError(f"--grid_bases is {self.grid_bases[0]} {self.grid_bases[1]}, expected two or more bases")

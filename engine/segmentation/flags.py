@@ -123,7 +123,7 @@ class EvaluationOptions:
         section: section of the data list to evaluate
         overlap: overlap of windows in the evaluation, 0 to below 1
         window_batch: windows per forward pass
-        nsd_mm: tolerance of the normalised surface distance, mm; 0 = leave it out
+        nsd_mm: tolerance of the normalised surface distance, mm, the same for all organs; 0 = leave it out
     """
 
     section: str = "validation"

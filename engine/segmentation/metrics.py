@@ -1,7 +1,9 @@
 """Dice and normalised surface distance per organ, MONAI's, on the part of the volume that holds the organ.
 
 Conventions where MONAI leaves the choice: an organ that neither truth nor prediction has counts for nothing (NaN); one
-that only one of them has scores 0 in both measures, as FLARE22 counts it.
+that only one of them has scores 0 in both measures, as FLARE22 counts it. MONAI's NSD counts the voxels of the surfaces
+and takes one tolerance for all organs; FLARE22's official NSD weighs surface area, with a tolerance for each organ. So
+Dice can be compared with leaderboards, NSD cannot.
 """
 
 import warnings
