@@ -1,7 +1,10 @@
 """Checkpoints: atomic, falling back to the one before, loadable without running code."""
 
+import os
+import stat
 import threading
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -22,6 +25,22 @@ def test_latest_and_previous_rotate_and_load_with_weights_only(tmp_path):
     assert torch.load(tmp_path / ck.LATEST, weights_only=True)["step"] == 3
     assert torch.load(tmp_path / ck.PREVIOUS, weights_only=True)["step"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [ck.LATEST, ck.PREVIOUS]
+
+
+def test_the_disk_has_a_checkpoint_before_it_gets_its_name_and_then_the_name(tmp_path, monkeypatch):
+    """A rename may reach the disk before the content does, and a power cut then leaves an empty checkpoint."""
+    plain, synced = os.fsync, []
+
+    def note(handle: int) -> None:
+        names = sorted(path.name for path in tmp_path.iterdir())
+        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        is_whole = is_folder or zipfile.is_zipfile(tmp_path / f"{ck.LATEST}.tmp")
+        synced.append((is_folder, is_whole, names))
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    ck.save_checkpoint(state(1), tmp_path)
+    assert synced == [(False, True, [f"{ck.LATEST}.tmp"]), (True, True, [ck.LATEST])]
 
 
 def test_numbered_copy_stays(tmp_path):

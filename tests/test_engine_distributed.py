@@ -1,5 +1,6 @@
 """Process groups and what they set up: a CPU run repeats itself."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -30,6 +31,17 @@ def test_gathering_repeats_exactly_on_the_cpu():
     finally:
         distributed.stop()
         torch.use_deterministic_algorithms(before)
+
+
+def test_every_step_of_every_rank_and_seed_draws_its_own_numbers_again():
+    def drawn(*place: int) -> tuple[float, ...]:
+        distributed.seed_step(*place)
+        return tuple(torch.rand(3).tolist())
+
+    places = list(itertools.product((0, 1), (0, 1, 2), (0, 1)))  # seed, step, rank
+    first = [drawn(*place) for place in places]
+    assert len(set(first)) == len(places)
+    assert [drawn(*place) for place in places] == first
 
 
 @pytest.fixture

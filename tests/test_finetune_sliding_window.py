@@ -72,6 +72,12 @@ def test_slices_equal_the_obvious_sum_over_the_whole_volume(shape, batch_size):
     torch.testing.assert_close(slices.sum(0), torch.ones(shape), rtol=1e-4, atol=1e-5)
 
 
+def test_windows_count_less_towards_their_borders():
+    """A Gaussian of an eighth of the side: exp(-x^2 / 2) at 0.5, 1.5, 2.5 and 3.5 voxels from the middle of eight."""
+    half = [0.01, 0.04394, 0.32465, 0.88250]  # the last, 0.0022, is raised to 0.01
+    assert blend_weights(8).tolist() == pytest.approx(half + half[::-1], abs=1e-5)
+
+
 @pytest.mark.parametrize(("name", "value"), [("overlap", 1.0), ("window_batch", 0)])
 def test_options_out_of_range_name_their_flag(name, value):
     with pytest.raises(ValueError, match={"overlap": "--overlap 1.0", "window_batch": "--window_batch 0"}[name]):
