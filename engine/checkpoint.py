@@ -13,11 +13,9 @@ import contextlib
 import copy
 import itertools
 import os
-import pickle
 import shutil
 import textwrap
 import warnings
-import zipfile
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +23,7 @@ from pathlib import Path
 import torch
 
 from engine.distributed import World, main_decides, was_restarted
+from models.weights_file import WeightsError, first_line, read_plain
 
 LATEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
@@ -108,12 +107,9 @@ def load_checkpoint(path: str | Path, kinds: str | Collection[str] | None = None
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
-        check_parts(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as e:
-        raise CheckpointError(unreadable(path, e)) from e
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}; expected the dict that main_ddp.py writes")
+        state = read_plain(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     wanted = (kinds,) if isinstance(kinds, str) else kinds
     if wanted is not None and state.get("kind") not in wanted:
         found = f"kind {state['kind']!r}" if "kind" in state else f"keys {', '.join(map(str, list(state)[:5]))} ..."
@@ -133,35 +129,6 @@ def require(state: dict, names: Collection[str], path: str | Path, expected: str
     missing = [name for name in names if name not in state]
     if missing:
         raise CheckpointError(f"{path}: holds no {', '.join(map(repr, missing))}; expected {expected}")
-
-
-def check_parts(path: Path) -> None:
-    """Compare the checksum of every part of a checkpoint (a zip archive); older formats have none and pass.
-
-    Raises:
-        ValueError: a part differs: bytes of the file have changed since it was written.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of its part {damaged} is wrong: the file was damaged")
-
-
-def unreadable(path: Path, error: Exception) -> str:
-    """Tell a file with foreign objects apart from one that is merely broken."""
-    text = str(error)
-    if "Unsupported global" in text or "Unsupported class" in text or "GLOBAL" in text:
-        return (
-            f"{path}: holds pickled Python objects besides tensors, which could run code, and is not loaded; "
-            "save its tensors alone (a dict of tensors) in the environment that made it"
-        )
-    return f"{path}: not a complete checkpoint ({first_line(error)})"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def find_resumable(output_dir: str | Path, kind: str) -> tuple[dict, Path] | None:

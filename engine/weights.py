@@ -8,12 +8,11 @@ segmentation network shares, so that `model.load_state_dict(weights, strict=Fals
 import json
 from dataclasses import replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoint import CheckpointError, check_parts
+from engine.checkpoint import CheckpointError
 from models.methods.method import Method, average_towards
 from models.pretrained import LoadReport, load_pretrained, own_head_name
 from models.weights_file import WeightsError, check_finite, read_weights_file
@@ -129,7 +128,6 @@ def start_from(method: Method, path: str | Path) -> LoadReport:
     student = method.student
     own, network = student.state_dict(), student.backbone.network
     try:
-        check_parts(Path(path))
         file = read_weights_file(path, "student")
         file = replace(file, tensors={own_head_name(name): value for name, value in file.tensors.items()})
         beside = {
@@ -143,8 +141,6 @@ def start_from(method: Method, path: str | Path) -> LoadReport:
         report = load_pretrained(network, file, min_share=0.0, part="whole")  # the decoder, as far as there is one
     except WeightsError as error:
         raise CheckpointError(f"--checkpoint_file {error}") from error
-    except (ValueError, OSError, BadZipFile) as error:
-        raise CheckpointError(f"--checkpoint_file {path}: {error}") from error
     student.load_state_dict(beside, strict=False)
     if "teacher" in method.networks():
         average_towards(method.teacher, student, 0.0)

@@ -6,6 +6,7 @@ window, axis codes, backbone) comes from the header of a .safetensors, the `.jso
 
 import json
 import pickle
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,17 +88,7 @@ def _plain(text: str) -> object:
 
 
 def _read_pickled(path: Path, network: str) -> WeightsFile:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path}: holds Python objects besides tensors, which could run code, or is damaged, and is not loaded; "
-            "save its state dict alone (torch.save(model.state_dict(), ...)) in the environment that made it"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path}: not a complete PyTorch file ({str(error).splitlines()[0][:200]})") from error
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    state = read_plain(path)
     container = next((name for name in (network, *CONTAINERS) if isinstance(state.get(name), dict)), None)
     tensors = state if container is None else state[container]
     description = {name: state[name] for name in DESCRIBING if name in state}
@@ -105,6 +96,51 @@ def _read_pickled(path: Path, network: str) -> WeightsFile:
     if beside.is_file():
         description |= _read_description(beside)
     return WeightsFile(str(path), {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}, description)
+
+
+def read_plain(path: Path) -> dict:
+    """The dict of tensors and plain values in a .pth or .pt file, on the CPU, with its checksums compared.
+
+    Raises:
+        WeightsError: damaged, holding objects that only code can rebuild, or no dict.
+    """
+    try:
+        check_parts(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as e:
+        raise WeightsError(unreadable(path, e)) from e
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: holds a {type(state).__name__}; expected a dict with tensors")
+    return state
+
+
+def check_parts(path: Path) -> None:
+    """Compare the checksum of every part of a file (a zip archive); older formats have none and pass.
+
+    Raises:
+        ValueError: a part differs: bytes of the file have changed since it was written.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of its part {damaged} is wrong: the file was damaged")
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Tell a file with foreign objects apart from one that is merely broken."""
+    text = str(error)
+    if "Unsupported global" in text or "Unsupported class" in text or "GLOBAL" in text:
+        return (
+            f"{path}: holds pickled Python objects besides tensors, which could run code, and is not loaded; "
+            "save its tensors alone (a dict of tensors) in the environment that made it"
+        )
+    return f"{path}: not a complete PyTorch file ({first_line(error)})"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _read_description(path: Path) -> dict:

@@ -24,7 +24,6 @@ def test_a_signal_after_the_training_changes_nothing_and_one_in_it_is_noted(numb
     with StopRequest() as stop:
         os.kill(os.getpid(), number)
         assert stop.requested
-    os.kill(os.getpid(), number)
     assert signal.getsignal(number) == signal.SIG_IGN
 
 

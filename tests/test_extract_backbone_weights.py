@@ -248,12 +248,12 @@ def test_damaged_or_code_bearing_starting_weights_are_refused(checkpoint, tmp_pa
     with pytest.raises(CheckpointError, match="sam.pth: 0 of 137 keys"):
         start_from(method, tmp_path / "sam.pth")
     torch.save({"state_dict": method.student.state_dict(), "code": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
-    with pytest.raises(CheckpointError, match="code.pth: holds Python objects"):
+    with pytest.raises(CheckpointError, match="code.pth: holds pickled Python objects"):
         start_from(method, tmp_path / "code.pth")
     content = bytearray(checkpoint.read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "flipped.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match="flipped.pth: the checksum"):
+    with pytest.raises(CheckpointError, match="flipped.pth: .*the checksum"):
         start_from(method, tmp_path / "flipped.pth")
 
 

@@ -136,7 +136,7 @@ def test_wrong_size_foreign_and_broken_files_fail(files, tmp_path):
     with pytest.raises(WeightsError, match="torn.safetensors: not readable as safetensors"):
         read_weights_file(tmp_path / "torn.safetensors")
     torch.save(nn.Linear(2, 2), tmp_path / "object.pth")
-    with pytest.raises(WeightsError, match="object.pth: holds Python objects"):
+    with pytest.raises(WeightsError, match="object.pth: holds pickled Python objects"):
         read_weights_file(tmp_path / "object.pth")
     with pytest.raises(WeightsError, match="no such weights file"):
         read_weights_file(tmp_path / "none.pth")
@@ -182,6 +182,17 @@ def test_the_teacher_of_our_checkpoints_can_be_chosen(encoder, tmp_path):
         load_pretrained(model, read_weights_file(tmp_path / "run.pth", network))
         name = "encoder1.layer.conv1.conv.weight"
         assert torch.equal(model.state_dict()[name], encoder[name] + more)
+
+
+def test_a_changed_bit_is_found(tmp_path):
+    """torch.load takes it as it is."""
+    torch.save({"encoder": torch.full((100,), 2.0)}, tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    content[content.index(b"\x00\x00\x00\x40") + 3] ^= 1
+    (tmp_path / "w.pth").write_bytes(content)
+    assert torch.load(tmp_path / "w.pth", weights_only=True)["encoder"][0] != 2
+    with pytest.raises(WeightsError, match="w.pth: not a complete PyTorch file .the checksum of its part"):
+        read_weights_file(tmp_path / "w.pth")
 
 
 def test_a_network_of_ones_own_loads_whole_only(tmp_path):

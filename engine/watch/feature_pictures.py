@@ -115,8 +115,8 @@ def enlarge(tokens: np.ndarray, size: Size3) -> np.ndarray:
     return tokens
 
 
-def draw_plane(axis, volume: np.ndarray, plane: str, centre: Size3, voxel_mm: tuple, title: str) -> None:
-    """One plane of a volume [D, H, W] in grey, or [D, H, W, 3] in its colours."""
+def draw_plane(axis, volume: np.ndarray, plane: str, centre: Size3 | None, voxel_mm: tuple, title: str) -> None:
+    """One plane of a volume [D, H, W] in grey, or [D, H, W, 3] in its colours; through the middle without `centre`."""
     picture, aspect = cut_plane(volume, plane, centre), pixel_aspect(plane, voxel_mm)
     axis.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
     axis.set_title(title, fontsize=7, pad=2)

@@ -14,18 +14,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from datasets.ct.planes import cut_plane, pixel_aspect, planes_of
+from datasets.ct.planes import planes_of
 from datasets.samples.dataset import CropDataset
 from engine.device import autocast
 from engine.logging import RunLog
 from engine.loop import evaluating, on_device
-from engine.watch.feature_pictures import attention_figure, feature_figure
+from engine.watch.feature_pictures import PLANES, attention_figure, draw_plane, feature_figure
 from engine.watch.sample_sheet import sample_figure, samples_of
 from models.methods.method import Method, rows_of
 
 NUM_PICTURED = 2
 FEATURE_STRIDE = 8  # of the encoder map that is drawn, voxels
-PLANES = ("axial", "coronal")
+HIDDEN_COLOUR = "#3a6ea5"
 COLUMNS = ("crop", "seen by the student", "reconstruction", "hidden blocks filled")
 
 
@@ -110,18 +110,10 @@ def reconstruction_figure(
         volumes = (crop, view, made, np.where(np.isnan(view), made, crop))
         pictures = [(plane, name, volume) for plane in planes for name, volume in zip(COLUMNS, volumes)]
         for axis, (plane, name, volume) in zip(axes[index], pictures):
-            show(axis, cut_plane(volume, plane), pixel_aspect(plane, voxel_mm))
-            axis.set_title(f"{plane}: {name}", fontsize=7, pad=2)
+            axis.set_facecolor(HIDDEN_COLOUR)  # seen through NaN
+            draw_plane(axis, volume, plane, None, voxel_mm, f"{plane}: {name}")
         axes[index, 0].set_ylabel(title, fontsize=7)
     return figure
-
-
-def show(axis, picture: np.ndarray, aspect: float) -> None:
-    """Draw one plane in grey; hidden voxels (NaN) in blue."""
-    axis.set_facecolor("#3a6ea5")
-    axis.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
 
 
 def figure_pixels(figure: Figure) -> np.ndarray:
