@@ -15,7 +15,8 @@ network's own names (of other backbones: those of `models.backbones.segmentation
 
 A .pth (`--format monai`) holds a plain dict of tensors, with a description beside it (`alice.pth.json`); a .safetensors
 (`--format safetensors`) holds both, under the same names. Without --format the suffix decides. The description states
-the preprocessing that the weights expect: spacing, HU window, crop, axis codes.
+the preprocessing that the weights expect: spacing, HU window, crop, axis codes. Weights of slices (--roi_z 1) are for
+MONAI's network with spatial_dims=2.
 """
 
 import torch

@@ -6,7 +6,9 @@ from monai.networks.nets import SwinUNETR
 
 from models.backbones import BACKBONES, segmentation_network
 from models.backbones.interface import Backbone, upsample_mask
+from models.pretrained import load_pretrained
 from models.segmenters import SEGMENTERS, kind_of
+from models.weights_file import WeightsFile
 
 ROI = (1, 64, 32)
 SWINS = ["swin_unetr", "swin_unetr_v2"]
@@ -93,6 +95,15 @@ def test_a_2d_segmenter_takes_exported_weights(name: str) -> None:
     with torch.no_grad():
         assert network(slices()).shape == (2, 3, *ROI)
     SEGMENTERS[name].check_sizes(12, ROI)
+
+
+def test_one_channel_weights_fill_a_2d_network_of_three() -> None:
+    weights = make_backbone().network.state_dict()
+    network = SEGMENTERS["swin_unetr"].build(3, 2, 12, spatial_dims=2)
+    report = load_pretrained(network, WeightsFile("weights.pth", weights))
+    key = "swinViT.patch_embed.proj.weight"
+    assert key in report.adapted and report.share == 1
+    torch.testing.assert_close(network.state_dict()[key].sum(1, keepdim=True), weights[key])
 
 
 @pytest.mark.parametrize("name", sorted(BACKBONES))

@@ -47,11 +47,13 @@ def sample_figure(samples: Sequence[Mapping[str, torch.Tensor]], store=None, vie
         raise ValueError("a sample sheet needs at least one sample")
     num_crops = min(MOST_CROPS, len(samples[0]["case"]))
     planes = planes_of(samples[0][view].shape[2:])
-    figure = Figure(figsize=((0.2 + 2.1 * len(planes)) * num_crops, 2.6 * len(samples)))
+    side = 2.1 if len(planes) > 1 else 3.0  # of a picture, inches
+    height = (side + 0.5) * len(samples)
+    figure = Figure(figsize=((0.2 + side * len(planes)) * num_crops, height))
     axes = figure.subplots(len(samples), len(planes) * num_crops, squeeze=False)
-    figure.subplots_adjust(0.005, 0.01, 0.995, 1 - 0.4 / (2.6 * len(samples)), wspace=0.03, hspace=0.28)
+    figure.subplots_adjust(0.005, 0.01, 0.995, 1 - 0.4 / height, wspace=0.03, hspace=0.6 / side)
     for row, sample in zip(axes, samples):
-        row[0].text(0, 1.14, _title(sample, store, num_crops), transform=row[0].transAxes, fontsize=9)
+        row[0].text(0, 1 + 0.3 / side, _title(sample, store, num_crops), transform=row[0].transAxes, fontsize=9)
         for crop in range(num_crops):
             image = sample[view][crop, 0].float().cpu().numpy()
             mask = _voxel_mask(sample, crop, image.shape)
