@@ -1,8 +1,9 @@
-"""Take the backbone out of a pretraining checkpoint, in the layout of MONAI's own network.
+"""Take the backbone out of a pretraining checkpoint, under the names of MONAI's own network or of another library.
 
     python extract_backbone_weights.py results/run/checkpoint.pth alice.pth --checkpoint_key teacher
     python extract_backbone_weights.py results/run/checkpoint.pth alice.safetensors --checkpoint_key student --with_head
     python extract_backbone_weights.py results/run/checkpoint.pth alice --format safetensors
+    python extract_backbone_weights.py results/caid/checkpoint.pth caid.pth --format torchvision
 
 The teacher holds the encoder, the student the encoder and, where the method trained one, the decoder. Without
 --checkpoint_key the teacher is taken, or the student of a method that has no teacher. Both come in one layout, with the
@@ -13,10 +14,22 @@ network's own names (of other backbones: those of `models.backbones.segmentation
     model = SwinUNETR(in_channels=1, out_channels=14, feature_size=48)
     model.load_state_dict(torch.load("alice.pth", weights_only=True), strict=False)
 
-A .pth (`--format monai`) holds a plain dict of tensors, with a description beside it (`alice.pth.json`); a .safetensors
-(`--format safetensors`) holds both, under the same names. Without --format the suffix decides. The description states
-the preprocessing that the weights expect: spacing, HU window, crop, axis codes. Weights of slices (--roi_z 1) are for
-MONAI's network with spatial_dims=2.
+A .pth holds a plain dict of tensors, with a description beside it (`alice.pth.json`); a .safetensors holds both. The
+description states the preprocessing that the weights expect: spacing, HU window, crop, axis codes. Weights of slices
+(--roi_z 1) are for MONAI's network with spatial_dims=2.
+
+A `resnet50_unet` also comes under the names of torchvision (`--format torchvision`, encoder only) and of
+segmentation_models_pytorch (`--format smp`, with decoder and reconstruction layer where the run trained them). Both
+expect three equal input channels:
+
+    import torch
+    import torchvision
+    model = torchvision.models.resnet50()
+    model.load_state_dict(torch.load("caid.pth", weights_only=True), strict=False)  # all but fc
+
+    import segmentation_models_pytorch as smp
+    model = smp.Unet("resnet50", encoder_weights=None)
+    model.load_state_dict(torch.load("caid_smp.pth", weights_only=True), strict=False)
 """
 
 import torch
@@ -24,7 +37,18 @@ import torch
 from engine.checkpoint import CheckpointError, require
 from engine.flags import add_switch, make_parser, run_main
 from engine.run import load_pretraining
-from engine.weights import CHECKPOINT_KEYS, FORMATS, HEAD_PREFIX, chosen_part, extract, save_weights, weights_file_name
+from engine.weights import (
+    CHECKPOINT_KEYS,
+    FORMATS,
+    HEAD_PREFIX,
+    SUFFIXES,
+    TASK_LAYER_PREFIX,
+    chosen_part,
+    extract,
+    save_weights,
+    weights_file_name,
+)
+from models import layouts
 from models.backbones import BACKBONES, segmentation_network
 from models.backbones.interface import Size3, spatial_dims_of
 from models.pretrained import load_pretrained
@@ -41,7 +65,7 @@ def make_flags():
     parser.add_argument(
         "output",
         type=str,
-        help=f"file to write; ends in {' or '.join(FORMATS.values())}, or in nothing of the kind with --format",
+        help=f"file to write; ends in {' or '.join(SUFFIXES)}, or in nothing of the kind with --format",
     )
     parser.add_argument(
         "--checkpoint_key",
@@ -49,14 +73,16 @@ def make_flags():
         choices=CHECKPOINT_KEYS,
         default="auto",
         help="student: encoder and decoder; teacher: its moving average, encoder only; auto: the teacher where the run "
-        "has one, else the student",
+        "has one, else the student (--format smp: the student where it has a decoder)",
     )
     parser.add_argument(
         "--format",
         type=str,
         choices=["auto", *FORMATS],
         default="auto",
-        help="monai: MONAI's names in a .pth; safetensors: the same names in a .safetensors; auto: as the suffix says",
+        help="names of the weights. monai: the network's own, which are MONAI's; safetensors: the same, in a "
+        ".safetensors; torchvision, smp: of torchvision's resnet50 or segmentation_models_pytorch's Unet, for "
+        "resnet50_unet; auto: the network's own. The file's suffix decides between .pth and .safetensors",
     )
     add_switch(parser, "--with_head", False, "keep the projection head too, under `head.`")
     return parser
@@ -83,7 +109,8 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3, pa
     if name not in BACKBONES:
         raise CheckpointError(f"{path}: its backbone is {name!r}; known are {', '.join(BACKBONES)}")
     parts = {"encoder": BACKBONES[name].encoder_key_prefixes, "decoder": BACKBONES[name].decoder_key_prefixes}
-    backbone_weights = {key: value for key, value in weights.items() if not key.startswith(HEAD_PREFIX)}
+    not_compared = (HEAD_PREFIX, TASK_LAYER_PREFIX)
+    backbone_weights = {key: value for key, value in weights.items() if not key.startswith(not_compared)}
     spatial_dims = spatial_dims_of(roi)
     network = segmentation_network(
         name, backbone["in_channels"], NUM_CLASSES, backbone["feature_size"], spatial_dims=spatial_dims
@@ -105,14 +132,30 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3, pa
     return message
 
 
+def check_layout(flags, backbone: dict) -> None:
+    """Raise CheckpointError where the library of --format does not have the checkpoint's network."""
+    if backbone["name"] != layouts.BACKBONE:
+        raise CheckpointError(
+            f"{flags.checkpoint}: --format {flags.format} is for the backbone {layouts.BACKBONE}, but this run's is "
+            f"{backbone['name']}: use --format monai"
+        )
+    if flags.with_head:
+        raise CheckpointError(f"--with_head: --format {flags.format} has no place for a head; use --format monai")
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     output = weights_file_name(flags.output, flags.format)
     state = load_pretraining(flags.checkpoint)
     require(state, DESCRIBING, flags.checkpoint, "a checkpoint of main_ddp.py")
-    key = chosen_part(state, flags.checkpoint_key)
-    weights = extract(state, key, flags.with_head, flags.checkpoint)
+    is_renamed, is_smp = flags.format in layouts.LAYOUTS, flags.format == "smp"
+    if is_renamed:
+        check_layout(flags, state["backbone"])
+    key = chosen_part(state, flags.checkpoint_key, prefers_decoder=is_smp)
+    weights = extract(state, key, flags.with_head, flags.checkpoint, with_task_layer=is_smp)
     print(check_match(weights, state["backbone"], state["preprocessing"]["roi"], flags.checkpoint))
+    if is_renamed:
+        weights = layouts.with_names_of(flags.format, weights)
     save_weights(weights, describe(state, key), output)
     print(f"wrote {len(weights)} tensors of the {key} (step {state['step']}) to {output}")
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.checkpoint import CheckpointError
+from models.layouts import LAYOUTS
 from models.methods.method import Method, average_towards
 from models.pretrained import LoadReport, load_pretrained, own_head_name
 from models.weights_file import WeightsError, check_finite, read_weights_file
@@ -21,23 +22,31 @@ BACKBONE_PREFIX = "backbone.network."
 HEAD_PREFIX = "head."
 TASK_LAYER_PREFIX = "out."
 CHECKPOINT_KEYS = ["auto", "student", "teacher"]  # auto: the teacher where the run has one, else the student
-FORMATS = {"monai": ".pth", "safetensors": ".safetensors"}  # containers of the same names
+SUFFIXES = (".pth", ".safetensors")  # the file's suffix decides the container
+FORMATS = ("monai", "safetensors", *LAYOUTS)
 
 
-def chosen_part(state: dict, wanted: str = "auto") -> str:
+def chosen_part(state: dict, wanted: str = "auto", prefers_decoder: bool = False) -> str:
     """The part of a checkpoint to extract; "auto" takes the teacher where it has a backbone, else the student.
 
     Args:
         state: a loaded checkpoint of pretraining.
         wanted: auto, student or teacher.
+        prefers_decoder: "auto" takes the student where it has a decoder, which teachers lack.
     """
     if wanted != "auto":
         return wanted
-    has_teacher = any(name.startswith(BACKBONE_PREFIX) for name in state.get("teacher", {}))
-    return "teacher" if has_teacher else "student"
+
+    def has(part: str, prefix: str) -> bool:
+        return any(name.startswith(BACKBONE_PREFIX + prefix) for name in state.get(part, {}))
+
+    is_student = prefers_decoder and has("student", "decoder")
+    return "teacher" if has("teacher", "") and not is_student else "student"
 
 
-def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[str, torch.Tensor]:
+def extract(
+    state: dict, key: str, with_head: bool, path: str | Path, with_task_layer: bool = False
+) -> dict[str, torch.Tensor]:
     """The backbone's weights (and the head's under `head.`) of a checkpoint, under the network's own names.
 
     Args:
@@ -45,6 +54,7 @@ def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[st
         key: `student` or `teacher`.
         with_head: whether to keep the projection head too.
         path: named in errors.
+        with_task_layer: whether to keep the reconstruction layer too, under `out.`, where there is one.
 
     Raises:
         CheckpointError: the checkpoint holds no such module, the module holds no backbone, or values are not finite.
@@ -54,7 +64,7 @@ def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[st
     weights = {
         name.removeprefix(BACKBONE_PREFIX): value.contiguous()
         for name, value in state[key].items()
-        if is_shared_with_segmenters(name)
+        if name.startswith(BACKBONE_PREFIX) and (with_task_layer or is_shared_with_segmenters(name))
     }
     if not weights:
         raise CheckpointError(f"{path}: no key of its {key} starts with {BACKBONE_PREFIX}; there is nothing to extract")
@@ -71,24 +81,26 @@ def extract(state: dict, key: str, with_head: bool, path: str | Path) -> dict[st
 
 
 def weights_file_name(path: str | Path, wanted: str = "auto") -> Path:
-    """The file to write: `path`, with the suffix of the format where it has none of ours.
+    """The file to write: `path`, with a suffix where it has none of ours.
 
     Args:
-        wanted: a name of `FORMATS`, or "auto" for what the suffix says.
+        wanted: one of `FORMATS`, or "auto" for what the suffix says.
 
     Raises:
         ValueError: format and suffix contradict each other, or neither says what to write.
     """
-    path, known = Path(path), " or ".join(FORMATS.values())
-    if wanted == "auto":
-        if path.suffix not in FORMATS.values():
-            raise ValueError(f"{path}: expected a name that ends in {known} (or --format {' or '.join(FORMATS)})")
-        return path
-    if path.suffix in FORMATS.values() and path.suffix != FORMATS[wanted]:
+    path = Path(path)
+    if wanted == "safetensors" and path.suffix == ".pth":
         raise ValueError(
-            f"--format {wanted} writes {FORMATS[wanted]}, but the file is called {path}: change the name or the format"
+            f"--format safetensors writes .safetensors, but the file is called {path}: change the name or the format"
         )
-    return path if path.suffix == FORMATS[wanted] else path.with_name(path.name + FORMATS[wanted])
+    if path.suffix in SUFFIXES:
+        return path
+    if wanted == "auto":
+        raise ValueError(
+            f"{path}: expected a name that ends in {' or '.join(SUFFIXES)} (or --format {' or '.join(FORMATS)})"
+        )
+    return path.with_name(path.name + (".safetensors" if wanted == "safetensors" else ".pth"))
 
 
 def save_weights(weights: dict[str, torch.Tensor], metadata: dict, path: str | Path) -> None:
@@ -116,8 +128,8 @@ def save_weights(weights: dict[str, torch.Tensor], metadata: dict, path: str | P
 def start_from(method: Method, path: str | Path) -> LoadReport:
     """Load a file's weights into a method (`--checkpoint_file`), before its first step; a teacher starts as a copy.
 
-    Encoder and decoder come by `models.pretrained`, whatever their spelling; what else our own files hold for the
-    student (heads, mask tokens, reconstruction layer) by name and shape, and so does the projector of VoCo's files.
+    `models.pretrained` loads encoder and decoder, whatever their spelling. What else our own files hold for the student
+    (heads, mask tokens, reconstruction layer) is loaded by name and shape, and so are heads of VoCo's and CAiD's files.
 
     Returns:
         What became of the keys of encoder and decoder, and which others were loaded.
@@ -129,7 +141,9 @@ def start_from(method: Method, path: str | Path) -> LoadReport:
     own, network = student.state_dict(), student.backbone.network
     try:
         file = read_weights_file(path, "student")
-        file = replace(file, tensors={own_head_name(name): value for name, value in file.tensors.items()})
+        heads = {name: own_head_name(name) for name in file.tensors}
+        named = {heads[name] if heads[name] in own else name: value for name, value in file.tensors.items()}
+        file = replace(file, tensors=named)
         beside = {
             name: value
             for name, value in file.tensors.items()

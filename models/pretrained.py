@@ -17,8 +17,14 @@ from models.weights_file import WeightsError, WeightsFile, check_finite, read_we
 
 PARTS = {"encoder": "encoder", "whole": "whole network"}
 # What training code puts around a network: DDP, torch.compile, Lightning, our students and teachers, others' wrappers.
-WRAPPERS = re.compile(r"^(?:module|_orig_mod|model|network|net|backbone|student|teacher|segmenter)\.")
-VOCO_HEAD = re.compile(r"^(?:module\.)*(?:student\.)?(?:proj_head\.)?(layer[123]\.0\.(?:weight|bias))$")
+# encoder_q is MoCo's and CAiD's student; their encoder_k, a moving average, is left alone.
+WRAPPERS = re.compile(r"^(?:module|_orig_mod|model|network|net|backbone|student|teacher|segmenter|encoder_q)\.")
+# Modules of other projects' training that our students have too: pattern -> our name.
+PUBLISHED_HEADS = {
+    re.compile(r"^(?:module\.)*(?:student\.)?(?:proj_head\.)?(layer[123]\.0\.(?:weight|bias))$"): r"head.\1",  # VoCo
+    re.compile(r"^(?:module\.)*(?:encoder_q\.)?fc\.([02]\.(?:weight|bias))$"): r"head.\1",  # CAiD
+    re.compile(r"^(?:module\.)*(?:encoder_q\.)?(?:backbone\.)?segmentation_head\."): "backbone.network.out.",  # CAiD
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class LoadReport:
 
     Attributes:
         loaded: the keys that now hold the file's values.
-        adapted: those of them whose one input channel was spread over the network's.
+        adapted: those of them whose input channels were spread or summed, see `fit_input_channels`.
         missing: wanted by the network, not in the file; they keep their random values.
         misshapen: "name (file's shape) for (network's shape)"; they keep their random values.
         unexpected: of the file, not wanted.
@@ -144,6 +150,7 @@ def best_spelling(file: WeightsFile, own: dict[str, Tensor]) -> dict[str, Tensor
         unwrapped,
         lambda name: published_names(unwrapped(name)),
         lambda name: "swinViT." + published_names(unwrapped(name)),  # MONAI's own pretraining keeps the bare encoder
+        lambda name: "encoder." + unwrapped(name),  # torchvision's ResNet, the encoder of segmentation_models_pytorch
     ]
     spell = max(spellings, key=lambda spell: len(own.keys() & {spell(name) for name in file.tensors}))
     names: dict[str, str] = {}
@@ -170,18 +177,24 @@ def published_names(name: str) -> str:
 
 
 def own_head_name(name: str) -> str:
-    """Our name for the student's projector in VoCo's files (either version); any other name as it is."""
-    return VOCO_HEAD.sub(r"head.\1", name)
+    """Our student's name for a head of VoCo's (either version) or CAiD's files; any other name as it is."""
+    for pattern, ours in PUBLISHED_HEADS.items():
+        if pattern.match(name):
+            return pattern.sub(ours, name)
+    return name
 
 
 def fit_input_channels(given: Tensor, own: Tensor) -> Tensor | None:
-    """`given` where its shape is the network's; a one-channel convolution spread over N channels; else None.
+    """`given` where its shape is the network's; a convolution of one input channel for N or of N for one; else None.
 
-    Every channel gets the weights divided by N, so that N equal channels give what one channel gave.
+    From one to N, every channel gets the weights divided by N, from N to one they are summed: N equal channels give
+    what one channel gives.
     """
     if given.shape == own.shape:
         return given
-    is_convolution = own.ndim == given.ndim and own.ndim in (4, 5)
-    if is_convolution and given.shape[1] == 1 and given.shape[0] == own.shape[0] and given.shape[2:] == own.shape[2:]:
-        return torch.as_tensor(given).expand_as(own) / own.shape[1]
-    return None
+    is_convolution = given.ndim == own.ndim and own.ndim in (4, 5)
+    if not is_convolution or given.shape[0] != own.shape[0] or given.shape[2:] != own.shape[2:]:
+        return None
+    if given.shape[1] == 1:
+        return given.expand_as(own) / own.shape[1]
+    return given.sum(1, keepdim=True) if own.shape[1] == 1 else None

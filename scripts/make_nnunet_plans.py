@@ -91,7 +91,7 @@ def make_plans(plans: dict, flags: jsonargparse.Namespace, description: dict) ->
     """nnU-Net's plans with the reader, axes, spacing, patch, window and network of the weights.
 
     Raises:
-        ValueError: a patch that the network cannot take, an unknown backbone or another axis order.
+        ValueError: a patch that the network cannot take, an unknown or 2-D backbone, or another axis order.
     """
     known = description["preprocessing"]
     if known.get("axcodes") != AXCODES:
@@ -99,6 +99,8 @@ def make_plans(plans: dict, flags: jsonargparse.Namespace, description: dict) ->
     setup = resolve_setup(description, {"roi": flags.patch_size}, SEGMENTERS)
     wanted = setup.preprocessing
     SEGMENTERS[setup.backbone].check_sizes(setup.feature_size, wanted.roi)
+    if wanted.roi[0] == 1:
+        raise ValueError(f"--weights {flags.weights}: {setup.backbone} sees slices; nnU-Net's plans here are 3-D")
     made = copy.deepcopy(plans)
     configuration = made["configurations"][flags.configuration]
     in_file_order = in_reader_order(plans, configuration["spacing"])

@@ -148,7 +148,7 @@ def test_snippet_of_the_readme_runs(checkpoint, tmp_path, monkeypatch):
 
 
 def snippet_of(docstring: str) -> str:
-    lines = docstring.split("load like this:")[1].split("A .pth (")[0].splitlines()
+    lines = docstring.split("load like this:")[1].split("A .pth holds")[0].splitlines()
     return "\n".join(line.strip() for line in lines)
 
 
@@ -264,10 +264,10 @@ def test_format_decides_where_the_name_does_not_and_must_not_contradict_it(check
         extract(checkpoint, tmp_path / f"same{suffix}", "--format", wanted)
     one, other = (read_weights_file(tmp_path / f"alice.v1{suffix}").tensors for suffix in (".pth", ".safetensors"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    with pytest.raises(ValueError, match="--format monai writes .pth, but the file is called .*x.safetensors"):
-        extract(checkpoint, tmp_path / "x.safetensors", "--format", "monai")
+    extract(checkpoint, tmp_path / "both.safetensors", "--format", "monai")
+    assert read_weights_file(tmp_path / "both.safetensors").tensors.keys() == one.keys()
     with pytest.raises(ValueError, match="--format safetensors writes .safetensors"):
         extract(checkpoint, tmp_path / "x.pth", "--format", "safetensors")
-    with pytest.raises(ValueError, match="ends in .pth or .safetensors .or --format monai or safetensors"):
+    with pytest.raises(ValueError, match="ends in .pth or .safetensors .or --format monai or safetensors or torchv"):
         extract(checkpoint, tmp_path / "x.bin")
     assert not list(tmp_path.glob("x*"))

@@ -149,6 +149,9 @@ def test_wrong_input_is_refused_by_name(tmp_path, weights):
     assert "no such weights file" in told(plans, error=WeightsError, path=tmp_path / "none.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "bare.pth")
     assert "does not say its backbone and preprocessing" in told(plans, path=tmp_path / "bare.pth")
+    slices = {"backbone": {"name": "resnet50_unet"}, "preprocessing": PREPROCESSING | {"roi": [1, 32, 32]}}
+    save_weights({"a": torch.zeros(1)}, slices, tmp_path / "slices.pth")
+    assert "resnet50_unet sees slices" in told(plans, path=tmp_path / "slices.pth")
     assert "ZScoreNormalization" in told(write_plans(tmp_path, normalization_schemes=["ZScoreNormalization"]))
     assert not (tmp_path / "alicePlans.json").exists()
 
