@@ -1,26 +1,22 @@
 """The golden numbers of SimSiam and DINO with IoU-based positives, and what turns them into a batch for our methods."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.golden_fill import SALT, fill_by_name
-from tests.shared import SHARED
-
-FOLDER = Path(os.environ.get("ALICE_GOLDEN_DIR") or SHARED / "golden")
+from tests.golden_fill import SALT, fill_by_name, golden_file, golden_folder, known, read_arrays
 
 
 class GoldenArrays:
     """The arrays by name as tensors (names as lists); a test that asks for one that is not here is skipped."""
 
     def __init__(self, name: str = "golden_simsiam_dino.npz") -> None:
-        self.arrays = dict(np.load(FOLDER / name)) if (FOLDER / name).is_file() else {}
+        path = golden_folder() / name
+        self.arrays = read_arrays(path) if path.is_file() else {}
 
     def __getitem__(self, name: str):
         if name not in self.arrays:
@@ -31,10 +27,7 @@ class GoldenArrays:
 
 def published_shapes(part: str) -> dict[str, list[int]]:
     """Name -> shape of a published network; the calling test is skipped where the file is absent."""
-    path = FOLDER / "simsiam_dino_state_dicts.json"
-    if not path.is_file():
-        pytest.skip("simsiam_dino_state_dicts.json is not here (set ALICE_SHARED or ALICE_GOLDEN_DIR)")
-    return json.loads(path.read_text())[part]["shapes"]
+    return json.loads(golden_file("simsiam_dino_state_dicts.json").read_text())[part]["shapes"]
 
 
 def fill(module: nn.Module, published: Callable[[str], str] = str, kept: tuple[str, ...] = ()) -> nn.Module:
@@ -69,8 +62,8 @@ def norms_of(tensors: Iterable[Tensor]) -> Tensor:
 
 def assert_near(ours: Tensor, golden: Tensor, tolerance: float = 1e-5) -> float:
     """Within `tolerance` of the golden array's largest value; returns the largest deviation as that share."""
-    golden = golden.to(torch.float64)
     ours = torch.as_tensor(ours).detach().to(torch.float64).reshape(golden.shape)
+    ours, golden = known(ours, golden.to(torch.float64))
     deviation = ((ours - golden).abs().max() / golden.abs().max().clamp(min=1e-30)).item()
     assert deviation <= tolerance, f"off by {deviation:.2g} of the largest value"
     return deviation

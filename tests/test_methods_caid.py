@@ -22,7 +22,7 @@ from models.methods.caid import CAiD, CaidOptions
 from models.methods.method import average_towards
 from models.methods.schedules import CosineSchedule
 from tests.fakes import make_dataset
-from tests.golden_fill import fill, fill_by_name, golden_folder
+from tests.golden_fill import fill, fill_by_name, golden_file
 from tests.golden_iou import GoldenArrays, assert_near
 from tests.launched import run_ranks
 
@@ -209,10 +209,7 @@ def unet() -> SimpleNamespace:
 
 
 def test_names_of_the_2d_network_are_the_published_ones() -> None:
-    path = golden_folder() / "caid_state_dict.json"
-    if not path.is_file():
-        pytest.skip("caid_state_dict.json is not here (set ALICE_SHARED or ALICE_GOLDEN_DIR)")
-    published = json.loads(path.read_text())
+    published = json.loads(golden_file("caid_state_dict.json").read_text())
     state = published_network(32).student.state_dict()
     assert {published_name(name): list(value.shape) for name, value in state.items()} == (
         published["unet"] | published["head"]
