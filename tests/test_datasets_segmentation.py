@@ -168,6 +168,60 @@ def test_turned_crops_keep_image_and_label_together(corpus):
     assert np.mean(means[1]) == pytest.approx(0.67, abs=0.06) and np.mean(means[2]) == pytest.approx(0.87, abs=0.08)
 
 
+# Slices
+
+
+def slices(corpus, **options) -> SegmentationCropDataset:
+    store = VolumeStore(corpus / "store")
+    return SegmentationCropDataset(store, store.names, read_classes(corpus / "list.json"), (1, 24, 20), **options)
+
+
+def test_slices_hold_the_organ_that_was_drawn_and_lie_in_one_plane(corpus):
+    dataset = slices(corpus, augment=SegmentationAugment.off(), foreground_share=1.0, hu_min=-100, hu_max=300)
+    shown = []
+    for index in range(40):
+        sample = dataset[index]
+        assert sample["image"].shape == sample["label"].shape == (1, 1, 24, 20)
+        name = dataset.case_names[int(sample["case"])]
+        label = dataset.classes.to_classes(dataset.store.read_label(name).array)
+        windows = np.lib.stride_tricks.sliding_window_view(label, (24, 20), axis=(1, 2))
+        assert (windows == sample["label"][0, 0].numpy()).all(axis=(-2, -1)).any()
+        shown.append(set(sample["label"].unique().tolist()) - {0})
+    assert all(shown), "a crop around an organ's voxel shows an organ"
+    counts = [sum(channel in organs for organs in shown) for channel in (1, 2, 3)]
+    assert min(counts) >= 8, "small organs are drawn as often as large ones"
+
+
+def test_turned_slices_stay_in_their_plane(corpus, monkeypatch):
+    """Every plane gets its own intensity: one that is mixed with another shows."""
+    dataset = slices(corpus, augment=SegmentationAugment(1.0, 45.0, 0.15, SegmentationAugment.off().intensity))
+
+    def by_plane(name, start, size):
+        return np.broadcast_to(np.arange(size[0], dtype=np.int16)[:, None, None] + start[0], size).copy()
+
+    monkeypatch.setattr(dataset.store, "crop", by_plane)
+    asked = []
+    plain = dataset._crop
+    monkeypatch.setattr(dataset, "_crop", lambda name, centre, size: asked.append(size) or plain(name, centre, size))
+    for plane in (3, 9):
+        hu, label = dataset._turned_crop("case0", np.array([plane, 20, 20]), seed=1)
+        assert hu.shape == label.shape == (1, 24, 20) and (hu == plane).all()
+    assert asked == [(1, 32, 26)] * 2
+
+
+def test_turned_slices_rotate_and_keep_image_and_label_together(corpus):
+    augment = SegmentationAugment(1.0, 30.0, 0.15, SegmentationAugment.off().intensity)
+    plain = slices(corpus, augment=SegmentationAugment.off(), foreground_share=1.0)
+    dataset = slices(corpus, augment=augment, foreground_share=1.0)
+    assert any(not torch.equal(dataset[index]["label"], plain[index]["label"]) for index in range(5))
+    inside = {1: [], 2: []}
+    for index in range(30):
+        sample = dataset[index]
+        for channel, values in inside.items():
+            values += sample["image"][sample["label"] == channel].tolist()
+    assert np.mean(inside[1]) == pytest.approx(0.67, abs=0.06) and np.mean(inside[2]) == pytest.approx(0.87, abs=0.08)
+
+
 def test_cases_without_label_are_refused(corpus, tmp_path):
     plain = [Case("bare", corpus / "images" / "case0_0000.nii.gz")]
     build_store(plain, tmp_path / "store", (8.0, 8.0, 8.0), progress=False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.inferers import sliding_window_inference
 
-from engine.segmentation.metrics import OrganScore, case_means, score_case
+from engine.segmentation.metrics import OrganScore, case_means, published_slice_dice, score_case
 from engine.segmentation.pictures import case_view, richest_plane, save_overlay
 from engine.segmentation.report import join_reports, read_scores, summarise, write_joined, write_report
 from engine.segmentation.sliding_window import (
@@ -78,6 +78,41 @@ def test_windows_count_less_towards_their_borders():
     assert blend_weights(8).tolist() == pytest.approx(half + half[::-1], abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(9, 17, 19), (3, 12, 10), (1, 20, 24), (4, 7, 30)])
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_windows_of_depth_1_segment_every_slice_on_its_own(shape, batch_size):
+    """A loop over slices, each blended in its plane, says what the batched windows must give."""
+    roi, hu = (1, 12, 10), hu_volume(shape)
+    seen = []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        ramp = torch.linspace(0, 2, x.shape[3]).view(1, 1, 1, -1, 1)
+        return torch.cat([x + ramp, 2 * x - ramp, 1 - x * ramp], dim=1)
+
+    options = WindowOptions(roi, overlap=0.5, window_batch=batch_size)
+    found = torch.stack(list(probability_slices(network, torch.from_numpy(hu), options, CPU)), dim=1)
+    num_windows = sum(seen)
+    assert max(seen) <= batch_size
+    for number, plane in enumerate(hu):
+        before = [max(0, side - size) // 2 for side, size in zip(roi[1:], plane.shape)]
+        padded = np.full([max(a, b) for a, b in zip(plane.shape, roi[1:])], -1024, dtype=np.int16)
+        inner = tuple(slice(b, b + size) for b, size in zip(before, plane.shape))
+        padded[inner] = plane
+        x = ((torch.from_numpy(padded).float() + 125) / 350).clamp(0, 1)
+        total, norm = torch.zeros(3, *padded.shape), torch.zeros(padded.shape)
+        weight = blend_weights(12)[:, None] * blend_weights(10)
+        for h in window_starts(padded.shape[0], 12, 0.5):
+            for w in window_starts(padded.shape[1], 10, 0.5):
+                part = slice(h, h + 12), slice(w, w + 10)
+                total[(slice(None), *part)] += network(x[part][None, None, None]).softmax(1)[0, :, 0] * weight
+                norm[part] += weight
+        torch.testing.assert_close(found[:, number], (total / norm)[(slice(None), *inner)], rtol=1e-4, atol=1e-5)
+    in_plane = num_windows // shape[0]
+    if batch_size >= 2 * in_plane and shape[0] > 1:
+        assert max(seen) > in_plane, "slices share a forward pass"
+
+
 @pytest.mark.parametrize(("name", "value"), [("overlap", 1.0), ("window_batch", 0)])
 def test_options_out_of_range_name_their_flag(name, value):
     with pytest.raises(ValueError, match={"overlap": "--overlap 1.0", "window_batch": "--window_batch 0"}[name]):
@@ -94,7 +129,9 @@ def test_constant_blending_agrees_with_monai():
     assert np.array_equal(ours, theirs)
 
 
-def test_memory_is_a_slab_whatever_the_height(monkeypatch):
+@pytest.mark.parametrize(("roi", "batch_size", "num_slices"), [((8, 8, 8), 2, 8), ((1, 8, 8), 2, 1), ((1, 8, 8), 8, 2)])
+def test_memory_is_a_slab_whatever_the_height(roi, batch_size, num_slices, monkeypatch):
+    """As thick as a window; of slices, as many as one forward pass takes (here with 4 windows a slice)."""
     largest = []
     plain = torch.zeros
 
@@ -104,14 +141,14 @@ def test_memory_is_a_slab_whatever_the_height(monkeypatch):
         return made
 
     monkeypatch.setattr(torch, "zeros", noting)
-    options = WindowOptions((8, 8, 8), overlap=0.5)
+    options = WindowOptions(roi, overlap=0.5, window_batch=batch_size)
     peaks = []
     for depth in (16, 160):
         largest.clear()
         for _ in probability_slices(shift_network, torch.from_numpy(hu_volume((depth, 12, 12))), options, CPU):
             pass
         peaks.append(max(largest))
-    assert peaks[0] == peaks[1] == 3 * 8 * 12 * 12
+    assert peaks[0] == peaks[1] == 3 * num_slices * 12 * 12
 
 
 # Other grids
@@ -193,6 +230,41 @@ def test_absent_organs_count_for_nothing_and_nsd_may_be_left_out():
         score_case("a", predicted[1:], truth, (1.0, 1.0, 1.0), NAMES, 0.0)
 
 
+def test_a_picture_has_an_outline_and_no_faces_above_and_below():
+    truth = np.zeros((1, 30, 30), dtype=np.uint8)
+    truth[0, 5:25, 5:25] = 1
+    predicted = np.roll(truth, 3, axis=1)
+    flat = score_case("a", predicted, truth, (1.0, 1.0, 1.0), NAMES, 1.0)[0]
+    assert flat.dice == pytest.approx(17 / 20)
+    assert flat.nsd < 0.7, "the edges across the shift lie 3 pixels apart"
+    assert score_case("a", predicted, truth, (1.0, 1.0, 1.0), NAMES, 3.0)[0].nsd == 1.0
+    assert score_case("a", predicted, truth, (9.0, 2.0, 1.0), NAMES, 5.9)[0].nsd < 1.0, "3 pixels are 6 mm"
+
+
+def test_published_slice_dice_by_hand():
+    truth, predicted = np.zeros((3, 4, 5), dtype=np.uint8), np.zeros((3, 4, 5), dtype=np.uint8)
+    truth[0, :2, :2], predicted[0, :2, :3] = 1, 1  # organ 2 * 4 / 10, background 2 * 14 / 30
+    truth[1, 0, :4] = 2  # missed: 0; background 2 * 16 / 36
+    predicted[2, 0, 0] = 2  # invented: only background counts, 2 * 19 / 39
+    expected = [(8 / 10 + 28 / 30) / 2, (0 + 32 / 36) / 2, 38 / 39]
+    assert published_slice_dice(predicted, truth, 3) == pytest.approx(expected)
+
+
+def test_published_slice_dice_rewards_background_where_organ_dice_does_not():
+    """Nothing but background: organ Dice is 0, the published number is far from it. An invented organ costs little."""
+    truth = np.zeros((4, 10, 10), dtype=np.uint8)
+    truth[1, :5, :4], truth[2, :5, :4], truth[2, 8:, 8:] = 1, 1, 2
+    nothing = np.zeros_like(truth)
+    assert [score.dice for score in score_case("a", nothing, truth, (1.0, 1.0, 1.0), NAMES, 0.0)] == [0.0, 0.0]
+    by_slice = [1.0, 160 / 180 / 2, 152 / 176 / 3, 1.0]
+    assert published_slice_dice(nothing, truth, 3) == pytest.approx(by_slice)
+    invented = truth.copy()
+    invented[[0, 1, 3], 8:, 8:] = 2
+    liver, aorta = score_case("a", invented, truth, (1.0, 1.0, 1.0), NAMES, 0.0)
+    assert (liver.dice, aorta.dice) == (1.0, pytest.approx(2 * 4 / 20))
+    assert np.mean(published_slice_dice(invented, truth, 3)) > 0.98
+
+
 # Tables
 
 
@@ -217,6 +289,20 @@ def test_report_counts_every_case_once(tmp_path):
     assert "| liver | 85.0 ± 7.1 | 80.0 ± 14.1 | 2 |" in table and "| **mean** | 80.0 ± 14.1 |" in table
     assert json.loads((tmp_path / "results.json").read_text())["organs"]["aorta"]["dice"]["std"] is None
     assert summarise(read_scores(tmp_path / "cases.csv"))["dice"] == pytest.approx(summary["dice"])
+
+
+def test_the_published_number_stands_beside_organ_dice_under_its_own_name(tmp_path):
+    summary = write_report(tmp_path / "a", make_scores(0.0), {}, slice_dice=[0.9, 0.7, 1.0, 1.0])
+    assert summary["slice_dice_published"]["mean"] == pytest.approx(0.9) and summary["slice_dice_published"]["num"] == 4
+    assert summary["dice"]["mean"] == pytest.approx(0.8)
+    table = (tmp_path / "a" / "results.md").read_text()
+    assert "slice_dice_published: 90.0 ± 14.1 %" in table and "not comparable with organ Dice" in table
+    write_report(tmp_path / "b", make_scores(0.0), {}, slice_dice=[0.8])
+    joined = write_joined(tmp_path / "both", [tmp_path / "a", tmp_path / "b"])
+    assert joined["slice_dice_published"]["mean"] == pytest.approx(0.85) and joined["slice_dice_published"]["num"] == 2
+    write_report(tmp_path / "3d", make_scores(0.0), {})
+    assert "slice" not in (tmp_path / "3d" / "results.md").read_text() + (tmp_path / "3d" / "results.json").read_text()
+    assert "slice_dice_published" not in write_joined(tmp_path / "mixed", [tmp_path / "a", tmp_path / "3d"])
 
 
 def test_joined_runs_spread_over_their_means(tmp_path):

@@ -2,7 +2,8 @@
 
 MONAI's RandCropByPosNegLabel needs whole volumes in memory; here the store gives just the crop. A foreground crop
 first draws an organ, all organs of the case alike, then a voxel of it, so that an adrenal gland is seen as often as the
-liver. Flips are off: left and right kidney are different labels.
+liver. Flips are off: left and right kidney are different labels. A crop of depth 1 is a slice, for 2-D networks: it is
+rotated and scaled in its plane only.
 """
 
 import zlib
@@ -30,7 +31,7 @@ class SegmentationAugment:
 
     Attributes:
         affine_prob: probability of rotation and scaling (0 = off).
-        rotate_deg: largest rotation about each axis, degrees.
+        rotate_deg: largest rotation about each axis (of a slice: within its plane), degrees.
         scale: sizes change by up to this share.
         intensity: of the image alone.
     """
@@ -53,7 +54,7 @@ class SegmentationCropDataset(Dataset):
         store: must hold the labels of `case_names`.
         case_names: the cases to draw from, all alike.
         classes: label values and channels.
-        roi: (D, H, W) of a crop in voxels of the store.
+        roi: (D, H, W) of a crop in voxels of the store; D = 1 gives slices.
         hu_min, hu_max: the window that becomes [0, 1].
         foreground_share: share of crops centred near an organ's voxel; the others lie anywhere in the body.
         augment: see `SegmentationAugment`.
@@ -150,19 +151,22 @@ class SegmentationCropDataset(Dataset):
         return self.store.crop(name, start, size), label
 
     def _turned_crop(self, name: str, centre: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """A rotated and scaled crop, cut from a larger one."""
-        size = tuple(int(np.ceil(side * AFFINE_MARGIN)) for side in self.roi)
+        """A rotated and scaled crop, cut from a larger one; a slice stays in its plane."""
+        is_slice = self.roi[0] == 1
+        size = tuple(int(np.ceil(side * AFFINE_MARGIN)) if side > 1 else 1 for side in self.roi)
         hu, label = self._crop(name, centre, size)
         turn = RandAffined(
             keys=("image", "label"),
-            spatial_size=self.roi,
+            spatial_size=self.roi[1:] if is_slice else self.roi,
             prob=1.0,
-            rotate_range=[np.deg2rad(self.augment.rotate_deg)] * 3,
-            scale_range=[self.augment.scale] * 3,
+            rotate_range=[np.deg2rad(self.augment.rotate_deg)] * (1 if is_slice else 3),
+            scale_range=[self.augment.scale] * (2 if is_slice else 3),
             mode=("bilinear", "nearest"),
             padding_mode="border",
         )
         turn.set_random_state(seed=seed)
-        turned = turn({"image": torch.from_numpy(hu)[None].float(), "label": torch.from_numpy(label)[None].float()})
-        image, label = (turned[key].as_subclass(torch.Tensor)[0].numpy() for key in ("image", "label"))
+        # MONAI wants a channel axis in front: a new one, or that of a slice's depth.
+        pair = {"image": torch.from_numpy(hu).float(), "label": torch.from_numpy(label).float()}
+        turned = turn(pair if is_slice else {key: value[None] for key, value in pair.items()})
+        image, label = (turned[key].as_subclass(torch.Tensor).reshape(self.roi).numpy() for key in ("image", "label"))
         return image, label.astype(np.uint8)

@@ -6,7 +6,7 @@ its probabilities are brought to the second, and Dice and NSD are taken there, i
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from datasets.lists.label_classes import LabelClasses
 from datasets.store.volumes import VolumeStore
 from engine.distributed import World, gather_objects
 from engine.loop import evaluating
-from engine.segmentation.metrics import OrganScore, case_means, nan_mean, score_case
+from engine.segmentation.metrics import OrganScore, case_means, nan_mean, published_slice_dice, score_case
 from engine.segmentation.pictures import CaseView, case_view, save_overlay
 from engine.segmentation.report import write_report
 from engine.segmentation.segmenter import Segmenter
@@ -46,10 +46,15 @@ class EvaluationCase:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of all cases in the order of their names, and pictures' planes by case."""
+    """Scores of all cases in the order of their names, and pictures' planes by case.
+
+    Attributes:
+        slice_dice: `published_slice_dice` of all slices of all cases; empty for 3-D networks.
+    """
 
     scores: list[OrganScore]
     views: dict[str, CaseView]
+    slice_dice: list[float] = field(default_factory=list)
 
     @property
     def dice(self) -> float:
@@ -67,7 +72,7 @@ class Evaluation:
 
     def write(self, folder: str | Path, class_names: tuple[str, ...], description: dict) -> None:
         """Write cases.csv, results.md, results.json and the overlay picture. On rank 0 only."""
-        write_report(folder, self.scores, description)
+        write_report(folder, self.scores, description, self.slice_dice)
         views = self.worst_and_best()
         if views:
             save_overlay(Path(folder) / OVERLAY, views, class_names)
@@ -98,6 +103,7 @@ def evaluate(
     """
     scores: list[OrganScore] = []
     views: dict[str, CaseView] = {}
+    slices: dict[str, list[float]] = {}
     classes, mine = segmenter.classes, case_names[world.rank :: world.size]
     with evaluating(segmenter.network):
         for name in tqdm(mine, desc="evaluation", unit="case", disable=not (progress and world.is_main)):
@@ -107,17 +113,20 @@ def evaluate(
             truth, spacing_mm = case.truth.array, case.truth.spacing_mm
             predicted = segmenter.segment(case.volume, case.truth)
             scores += score_case(name, predicted, truth, spacing_mm, classes.names, tolerance_mm)
+            if segmenter.is_2d:
+                slices[name] = published_slice_dice(predicted, truth, len(classes))
             if case.truth_hu is not None:
                 views[name] = case_view(case.truth_hu, truth, predicted, spacing_mm)
             if predictions_dir is not None:
                 grid = read_file_grid(case.truth.path)
                 write_label_like(predictions_dir / f"{name}.nii.gz", classes.to_values(predicted), grid)
-    gathered = gather_objects((scores, views, stop is not None and stop.requested))
+    gathered = gather_objects((scores, views, slices, stop is not None and stop.requested))
     if any(is_stopped for *_, is_stopped in gathered):
         return None
     order = {name: number for number, name in enumerate(case_names)}
     joined = sorted((score for part, *_ in gathered for score in part), key=lambda score: order[score.case])
-    return Evaluation(joined, {name: view for _, part, _ in gathered for name, view in part.items()})
+    views, slices = ({name: value for part in gathered for name, value in part[at].items()} for at in (1, 2))
+    return Evaluation(joined, views, [value for name in case_names for value in slices.get(name, [])])
 
 
 def file_cases(

@@ -1,5 +1,7 @@
 """Dice and normalised surface distance per organ, MONAI's, on the part of the volume that holds the organ.
 
+`published_slice_dice` is another measure, which has been published for 2-D networks under the name of Dice.
+
 Conventions where MONAI leaves the choice: an organ that neither truth nor prediction has counts for nothing (NaN); one
 that only one of them has scores 0 in both measures, as FLARE22 counts it. MONAI's NSD counts the voxels of the surfaces
 and takes one tolerance for all organs; FLARE22's official NSD weighs surface area, with a tolerance for each organ. So
@@ -38,7 +40,8 @@ def score_case(
     """Scores of all organs of a case.
 
     Args:
-        predicted, truth: uint8 channels [D, H, W], 0 = background.
+        predicted, truth: uint8 channels [D, H, W], 0 = background; D = 1 is a picture, whose organs have outlines
+            instead of surfaces.
         spacing_mm: of their voxels, (D, H, W).
         names: of the channels, background first.
         tolerance_mm: surfaces nearer than this agree; 0 leaves NSD out (NaN).
@@ -48,8 +51,10 @@ def score_case(
     """
     if predicted.shape != truth.shape:
         raise ValueError(f"{case}: prediction has shape {predicted.shape}, truth {truth.shape}")
-    boxes = [ndimage.find_objects(array, max_label=len(names) - 1) for array in (predicted, truth)]
     voxel_ml, scores = float(np.prod(spacing_mm)) / 1000, []
+    if len(truth) == 1:
+        predicted, truth, spacing_mm = predicted[0], truth[0], spacing_mm[1:]
+    boxes = [ndimage.find_objects(array, max_label=len(names) - 1) for array in (predicted, truth)]
     for channel, (name, *both) in enumerate(zip(names[1:], *boxes), start=1):
         box = joined_box(*both)
         found, true = (array[box] == channel if box else np.zeros(0, bool) for array in (predicted, truth))
@@ -66,9 +71,9 @@ def joined_box(one: tuple[slice, ...] | None, other: tuple[slice, ...] | None) -
 
 
 def organ_scores(
-    predicted: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, float], tolerance_mm: float
+    predicted: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...], tolerance_mm: float
 ) -> tuple[float, float]:
-    """(Dice, NSD) of two bool masks [d, h, w], of which at least one is not empty."""
+    """(Dice, NSD) of two bool masks [d, h, w] or [h, w], of which at least one is not empty."""
     if not predicted.any() or not truth.any():
         return 0.0, (0.0 if tolerance_mm > 0 else float("nan"))
     # A rim of background, so that what touches the box has a surface there.
@@ -82,6 +87,28 @@ def organ_scores(
             *tensors, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing_mm
         )
     return dice, float(nsd)
+
+
+def published_slice_dice(predicted: np.ndarray, truth: np.ndarray, num_classes: int) -> list[float]:
+    """Of every slice, the mean Dice of the classes that are in the slice's truth, background among them.
+
+    Its mean over the slices of all cases is the number that Konieczkowicz (thesis, AGH Krakow 2023) reports as Dice.
+    It cannot be compared with organ Dice. A slice without organs scores nearly 1 for background alone, and an organ
+    that is predicted in a slice that has none costs only what it takes from the background.
+
+    Args:
+        predicted, truth: uint8 channels [D, H, W], 0 = background.
+        num_classes: background included.
+
+    Returns:
+        One value in [0, 1] per slice along D.
+    """
+    values = []
+    for found, true in zip(predicted.reshape(len(predicted), -1), truth.reshape(len(truth), -1), strict=True):
+        both, *sizes = (np.bincount(a, minlength=num_classes) for a in (true[found == true], found, true))
+        present = sizes[1] > 0
+        values.append(float((2 * both[present] / sum(sizes)[present]).mean()))
+    return values
 
 
 def case_means(scores: list[OrganScore], measure: str = "dice") -> dict[str, float]:

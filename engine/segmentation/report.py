@@ -1,6 +1,7 @@
 """Tables of an evaluation: one CSV row per case and organ, a Markdown table, and a summary that programs can read.
 
 Several folders (runs with different seeds or folds) join into one table, whose ± is the spread between their means.
+Evaluations of 2-D networks also have `slice_dice_published`, beside the organ Dice per volume.
 """
 
 import csv
@@ -16,20 +17,30 @@ from engine.segmentation.metrics import OrganScore, case_means, nan_mean
 
 CASES, TABLE, SUMMARY = "cases.csv", "results.md", "results.json"
 MEASURES = ("dice", "nsd")
+SLICE_DICE = "slice_dice_published"
+SLICE_DICE_NOTE = (
+    "mean over slices of the Dice of the classes in each slice's label, background included, as published for 2-D "
+    "networks; not comparable with organ Dice"
+)
 COLUMNS = tuple(field.name for field in dataclasses.fields(OrganScore))
 
 
-def write_report(folder: str | Path, scores: list[OrganScore], description: dict) -> dict:
+def write_report(
+    folder: str | Path, scores: list[OrganScore], description: dict, slice_dice: Sequence[float] = ()
+) -> dict:
     """Write the three files of one evaluation.
 
     Args:
         scores: of all cases, every case with the same organs.
         description: plain values that go into the summary (checkpoint, tolerance, ...).
+        slice_dice: of all slices of a 2-D network, see `published_slice_dice`; empty in 3-D.
 
     Returns:
-        The summary: "dice" and "nsd" with "mean", "std" over cases, and per organ the same under "organs".
+        The summary: "dice" and "nsd" with "mean", "std" over cases, and per organ the same under "organs"; in 2-D also
+        SLICE_DICE, with "mean", "std" and "num" over slices.
     """
-    summary = write_summary(folder, summarise(scores), "mean ± std over cases", description)
+    summary = summarise(scores) | ({SLICE_DICE: spread(list(slice_dice))} if slice_dice else {})
+    summary = write_summary(folder, summary, "mean ± std over cases", description)
     with (Path(folder) / CASES).open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
@@ -70,6 +81,7 @@ def join_reports(folders: Sequence[str | Path]) -> dict:
         ValueError: a folder without cases.csv, or other organs in one of them.
     """
     summaries = [summarise(read_scores(Path(folder) / CASES)) for folder in folders]
+    slice_means = [read_slice_dice(Path(folder) / SUMMARY) for folder in folders]
     organs = list(summaries[0]["organs"])
     for folder, summary in zip(folders, summaries):
         if list(summary["organs"]) != organs:
@@ -80,7 +92,8 @@ def join_reports(folders: Sequence[str | Path]) -> dict:
 
     counts = {"num_cases": sum(summary["num_cases"] for summary in summaries), "num_runs": len(summaries)}
     by_organ = {organ: joined([summary["organs"][organ] for summary in summaries]) for organ in organs}
-    return counts | joined(summaries) | {"organs": by_organ}
+    by_slice = {} if None in slice_means else {SLICE_DICE: spread(slice_means)}
+    return counts | joined(summaries) | {"organs": by_organ} | by_slice
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -105,16 +118,23 @@ def read_scores(path: Path) -> list[OrganScore]:
         return [OrganScore(row["case"], row["organ"], *(float(row[n] or "nan") for n in COLUMNS[2:])) for row in rows]
 
 
+def read_slice_dice(path: Path) -> float | None:
+    """The mean slice Dice in a results.json; None where it has none (3-D networks)."""
+    return json.loads(path.read_text()).get(SLICE_DICE, {}).get("mean")
+
+
 def markdown_table(summary: dict, meaning: str) -> str:
-    """A table of Dice and NSD in percent, organs first, their mean last."""
+    """A table of Dice and NSD in percent, organs first, their mean last; below it, what the numbers are."""
     shown = {"dice": "Dice (%)"} | ({"nsd": "NSD (%)"} if summary["nsd"]["num"] else {})
     rows = [["organ", *shown.values(), "runs" if "num_runs" in summary else "cases"]]
     for organ, values in [*summary["organs"].items(), ("**mean**", summary)]:
         rows.append([organ, *(percent(values[measure]) for measure in shown), str(values["dice"]["num"])])
     head, *lines = ["| " + " | ".join(row) + " |" for row in rows]
     facts = "; ".join(f"{name}: {value}" for name, value in summary["description"].items())
-    last = f"{meaning}; {summary['num_cases']} cases. {facts}"
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines, "", last, ""])
+    notes = [f"{meaning}; {summary['num_cases']} cases. {facts}"]
+    if SLICE_DICE in summary:
+        notes += ["", f"{SLICE_DICE}: {percent(summary[SLICE_DICE])} % ({SLICE_DICE_NOTE})"]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines, "", *notes, ""])
 
 
 def percent(values: dict[str, float]) -> str:

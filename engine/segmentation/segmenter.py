@@ -31,6 +31,11 @@ class Segmenter:
     windows: WindowOptions
     device: torch.device
 
+    @property
+    def is_2d(self) -> bool:
+        """Whether the network sees single slices."""
+        return self.windows.roi[0] == 1
+
     def on_own_grid(self, volume: Volume) -> Volume:
         """HU at the network's spacing, resampled as the volume store does it."""
         if self.spacing_mm is None:

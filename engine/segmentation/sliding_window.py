@@ -3,7 +3,8 @@
 Windows overlap and are blended with a Gaussian, as in MONAI and nnU-Net. They are visited from bottom to top, and
 slices that no later window touches leave as soon as they are finished, so that only as many slices as a window has are
 held: a whole-body CT takes no more memory than its own voxels and a slab. Slices are then interpolated to the original
-grid as probabilities, not as labels, which keeps the outlines smooth.
+grid as probabilities, not as labels, which keeps the outlines smooth. Windows of depth 1 are slices for a 2-D network:
+windows of several slices then share a forward pass.
 
 Letters: C classes, D H W voxels of the network's grid.
 """
@@ -28,10 +29,10 @@ class WindowOptions:
     """How a network is slid over a volume.
 
     Attributes:
-        roi: (D, H, W) of a window, voxels.
+        roi: (D, H, W) of a window, voxels; D = 1 segments slice by slice.
         hu_min, hu_max: HU that become 0 and 1.
         overlap: overlap of windows, 0 to below 1
-        window_batch: windows per forward pass
+        window_batch: windows per forward pass; a 2-D network is fastest with 32 or more
         precision: fp32, bf16 or fp16.
     """
 
@@ -103,29 +104,43 @@ def probability_slices(
     weights = [blend_weights(side) for side in roi]
     totals = [total_weights(size, begin, w) for size, begin, w in zip(hu.shape, starts, weights)]
     window_weight = weights[0][:, None, None] * weights[1][:, None] * weights[2]
-    in_plane = [(h, w) for h in starts[1] for w in starts[2]]
     plane_total = totals[1][:, None] * totals[2]
-    sums = None  # [C, roi D, H, W]: the slab of slices that windows still add to
+    groups = window_groups(starts, options)
+    depth = groups[0][-1][0] + roi[0]
+    sums = None  # [C, depth, H, W]: the slab of slices that windows still add to
     kept = slice(before[1], before[1] + shape[1]), slice(before[2], before[2] + shape[2])
-    for begin, following in zip(starts[0], [*starts[0][1:], hu.shape[0]]):
-        for first in range(0, len(in_plane), options.window_batch):
-            corners = in_plane[first : first + options.window_batch]
-            windows = cut_windows(hu, [(begin, h, w) for h, w in corners], options, device)
+    for group, following in zip(groups, [*(later[0][0] for later in groups[1:]), hu.shape[0]]):
+        begin = group[0][0]
+        for first in range(0, len(group), options.window_batch):
+            corners = group[first : first + options.window_batch]
+            windows = cut_windows(hu, corners, options, device)
             with autocast(options.precision, device):
                 logits = network(windows)
             made = logits.float().softmax(1)  # [b, C, *roi]
             if sums is None:
-                place = slab_device(device, made.shape[1] * roi[0] * hu.shape[1] * hu.shape[2] * 4)
-                sums = torch.zeros(made.shape[1], roi[0], *hu.shape[1:], device=place)
+                place = slab_device(device, made.shape[1] * depth * hu.shape[1] * hu.shape[2] * 4)
+                sums = torch.zeros(made.shape[1], depth, *hu.shape[1:], device=place)
                 window_weight, plane_total = window_weight.to(device), plane_total.to(place)
-            for part, (h, w) in zip(made.mul_(window_weight).to(sums.device), corners):
-                sums[:, :, h : h + roi[1], w : w + roi[2]] += part
-        finished = min(following - begin, roi[0])
+            for part, (d, h, w) in zip(made.mul_(window_weight).to(sums.device), corners):
+                sums[:, d - begin : d - begin + roi[0], h : h + roi[1], w : w + roi[2]] += part
+        finished = min(following - begin, depth)
         for offset in range(finished):
             if before[0] <= begin + offset < before[0] + shape[0]:
                 yield (sums[:, offset] / (plane_total * totals[0][begin + offset].item()))[:, kept[0], kept[1]]
-        sums[:, : roi[0] - finished] = sums[:, finished:].clone()
-        sums[:, roi[0] - finished :] = 0
+        sums[:, : depth - finished] = sums[:, finished:].clone()
+        sums[:, depth - finished :] = 0
+
+
+def window_groups(starts: list[list[int]], options: WindowOptions) -> list[list[Size3]]:
+    """Corners (d, h, w) of all windows from bottom to top, grouped by what is summed up together.
+
+    A group holds the windows of one start along D. Slices do not overlap along D: a group then holds the windows of as
+    many slices as one forward pass takes, so that the slab stays as small as what the network itself needs.
+    """
+    in_plane = [(h, w) for h in starts[1] for w in starts[2]]
+    num_starts = max(1, options.window_batch // len(in_plane)) if options.roi[0] == 1 else 1
+    parts = [starts[0][first : first + num_starts] for first in range(0, len(starts[0]), num_starts)]
+    return [[(d, h, w) for d in part for h, w in in_plane] for part in parts]
 
 
 def pad_to(hu: Tensor, roi: Size3) -> tuple[Tensor, list[int]]:
