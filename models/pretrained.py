@@ -90,8 +90,8 @@ def load_pretrained(
         The report; the model then holds the weights.
 
     Raises:
-        WeightsError: an unreadable file, less than `min_share` fits, two tensors of the file stand for one weight, or
-            values are not finite; the model is then untouched.
+        WeightsError: an unreadable file, 2-D weights for a 3-D network or the reverse, less than `min_share` fits, two
+            tensors of the file stand for one weight, or values are not finite; the model is then untouched.
         ValueError: an unknown part, or a network of which nobody knows what its encoder is.
     """
     file = path if isinstance(path, WeightsFile) else read_weights_file(path)
@@ -111,6 +111,7 @@ def load_pretrained(
         unexpected=[key for key in given if key not in wanted],
         description=file.description,
     )
+    check_dimensions(file, {(given[key].ndim - 2, own[key].ndim - 2) for key in found})
     if report.share < min_share or not fitting:
         advice = "Does the network (--backbone, --feature_size) equal the one that the weights are for?"
         encoder = wanted_keys(model, own, "encoder") if part == "whole" and kind_of(model) is not None else []
@@ -122,6 +123,21 @@ def load_pretrained(
     check_finite(fitting, file.path)
     model.load_state_dict(own | fitting)
     return report
+
+
+def check_dimensions(file: WeightsFile, pairs: set[tuple[int, int]]) -> None:
+    """Raise WeightsError where convolutions of the file are 2-D and the network's 3-D, or the reverse.
+
+    Args:
+        pairs: spatial axes of a tensor in the file and in the network.
+    """
+    mixed = pairs & {(2, 3), (3, 2)}
+    if mixed:
+        given, wanted = mixed.pop()
+        roi = file.description.get("preprocessing", {}).get("roi")
+        crops = "" if roi is None else f" (pretrained with crops of {' x '.join(map(str, roi))} voxels, D H W)"
+        need = "2-D weights need --roi_z 1, and 3-D weights need a --roi_z above 1"
+        raise WeightsError(f"{file.path}: the weights are {given}-D{crops}, and the network is {wanted}-D; {need}")
 
 
 def wanted_keys(model: nn.Module, own: dict[str, Tensor], part: str) -> list[str]:

@@ -130,6 +130,8 @@ def count_parameters(network: nn.Module) -> tuple[int, int]:
 def freeze(network: nn.Module, keys: Collection[str], is_frozen: bool = True) -> None:
     """Stop gradients to the parameters named in `keys`, or let them flow again.
 
+    Batch norms among them also stop following the batches while they are frozen.
+
     Raises:
         ValueError: none of the keys is a parameter.
     """
@@ -139,3 +141,6 @@ def freeze(network: nn.Module, keys: Collection[str], is_frozen: bool = True) ->
         raise ValueError("--freeze_encoder_steps: no encoder weights were loaded, so there is nothing to freeze")
     for parameter in chosen:
         parameter.requires_grad_(not is_frozen)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in wanted:
+            module.train(not is_frozen)

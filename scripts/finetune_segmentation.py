@@ -4,11 +4,15 @@
         --json_list flare_labelled.json --store_dir store --output_dir results/finetune
     torchrun --nproc_per_node=4 scripts/finetune_segmentation.py --config configs/finetune_flare22.yaml \\
         --weights alice_teacher.safetensors --data_dir FLARE22 --json_list flare_labelled.json --output_dir results/all
+    python scripts/finetune_segmentation.py --weights simsiam_2d.safetensors --batch_size 64 --window_batch 64 \\
+        --data_dir FLARE22 --json_list flare_labelled.json --store_dir store --output_dir results/slices
     python scripts/finetune_segmentation.py --weights none --num_labelled 1 --fold 0 --seed 0 --data_dir FLARE22 \\
         --json_list flare_labelled.json --store_dir store --output_dir results/scratch_1shot
 
 Voxel size, HU window, crop, backbone and feature size come from the weights' own description; flags that differ win
-with a warning. The same command again resumes the run where it stopped (--resume auto); it is refused where flags
+with a warning. Weights that were pretrained on slices (--roi_z 1) are finetuned on slices, in 2-D; volumes are then
+segmented slice by slice, and results have the slice-wise Dice that is published for 2-D networks beside organ Dice per
+volume. The same command again resumes the run where it stopped (--resume auto); it is refused where flags
 that decide the result have changed. SIGTERM and SIGUSR1 write a checkpoint and end the run with exit code 75. best.pth
 is for scripts/predict.py and scripts/evaluate_segmentation.py.
 """
@@ -52,6 +56,7 @@ from engine.segmentation.segmenter import Segmenter, open_segmenter
 from engine.segmentation.setup import KIND, Setup, plain_spacing, resolve_setup
 from engine.segmentation.sliding_window import WindowOptions
 from losses.segmentation import make_dice_ce, rare_class_weights
+from models.layers.batch_norm import synchronise_batch_norms
 from models.pretrained import load_pretrained
 from models.segmenters import SEGMENTERS, count_parameters, freeze, layer_groups
 from models.weights_file import WeightsFile, read_weights_file
@@ -169,7 +174,10 @@ def start_run(
     options = plan.options
     torch.manual_seed(options.seed)
     kind = SEGMENTERS[plan.setup.backbone]
-    network = kind.build(1, len(plan.classes), plan.setup.feature_size, options.use_checkpoint)
+    spatial_dims = plan.setup.preprocessing.spatial_dims
+    network = kind.build(1, len(plan.classes), plan.setup.feature_size, options.use_checkpoint, spatial_dims)
+    if world.size > 1:
+        synchronise_batch_norms(network)
     keys, started = list(network.state_dict()), "started from random weights"
     if plan.weights.tensors:
         report = load_pretrained(network, plan.weights, options.min_share, options.weights_part)
@@ -243,8 +251,8 @@ def describe_start(plan: Plan, run: FinetuneRun, started: str, world: World) -> 
             f"organs: {len(plan.classes) - 1} ({', '.join(plan.classes.names[1:])})",
             f"volumes: spacing {spacing_text(known.spacing_mm)}, {known.hu_min:g} to {known.hu_max:g} HU, crops of "
             f"{' x '.join(map(str, known.roi))} voxels (D, H, W)",
-            f"network: {setup.backbone}, feature size {setup.feature_size}, {num_trained / 1e6:.1f} of "
-            f"{num_all / 1e6:.1f} M parameters trained, {precision} on {world.device}",
+            f"network: {known.spatial_dims}-D {setup.backbone}, feature size {setup.feature_size}, "
+            f"{num_trained / 1e6:.1f} of {num_all / 1e6:.1f} M parameters trained, {precision} on {world.device}",
         ]
     )
 
@@ -297,7 +305,7 @@ def train(plan: Plan, store: VolumeStore, run: FinetuneRun, world: World, log) -
 
     def validate(stop: StopRequest) -> dict[str, float] | None:
         judged = evaluate(segmenter, stored_cases(store, plan.classes), held_out, world, stop=stop)
-        return None if judged is None else {"dice": judged.dice}
+        return None if judged is None else judged.means()
 
     weights = rare_class_weights(dataset.count_voxels()).to(world.device) if options.class_weights == "rare" else None
     return finetune(run, make_dice_ce(weights), iter(loader), validate, options, world, log)

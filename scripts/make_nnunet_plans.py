@@ -91,11 +91,17 @@ def make_plans(plans: dict, flags: jsonargparse.Namespace, description: dict) ->
     """nnU-Net's plans with the reader, axes, spacing, patch, window and network of the weights.
 
     Raises:
-        ValueError: a patch that the network cannot take, an unknown or 2-D backbone, or another axis order.
+        ValueError: a patch that the network cannot take, an unknown backbone, another axis order, or weights of slices.
     """
     known = description["preprocessing"]
     if known.get("axcodes") != AXCODES:
         raise ValueError(f"--weights {flags.weights}: axis order {known.get('axcodes')}, expected {AXCODES}")
+    if known.get("roi", [None])[0] == 1:
+        raise ValueError(
+            f"--weights {flags.weights}: they are 2-D, trained with --roi_z 1 (crops of "
+            f"{' x '.join(map(str, known['roi']))} voxels), and these plans are for 3-D networks; expected weights of "
+            "3-D crops. Finetune 2-D weights with scripts/finetune_segmentation.py"
+        )
     setup = resolve_setup(description, {"roi": flags.patch_size}, SEGMENTERS)
     wanted = setup.preprocessing
     SEGMENTERS[setup.backbone].check_sizes(setup.feature_size, wanted.roi)

@@ -21,7 +21,9 @@ from engine.distributed import World
 from engine.flags import options_of
 from engine.loop import NonFiniteLossError
 from engine.run_folder import LOCK
+from engine.segmentation.evaluation import Evaluation
 from engine.segmentation.flags import FinetuneOptions
+from engine.segmentation.metrics import OrganScore
 from engine.signals import EXIT_INTERRUPTED
 from engine.weights import save_weights
 from models.segmenters import SEGMENTERS
@@ -291,10 +293,8 @@ def test_a_checkpoint_of_another_folder_leaves_a_best_one_here(finished, corpus,
     assert load_checkpoint(tmp_path / "done" / "best.pth")["step"] == 4, "nothing left to train: the last weights"
     assert (tmp_path / "done" / "evaluation" / "results.md").exists()
 
-    class Judged:
-        dice = 0.0
-
-    monkeypatch.setattr(command, "evaluate", lambda *_, **__: Judged())
+    score = OrganScore("case3", "liver", 0.0, 0.0, 1.0, 0.0)
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: Evaluation([score], {}))
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "best.pth").write_text("of another run")
     flags = {"steps": 6, "evaluate": "false", "resume": finished / LATEST}
@@ -426,10 +426,7 @@ def test_early_stop_after_patience(corpus, tmp_path, monkeypatch, capfd):
 
 
 def test_best_exists_even_where_no_organ_counts(corpus, tmp_path, monkeypatch):
-    class Judged:
-        dice = float("nan")
-
-    monkeypatch.setattr(command, "evaluate", lambda *_, **__: Judged())
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: Evaluation([], {}))
     command.main(finetune_arguments(corpus, tmp_path, steps=2, val_freq=1, evaluate="false"))
     assert load_checkpoint(tmp_path / "best.pth")["step"] == 1
 

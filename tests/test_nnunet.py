@@ -153,6 +153,8 @@ def test_wrong_input_is_refused_by_name(tmp_path, weights):
     save_weights({"a": torch.zeros(1)}, slices, tmp_path / "slices.pth")
     assert "resnet50_unet sees slices" in told(plans, path=tmp_path / "slices.pth")
     assert "ZScoreNormalization" in told(write_plans(tmp_path, normalization_schemes=["ZScoreNormalization"]))
+    slices = make_weights(tmp_path, roi=[1, 64, 64])
+    assert "2-D, trained with --roi_z 1 (crops of 1 x 64 x 64 voxels)" in told(write_plans(tmp_path), path=slices)
     assert not (tmp_path / "alicePlans.json").exists()
 
 

@@ -23,7 +23,7 @@ class ByIntensity(torch.nn.Module):
 
 
 class FakeKind:
-    def build(self, in_channels: int, num_classes: int, feature_size: int) -> torch.nn.Module:
+    def build(self, in_channels: int, num_classes: int, feature_size: int, spatial_dims: int) -> torch.nn.Module:
         return ByIntensity()
 
 

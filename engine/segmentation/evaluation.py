@@ -21,7 +21,7 @@ from engine.distributed import World, gather_objects
 from engine.loop import evaluating
 from engine.segmentation.metrics import OrganScore, case_means, nan_mean, published_slice_dice, score_case
 from engine.segmentation.pictures import CaseView, case_view, save_overlay
-from engine.segmentation.report import write_report
+from engine.segmentation.report import SLICE_DICE, write_report
 from engine.segmentation.segmenter import Segmenter
 from engine.signals import StopRequest
 
@@ -60,6 +60,10 @@ class Evaluation:
     def dice(self) -> float:
         """Mean over cases of the mean over organs; NaN where nothing counts."""
         return nan_mean(list(case_means(self.scores).values()))
+
+    def means(self) -> dict[str, float]:
+        """ "dice", and for 2-D networks the published slice-wise number under its own name."""
+        return {"dice": self.dice} | ({SLICE_DICE: nan_mean(self.slice_dice)} if self.slice_dice else {})
 
     def worst_and_best(self) -> list[tuple[str, CaseView]]:
         """(title, view) of the case with the lowest and of that with the highest mean Dice that can be shown."""

@@ -36,7 +36,7 @@ class DataOptions:
         a_max: HU that becomes 1; unset = the weights', else 225
         roi_x: crop along W, voxels; unset = the weights', else 96
         roi_y: crop along H, voxels; unset = the weights', else 96
-        roi_z: crop along D, voxels; unset = the weights', else 96
+        roi_z: crop along D, voxels; 1 = slices, for a 2-D network; unset = the weights', else 96
         num_workers: loading processes per rank; 0 = load in the training process
     """
 

@@ -72,8 +72,10 @@ def open_segmenter(
     if backbone["name"] not in SEGMENTERS:
         known = ", ".join(SEGMENTERS)
         raise CheckpointError(f"{checkpoint_file}: its network is {backbone['name']!r}; known are {known}")
-    network = SEGMENTERS[backbone["name"]].build(backbone["in_channels"], len(classes), backbone["feature_size"])
-    load_strictly(network, state["model"], "network", checkpoint_file)
     known, precision = Preprocessing.from_dict(state["preprocessing"]), pick_precision(precision, device)
+    network = SEGMENTERS[backbone["name"]].build(
+        backbone["in_channels"], len(classes), backbone["feature_size"], spatial_dims=known.spatial_dims
+    )
+    load_strictly(network, state["model"], "network", checkpoint_file)
     windows = WindowOptions(known.roi, known.hu_min, known.hu_max, overlap, window_batch, precision)
     return Segmenter(network.to(device).eval(), classes, known.spacing_mm, windows, device)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasets.ct.geometry import CANONICAL_AXCODES as AXCODES
 from datasets.store.volumes import VolumeStore
+from models.backbones.interface import spatial_dims_of
 from models.methods import METHODS
 
 KIND = "segmentation"  # of a finetuned network's checkpoint
@@ -37,6 +38,11 @@ class Preprocessing:
     hu_min: float
     hu_max: float
     roi: tuple[int, int, int]
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 where the network sees slices, else 3."""
+        return spatial_dims_of(self.roi)
 
     def as_dict(self) -> dict:
         """Plain values under the names that checkpoints use."""
@@ -76,7 +82,8 @@ def resolve_setup(
         store_dir: a volume store, which may not exist yet.
 
     Raises:
-        ValueError: weights of something else (SAM), a HU window whose ends are swapped, or an unknown backbone.
+        ValueError: weights of something else (SAM), a HU window whose ends are swapped, an unknown backbone, or weights
+            of slices for a 3-D network or the reverse.
     """
     if described.get("kind") not in (None, KIND, *METHODS):
         raise ValueError(
@@ -103,9 +110,22 @@ def resolve_setup(
         notes.append(f"the weights were trained on volumes in axis order {axcodes}, here it is {AXCODES}")
     if chosen["hu_min"] >= chosen["hu_max"]:
         raise ValueError(f"--a_min {chosen['hu_min']:g} --a_max {chosen['hu_max']:g}: expected a_min below a_max (HU)")
+    check_spatial_dims(described.get("preprocessing", {}).get("roi"), chosen["roi"])
     if chosen["name"] not in backbones:
         raise ValueError(f"--backbone (unset = the weights') is {chosen['name']!r}, expected {', '.join(backbones)}")
     return Setup(Preprocessing.from_dict(chosen), chosen["name"], int(chosen["feature_size"]), notes)
+
+
+def check_spatial_dims(from_weights: Sequence[int] | None, roi: Sequence[int]) -> None:
+    """Raise ValueError where the crops (D, H, W) of the weights and of this run are not both slices or both volumes."""
+    if from_weights is None or spatial_dims_of(from_weights) == spatial_dims_of(roi):
+        return
+    trained, wanted = (f"{' x '.join(map(str, size))} voxels (D, H, W)" for size in (from_weights, roi))
+    kinds = "2-D and are asked for a 3-D" if from_weights[0] == 1 else "3-D and are asked for a 2-D"
+    raise ValueError(
+        f"--roi_z {roi[0]}: the weights are {kinds} network. They were trained with crops of {trained}, and this run "
+        f"has {wanted}. Leave --roi_z away, or use weights that were trained with --roi_z {roi[0]} (--weights)"
+    )
 
 
 def plain_spacing(spacing_mm: Sequence[float] | None) -> list[float] | str:
