@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import torch
 
 from datasets.ct.geometry import CANONICAL_AXCODES
+from datasets.ct.images import CT
 from datasets.samples.crops import CropOptions
 from datasets.samples.loader import make_pair_loader
 from datasets.samples.masks import MaskOptions
@@ -193,6 +194,7 @@ def make_run(flags, method: Method, data: Data, options: LoopOptions, world: Wor
             "hu_min": crops.a_min,
             "hu_max": crops.a_max,
             "roi": list(crops.roi),
+            **({} if data.store.kind == CT else {"images": data.store.kind}),
         },
         "backbone": {"name": flags.backbone, "feature_size": flags.feature_size, "in_channels": 1},
         "num_training_cases": len(data.training),

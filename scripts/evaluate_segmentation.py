@@ -9,6 +9,7 @@
 
 The last form joins evaluations of several seeds or folds: mean and spread over runs. cases.csv holds one row per case
 and organ. An organ that neither truth nor prediction has counts for nothing, one that only one of them has counts 0.
+2-D networks also get slice_dice_published, the slice-wise number of publications; compare it with nothing else.
 """
 
 import sys
@@ -20,7 +21,7 @@ from datasets.store.volumes import VolumeStore
 from engine import distributed
 from engine.device import explained_out_of_memory
 from engine.flags import DeviceOptions, RunInfo, add_options, add_switch, make_parser, run_main
-from engine.segmentation.evaluation import evaluate, file_cases, labelled_cases
+from engine.segmentation.evaluation import check_pixel_sizes, evaluate, file_cases, labelled_cases
 from engine.segmentation.flags import EvaluationOptions
 from engine.segmentation.report import TABLE, write_joined
 from engine.segmentation.segmenter import open_segmenter
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     world = distributed.start(flags.device, flags.dist_timeout_min)
     segmenter = open_segmenter(flags.checkpoint_file, world.device, flags.overlap, flags.window_batch, flags.precision)
     cases = labelled_cases(flags.json_list, flags.data_dir, flags.section)
+    check_pixel_sizes(cases, flags.nsd_mm)
     spacing_mm, output_dir = segmenter.spacing_mm or "native", Path(flags.output_dir)
     store = VolumeStore(flags.store_dir, expected_spacing_mm=spacing_mm) if flags.store_dir else None
     if world.is_main:

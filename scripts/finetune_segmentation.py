@@ -1,5 +1,7 @@
 """Finetune pretrained weights to segment organs (or train from scratch), and evaluate: FLARE22, BTCV, Decathlon lists.
 
+Images are CT, or radiographs as PNG with PNG masks, for which networks are 2-D.
+
     python scripts/finetune_segmentation.py --weights alice_teacher.safetensors --data_dir FLARE22 \\
         --json_list flare_labelled.json --store_dir store --output_dir results/finetune
     torchrun --nproc_per_node=4 scripts/finetune_segmentation.py --config configs/finetune_flare22.yaml \\
@@ -33,7 +35,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from datasets.lists.data_list import Case, load_data_list
+from datasets.lists.data_list import Case, kind_of_cases, load_data_list
 from datasets.lists.label_classes import LabelClasses, read_classes
 from datasets.lists.splits import choose_labelled, split_held_out
 from datasets.samples.labelled import SegmentationAugment, SegmentationCropDataset
@@ -48,7 +50,14 @@ from engine.flags import RunInfo, add_options, add_resume, make_parser, options_
 from engine.logging import make_log
 from engine.optim import decays
 from engine.run_folder import claimed
-from engine.segmentation.evaluation import EVALUATION, evaluate, file_cases, labelled_cases, stored_cases
+from engine.segmentation.evaluation import (
+    EVALUATION,
+    check_pixel_sizes,
+    evaluate,
+    file_cases,
+    labelled_cases,
+    stored_cases,
+)
 from engine.segmentation.flags import GROUPS, FinetuneOptions, check_continuation
 from engine.segmentation.loop import BEST, FinetuneRun, finetune, holds_best
 from engine.segmentation.report import TABLE
@@ -129,7 +138,10 @@ def make_plan(options: FinetuneOptions) -> Plan:
         },
         SEGMENTERS,
         store_folder(options),
+        kind_of_cases(training + held_out),
     )
+    if options.evaluate:
+        check_pixel_sizes(judged, options.nsd_mm)
     SEGMENTERS[setup.backbone].check_sizes(setup.feature_size, setup.preprocessing.roi)
     return Plan(options, training, held_out, judged, classes, setup, weights)
 
@@ -249,7 +261,7 @@ def describe_start(plan: Plan, run: FinetuneRun, started: str, world: World) -> 
             f"cases: {len(plan.training)} to train with ({shown}), {len(plan.held_out)} held out, fold "
             f"{plan.options.fold}",
             f"organs: {len(plan.classes) - 1} ({', '.join(plan.classes.names[1:])})",
-            f"volumes: spacing {spacing_text(known.spacing_mm)}, {known.hu_min:g} to {known.hu_max:g} HU, crops of "
+            f"volumes: spacing {spacing_text(known.spacing_mm)}, {known.window_text}, crops of "
             f"{' x '.join(map(str, known.roi))} voxels (D, H, W)",
             f"network: {known.spatial_dims}-D {setup.backbone}, feature size {setup.feature_size}, "
             f"{num_trained / 1e6:.1f} of {num_all / 1e6:.1f} M parameters trained, {precision} on {world.device}",
@@ -299,8 +311,10 @@ def train(plan: Plan, store: VolumeStore, run: FinetuneRun, world: World, log) -
         dataset, options.batch_size, world.rank, world.size, options.num_workers, **steps, pin_memory=is_cuda
     )
     precision = pick_precision(options.precision, world.device)
-    windows = WindowOptions(*window, options.val_overlap, options.window_batch, precision)
-    segmenter = Segmenter(run.network, plan.classes, known.spacing_mm, windows, world.device)
+    windows = WindowOptions(
+        known.roi, overlap=options.val_overlap, window_batch=options.window_batch, precision=precision
+    )
+    segmenter = Segmenter(run.network, plan.classes, known, windows, world.device)
     held_out = [case.name for case in plan.held_out][: options.num_val_cases or None]
 
     def validate(stop: StopRequest) -> dict[str, float] | None:

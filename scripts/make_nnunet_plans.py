@@ -105,8 +105,6 @@ def make_plans(plans: dict, flags: jsonargparse.Namespace, description: dict) ->
     setup = resolve_setup(description, {"roi": flags.patch_size}, SEGMENTERS)
     wanted = setup.preprocessing
     SEGMENTERS[setup.backbone].check_sizes(setup.feature_size, wanted.roi)
-    if wanted.roi[0] == 1:
-        raise ValueError(f"--weights {flags.weights}: {setup.backbone} sees slices; nnU-Net's plans here are 3-D")
     made = copy.deepcopy(plans)
     configuration = made["configurations"][flags.configuration]
     in_file_order = in_reader_order(plans, configuration["spacing"])

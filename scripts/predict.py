@@ -1,7 +1,8 @@
-"""Segment one CT with a finetuned network; the label map lies on the image's own voxels.
+"""Segment one CT or radiograph with a finetuned network; the label map lies on the image's own voxels.
 
     python scripts/predict.py IMAGE.nii.gz LABELS.nii.gz --checkpoint_file results/finetune/best.pth
     python scripts/predict.py IMAGE.nii.gz LABELS.nii.gz --checkpoint_file best.pth --device cpu --overlap 0.25
+    python scripts/predict.py IMAGE.png MASK.png --checkpoint_file results/radiographs/best.pth
 
 The image may have any size, spacing and orientation. Memory stays bounded: the volume itself (4 bytes a voxel) and a
 slab as thick as a window; nothing grows with the number of organs times the volume.
@@ -14,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from datasets.ct.file_grid import read_file_grid, write_label_like
+from datasets.ct.images import CT, kind_of, read_image, write_labels_like
 from datasets.ct.intensity import NO_AIR_HU, few_whole_values
-from datasets.ct.nifti import Volume, read_ct
+from datasets.ct.nifti import Volume
+from datasets.ct.radiograph import SUFFIX
 from engine.device import explained_out_of_memory, pick_device
 from engine.flags import DeviceOptions, add_options, make_parser, run_main
 from engine.segmentation.segmenter import open_segmenter
@@ -26,8 +28,8 @@ from engine.segmentation.sliding_window import WindowOptions
 def make_flags():
     """The flags of this command."""
     parser = make_parser(__doc__)
-    parser.add_argument("image", type=str, help="CT to segment, .nii or .nii.gz")
-    parser.add_argument("output", type=str, help="label map to write, .nii or .nii.gz")
+    parser.add_argument("image", type=str, help="CT to segment, .nii or .nii.gz, or radiograph, .png")
+    parser.add_argument("output", type=str, help="label map to write, of the same kind")
     parser.add_argument("--checkpoint_file", type=str, required=True, help="best.pth of a finetuning run")
     add_options(parser, WindowOptions, {"window_batch": 1})
     add_options(parser, DeviceOptions)
@@ -36,22 +38,25 @@ def make_flags():
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
-    if not flags.output.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{flags.output}: expected a name ending in .nii or .nii.gz")
+    suffixes = (".nii", ".nii.gz") if kind_of(flags.image) == CT else (SUFFIX,)
+    if not flags.output.endswith(suffixes):
+        raise ValueError(f"{flags.output}: expected a name ending in {' or '.join(suffixes)}")
     if Path(flags.output).exists() and Path(flags.image).exists() and Path(flags.output).samefile(flags.image):
-        raise ValueError(f"{flags.output} is the CT itself, which the label map would replace; give another name")
+        raise ValueError(f"{flags.output} is the image itself, which its labels would replace; give another name")
     device = pick_device(flags.device, 0)
     segmenter = open_segmenter(flags.checkpoint_file, device, flags.overlap, flags.window_batch, flags.precision)
-    volume, grid = read_ct(flags.image), read_file_grid(flags.image)
-    check_is_ct(volume)
+    segmenter.check_image(flags.image)
+    volume = read_image(flags.image)
+    if kind_of(flags.image) == CT:
+        check_is_ct(volume)
     with explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"):
         found = segmenter.segment(segmenter.on_own_grid(volume), volume)
-    write_label_like(flags.output, segmenter.classes.to_values(found), grid)
-    voxel_ml = float(np.prod(volume.spacing_mm)) / 1000
+    write_labels_like(flags.output, segmenter.classes.to_values(found), flags.image)
+    size, unit = (float(np.prod(volume.spacing_mm)) / 1000, "ml") if kind_of(flags.image) == CT else (1.0, "pixels")
     counts = np.bincount(found.ravel(), minlength=len(segmenter.classes))
     for name, value, count in zip(segmenter.classes.names[1:], segmenter.classes.values[1:], counts[1:]):
-        print(f"{value:4d} {name}: {count * voxel_ml:.1f} ml")
-    print(f"wrote {flags.output}: {' x '.join(map(str, grid.shape))} voxels, as {flags.image}")
+        print(f"{value:4d} {name}: {count * size:.1f} {unit}")
+    print(f"wrote {flags.output}: {' x '.join(map(str, found.shape))} voxels (D, H, W), as {flags.image}")
 
 
 def check_is_ct(volume: Volume) -> None:

@@ -69,6 +69,11 @@ def same(one: object, other: object) -> bool:
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
+def judged(dice: float) -> Evaluation:
+    """What `evaluate` finds where one organ of one case has this Dice."""
+    return Evaluation([OrganScore("case3", "liver", dice, 0.0, 1.0, 0.0)], {})
+
+
 def test_a_run_leaves_what_it_should(finished, corpus):
     assert {path.name for path in finished.iterdir()} == EXPECTED_FILES | {"evaluation"}
     best = load_checkpoint(finished / "best.pth", "segmentation")
@@ -293,8 +298,7 @@ def test_a_checkpoint_of_another_folder_leaves_a_best_one_here(finished, corpus,
     assert load_checkpoint(tmp_path / "done" / "best.pth")["step"] == 4, "nothing left to train: the last weights"
     assert (tmp_path / "done" / "evaluation" / "results.md").exists()
 
-    score = OrganScore("case3", "liver", 0.0, 0.0, 1.0, 0.0)
-    monkeypatch.setattr(command, "evaluate", lambda *_, **__: Evaluation([score], {}))
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: judged(0.0))
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "best.pth").write_text("of another run")
     flags = {"steps": 6, "evaluate": "false", "resume": finished / LATEST}
@@ -408,11 +412,7 @@ def test_rare_classes_weigh_more_where_asked(corpus, tmp_path, monkeypatch):
 def test_early_stop_after_patience(corpus, tmp_path, monkeypatch, capfd):
     dice = iter([0.5, 0.4, float("nan"), 0.6])
 
-    class Judged:
-        def __init__(self) -> None:
-            self.dice = next(dice)
-
-    monkeypatch.setattr(command, "evaluate", lambda *_, **__: Judged())
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: judged(next(dice)))
     flags = {"steps": 8, "val_freq": 1, "patience": 2, "evaluate": "false"}
     command.main(finetune_arguments(corpus, tmp_path, **flags))
     assert "stopped early at step 3: no better Dice than 0.5000 of step 1" in capfd.readouterr().out
@@ -426,7 +426,7 @@ def test_early_stop_after_patience(corpus, tmp_path, monkeypatch, capfd):
 
 
 def test_best_exists_even_where_no_organ_counts(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "evaluate", lambda *_, **__: Evaluation([], {}))
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: judged(float("nan")))
     command.main(finetune_arguments(corpus, tmp_path, steps=2, val_freq=1, evaluate="false"))
     assert load_checkpoint(tmp_path / "best.pth")["step"] == 1
 

@@ -1,8 +1,10 @@
-"""Reading an image and its labels by what the file is: NIfTI is CT, PNG is a radiograph."""
+"""Reading an image and its labels by what the file is, and writing labels: NIfTI is CT, PNG is a radiograph."""
 
 from pathlib import Path
 
-from datasets.ct import nifti, radiograph
+import numpy as np
+
+from datasets.ct import file_grid, nifti, radiograph
 from datasets.ct.nifti import Volume
 
 CT, RADIOGRAPH = "ct", "radiograph"
@@ -22,3 +24,15 @@ def read_labels_of(image: Volume, path: str | Path) -> Volume:
     """The label map of an image (`nifti.read_label_of`), or the mask of a radiograph (`radiograph.read_mask_of`)."""
     read = radiograph.read_mask_of if kind_of(path) == RADIOGRAPH else nifti.read_label_of
     return read(image, path)
+
+
+def write_labels_like(path: str | Path, labels: np.ndarray, like: str | Path) -> None:
+    """Write label values [D, H, W] on the voxels of a file: NIfTI beside NIfTI, a grey PNG beside PNG.
+
+    Raises:
+        ValueError: another suffix than that kind has, or labels of another volume.
+    """
+    if kind_of(like) == RADIOGRAPH:
+        radiograph.write_mask_like(path, labels, like)
+    else:
+        file_grid.write_label_like(path, labels, file_grid.read_file_grid(like))

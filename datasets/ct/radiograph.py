@@ -30,9 +30,11 @@ class Radiograph(Volume):
 
     Attributes:
         bits: of the file's grey, 8 or 16; grey = array + 2^(bits - 1).
+        is_scaled: whether the file says how large a pixel is.
     """
 
     bits: int
+    is_scaled: bool = True
 
 
 def read_radiograph(path: str | Path) -> Radiograph:
@@ -46,7 +48,7 @@ def read_radiograph(path: str | Path) -> Radiograph:
     if grey.min() == grey.max():
         raise CTReadError(f"{path}: every pixel is {grey.min()}; expected a radiograph with contrast")
     array = (grey.astype(np.int32) - 2 ** (bits - 1)).astype(np.int16)
-    return Radiograph(array[None], picture_affine(pixel_mm), str(path), bits)
+    return Radiograph(array[None], picture_affine(pixel_mm or (1.0, 1.0)), str(path), bits, pixel_mm is not None)
 
 
 def read_mask_of(image: Volume, path: str | Path) -> Volume:
@@ -63,17 +65,33 @@ def read_mask_of(image: Volume, path: str | Path) -> Volume:
     return Volume(grey[None].astype(np.uint8 if bits == 8 else np.int16), image.affine, str(path))
 
 
-def write_grey(path: str | Path, grey: np.ndarray, pixel_mm: tuple[float, float]) -> None:
+def write_grey(path: str | Path, grey: np.ndarray, pixel_mm: tuple[float, float] | None) -> None:
     """Write a grey PNG; whole file or none appears at `path`, and the same picture gives the same file.
 
     Args:
         grey: uint8 or uint16 [H, W].
-        pixel_mm: size of a pixel, down and across.
+        pixel_mm: size of a pixel, down and across; None = not written.
     """
-    content = io.BytesIO()
-    down, across = (INCH_MM / side for side in pixel_mm)
-    Image.fromarray(grey).save(content, "PNG", dpi=(across, down))
+    content, size = io.BytesIO(), {}
+    if pixel_mm is not None:
+        size["dpi"] = tuple(INCH_MM / side for side in reversed(pixel_mm))  # across first
+    Image.fromarray(grey).save(content, "PNG", **size)
     write_bytes(path, content.getbuffer())
+
+
+def write_mask_like(path: str | Path, labels: np.ndarray, like: str | Path) -> None:
+    """Write label values [1, H, W] (0 to 32767) as the grey of a PNG, with the pixel size of the PNG `like`.
+
+    Raises:
+        ValueError: another suffix than .png, or labels of a picture of another size.
+        CTReadError: `like` is not a grey PNG.
+    """
+    if Path(path).suffix.lower() != SUFFIX:
+        raise ValueError(f"{path}: expected a name ending in {SUFFIX}")
+    grey, _, pixel_mm = _read_grey(like)
+    if labels.shape != (1, *grey.shape):
+        raise ValueError(f"{path}: labels have shape {labels.shape}, {like} has {(1, *grey.shape)}")
+    write_grey(path, labels[0].astype(np.uint8 if labels.dtype == np.uint8 else np.uint16), pixel_mm)
 
 
 def picture_affine(pixel_mm: tuple[float, float]) -> np.ndarray:
@@ -83,8 +101,8 @@ def picture_affine(pixel_mm: tuple[float, float]) -> np.ndarray:
     return affine
 
 
-def _read_grey(path: str | Path) -> tuple[np.ndarray, int, tuple[float, float]]:
-    """Grey uint8 or uint16 [H, W], its bits, and the size of a pixel (mm, down and across)."""
+def _read_grey(path: str | Path) -> tuple[np.ndarray, int, tuple[float, float] | None]:
+    """Grey uint8 or uint16 [H, W], its bits, and the size of a pixel (mm, down and across; None = not in the file)."""
     content = _read_png(Path(path))
     bits, colour = content[BITS_AT], content[COLOUR_AT]
     if bits not in (8, 16) or colour == PALETTE:
@@ -99,8 +117,9 @@ def _read_grey(path: str | Path) -> tuple[np.ndarray, int, tuple[float, float]]:
         raise CTReadError(f"{path}: truncated or damaged PNG ({error})") from error
     if "transparency" in info:
         raise CTReadError(f"{path}: declares a transparent colour; expected plain grey")
-    across, down = (INCH_MM / dots if dots else 1.0 for dots in info.get("dpi", (0, 0)))
-    return _grey_of(pixels, bits, path), bits, (down, across)
+    across, down = info.get("dpi", (0, 0))
+    pixel_mm = (INCH_MM / down, INCH_MM / across) if down and across else None
+    return _grey_of(pixels, bits, path), bits, pixel_mm
 
 
 def _read_png(path: Path) -> bytes:

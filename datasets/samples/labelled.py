@@ -15,6 +15,8 @@ import torch
 from monai.transforms import RandAffined
 from torch.utils.data import Dataset
 
+from datasets.ct.images import RADIOGRAPH
+from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
 from datasets.lists.label_classes import LabelClasses
 from datasets.samples.augment import AugmentOptions, ViewAugmenter
 from datasets.store.volumes import VolumeStore
@@ -55,7 +57,7 @@ class SegmentationCropDataset(Dataset):
         case_names: the cases to draw from, all alike.
         classes: label values and channels.
         roi: (D, H, W) of a crop in voxels of the store; D = 1 gives slices.
-        hu_min, hu_max: the window that becomes [0, 1].
+        hu_min, hu_max: the window that becomes [0, 1]; None = CT's default end, or that of each radiograph's range.
         foreground_share: share of crops centred near an organ's voxel; the others lie anywhere in the body.
         augment: see `SegmentationAugment`.
         seed: decides everything.
@@ -70,8 +72,8 @@ class SegmentationCropDataset(Dataset):
         case_names: Sequence[str],
         classes: LabelClasses,
         roi: Size3,
-        hu_min: float = -125.0,
-        hu_max: float = 225.0,
+        hu_min: float | None = None,
+        hu_max: float | None = None,
         foreground_share: float = 0.8,
         augment: SegmentationAugment | None = None,
         seed: int = 0,
@@ -84,7 +86,8 @@ class SegmentationCropDataset(Dataset):
         self.store, self.case_names, self.classes = store, list(case_names), classes
         self.roi, self.foreground_share, self.seed = tuple(roi), foreground_share, seed
         self.augment = augment or SegmentationAugment()
-        self._augment_view = ViewAugmenter(self.augment.intensity, hu_min, hu_max)
+        self.window = hu_min, hu_max
+        self._augment_view = ViewAugmenter(self.augment.intensity, *fill_ends(self.window, CT_WINDOW_HU))
         self._voxels: dict[str, dict[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -100,6 +103,8 @@ class SegmentationCropDataset(Dataset):
         rng = np.random.default_rng([self.seed, index])
         case = int(rng.integers(len(self.case_names)))
         name = self.case_names[case]
+        record = self.store.record(name)
+        own_window = record.window(*self.window) if record.kind == RADIOGRAPH else None
         centre = self._draw_centre(name, rng)
         if rng.random() < self.augment.affine_prob:
             hu, label = self._turned_crop(name, centre, int(rng.integers(2**31)))
@@ -107,7 +112,7 @@ class SegmentationCropDataset(Dataset):
             hu, label = self._crop(name, centre, self.roi)
         view_seed = np.random.SeedSequence([self.seed, index, 1])
         return {
-            "image": self._augment_view(hu, view_seed),
+            "image": self._augment_view(hu, view_seed, own_window),
             "label": torch.from_numpy(label)[None],
             "case": torch.tensor(case),
         }

@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datasets.ct.file_grid import read_file_grid, write_label_like
+from datasets.ct.file_grid import read_file_grid
+from datasets.ct.images import RADIOGRAPH, kind_of, write_labels_like
 from datasets.ct.nifti import Volume, check_same_grid, read_ct, read_label
+from datasets.ct.radiograph import SUFFIX, read_mask_of, read_radiograph
 from datasets.lists.data_list import Case, DataListError, load_data_list
 from datasets.lists.label_classes import LabelClasses
 from datasets.store.volumes import VolumeStore
 from engine.distributed import World, gather_objects
 from engine.loop import evaluating
 from engine.segmentation.metrics import OrganScore, case_means, nan_mean, published_slice_dice, score_case
-from engine.segmentation.pictures import CaseView, case_view, save_overlay
+from engine.segmentation.pictures import SHOWN_HU, CaseView, case_view, save_overlay
 from engine.segmentation.report import SLICE_DICE, write_report
 from engine.segmentation.segmenter import Segmenter
 from engine.signals import StopRequest
@@ -34,9 +36,9 @@ class EvaluationCase:
     """One case, canonical axes throughout.
 
     Attributes:
-        volume: HU on the network's grid.
+        volume: HU on the network's grid, or a radiograph's stored grey.
         truth: channels on the grid that is judged.
-        truth_hu: int16 HU on the truth's grid, for pictures; None = no picture.
+        truth_hu: int16 HU or stored grey on the truth's grid, for pictures; None = no picture.
     """
 
     volume: Volume
@@ -98,7 +100,8 @@ def evaluate(
         segmenter: its network is in evaluation mode inside, and as before outside.
         load_case: name -> case.
         tolerance_mm: of NSD; 0 leaves it out.
-        predictions_dir: where to write label maps `<case>.nii.gz` on the label files' own grids; None = nowhere.
+        predictions_dir: where to write label maps `<case>.nii.gz` or masks `<case>.png` on the label files' own grids;
+            None = nowhere.
         progress: show a bar on rank 0.
         stop: looked at before each case.
 
@@ -120,10 +123,11 @@ def evaluate(
             if segmenter.is_2d:
                 slices[name] = published_slice_dice(predicted, truth, len(classes))
             if case.truth_hu is not None:
-                views[name] = case_view(case.truth_hu, truth, predicted, spacing_mm)
+                views[name] = case_view(case.truth_hu, truth, predicted, spacing_mm, shown_window(case))
             if predictions_dir is not None:
-                grid = read_file_grid(case.truth.path)
-                write_label_like(predictions_dir / f"{name}.nii.gz", classes.to_values(predicted), grid)
+                suffix = SUFFIX if kind_of(case.truth.path) == RADIOGRAPH else ".nii.gz"
+                path = predictions_dir / f"{name}{suffix}"
+                write_labels_like(path, classes.to_values(predicted), case.truth.path)
     gathered = gather_objects((scores, views, slices, stop is not None and stop.requested))
     if any(is_stopped for *_, is_stopped in gathered):
         return None
@@ -133,18 +137,44 @@ def evaluate(
     return Evaluation(joined, views, [value for name in case_names for value in slices.get(name, [])])
 
 
+def shown_window(case: EvaluationCase) -> tuple[float, float]:
+    """What pictures show black and white: soft tissue of a CT, all of a radiograph."""
+    is_radiograph = kind_of(case.truth.path) == RADIOGRAPH
+    return (case.truth_hu.min(), case.truth_hu.max()) if is_radiograph else SHOWN_HU
+
+
+def check_pixel_sizes(cases: list[Case], tolerance_mm: float) -> None:
+    """Raise ValueError where NSD is wanted of radiographs whose files do not say how large a pixel is."""
+    pictures = [case.image for case in cases if kind_of(case.image) == RADIOGRAPH] if tolerance_mm > 0 else []
+    unscaled = next((path for path in pictures if not read_radiograph(path).is_scaled), None)
+    if unscaled is not None:
+        raise ValueError(
+            f"--nsd_mm {tolerance_mm:g}: {unscaled} does not say how large its pixels are, so there is no distance in "
+            "mm. Leave NSD out with --nsd_mm 0, or write the size into the files (PNG chunk pHYs)"
+        )
+
+
 def file_cases(
     cases: list[Case], segmenter: Segmenter, store: VolumeStore | None, with_pictures: bool = True
 ) -> Callable[[str], EvaluationCase]:
     """`load_case` of `evaluate` on the voxels of the label files.
 
     Args:
-        store: at the network's spacing: volumes come from it where it has them.
+        store: at the network's spacing: volumes of CT come from it where it has them.
+
+    Raises:
+        ValueError: images of another kind than the network's.
     """
     by_name = {case.name: case for case in cases}
+    for case in cases:
+        segmenter.check_image(case.image)
 
     def load(name: str) -> EvaluationCase:
         case, in_store = by_name[name], store is not None and name in store
+        if segmenter.preprocessing.images == RADIOGRAPH:
+            picture = read_radiograph(case.image)
+            truth = as_channels(read_mask_of(picture, case.label), segmenter.classes)
+            return EvaluationCase(segmenter.on_own_grid(picture), truth, picture.array if with_pictures else None)
         label = read_label(case.label)
         image = read_ct(case.image) if with_pictures or not in_store else None
         if case.image.exists():  # else the store stands alone

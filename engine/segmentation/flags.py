@@ -31,9 +31,9 @@ class DataOptions:
         fold: which of the fixed splits; 0 to 4 share no case while 5 x NUM_LABELLED cases are there
         held_out_share: share of the labelled cases to validate with where the list has no labelled validation section
         spacing_mm: voxel size in mm: D H W, one number, or native; unset = the weights', else the store's, else
-            2 1.5 1.5
-        a_min: HU that becomes 0; unset = the weights', else -125
-        a_max: HU that becomes 1; unset = the weights', else 225
+            2 1.5 1.5, of radiographs native
+        a_min: HU that becomes 0; unset = the weights', else -125, of radiographs the darkest value of each
+        a_max: HU that becomes 1; unset = the weights', else 225, of radiographs the brightest value of each
         roi_x: crop along W, voxels; unset = the weights', else 96
         roi_y: crop along H, voxels; unset = the weights', else 96
         roi_z: crop along D, voxels; 1 = slices, for a 2-D network; unset = the weights', else 96
@@ -123,7 +123,8 @@ class EvaluationOptions:
         section: section of the data list to evaluate
         overlap: overlap of windows in the evaluation, 0 to below 1
         window_batch: windows per forward pass
-        nsd_mm: tolerance of the normalised surface distance, mm, the same for all organs; 0 = leave it out
+        nsd_mm: tolerance of the normalised surface distance, mm, the same for all organs; 0 = leave it out (radiographs
+            whose files do not say their pixel size need 0)
     """
 
     section: str = "validation"
@@ -282,9 +283,9 @@ def resolved_changes(before: dict, now: dict) -> list[str]:
     """Values that flags, weights and store decide together, and that differ."""
     changes = []
     for part, names in DEFAULTS.items():
-        for name in names:
+        for name in [name for name in names if name in before.get(part, {})]:
             old, new = (side.get(part, {}).get(name) for side in (before, now))
-            if old is not None and not agree(old, new):
+            if not agree(old, new):
                 changes.append(f"{FLAG_OF[name]} {as_typed(old)} -> {as_typed(new)}")
     if "classes" in before and before["classes"] != now["classes"]:
         changes.append("--classes " + " -> ".join(", ".join(side["classes"]["names"][1:]) for side in (before, now)))

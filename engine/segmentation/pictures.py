@@ -1,4 +1,4 @@
-"""Overlay pictures: CT, truth and prediction side by side, of the cases where the network did worst and best.
+"""Overlay pictures: image, truth and prediction side by side, of the cases where the network did worst and best.
 
 Arrays are [D, H, W] in the canonical orientation. Only the planes that are shown are kept per case, so that every case
 may be a candidate. Axial planes have anterior on top and the patient's left on the right; coronal ones the head on top.
@@ -17,30 +17,36 @@ from datasets.ct.intensity import window_hu
 from datasets.ct.planes import PLANES, cut_plane, pixel_aspect
 
 OPACITY = 0.55
-PANEL_INCHES = 2.5  # width of each of a row's six pictures
+PANEL_INCHES = 2.5  # width of each picture
 MOST_ROW_INCHES = 6.0
 LEGEND_COLUMNS = 7
+SHOWN_HU = (-160.0, 240.0)  # black and white
 
 
-# The two planes of a case: {"axial" or "coronal": (HU, truth, prediction, height over width of a voxel)}.
+# The planes of a case: {"axial" or "coronal": (grey in [0, 1], truth, prediction, height over width of a voxel)}.
 CaseView = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]
 
 
 def case_view(
-    hu: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spacing_mm: tuple[float, float, float]
+    hu: np.ndarray,
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    window: tuple[float, float] = SHOWN_HU,
 ) -> CaseView:
     """Cut the axial and the coronal plane with most organs in the truth (most voxels among those).
 
     Args:
-        hu: int16 [D, H, W].
+        hu: int16 [D, H, W]; of depth 1, a picture has no coronal plane.
         truth, predicted: uint8 channels [D, H, W].
         spacing_mm: (D, H, W).
+        window: HU that are black and white.
     """
     planes = {}
-    for plane in ("axial", "coronal"):
+    for plane in ("axial", "coronal") if len(hu) > 1 else ("axial",):
         at = richest_plane(truth, PLANES[plane].cut)
-        cut = (cut_plane(array, plane, at).copy() for array in (hu, truth, predicted))
-        planes[plane] = (*cut, pixel_aspect(plane, spacing_mm))
+        shown, *labels = (cut_plane(array, plane, at).copy() for array in (hu, truth, predicted))
+        planes[plane] = (window_hu(shown, *window), *labels, pixel_aspect(plane, spacing_mm))
     return planes
 
 
@@ -52,26 +58,24 @@ def richest_plane(labels: np.ndarray, axis: int) -> int:
     return int(np.lexsort((num_voxels, num_organs))[-1])
 
 
-def overlay_figure(
-    views: list[tuple[str, CaseView]], names: tuple[str, ...], hu_min: float = -160.0, hu_max: float = 240.0
-) -> Figure:
-    """One row per case: CT, truth, prediction in the axial plane, then in the coronal one.
+def overlay_figure(views: list[tuple[str, CaseView]], names: tuple[str, ...]) -> Figure:
+    """One row per case: image, truth, prediction in the axial plane, then in the coronal one where there is one.
 
     Args:
-        views: (title, view).
+        views: (title, view), all with the same planes.
         names: of the channels, background first.
-        hu_min, hu_max: HU that are black and white.
     """
+    num_columns = 3 * len(views[0][1])
     heights = [row_height(view) for _, view in views]
     colours = channel_colours(len(names))
     handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours)][1:31]
     num_lines = math.ceil(len(handles) / LEGEND_COLUMNS)
-    figure = Figure(figsize=(6 * PANEL_INCHES, sum(heights) + 0.2 * num_lines + 0.3), layout="constrained")
-    axes = figure.subplots(len(views), 6, squeeze=False, height_ratios=heights)
+    figure = Figure(figsize=(num_columns * PANEL_INCHES, sum(heights) + 0.2 * num_lines + 0.3), layout="constrained")
+    axes = figure.subplots(len(views), num_columns, squeeze=False, height_ratios=heights)
     for row, (title, view) in zip(axes, views):
-        for first, (plane, (hu, truth, predicted, aspect)) in zip((0, 3), view.items()):
-            grey = window_hu(hu, hu_min, hu_max)[..., None].repeat(3, -1)
-            pictures = {"CT": grey} | {
+        for first, (plane, (grey, truth, predicted, aspect)) in zip((0, 3), view.items()):
+            grey = grey[..., None].repeat(3, -1)
+            pictures = {"image": grey} | {
                 name: painted(grey, labels, colours) for name, labels in (("truth", truth), ("prediction", predicted))
             }
             for axis, (name, picture) in zip(row[first : first + 3], pictures.items()):
@@ -85,7 +89,7 @@ def overlay_figure(
 
 def row_height(view: CaseView) -> float:
     """Inches that a row of `PANEL_INCHES` wide panels needs, with its titles; long scans are shown smaller."""
-    shapes = [(hu.shape, aspect) for hu, _, _, aspect in view.values()]
+    shapes = [(grey.shape, aspect) for grey, _, _, aspect in view.values()]
     tallest = max(height * aspect / width for (height, width), aspect in shapes)
     return min(PANEL_INCHES * tallest, MOST_ROW_INCHES) + 0.3
 

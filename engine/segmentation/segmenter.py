@@ -1,5 +1,6 @@
 """A finetuned network opened for use."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 
 from datasets.ct.geometry import resample
+from datasets.ct.images import CT, RADIOGRAPH, kind_of
+from datasets.ct.intensity import AIR_HU, fill_ends
 from datasets.ct.nifti import Volume
 from datasets.lists.label_classes import LabelClasses
 from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly, require
@@ -22,19 +25,30 @@ class Segmenter:
     """A network in evaluation mode, what its channels mean, and how it is slid over volumes.
 
     Attributes:
-        spacing_mm: (D, H, W) of its grid; None = each file's own.
+        preprocessing: of its input; `spacing_mm` None = each file's own grid.
+        windows: how it is slid; `segment` sets their HU for each volume.
     """
 
     network: nn.Module
     classes: LabelClasses
-    spacing_mm: tuple[float, float, float] | None
+    preprocessing: Preprocessing
     windows: WindowOptions
     device: torch.device
 
     @property
+    def spacing_mm(self) -> tuple[float, float, float] | None:
+        return self.preprocessing.spacing_mm
+
+    @property
     def is_2d(self) -> bool:
         """Whether the network sees single slices."""
-        return self.windows.roi[0] == 1
+        return self.preprocessing.spatial_dims == 2
+
+    def check_image(self, path: str | Path) -> None:
+        """Raise ValueError where a file is not of the kind of images that the network was finetuned on."""
+        if kind_of(path) != self.preprocessing.images:
+            names = {CT: "CT (.nii, .nii.gz)", RADIOGRAPH: "radiographs (.png)"}
+            raise ValueError(f"{path}: the network (--checkpoint_file) segments {names[self.preprocessing.images]}")
 
     def on_own_grid(self, volume: Volume) -> Volume:
         """HU at the network's spacing, resampled as the volume store does it."""
@@ -43,9 +57,13 @@ class Segmenter:
         return Volume(*resample(volume.array, volume.affine, self.spacing_mm), volume.path)
 
     def segment(self, volume: Volume, target: Volume) -> np.ndarray:
-        """uint8 channels on the grid of `target`; `volume` is HU on the network's grid."""
+        """uint8 channels on the grid of `target`; `volume` is HU, or stored grey, on the network's grid."""
+        own_range = float(volume.array.min()), float(volume.array.max())
+        low, high = fill_ends((self.preprocessing.hu_min, self.preprocessing.hu_max), own_range)
+        outside = AIR_HU if self.preprocessing.images == CT else int(own_range[0])
+        windows = dataclasses.replace(self.windows, hu_min=low, hu_max=high, outside=outside)
         return segment_volume(
-            self.network, volume.array, volume.affine, target.shape, target.affine, self.windows, self.device
+            self.network, volume.array, volume.affine, target.shape, target.affine, windows, self.device
         )
 
 
@@ -77,5 +95,5 @@ def open_segmenter(
         backbone["in_channels"], len(classes), backbone["feature_size"], spatial_dims=known.spatial_dims
     )
     load_strictly(network, state["model"], "network", checkpoint_file)
-    windows = WindowOptions(known.roi, known.hu_min, known.hu_max, overlap, window_batch, precision)
-    return Segmenter(network.to(device).eval(), classes, known.spacing_mm, windows, device)
+    windows = WindowOptions(known.roi, overlap=overlap, window_batch=window_batch, precision=precision)
+    return Segmenter(network.to(device).eval(), classes, known, windows, device)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets.ct.geometry import CANONICAL_AXCODES as AXCODES
+from datasets.ct.images import CT, RADIOGRAPH
 from datasets.store.volumes import VolumeStore
 from models.backbones.interface import spatial_dims_of
 from models.methods import METHODS
@@ -18,6 +19,8 @@ DEFAULTS = {
     "preprocessing": {"spacing_mm": [2.0, 1.5, 1.5], "hu_min": -125.0, "hu_max": 225.0, "roi": [96, 96, 96]},
     "backbone": {"name": "swin_unetr", "feature_size": 48},
 }
+# Radiographs keep their pixels, and each is shown in its own range.
+RADIOGRAPH_DEFAULTS = {"spacing_mm": "native", "hu_min": None, "hu_max": None, "roi": [1, 96, 96]}
 FLAG_OF = {
     **{"spacing_mm": "--spacing_mm", "hu_min": "--a_min", "hu_max": "--a_max", "roi": "--roi_z, --roi_y, --roi_x"},
     **{"name": "--backbone", "feature_size": "--feature_size"},
@@ -30,29 +33,42 @@ class Preprocessing:
 
     Attributes:
         spacing_mm: (D, H, W) of the network's grid; None = each file's own.
-        hu_min, hu_max: what becomes [0, 1].
+        hu_min, hu_max: what becomes [0, 1]; None = the ends of each radiograph's own range.
         roi: (D, H, W) of a crop or window, voxels.
+        images: CT or RADIOGRAPH.
     """
 
     spacing_mm: tuple[float, float, float] | None
-    hu_min: float
-    hu_max: float
+    hu_min: float | None
+    hu_max: float | None
     roi: tuple[int, int, int]
+    images: str = CT
 
     @property
     def spatial_dims(self) -> int:
         """2 where the network sees slices, else 3."""
         return spatial_dims_of(self.roi)
 
+    @property
+    def window_text(self) -> str:
+        """The intensities that become 0 to 1, for messages."""
+        if self.images == CT:
+            return f"{self.hu_min:g} to {self.hu_max:g} HU"
+        low = "darkest" if self.hu_min is None else f"{self.hu_min:g}"
+        high = "brightest" if self.hu_max is None else f"{self.hu_max:g}"
+        return f"{low} to {high} grey of each radiograph"
+
     def as_dict(self) -> dict:
-        """Plain values under the names that checkpoints use."""
+        """Plain values under the names that checkpoints use; CT is what is meant where they do not say."""
         values = {"axcodes": AXCODES, "spacing_mm": plain_spacing(self.spacing_mm)}
-        return values | {"hu_min": self.hu_min, "hu_max": self.hu_max, "roi": list(self.roi)}
+        values |= {"hu_min": self.hu_min, "hu_max": self.hu_max, "roi": list(self.roi)}
+        return values | ({} if self.images == CT else {"images": self.images})
 
     @classmethod
     def from_dict(cls, plain: dict) -> "Preprocessing":
         spacing = None if plain["spacing_mm"] == "native" else tuple(map(float, plain["spacing_mm"]))
-        return cls(spacing, float(plain["hu_min"]), float(plain["hu_max"]), tuple(map(int, plain["roi"])))
+        ends = (None if plain[name] is None else float(plain[name]) for name in ("hu_min", "hu_max"))
+        return cls(spacing, *ends, tuple(map(int, plain["roi"])), plain.get("images", CT))
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class Setup:
 
 
 def resolve_setup(
-    described: dict, given: dict, backbones: Collection[str], store_dir: str | Path | None = None
+    described: dict, given: dict, backbones: Collection[str], store_dir: str | Path | None = None, images: str = CT
 ) -> Setup:
     """Decide on every value: the flag, else what the weights say, else the store's spacing, else the default.
 
@@ -80,17 +96,22 @@ def resolve_setup(
             hold None for single sides.
         backbones: known names.
         store_dir: a volume store, which may not exist yet.
+        images: CT or RADIOGRAPH. Voxel size and window of weights of the other kind are not taken over.
 
     Raises:
-        ValueError: weights of something else (SAM), a HU window whose ends are swapped, an unknown backbone, or weights
-            of slices for a 3-D network or the reverse.
+        ValueError: weights of something else (SAM), a window whose ends are swapped, an unknown backbone, weights of
+            slices for a 3-D network or the reverse, or thick crops of radiographs.
     """
     if described.get("kind") not in (None, KIND, *METHODS):
         raise ValueError(
             f"--weights holds a checkpoint of kind {described['kind']!r}; expected pretrained weights (main_ddp.py, "
             "extract_backbone_weights.py) or a finetuned network"
         )
-    defaults, chosen, notes = dict(DEFAULTS["preprocessing"]), {}, []
+    defaults, chosen, notes = dict(DEFAULTS["preprocessing"] if images == CT else RADIOGRAPH_DEFAULTS), {}, []
+    before = described.get("preprocessing", {})
+    if before and before.get("images", CT) != images:
+        notes.append(f"the weights were trained on {before.get('images', CT)}, so only their crop is taken over")
+        described = described | {"preprocessing": {name: before[name] for name in ("axcodes", "roi") if name in before}}
     if store_dir is not None and (Path(store_dir) / "store.json").exists():
         defaults["spacing_mm"] = plain_spacing(VolumeStore(store_dir, names=()).spacing_mm)
     for part, values in (("preprocessing", defaults), ("backbone", DEFAULTS["backbone"])):
@@ -105,15 +126,18 @@ def resolve_setup(
                     "trained with; leave the flag away to keep what they know"
                 )
             chosen[name] = chosen[name] if flag is None else flag
-    axcodes = described.get("preprocessing", {}).get("axcodes", AXCODES)
+    axcodes = before.get("axcodes", AXCODES)
     if axcodes != AXCODES:
         notes.append(f"the weights were trained on volumes in axis order {axcodes}, here it is {AXCODES}")
-    if chosen["hu_min"] >= chosen["hu_max"]:
+    if None not in (chosen["hu_min"], chosen["hu_max"]) and chosen["hu_min"] >= chosen["hu_max"]:
         raise ValueError(f"--a_min {chosen['hu_min']:g} --a_max {chosen['hu_max']:g}: expected a_min below a_max (HU)")
-    check_spatial_dims(described.get("preprocessing", {}).get("roi"), chosen["roi"])
+    if images == RADIOGRAPH and chosen["roi"][0] != 1:
+        raise ValueError(f"--roi_z {chosen['roi'][0]}: radiographs are one pixel deep, expected --roi_z 1")
+    check_spatial_dims(before.get("roi"), chosen["roi"])
     if chosen["name"] not in backbones:
         raise ValueError(f"--backbone (unset = the weights') is {chosen['name']!r}, expected {', '.join(backbones)}")
-    return Setup(Preprocessing.from_dict(chosen), chosen["name"], int(chosen["feature_size"]), notes)
+    preprocessing = Preprocessing.from_dict(chosen | {"images": images})
+    return Setup(preprocessing, chosen["name"], int(chosen["feature_size"]), notes)
 
 
 def check_spatial_dims(from_weights: Sequence[int] | None, roi: Sequence[int]) -> None:
@@ -135,7 +159,7 @@ def plain_spacing(spacing_mm: Sequence[float] | None) -> list[float] | str:
 
 def agree(one: object, other: object) -> bool:
     """Whether two values mean the same, numbers to a thousandth."""
-    if isinstance(one, str) or isinstance(other, str):
+    if one is None or other is None or isinstance(one, str) or isinstance(other, str):
         return one == other
     pairs = list(zip(one, other)) if isinstance(one, Sequence) else [(one, other)]
     return all(abs(float(a) - float(b)) <= 1e-3 * max(1.0, abs(float(b))) for a, b in pairs)
@@ -143,6 +167,6 @@ def agree(one: object, other: object) -> bool:
 
 def as_typed(value: object) -> str:
     """A value as a user types it."""
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or "unset"
     return " ".join(f"{number:g}" for number in (value if isinstance(value, Sequence) else [value]))

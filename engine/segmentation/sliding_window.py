@@ -31,6 +31,7 @@ class WindowOptions:
     Attributes:
         roi: (D, H, W) of a window, voxels; D = 1 segments slice by slice.
         hu_min, hu_max: HU that become 0 and 1.
+        outside: HU around a volume that is smaller than a window.
         overlap: overlap of windows, 0 to below 1
         window_batch: windows per forward pass; a 2-D network is fastest with 32 or more
         precision: fp32, bf16 or fp16.
@@ -39,6 +40,7 @@ class WindowOptions:
     roi: Size3 = field(metadata={"flag": False})
     hu_min: float = field(default=-125.0, metadata={"flag": False})
     hu_max: float = field(default=225.0, metadata={"flag": False})
+    outside: int = field(default=AIR_HU, metadata={"flag": False})
     overlap: float = 0.5
     window_batch: int = 2
     precision: str = field(default="fp32", metadata={"flag": False})
@@ -96,10 +98,10 @@ def probability_slices(
     """The class probabilities [C, H, W] of every slice, from the first to the last.
 
     Args:
-        hu: int16 [D, H, W]; smaller than a window is fine (air around it is added and taken away again).
+        hu: int16 [D, H, W]; smaller than a window is fine (voxels around it are added and taken away again).
     """
     shape, roi = tuple(hu.shape), options.roi
-    hu, before = pad_to(hu, roi)
+    hu, before = pad_to(hu, roi, options.outside)
     starts = [window_starts(size, side, options.overlap) for size, side in zip(hu.shape, roi)]
     weights = [blend_weights(side) for side in roi]
     totals = [total_weights(size, begin, w) for size, begin, w in zip(hu.shape, starts, weights)]
@@ -143,13 +145,13 @@ def window_groups(starts: list[list[int]], options: WindowOptions) -> list[list[
     return [[(d, h, w) for d in part for h, w in in_plane] for part in parts]
 
 
-def pad_to(hu: Tensor, roi: Size3) -> tuple[Tensor, list[int]]:
-    """Air around a volume that is smaller than a window; the padded volume, and how much came before each axis."""
+def pad_to(hu: Tensor, roi: Size3, outside: int) -> tuple[Tensor, list[int]]:
+    """A volume that is at least as large as a window, filled up with `outside`, and how much came before each axis."""
     missing = [max(0, side - size) for size, side in zip(hu.shape, roi)]
     before = [count // 2 for count in missing]
     if any(missing):
         widths = [width for axis in (2, 1, 0) for width in (before[axis], missing[axis] - before[axis])]
-        hu = torch.nn.functional.pad(hu, widths, value=AIR_HU)
+        hu = torch.nn.functional.pad(hu, widths, value=outside)
     return hu, before
 
 
