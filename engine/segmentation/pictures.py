@@ -23,7 +23,7 @@ LEGEND_COLUMNS = 7
 SHOWN_HU = (-160.0, 240.0)  # black and white
 
 
-# The planes of a case: {"axial" or "coronal": (grey in [0, 1], truth, prediction, height over width of a voxel)}.
+# The planes of a case by title: (grey in [0, 1], truth, prediction, height over width of a voxel).
 CaseView = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]
 
 
@@ -42,11 +42,11 @@ def case_view(
         spacing_mm: (D, H, W).
         window: HU that are black and white.
     """
-    planes = {}
-    for plane in ("axial", "coronal") if len(hu) > 1 else ("axial",):
+    planes, shown_planes = {}, {"axial": "axial", "coronal": "coronal"} if len(hu) > 1 else {"picture": "axial"}
+    for title, plane in shown_planes.items():
         at = richest_plane(truth, PLANES[plane].cut)
         shown, *labels = (cut_plane(array, plane, at).copy() for array in (hu, truth, predicted))
-        planes[plane] = (window_hu(shown, *window), *labels, pixel_aspect(plane, spacing_mm))
+        planes[title] = (window_hu(shown, *window), *labels, pixel_aspect(plane, spacing_mm))
     return planes
 
 
