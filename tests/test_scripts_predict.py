@@ -91,7 +91,7 @@ def test_the_ct_is_never_replaced(how, checkpoint, tmp_path):
     if how == "a link":
         output = tmp_path / "out.nii.gz"
         output.symlink_to(tmp_path / "image.nii.gz")
-    with pytest.raises(ValueError, match="is the CT itself, which the label map would replace"):
+    with pytest.raises(ValueError, match="is the image itself, which its labels would replace"):
         predict.main([str(tmp_path / "image.nii.gz"), str(output), "--checkpoint_file", str(checkpoint)])
     assert (tmp_path / "image.nii.gz").read_bytes() == before
 
