@@ -9,7 +9,8 @@ import main_ddp
 from datasets.ct.geometry import index_to_world
 from datasets.lists.data_list import Case, write_data_list
 from datasets.phantom.cases import PhantomCase, case_files, render, write_case
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.dataset import CropDataset
 from datasets.store.volumes import VolumeStore, build_store
 from engine.distributed import World

@@ -36,7 +36,8 @@ from benchmarks.results import Rows, benchmark_parser, command, table, timed
 from datasets.ct.geometry import CANONICAL_AXCODES, index_to_world, world_to_index
 from datasets.lists.data_list import Case
 from datasets.samples.augment import window
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.crops import CropOptions, cut
 from datasets.samples.dataset import CropDataset
 from datasets.samples.pairings import PairingOptions, SamPairing
@@ -91,7 +92,8 @@ def mine_table(embeddings: list[Embedding], num_rows: int) -> CorrespondenceTabl
         size = np.array(query.fine.shape[1:])
         index = rng.integers(size // 4, size - size // 4, size=(num_rows, 3))
         rows = np.zeros(num_rows, ROW_DTYPE)
-        rows["query_case"], rows["key_case"], rows["cycle_mm"] = query_case, key_case, np.nan
+        rows["query_case"], rows["key_case"] = query_case, key_case
+        rows["cycle_mm"] = rows["spread_mm"] = np.nan  # not measured
         rows["query_mm"] = index_to_world(query.fine_affine, index)
         # Whole voxels, as the published way finds them.
         rows["key_mm"], rows["score"] = match_points(query, key, rows["query_mm"], refine=False)

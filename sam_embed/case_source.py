@@ -1,7 +1,6 @@
 """Where an entry point's volumes come from: a volume store, a data list, or simply a folder of CT files."""
 
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from datasets.ct.images import CT
 from datasets.ct.nifti import Volume, read_ct
 from datasets.lists.data_list import find_cases, load_sections
 from datasets.store.format import check_kind
-from datasets.store.volumes import CaseRecord, VolumeStore
+from datasets.store.volumes import VolumeStore
 
 SECTIONS = ("training", "validation")
 
@@ -59,7 +58,9 @@ def open_cases(options: CaseOptions, rank: int = 0) -> CaseSource:
         store = VolumeStore(options.store_dir)
         check_kind(store.store_dir, CT)
         names = store.names if listed is None else _stored_cases(store, [case.name for case in listed], rank)
-        return CaseSource(list(names), store.read, lambda name: record_identity(store.record(name)))
+        if not names:
+            raise ValueError(f"{options.store_dir}: the store holds no case; scripts/prepare_volumes.py fills it")
+        return CaseSource(list(names), store.read, lambda name: store.record(name).identity)
     cases = find_cases(options.data_dir) if listed is None else listed
     image_of = {case.name: case.image for case in cases}
 
@@ -71,11 +72,6 @@ def open_cases(options: CaseOptions, rank: int = 0) -> CaseSource:
         return f"file:{stat.st_size}:{stat.st_mtime_ns}"
 
     return CaseSource(list(image_of), lambda name: read_ct(image_of[name]), identity)
-
-
-def record_identity(record: CaseRecord) -> str:
-    """Voxels and place of a stored case: a corrected header may move the same voxels elsewhere."""
-    return f"store:{record.checksum}:{zlib.crc32(record.affine.tobytes()):08x}"
 
 
 def _stored_cases(store: VolumeStore, names: list[str], rank: int) -> list[str]:

@@ -54,7 +54,9 @@ def make_flags() -> jsonargparse.ArgumentParser:
         "--embed_dir", type=str | None, default=None, help="folder of embeddings; default: a temporary one"
     )
     data.add_argument("--output", type=str | None, default=None, help="write every figure to this JSON file")
-    data.add_argument("--figure", type=str | None, default=None, help="draw error against score and cycle error here")
+    data.add_argument(
+        "--figure", type=str | None, default=None, help="draw error against score, cycle error and spread here"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--num_points", type=int, default=200, help="points mined per case and judged; 0 = landmarks only")
     run.add_argument("--wanted", type=float, default=WANTED_SHARE, help="share of kept pairs within 15 mm, 0 to 1")
@@ -69,8 +71,12 @@ def make_flags() -> jsonargparse.ArgumentParser:
 
 def evaluate(
     flags: jsonargparse.Namespace, cases: CaseSource, embed_dir: str
-) -> tuple[list[PairErrors], Judged | None]:
-    """Embed what is missing, outline the bodies, match landmarks, mine points where they can be judged."""
+) -> tuple[list[PairErrors], Judged | None, str]:
+    """Embed what is missing, outline the bodies, match landmarks, mine points where they can be judged.
+
+    Returns:
+        Matched landmarks, judged mined pairs, and the fingerprint of the network.
+    """
     landmarks = load_landmarks(flags.landmark_dir, cases.names)
     names = sorted(landmarks)[: flags.max_cases]
     network, info = load_embedder(flags.checkpoint_file)
@@ -86,12 +92,16 @@ def evaluate(
     chosen = {name: landmarks[name] for name in names}
     results = evaluate_pairs(lambda name: on_device(cache[name], device), chosen, bodies)
     if flags.num_points == 0 or not states_seeds(flags.landmark_dir, names):
-        return results, None
+        return results, None, info.fingerprint
     truth = load_truth(flags.landmark_dir, names)
     # As scripts/mine_pairs.py mines, but every case against all others.
     options = MiningOptions(num_points=flags.num_points, num_partners=len(names))
-    rows = [mine_case(cache, names, name, options, device) for name in tqdm(names, desc="mining", unit="case")]
-    return results, judge_rows(np.concatenate(rows), names, truth)
+    others_of = {name: [other for other in names if other != name] for name in names}
+    rows = [
+        mine_case(cache, names, name, others, options, device)
+        for name, others in tqdm(others_of.items(), desc="mining", unit="case")
+    ]
+    return results, judge_rows(np.concatenate(rows), names, truth), info.fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,10 +113,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     cases = open_cases(options_of(flags, CaseOptions))
     with tempfile.TemporaryDirectory(prefix="embeddings_") as scratch:
-        results, mined = evaluate(flags, cases, flags.embed_dir or scratch)
+        results, mined, network = evaluate(flags, cases, flags.embed_dir or scratch)
     report = {"checkpoint_file": flags.checkpoint_file, **summarise(results)}
-    report["landmarks"] = trust_report(judge_landmarks(results), flags.wanted)
-    report["mined"] = None if mined is None or not len(mined) else trust_report(mined, flags.wanted)
+    report["landmarks"] = trust_report(judge_landmarks(results), flags.wanted, network)
+    report["mined"] = None if mined is None or not len(mined) else trust_report(mined, flags.wanted, network)
     if flags.by_landmark:
         report["by_landmark"] = errors_by_landmark(results)
     if flags.output:

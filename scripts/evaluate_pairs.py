@@ -37,7 +37,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--wanted", type=float, default=WANTED_SHARE, help="share of kept pairs within 15 mm, 0 to 1")
     add("--seed", type=int, default=0, help="of the sample")
     add("--output", type=str | None, default=None, help="write every figure to this JSON file")
-    add("--figure", type=str | None, default=None, help="draw error against score and cycle error here")
+    add("--figure", type=str | None, default=None, help="draw error against score, cycle error and spread here")
     return parser
 
 
@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{flags.embed_dir}: the table has no pairs; mine again with a lower --min_score")
     used = np.union1d(rows["query_case"], rows["key_case"])
     truth = load_truth(flags.landmark_dir, [table.case_names[number] for number in used])
-    report = trust_report(judge_rows(rows, table.case_names, truth), flags.wanted)
-    report = {"table": flags.embed_dir, "num_rows": len(table), "num_cases": len(used), **report}
+    report = trust_report(judge_rows(rows, table.case_names, truth), flags.wanted, table.provenance.get("weights", ""))
+    report = {"table": flags.embed_dir, "num_rows": len(table), **report}
     if flags.output:
         write_text(flags.output, json.dumps(report, indent=1) + "\n")
         RunInfo.collect(flags).write_beside(flags.output)

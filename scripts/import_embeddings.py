@@ -97,6 +97,8 @@ def import_all(
             report[kind].append(name)
         except (PublishedPickleError, CTReadError, StoreError) as error:
             report["failed"][str(path)] = str(error)
+        except (RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
+            report["failed"][str(path)] = f"{path}: {str(error) or type(error).__name__}"
     return report
 
 

@@ -22,7 +22,8 @@ from engine.device import pick_device
 from engine.flags import RunInfo, add_options, git_commit, make_parser, options_of, run_main
 from sam_embed.case_source import SECTIONS
 from sam_embed.embeddings.embedding_store import embedded_cases, load_embedding
-from sam_embed.matching.mine import MiningOptions, mine_corpus
+from sam_embed.matching.mine import MiningOptions
+from sam_embed.matching.mine_corpus import mine_corpus
 
 
 def make_flags() -> jsonargparse.ArgumentParser:

@@ -30,6 +30,7 @@ from models.methods import METHODS
 from sam_embed.embeddings.embedding_store import load_embedding
 from sam_embed.judging.evaluate import evaluate_pairs, load_landmarks
 from sam_embed.judging.match_figure import draw_landmark_matches
+from sam_embed.judging.trust import Thresholds
 
 MATCHERS = {"sam": "SAM", "body_box": "body box", "body_affine": "affine fit"}
 LOSSES = ("loss", "loss_cls", "loss_tokens", "loss_recon")
@@ -108,6 +109,7 @@ def describe(summary: dict) -> str:
         row = matching[key]
         figures = f"{row['median_mm']:>8.1f} {row['mean_mm']:>8.1f} {row['p90_mm']:>8.1f}"
         lines.append(f"{name:<12} {figures} {row['share_within_10mm']:>9.0%}")
+    lines += ["", describe_mined(matching)]
     moments = ("start", "end", "validation")
     lines += ["", "pretraining", f"{'':<12} " + " ".join(f"{name:>12}" for name in moments)]
     for name in LOSSES:
@@ -117,6 +119,15 @@ def describe(summary: dict) -> str:
     shown = {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in summary["pairs"].items()}
     lines += ["", "pairs", *(f"{name}: {value}" for name, value in shown.items())]
     return "\n".join(lines) + "\n"
+
+
+def describe_mined(matching: dict) -> str:
+    """How many of the pairs that training would keep are right, of this run's own SAM."""
+    mined = matching["mined"]
+    if mined is None:
+        return "no pairs were mined between the held-out patients"
+    found = f"{mined['all']['num_matches']:,} mined pairs of the held-out patients, with the thresholds of training"
+    return f"{found}: {Thresholds(**mined['defaults']).line()}"
 
 
 def describe_finetuning(runs: dict[str, dict]) -> list[str]:

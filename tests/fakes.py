@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from datasets.ct.images import CT
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.dataset import CropDataset
 from datasets.samples.masks import MaskOptions
 from datasets.samples.pairings import PAIRINGS, PairingOptions
@@ -25,6 +26,7 @@ class FakeRecord:
     affine: np.ndarray
     body_start: np.ndarray
     body_stop: np.ndarray
+    identity: str = ""
 
 
 def spl_affine(spacing_mm=(2.0, 2.0, 2.0), origin_mm=(0.0, 0.0, 0.0)) -> np.ndarray:

@@ -2,16 +2,13 @@
 
 import json
 import pickle
+import zlib
 
 import numpy as np
 import pytest
 
-from datasets.samples.correspondences import (
-    HEADER_FILE,
-    ROW_DTYPE,
-    ROWS_FILE,
-    CorrespondenceTable,
-)
+from datasets.samples.correspondence_files import HEADER_FILE, OLD_ROW_DTYPE, ROW_DTYPE, ROWS_FILE
+from datasets.samples.correspondences import ANY_MM, CorrespondenceTable
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -21,37 +18,43 @@ def make_rows(num: int = 200, num_cases: int = 3, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     rows = np.zeros(num, ROW_DTYPE)
     rows["query_case"] = rng.integers(0, num_cases, num)
-    rows["key_case"] = rng.integers(0, len(NAMES), num)
+    rows["key_case"] = (rows["query_case"] + rng.integers(1, len(NAMES), num)) % len(NAMES)
     rows["query_mm"], rows["key_mm"] = rng.normal(0, 100, (2, num, 3))
     rows["score"], rows["cycle_mm"] = rng.uniform(0, 1, num), rng.uniform(0, 30, num)
-    rows["cycle_mm"][::10] = np.nan
+    rows["spread_mm"] = rng.uniform(0, 30, num)
+    rows["cycle_mm"][::10] = rows["spread_mm"][::7] = np.nan
     return rows
 
 
 def test_write_then_load_keeps_every_row_and_the_provenance(tmp_path):
     rows = make_rows()
     provenance = {"spacing_mm": [2.0, 2.0, 2.0], "min_score": 0.3}
-    table = CorrespondenceTable.write(tmp_path / "new" / "folder", NAMES, rows, provenance)
+    sources = {"a": "store:1:2:3", "b": "", "c": "file:1:2"}
+    table = CorrespondenceTable.write(tmp_path / "new" / "folder", NAMES, rows, provenance, sources)
     again = CorrespondenceTable.load(tmp_path / "new" / "folder" / ROWS_FILE)
     assert again.case_names == NAMES and again.provenance == provenance
+    assert again.sources == {"a": "store:1:2:3", "c": "file:1:2"}
     assert isinstance(table.rows, np.memmap) and not again.rows.flags.writeable
     assert sorted(row.tobytes() for row in again.rows) == sorted(row.tobytes() for row in rows)
     assert again.rows["query_case"].tolist() == sorted(rows["query_case"])
 
 
-@pytest.mark.parametrize("max_cycle_mm", [np.inf, 10.0])
+@pytest.mark.parametrize(
+    ("max_cycle_mm", "max_spread_mm"), [(ANY_MM, ANY_MM), (np.inf, 10.0), (10.0, ANY_MM), (15.0, 20.0)]
+)
 @pytest.mark.parametrize("allowed", [None, np.array([True, False, True, True])])
-def test_select_equals_the_obvious_loop(allowed, max_cycle_mm, monkeypatch):
-    monkeypatch.setattr("datasets.samples.correspondences._ROWS_PER_CHUNK", 17)  # several chunks
+def test_select_equals_the_obvious_loop(allowed, max_cycle_mm, max_spread_mm, monkeypatch):
+    monkeypatch.setattr("datasets.samples.correspondence_files.ROWS_PER_CHUNK", 17)  # several chunks
     table = CorrespondenceTable.from_rows(NAMES, make_rows())
-    selection = table.select(0.4, max_cycle_mm, allowed)
+    selection = table.select(0.4, max_cycle_mm, max_spread_mm, allowed)
     for case in range(4):
         expected = [
             i
             for i, row in enumerate(table.rows)
             if row["query_case"] == case
             and row["score"] >= 0.4
-            and (np.isinf(max_cycle_mm) or row["cycle_mm"] <= max_cycle_mm)
+            and (max_cycle_mm >= ANY_MM or row["cycle_mm"] <= max_cycle_mm)
+            and (max_spread_mm >= ANY_MM or row["spread_mm"] <= max_spread_mm)
             and (allowed is None or (allowed[row["query_case"]] and allowed[row["key_case"]]))
         ]
         assert selection.of_case(case).tolist() == expected
@@ -101,6 +104,17 @@ def test_header_and_rows_of_two_tables_are_not_joined(tmp_path):
         (lambda folder: (folder / HEADER_FILE).write_text("{"), "not readable as JSON"),
         (lambda folder: (folder / HEADER_FILE).write_text('{"num_rows": 3}'), "lacks case_names"),
         (lambda folder: edit_header(folder, case_names=NAMES[:3]), "do not fit together"),
+        (
+            lambda folder: edit_header(folder, case_names=5),
+            r"json: case_names is 5, expected list; mine the table again",
+        ),
+        (lambda folder: edit_header(folder, case_names=[*NAMES[:3], "a"]), "none of them twice"),
+        (lambda folder: edit_header(folder, case_names=[*NAMES[:3], 7]), "case_names and sources must hold text"),
+        (lambda folder: edit_header(folder, sources={"a": 7}), "case_names and sources must hold text"),
+        (lambda folder: edit_header(folder, sources=None), "sources is None, expected dict"),
+        (lambda folder: edit_header(folder, offsets=["a"] * 5), "offsets must hold whole numbers"),
+        (lambda folder: edit_header(folder, provenance=None), "provenance is None, expected dict"),
+        (lambda folder: edit_header(folder, num_rows="many"), "num_rows is 'many', expected int"),
         (lambda folder: edit_header(folder, offsets=[0, 1, 2, 3, 200]), "not sorted by query case"),
         (lambda folder: edit_header(folder, format_version=9), "format version 9"),
     ],
@@ -122,13 +136,14 @@ def edit_header(folder, **changes) -> None:
     [
         ("key_case", 4, "outside of the 4 cases"),
         ("query_case", -1, "do not fit together"),
+        ("key_case", "own", "matches a case with itself"),
         ("query_mm", np.nan, "row .* non-finite query_mm"),
         ("score", np.inf, "non-finite score"),
     ],
 )
 def test_wrong_rows_are_refused_before_anything_is_written(tmp_path, field, value, message):
     rows = make_rows()
-    rows[field][17] = value
+    rows[field][17] = rows["query_case"][17] if value == "own" else value
     with pytest.raises(ValueError, match=message):
         CorrespondenceTable.write(tmp_path, NAMES, rows, {})
     assert not list(tmp_path.iterdir())
@@ -151,3 +166,33 @@ def test_names_unknown_to_the_store_are_named_and_most_of_them_refused(caplog):
         table.check_cases(["a"])
     with pytest.raises(ValueError, match="none of them twice"):
         CorrespondenceTable.from_rows(["a", "a"], make_rows(0))
+
+
+def test_a_table_of_the_first_format_is_read_with_a_warning(tmp_path, caplog):
+    rows = make_rows()
+    CorrespondenceTable.write(tmp_path, NAMES, rows, {})
+    old = np.zeros(len(rows), OLD_ROW_DTYPE)
+    for name in OLD_ROW_DTYPE.names:
+        old[name] = np.sort(rows, order="query_case", kind="stable")[name]
+    np.save(tmp_path / ROWS_FILE, old)
+    header = json.loads((tmp_path / HEADER_FILE).read_text())
+    del header["sources"]
+    header |= {"format_version": 1, "rows_crc32": zlib.crc32(old.tobytes())}
+    (tmp_path / HEADER_FILE).write_text(json.dumps(header))
+    assert not caplog.text
+    table = pickle.loads(pickle.dumps(CorrespondenceTable.load(tmp_path)))
+    assert "table of format 1" in caplog.text and "mine the table again" in caplog.text
+    assert table.rows.dtype == ROW_DTYPE and np.isnan(table.rows["spread_mm"]).all() and table.sources == {}
+    np.testing.assert_array_equal(table.rows["key_mm"], old["key_mm"])
+    assert len(table.select().rows) == len(rows) and len(table.select(max_spread_mm=100.0).rows) == 0
+
+
+def test_points_found_in_other_volumes_are_refused_by_name():
+    sources = {"a": "store:1:1:AA", "b": "store:2:2:BB", "c": "store:3:3", "d": "file:9:9"}
+    table = CorrespondenceTable.from_rows(NAMES, make_rows(), sources=sources)
+    resampled = {"a": "store:7:7:AA", "b": "store:2:2:BB", "c": "store:8:8", "d": "store:4:4:DD", "new": "store:5:5:EE"}
+    table.check_sources(resampled)  # the same files at another spacing, or nothing known of the files
+    with pytest.raises(ValueError, match=r"2 of its 4 cases were mined from other files than the store's, first a, b;"):
+        table.check_sources(resampled | {"a": "store:1:1:FF", "b": "store:2:2:AA"})
+    with pytest.raises(ValueError, match="first a; embed and mine again from this --store_dir"):
+        table.check_sources({"a": "store:1:1:FF"})

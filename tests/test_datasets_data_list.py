@@ -228,6 +228,14 @@ def test_bad_lists_are_named(tmp_path, content, reason):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["../..", "a/b", "..", ".hidden", "/etc/passwd", 5, ["x"]])
+def test_names_that_lead_out_of_a_folder_are_refused(tmp_path, name):
+    """Names become file names: of embeddings, mined rows, SAM's grid."""
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.nii.gz", "name": name}]}))
+    with pytest.raises(DataListError, match="list.json: the entry of a.nii.gz is called .*, which cannot be the name"):
+        load_data_list(tmp_path / "list.json", tmp_path, must_exist=False)
+
+
 def test_missing_list(tmp_path):
     with pytest.raises(DataListError, match="create_json"):
         load_data_list(tmp_path / "none.json", tmp_path)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from datasets.ct.geometry import world_to_index
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.crops import start_at
 from datasets.samples.grid import base_starts, draw_inner_starts, overlap_shares, region_size
 from datasets.samples.pairings import GridPairing, GridSamPairing, IouPairing, PairingOptions

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from datasets.ct.geometry import world_to_index
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.crops import centre_mm, crop_iou, cut, start_at
 from datasets.samples.dataset import summarise_places
 from datasets.samples.pairings import PAIRINGS, IouPairing, PairingOptions, Places

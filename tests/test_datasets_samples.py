@@ -11,7 +11,8 @@ import torch
 
 from datasets.lists.data_list import Case
 from datasets.samples.augment import AugmentOptions, window
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.crops import CropOptions, centre_mm, cut
 from datasets.samples.dataset import BrokenVolumeError, describe_batch
 from datasets.samples.loader import make_pair_loader
@@ -238,6 +239,32 @@ def test_real_store_gives_the_world_place_of_the_crop(real_store):
                 centre = corners[:, :, ROI[2] // 2 - 1 : ROI[2] // 2 + 1]
                 if 8 < abs(expected) < 450:  # inside the window
                     assert centre.mean() == pytest.approx(expected, abs=1.0)
+
+
+def test_a_table_of_volumes_whose_headers_were_corrected_is_refused(tmp_path):
+    """A mirrored patient lies in the same box: only the file's identity shows that every pair joins wrong sides."""
+    cases = [Case(f"case{i}", tmp_path / f"case{i}.nii.gz", None) for i in range(2)]
+    affine = spl_affine((2.0, 2.0, 2.0), (43.0, 40.0, -50.0))
+    for case in cases:
+        nib.save(nib.Nifti1Image(world_volume((40, 44, 44), affine), affine), case.image)
+    build_store(cases, tmp_path / "store", progress=False)
+    build_store(cases, tmp_path / "coarse", (4.0, 4.0, 4.0), progress=False)
+    store = VolumeStore(tmp_path / "store")
+    rows = np.zeros(2, ROW_DTYPE)
+    rows["query_case"], rows["key_case"], rows["score"] = [0, 1], [1, 0], 1.0
+    rows["query_mm"] = rows["key_mm"] = centre_mm(store.record("case0"), np.array([10, 10, 10]), ROI)
+    identities = {name: store.record(name).identity for name in store.names}
+    table = CorrespondenceTable.write(tmp_path / "table", store.names, rows, {}, identities)
+    for folder in ("store", "coarse"):  # the same files at another spacing are the same patients
+        assert make_dataset("sam", VolumeStore(tmp_path / folder), table).statistics()["num_usable_rows"] == 2
+    mirrored = affine.copy()
+    mirrored[0] = -affine[0]
+    nib.save(nib.Nifti1Image(world_volume((40, 44, 44), affine), mirrored), cases[1].image)
+    build_store(cases, tmp_path / "store", progress=False)
+    with pytest.raises(
+        ValueError, match=r"1 of its 2 cases were mined from other files than the store's, first case1;"
+    ):
+        make_dataset("sam", VolumeStore(tmp_path / "store"), table)
 
 
 def test_damaged_file_in_the_real_store_is_skipped(real_store, tmp_path):

@@ -157,6 +157,9 @@ def test_finished_cases_are_reused_and_changed_ones_made_again(store, cases, tmp
     assert build([*cases[:2], with_label]) == (["case2"], ["case0", "case1"])
     assert VolumeStore(store.store_dir).record("case2").has_label
     put_case(tmp_path / "data", "case2", seed=2, label=True)  # the same label, written later
+    assert build([*cases[:2], with_label]) == ([], ["case0", "case1", "case2"])
+    label = nib.load(with_label.label)
+    nib.save(nib.Nifti1Image(1 - np.asarray(label.dataobj), label.affine), with_label.label)
     assert build([*cases[:2], with_label]) == (["case2"], ["case0", "case1"])
     with_label.label.unlink()  # a file that is gone fails its case, and costs the store nothing
     report = build_store([with_label], store.store_dir, progress=False)

@@ -14,7 +14,8 @@ from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.corpus import embed_corpus
 from sam_embed.embeddings.embedding_store import load_embedding
 from sam_embed.matching.match import match_points
-from sam_embed.matching.mine import MiningOptions, mine_corpus
+from sam_embed.matching.mine import MiningOptions
+from sam_embed.matching.mine_corpus import mine_corpus
 from sam_embed.network import AnatomicalEmbedder
 from tests.shared import shared_file
 

@@ -9,7 +9,7 @@ import torch
 from datasets.ct.geometry import index_to_world, world_to_index
 from sam_embed.embeddings.embedding_store import EmbeddingCache, save_embedding
 from sam_embed.matching.consensus import CORNERS, consensus, fit_local_maps
-from sam_embed.matching.match import match_points
+from sam_embed.matching.match import match_points, score_at, similarity_map
 from sam_embed.matching.mine import MiningOptions, draw_points, mine_case
 from tests.sam_fakes import AFFINE, SHAPE, patient_embedding, to_atlas, to_patient
 
@@ -75,10 +75,7 @@ def test_lost_points_are_brought_back():
     query, key = patient_embedding(0), spoilt(0.6)
     points_mm = draw_points(query, MiningOptions(num_points=80, border_mm=24))
     truth_mm = to_patient(1, to_atlas(0, points_mm))
-    own, agreed = consensus(query, key, points_mm, 16.0)
-    plain = match_points(query, key, points_mm)
-    np.testing.assert_array_equal(own.points_mm, plain.points_mm)
-    np.testing.assert_allclose(own.score, plain.score, atol=1e-6)
+    own, agreed = match_points(query, key, points_mm), consensus(query, key, points_mm, 16.0)
     own_mm, agreed_mm = (np.linalg.norm(place - truth_mm, axis=1) for place in (own.points_mm, agreed.points_mm))
     assert np.mean(agreed_mm) < 0.7 * np.mean(own_mm)
 
@@ -90,24 +87,52 @@ def test_mining_with_consensus_moves_and_drops_rows(tmp_path):
     base = MiningOptions(num_points=40, num_partners=1, border_mm=24, consensus_mm=0)
 
     def mined(**changes) -> np.ndarray:
-        return mine_case(cache, names, "patient0", dataclasses.replace(base, **changes))
+        return mine_case(cache, names, "patient0", ["patient1"], dataclasses.replace(base, **changes))
 
     def errors(rows: np.ndarray) -> np.ndarray:
         truth = to_patient(1, to_atlas(0, rows["query_mm"].astype(float)))
         return np.linalg.norm(truth - rows["key_mm"], axis=1)
 
     plain, agreed = mined(), mined(consensus_mm=16.0)
-    spread = consensus(cache["patient0"], cache["patient1"], draw_points(cache["patient0"], base), 16.0)[1].spread_mm
+    spread = consensus(cache["patient0"], cache["patient1"], draw_points(cache["patient0"], base), 16.0).spread_mm
     strict = mined(consensus_mm=16.0, max_spread_mm=float(np.median(spread)))
     assert errors(agreed).mean() < errors(plain).mean()
     assert 0 < len(strict) < len(agreed) <= 40
     np.testing.assert_array_equal(strict, agreed[np.isin(agreed["query_mm"][:, 0], strict["query_mm"][:, 0])])
     inside = world_to_index(AFFINE, agreed["key_mm"])
     assert ((inside > -0.5) & (inside < np.array(SHAPE) - 0.5)).all()
-    assert np.isfinite(agreed["cycle_mm"]).all()
+    assert np.isfinite(agreed["cycle_mm"]).all() and np.isnan(plain["spread_mm"]).all()
+    at = np.isin(draw_points(cache["patient0"], base).astype(np.float32)[:, 0], agreed["query_mm"][:, 0])
+    np.testing.assert_allclose(agreed["spread_mm"], spread[at], rtol=1e-6)
+    assert strict["spread_mm"].max() <= np.median(spread)
 
 
-@pytest.mark.parametrize("wrong", [{"consensus_mm": -1.0}, {"max_spread_mm": 0.0}])
+def test_rows_hold_the_score_of_the_place_that_they_hold(tmp_path):
+    """The similarity of a point's own match says nothing about another place, where its neighbours put it."""
+    save_embedding(tmp_path, patient_embedding(0))
+    save_embedding(tmp_path, spoilt(0.6))
+    cache = EmbeddingCache(tmp_path)
+    query, key = cache["patient0"], cache["patient1"]
+    options = MiningOptions(num_points=40, num_partners=1, border_mm=24, consensus_mm=16.0)
+    rows = mine_case(cache, ["patient0", "patient1"], "patient0", ["patient1"], options)
+    point_mm, place_mm = rows["query_mm"].astype(float), rows["key_mm"].astype(float)
+    expected = []
+    for point, place in zip(point_mm, place_mm):
+        voxel = np.rint(world_to_index(key.fine_affine, place)).astype(int)
+        expected.append(float(similarity_map(query, key, point)[tuple(voxel)]))
+    np.testing.assert_allclose(rows["score"], expected, atol=2e-4)  # places are stored in single precision
+    own = match_points(query, key, point_mm)
+    moved = np.linalg.norm(own.points_mm - place_mm, axis=1) > 8  # to another voxel
+    assert moved.sum() > 3 and np.median(own.score[moved] - rows["score"][moved]) > 0.1
+    np.testing.assert_allclose(score_at(query, key, point_mm, own.points_mm), own.score, atol=1e-5)
+    assert np.isnan(
+        score_at(query, key, np.array([[1e4, 0, 0], point_mm[0]]), np.array([place_mm[0], [np.nan] * 3]))
+    ).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"consensus_mm": -1.0}, {"max_spread_mm": 0.0}, {"consensus_mm": 0.0, "max_spread_mm": 10.0}]
+)
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="--consensus_mm"):
         MiningOptions(**wrong)
@@ -116,6 +141,6 @@ def test_impossible_settings_are_refused(wrong):
 def test_points_outside_have_no_consensus():
     query, key = patient_embedding(0), patient_embedding(1)
     points_mm = np.array([index_to_world(AFFINE, [17, 13, 17]), [1e4, 0, 0]])
-    own, agreed = consensus(query, key, points_mm, 16.0)
+    agreed = consensus(query, key, points_mm, 16.0)
     assert np.isfinite(agreed.points_mm[0]).all() and np.isnan(agreed.points_mm[1]).all()
-    assert np.isnan(own.score[1]) and np.isnan(agreed.spread_mm[1])
+    assert np.isnan(agreed.spread_mm[1])

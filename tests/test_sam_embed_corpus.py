@@ -57,6 +57,12 @@ def test_listed_cases_that_the_store_lacks_are_left_out_and_named(corpus, capsys
         open_cases(CaseOptions(str(corpus / "store"), json_list=str(corpus / "list.json"), sections=["validation"]))
 
 
+def test_an_empty_store_is_no_corpus(tmp_path):
+    build_store([], tmp_path / "store", progress=False)
+    with pytest.raises(ValueError, match="store: the store holds no case; scripts/prepare_volumes.py"):
+        open_cases(CaseOptions(str(tmp_path / "store")))
+
+
 @pytest.mark.parametrize("kind", ["store", "file"])
 def test_a_case_is_embedded_again_when_its_ct_has_changed(corpus, kind):
     network = small_network()

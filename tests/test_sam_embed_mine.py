@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from datasets.ct.geometry import index_to_world, world_to_index
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import CorrespondenceTable
 from sam_embed.embeddings.embedding_store import (
     Embedding,
     EmbeddingCache,
@@ -23,17 +24,17 @@ from sam_embed.embeddings.embedding_store import (
     load_embedding,
     save_embedding,
 )
+from sam_embed.matching import mine_corpus as mining
 from sam_embed.matching.mine import (
-    SHARD_FOLDER,
     MiningOptions,
     circle_of,
     circles_of,
     draw_points,
     lies_in_body,
     mine_case,
-    mine_corpus,
     partners_on,
 )
+from sam_embed.matching.mine_corpus import SHARD_FOLDER, mine_corpus
 from scripts import mine_pairs
 from tests.sam_fakes import AFFINE, patient_embedding, to_atlas
 
@@ -63,7 +64,7 @@ def test_rows_are_right_matches(embed_dir, tmp_path):
     assert np.median(errors) < 3 and max(errors) < 10  # the fakes' grid is 8 mm
     assert (table.rows["query_case"] != table.rows["key_case"]).all()
     assert np.median(table.rows["cycle_mm"]) < 5 and table.rows["score"].min() > 0.95
-    assert not list((tmp_path / SHARD_FOLDER).iterdir())
+    assert table.sources == {} and table.provenance["weights"]
 
 
 def test_points_are_spread_inside_and_off_the_border():
@@ -99,19 +100,87 @@ def test_partners_follow_on_a_circle_that_the_names_decide():
     assert sorted(partners_on(circle, "case7", 99)) == sorted(set(names) - {"case7"})
 
 
+def test_scans_of_one_patient_are_never_partners():
+    names = [f"case{number}" for number in range(12)]
+    circle = circle_of(names, 0)
+    patient_of = dict.fromkeys(circle[:3], "one") | dict.fromkeys(circle[3:5], "two")
+    partners = {name: partners_on(circle, name, 3, patient_of) for name in names}
+    assert partners[circle[0]] == circle[3:6] and partners[circle[2]] == circle[3:6]
+    assert partners[circle[3]] == circle[5:8] and partners[circle[5]] == circle[6:9]
+    assert partners[circle[-1]] == circle[:3], "other patients' scans may follow each other"
+    assert partners_on(circle[:3], circle[0], 3, patient_of) == []
+
+
+def test_a_case_without_other_patients_has_no_rows(embed_dir, tmp_path):
+    patient_of = dict.fromkeys(NAMES[:3], "one")
+    table = mine_corpus(embed_dir, NAMES, tmp_path, OPTIONS, patient_of=patient_of)
+    pairs = {(int(row["query_case"]), int(row["key_case"])) for row in table.rows}
+    assert all(3 in pair for pair in pairs) and len(pairs) == 3 + 2
+    alone = mine_corpus(embed_dir, NAMES[:3], tmp_path / "alone", OPTIONS, patient_of=patient_of)
+    assert len(alone) == 0
+
+
 def test_ranks_and_resumed_runs_give_the_same_table(embed_dir, tmp_path, monkeypatch):
     whole = mine_corpus(embed_dir, NAMES, tmp_path / "whole", OPTIONS)
     assert mine_corpus(embed_dir, NAMES, tmp_path / "shared", OPTIONS, rank=1, world_size=2) is None
     mined = []
-    monkeypatch.setattr("sam_embed.matching.mine.mine_case", lambda *args: mined.append(args[2]) or mine_case(*args))
+    monkeypatch.setattr(mining, "mine_case", lambda *args: mined.append(args[2]) or mine_case(*args))
     shared = mine_corpus(embed_dir, NAMES, tmp_path / "shared", OPTIONS, rank=0, world_size=2)
     assert mined == circle_of(NAMES, OPTIONS.seed)[:2]  # what the other process has done is not done again
-    np.testing.assert_array_equal(whole.rows, shared.rows)
+    assert whole.rows.tobytes() == shared.rows.tobytes()
     mined.clear()
     other_seed = dataclasses.replace(OPTIONS, seed=4)
     mine_corpus(embed_dir, NAMES, tmp_path / "other", other_seed, rank=1, world_size=2)
     mine_corpus(embed_dir, NAMES, tmp_path / "other", OPTIONS)
     assert len(mined) == 2 + 4  # rows of another seed are not reused
+    assert len(list((tmp_path / "other" / SHARD_FOLDER).iterdir())) == 4  # and are gone with the table that needed them
+
+
+def test_a_finished_run_mines_nothing_and_a_new_case_its_neighbours_only(tmp_path, monkeypatch):
+    mined = []
+    monkeypatch.setattr(mining, "mine_case", lambda *args: mined.append(args[2]) or mine_case(*args))
+    names = [f"patient{seed}" for seed in range(8)]
+    for seed in range(8):
+        save_embedding(tmp_path, dataclasses.replace(patient_embedding(seed), source=f"store:{seed}"))
+    options = dataclasses.replace(OPTIONS, num_points=3)
+    first = mine_corpus(tmp_path, names[:7], tmp_path, options)
+    assert len(mined) == 7 and first.sources == {name: f"store:{name[-1]}" for name in names[:7]}
+    rows = first.rows.tobytes()
+    mined.clear()
+    assert mine_corpus(tmp_path, names[:7], tmp_path, options).rows.tobytes() == rows
+    assert mine_corpus(tmp_path, names[:7], tmp_path, options, rank=1, world_size=2) is None and not mined
+    (tmp_path / "correspondences.npy").unlink()
+    assert mine_corpus(tmp_path, names[:7], tmp_path, options).rows.tobytes() == rows
+    assert not mined, "the rows are joined again from the shards"
+    with_one_more = mine_corpus(tmp_path, names, tmp_path, options)
+    circle = circle_of(names, options.seed)
+    at = circle.index(names[7])
+    assert set(mined) == {circle[at], circle[at - 1], circle[at - 2]}
+    whole = mine_corpus(tmp_path, names, tmp_path / "whole", options)
+    assert with_one_more.rows.tobytes() == whole.rows.tobytes()
+    mined.clear()
+    save_embedding(tmp_path, dataclasses.replace(patient_embedding(2), source="store:corrected"))
+    mine_corpus(tmp_path, names, tmp_path, options)
+    at = circle.index(names[2])
+    assert set(mined) == {circle[at], circle[at - 1], circle[at - 2]}, "the corrected CT and those matched to it"
+
+
+def test_waiting_lists_the_folder_and_gives_up(tmp_path, monkeypatch):
+    files = [tmp_path / f"{number}.npy" for number in range(50)]
+    monkeypatch.setattr(Path, "exists", lambda _: pytest.fail("looks at a single file: slow on NFS"))
+    looks = []
+
+    def sleep(_: float) -> None:
+        looks.append(1)
+        if files:
+            files.pop().touch()
+
+    monkeypatch.setattr(mining.time, "sleep", sleep)
+    mining._wait_for(list(files))
+    assert len(looks) == 50
+    monkeypatch.setattr(mining, "WAIT_LIMIT_S", -1.0)
+    with pytest.raises(ValueError, match="1 of 1 cases were not mined by the other processes, first absent.npy"):
+        mining._wait_for([tmp_path / "absent.npy"])
 
 
 class CountedReads:
@@ -138,7 +207,7 @@ def test_a_corpus_is_read_about_once_and_never_held(num_kept, most_reads, tmp_pa
     one_mb = reads(None, "case000").num_bytes / 2**20
     reads.num_reads = 0
     monkeypatch.setattr("sam_embed.embeddings.embedding_store.load_embedding", reads)
-    monkeypatch.setattr("sam_embed.matching.mine.stored_header", lambda *_: {"fingerprint": "counted"})
+    monkeypatch.setattr(mining, "stored_header", lambda *_: {"fingerprint": "counted"})
     monkeypatch.setattr("sam_embed.matching.mine._mine_pair", lambda *_: np.zeros(1, dtype=ROW_DTYPE))
     options = MiningOptions(num_points=1, num_partners=8)
     table = mine_corpus("nowhere", reads.names, tmp_path, options, cache_mb=(num_kept + 0.5) * one_mb)
@@ -150,7 +219,7 @@ def test_a_corpus_is_read_about_once_and_never_held(num_kept, most_reads, tmp_pa
 def test_ranks_read_their_own_part_of_the_corpus(tmp_path, monkeypatch):
     reads = CountedReads(num_cases=200)
     monkeypatch.setattr("sam_embed.embeddings.embedding_store.load_embedding", reads)
-    monkeypatch.setattr("sam_embed.matching.mine.stored_header", lambda *_: {"fingerprint": "counted"})
+    monkeypatch.setattr(mining, "stored_header", lambda *_: {"fingerprint": "counted"})
     monkeypatch.setattr("sam_embed.matching.mine._mine_pair", lambda *_: np.zeros(1, dtype=ROW_DTYPE))
     mine_corpus("nowhere", reads.names, tmp_path, MiningOptions(1, 8), rank=3, world_size=4)
     assert len(list((tmp_path / SHARD_FOLDER).iterdir())) == 50
@@ -158,17 +227,18 @@ def test_ranks_read_their_own_part_of_the_corpus(tmp_path, monkeypatch):
 
 
 def test_rows_mined_from_a_ct_that_has_changed_are_not_joined(tmp_path):
-    def mine(rank: int = 0, world_size: int = 1) -> CorrespondenceTable | None:
-        return mine_corpus(tmp_path, NAMES, tmp_path, OPTIONS, rank=rank, world_size=world_size)
-
-    for source, is_joined in (("file:1:1", True), ("file:1:2", False)):
-        for seed in range(4):
-            save_embedding(tmp_path, dataclasses.replace(patient_embedding(seed), source="file:1:1"))
-        mine(rank=1, world_size=2)
-        for shard in (tmp_path / SHARD_FOLDER).iterdir():
+    circle = circle_of(NAMES, OPTIONS.seed)
+    for source, changed in (("file:1:1", set()), ("file:1:2", {circle[3], circle[2], circle[1]})):
+        for name in NAMES:
+            embedding = dataclasses.replace(patient_embedding(int(name[-1])), source="file:1:1")
+            save_embedding(tmp_path, embedding)
+        mine_corpus(tmp_path, NAMES, tmp_path / source, OPTIONS, rank=1, world_size=2)  # the circle's second half
+        for shard in (tmp_path / source / SHARD_FOLDER).iterdir():
             np.save(shard, np.load(shard)[:3])  # to be known again
-        save_embedding(tmp_path, dataclasses.replace(patient_embedding(2), source=source))
-        assert (len(mine()) < 4 * 12 * 2) == is_joined
+        save_embedding(tmp_path, dataclasses.replace(load_embedding(tmp_path, circle[3]), source=source))
+        table = mine_corpus(tmp_path, NAMES, tmp_path / source, OPTIONS)
+        num_rows = {table.case_names[case]: int(num) for case, num in enumerate(np.diff(table.offsets))}
+        assert num_rows == {name: 3 if name in circle[2:] and name not in changed else 24 for name in NAMES}
 
 
 def test_a_run_killed_at_any_time_is_continued_to_the_same_table(embed_dir, tmp_path):
@@ -194,10 +264,10 @@ def test_a_run_killed_at_any_time_is_continued_to_the_same_table(embed_dir, tmp_
 
 def test_score_floor_drops_rows(embed_dir, tmp_path):
     cache = EmbeddingCache(embed_dir)
-    rows = mine_case(cache, NAMES, "patient0", OPTIONS)
+    rows = mine_case(cache, NAMES, "patient0", NAMES[1:3], OPTIONS)
     floor = float(np.median(rows["score"]))
-    kept = mine_case(cache, NAMES, "patient0", dataclasses.replace(OPTIONS, min_score=floor))
-    np.testing.assert_array_equal(kept, rows[rows["score"] >= floor])
+    kept = mine_case(cache, NAMES, "patient0", NAMES[1:3], dataclasses.replace(OPTIONS, min_score=floor))
+    assert kept.tobytes() == rows[rows["score"] >= floor].tobytes()
     assert 0 < len(kept) < len(rows)
 
 

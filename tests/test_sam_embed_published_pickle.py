@@ -15,12 +15,11 @@ from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.compact import Storage
 from sam_embed.embeddings.embed import embed_volume
 from sam_embed.embeddings.embedding_store import embedded_cases, embedding_path, load_embedding, stored_form
+from sam_embed.embeddings.plain_pickle import PublishedPickleError, read_plain
 from sam_embed.embeddings.published_pickle import (
     COARSE_GRID,
     FINE_GRID,
     PublishedEmbedding,
-    PublishedPickleError,
-    read_plain,
     read_published,
     to_embedding,
 )
@@ -47,7 +46,7 @@ def unit_vectors(shape: tuple, seed: int = 0) -> torch.Tensor:
     return F.normalize(values, dim=1).half()
 
 
-FINE, COARSE = unit_vectors(FINE_SHAPE), unit_vectors(COARSE_SHAPE, seed=1)
+FINE, COARSE, SEMANTIC = unit_vectors(FINE_SHAPE), unit_vectors(COARSE_SHAPE, seed=1), unit_vectors(FINE_SHAPE, seed=2)
 PUBLISHED = PublishedEmbedding(FINE[0], COARSE[0], None)
 IMAGE = np.full((1, 1, *INPUT_SHAPE), 16.25, dtype=np.float32)
 LAYOUTS = {
@@ -60,6 +59,8 @@ LAYOUTS = {
     "arrays": [FINE.numpy(), np.asfortranarray(COARSE.numpy())],
     "big-endian floats": [FINE.numpy().astype(">f4"), COARSE.float()],
     "parameters and plain values": [torch.nn.Parameter(FINE), COARSE, None, 3, 2.5, np.float32(1), {"mm": [2, 2]}],
+    "semantic": [FINE, COARSE, SEMANTIC],
+    "semantic and image": [FINE, COARSE, SEMANTIC, IMAGE],
     "strided": [FINE.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3), COARSE],
 }
 
@@ -76,6 +77,10 @@ def test_every_layout_comes_back(layout, writer, tmp_path):
     assert published.fine.dtype == published.coarse.dtype == torch.float16
     assert torch.equal(published.fine, FINE[0]) and torch.equal(published.coarse, COARSE[0])
     assert published.name == ("case_7" if "name" in layout else None)
+    assert (published.semantic is not None) == ("semantic" in layout)
+    if published.semantic is not None:
+        assert torch.equal(published.semantic, SEMANTIC[0])
+        assert torch.equal(to_embedding(published, volume_of(), "case").semantic, SEMANTIC[0])
 
 
 def test_vectors_are_brought_to_unit_length(tmp_path):
@@ -161,6 +166,41 @@ def test_a_view_beyond_its_storage_is_refused(tmp_path):
         read_plain(tmp_path / "case.pkl")
 
 
+def repeated(rebuild, storage, size: int) -> list:
+    """One stored number that pretends to be two embeddings."""
+    shape = (1, 16, size, size, size)
+    return [Calls(rebuild, storage, 0, shape, (0,) * 5, False, {}) for _ in range(2)]
+
+
+@pytest.mark.parametrize("writer", ["pickle", "torch"])
+def test_a_small_file_cannot_ask_for_much_memory(writer, tmp_path):
+    path = tmp_path / "case.pkl"
+    rebuild, (storage, *_) = torch.zeros(1).__reduce_ex__(2)
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(repeated(rebuild, storage, 2000)))
+    else:
+        torch.save([torch.zeros(1).expand(1, 16, 2000, 2000, 2000)] * 2, path)
+    assert path.stat().st_size < 2000
+    with pytest.raises(PublishedPickleError, match=r"refused.*\[1, 16, 2000, 2000, 2000\] that repeats what it stores"):
+        read_published(path)
+
+
+def test_lists_that_hold_each_other_end_soon(tmp_path):
+    laughs = ["ha"]
+    for _ in range(15):
+        laughs = [laughs] * 10
+    (tmp_path / "case.pkl").write_bytes(pickle.dumps(laughs))
+    with pytest.raises(PublishedPickleError, match="refused.*more than 10,000 items"):
+        read_plain(tmp_path / "case.pkl")
+
+
+@pytest.mark.parametrize("program", [b"]r\xff\xff\xff\x07.", b"]p134217727\n.", b"]q\x09."])
+def test_numbers_of_objects_are_not_taken_for_lengths(program, tmp_path):
+    (tmp_path / "case.pkl").write_bytes(program)
+    with pytest.raises(PublishedPickleError, match="refused.*an object with the number [0-9]+, although 1 precede it"):
+        read_plain(tmp_path / "case.pkl")
+
+
 @pytest.mark.parametrize("writer", ["pickle", "torch", "old torch"])
 @pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.95, 0.9999])
 def test_truncated_files_say_so(writer, kept, tmp_path):
@@ -177,8 +217,16 @@ def test_truncated_files_say_so(writer, kept, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [{"fine": FINE}, [FINE], [FINE, COARSE, COARSE], [FINE, COARSE[:, :8]], [FINE, COARSE, "a", "b"], [FINE, IMAGE]],
-    ids=["dict", "one", "three", "widths", "names", "image"],
+    [
+        {"fine": FINE},
+        [FINE],
+        [FINE, COARSE, COARSE],
+        [FINE, COARSE, SEMANTIC, FINE],
+        [FINE, COARSE[:, :8]],
+        [FINE, COARSE, "a", "b"],
+        [FINE, IMAGE],
+    ],
+    ids=["dict", "one", "three", "four", "widths", "names", "image"],
 )
 def test_other_contents_are_described(content, tmp_path):
     (tmp_path / "case.pkl").write_bytes(pickle.dumps(content))
@@ -275,6 +323,18 @@ def test_a_folder_is_imported_and_resumed(corpus, capsys):
     assert "imported 3 of 6" in capsys.readouterr().out
     assert stored_form(corpus / "embeddings", "case_7") == Storage().form
     assert embedding_path(corpus / "embeddings", "case_1").stat().st_size * 2 < size
+
+
+def test_a_pickle_that_needs_too_much_memory_does_not_stop_the_others(corpus, capsys, monkeypatch):
+    def read(path):
+        if path.name == "case_1.pkl":
+            raise RuntimeError("not enough memory: you tried to allocate 17 TB")
+        return read_published(path)
+
+    monkeypatch.setattr(import_embeddings, "read_published", read)
+    import_embeddings.main(command(corpus))
+    assert "case_1.pkl: not enough memory" in capsys.readouterr().err
+    assert {"case_2", "case_7"} <= set(embedded_cases(corpus / "embeddings"))
 
 
 def test_a_name_inside_that_contradicts_the_file_name_is_refused(corpus, capsys):

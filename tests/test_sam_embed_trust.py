@@ -1,6 +1,7 @@
 """Trust in matches: the truth about phantoms, judged pairs, error curves and thresholds."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -18,13 +19,15 @@ from datasets.phantom.structures import (
     structures_at,
 )
 from datasets.phantom.truth import load_truth, states_seeds
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import ANY_MM, CorrespondenceTable
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.judging.judge import Judged, judge_rows
 from sam_embed.judging.trust import (
     CYCLE_GRID_MM,
     MIN_KEPT_SHARE,
     SCORE_GRID,
+    SPREAD_GRID_MM,
     check_on_other_cases,
     choose_thresholds,
     error_curve,
@@ -62,15 +65,17 @@ def perfect_rows(truth, num_points: int = 40, offset_mm: float = 0.0) -> np.ndar
         rows["query_mm"] = truth[NAMES[query]].from_atlas(atlas)
         rows["key_mm"] = truth[NAMES[key]].from_atlas(atlas) + [0, 0, offset_mm]
         rows["score"], rows["cycle_mm"] = rng.uniform(0.4, 1.0, num_points), rng.uniform(0, 30, num_points)
+        rows["spread_mm"] = rng.uniform(0, 30, num_points)
         parts.append(rows)
     return np.concatenate(parts)
 
 
-def judged_at(score, cycle_mm, error_mm, query=None) -> Judged:
-    """Matches with given scores and errors, without groups."""
+def judged_at(score, cycle_mm, error_mm, query=None, spread_mm=None) -> Judged:
+    """Matches with given scores and errors, without groups; spreads are not measured unless given."""
     text = np.full(len(error_mm), "x")
     query = text if query is None else np.asarray(query)
-    numbers = (np.asarray(values, dtype=float) for values in (score, cycle_mm, error_mm))
+    spread_mm = np.full(len(error_mm), np.nan) if spread_mm is None else spread_mm
+    numbers = (np.asarray(values, dtype=float) for values in (score, cycle_mm, spread_mm, error_mm))
     return Judged(query, text, *numbers, text, text, np.ones(len(error_mm), dtype=bool))
 
 
@@ -154,25 +159,32 @@ def test_pairs_are_judged_by_their_distance_to_the_truth(phantom):
 
 
 def test_thresholds_are_the_best_of_the_grid():
-    """Against trying every pair of thresholds one by one."""
+    """Against trying every triple of thresholds one by one."""
     rng = np.random.default_rng(1)
     score, cycle_mm = rng.uniform(0.3, 1, 3000), rng.exponential(9, 3000)
-    error_mm = rng.exponential(3 + 25 * (1 - score) + 0.8 * cycle_mm)
-    judged = judged_at(score, cycle_mm, error_mm)
+    spread_mm = rng.exponential(9, 3000)
+    cycle_mm[::20] = spread_mm[::30] = np.nan
+    error_mm = rng.exponential(1 + 12 * (1 - score) + 0.2 * np.nan_to_num(cycle_mm) + 0.6 * np.nan_to_num(spread_mm))
+    judged = judged_at(score, cycle_mm, error_mm, spread_mm=spread_mm)
     chosen = choose_thresholds(judged, 0.9)
     kept = chosen.keeps(judged)
     assert chosen.is_reached and chosen.correct >= 0.9
     assert chosen.kept == pytest.approx(kept.mean()) and chosen.correct == pytest.approx((error_mm[kept] <= 15).mean())
     assert chosen.found == pytest.approx(kept[error_mm <= 15].mean())
-    tried = try_thresholds(judged, chosen.min_score, chosen.max_cycle_mm, 0.9)
+    tried = try_thresholds(judged, chosen.min_score, chosen.max_cycle_mm, chosen.max_spread_mm, 0.9)
     assert dataclasses.astuple(tried) == pytest.approx(dataclasses.astuple(chosen))
     most = 0.0
     for min_score in SCORE_GRID:
-        for max_cycle_mm in CYCLE_GRID_MM:
-            mask = (score >= min_score) & (cycle_mm <= max_cycle_mm)
+        for max_cycle_mm, max_spread_mm in itertools.product(CYCLE_GRID_MM, SPREAD_GRID_MM):
+            mask = score >= min_score
+            if max_cycle_mm < ANY_MM:
+                mask &= cycle_mm <= max_cycle_mm
+            if max_spread_mm < ANY_MM:
+                mask &= spread_mm <= max_spread_mm
             if mask.mean() >= MIN_KEPT_SHARE and (error_mm[mask] <= 15).mean() >= 0.9:
                 most = max(most, mask.mean())
-    assert chosen.kept == pytest.approx(most)
+    assert chosen.kept == pytest.approx(most) and chosen.max_spread_mm < 30, "the spread is what tells most here"
+    assert f" --max_spread_mm {chosen.max_spread_mm:g}: " in chosen.describe()
     assert "within 15 mm, keeps" in chosen.describe() and f"--min_score {chosen.min_score:g} " in chosen.describe()
 
 
@@ -183,7 +195,9 @@ def test_unreachable_shares_and_unmeasured_cycles_are_told():
     easy = choose_thresholds(judged_at([0.9] * 20, [2.0] * 20, [1.0] * 20))
     assert easy.kept == easy.correct == 1.0 and (easy.min_score, easy.max_cycle_mm) == (-1.0, 2.0)
     unmeasured = choose_thresholds(judged_at([0.9] * 20, [np.nan] * 5 + [2.0] * 15, [1.0] * 20))
-    assert unmeasured.kept == 0.75
+    assert unmeasured.kept == 1.0 and unmeasured.max_cycle_mm == ANY_MM, "any includes what was not measured"
+    assert "--max_cycle_mm 1e6 --max_spread_mm 1e6" in unmeasured.describe()
+    assert try_thresholds(judged_at([0.9] * 20, [np.nan] * 5 + [2.0] * 15, [1.0] * 20), -1, 40.0, ANY_MM).kept == 0.75
     with pytest.raises(ValueError, match="no matches"):
         choose_thresholds(judged_at([], [], []))
 
@@ -210,10 +224,12 @@ def test_report_is_told_and_drawn(phantom, tmp_path):
     _, truth = phantom
     report = trust_report(judge_rows(perfect_rows(truth), NAMES, truth, show_progress=False))
     json.dumps(report)
+    assert len(report["by_spread_mm"]) == 12 and report["num_cases"] == 3
     assert report["thresholds"]["correct"] == 1.0 and len(report["by_score"]) == 12
     assert sum(group["num_matches"] for group in report["by_structure"].values()) == 240
     text = "\n".join(mined_lines(report))
     assert "keeps 100%" in text and "liver" in text and "chosen without a case" in text
+    assert "chosen on 240 matches between 3 cases: they hold for data like these, not for others" in text
     save_trust_figure(report, "240 mined pairs", tmp_path / "new" / "trust.png")
     assert (tmp_path / "new" / "trust.png").stat().st_size > 20_000
 
@@ -222,13 +238,15 @@ def test_command_judges_a_table(phantom, tmp_path, capsys):
     folder, truth = phantom
     rows = perfect_rows(truth)
     rows["key_mm"][rows["score"] < 0.7] += [0, 0, 60]
-    CorrespondenceTable.write(tmp_path, NAMES, rows, {})
+    CorrespondenceTable.write(tmp_path, NAMES, rows, {"weights": "abc123"})
     command = ["--embed_dir", str(tmp_path), "--landmark_dir", str(folder / "landmarks")]
     output = tmp_path / "pairs.json"
     evaluate_pairs.main([*command, "--output", str(output), "--figure", str(tmp_path / "trust.png")])
     report = json.loads(output.read_text())
     assert 0.66 <= report["thresholds"]["min_score"] <= 0.7 and report["thresholds"]["correct"] >= 0.95
-    assert report["summary"] in capsys.readouterr().out and (tmp_path / "trust.png").exists()
+    printed = capsys.readouterr().out
+    assert report["summary"] in printed and "data like these and the network abc123" in printed
+    assert (tmp_path / "trust.png").exists()
     evaluate_pairs.main([*command, "--max_pairs", "50", "--output", str(output)])
     assert json.loads(output.read_text())["all"]["num_matches"] == 50
     with pytest.raises(ValueError, match="--wanted"):

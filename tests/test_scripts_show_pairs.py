@@ -10,7 +10,8 @@ from matplotlib.image import imread
 
 import main_ddp
 from datasets.lists.data_list import Case
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.crops import centre_mm
 from datasets.store.volumes import VolumeStore, build_store
 from engine.distributed import World

@@ -70,6 +70,9 @@ def test_summary_holds_every_part(walked):
     assert all(np.isfinite(summary["losses"][when]["loss"]) for when in ("start", "end"))
     assert summary["pairs"]["num_cases"] == 3 and summary["pairs"]["num_usable_rows"] > 0
     assert summary["seconds"] == {"all": 1.0}
+    share = summary["matching"]["mined"]["defaults"]
+    said = f"--max_spread_mm 1e6: {share['correct']:.1%} of matches within 15 mm, keeps {share['kept']:.0%}"
+    assert said in (walked / "report.txt").read_text()
     for run_of in summary["finetuning"].values():
         assert (run_of["steps"], run_of["num_labelled"], run_of["num_cases"]) == (2, 1, 1)
         assert 0 <= run_of["dice"] <= 1 and 0 <= run_of["nsd"] <= 1

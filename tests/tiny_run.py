@@ -6,7 +6,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import CorrespondenceTable
 from datasets.store.volumes import VolumeStore, build_store
 
 SPACING_MM = (2.0, 2.0, 2.0)

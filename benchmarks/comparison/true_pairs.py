@@ -18,7 +18,8 @@ from scipy import ndimage
 from datasets.ct.geometry import body_mask, index_to_world
 from datasets.lists.data_list import load_data_list
 from datasets.phantom.truth import PhantomTruth, load_truth
-from datasets.samples.correspondences import ROW_DTYPE, CorrespondenceTable
+from datasets.samples.correspondence_files import ROW_DTYPE
+from datasets.samples.correspondences import CorrespondenceTable
 from datasets.store.volumes import VolumeStore
 from engine.flags import RunInfo, git_commit, make_parser, run_main
 
@@ -97,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = np.concatenate(parts)
     RunInfo.collect(flags).write(flags.output_dir, "true_pairs_run.json")
     provenance = {"commit": git_commit(), "embedder": "none: the phantoms' own deformations", "seed": flags.seed}
-    table = CorrespondenceTable.write(flags.output_dir, names, rows, provenance)
+    sources = {name: store.record(name).identity for name in names}
+    table = CorrespondenceTable.write(flags.output_dir, names, rows, provenance, sources)
     print(f"{flags.output_dir}: {len(table)} true pairs of {len(names)} cases")
 
 

@@ -44,6 +44,11 @@ class Case:
     label: Path | None = None
 
 
+def is_file_name(name: object) -> bool:
+    """Whether a case may be called so: its files then lie in the folder that they are meant for."""
+    return isinstance(name, str) and bool(name) and not name.startswith(".") and Path(name).name == name
+
+
 def kind_of_cases(cases: Sequence[Case]) -> str:
     """CT or RADIOGRAPH, by the files' names; CT where there are none.
 
@@ -351,6 +356,11 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
     for entry, (key, _) in zip(plain, entries):
         label = entry.get("label")
         name = entry.get("name") or given[entry["image"]]
+        if not is_file_name(name):
+            raise DataListError(
+                f"{json_list}: the entry of {entry['image']} is called {name!r}, which cannot be the name of its files "
+                "(text without / or a leading .)"
+            )
         if image_of.setdefault(name, entry["image"]) != entry["image"]:
             raise DataListError(f"{json_list}: {image_of[name]} and {entry['image']} are both called {name!r}")
         if key == section:

@@ -6,6 +6,7 @@ finished cases and makes the others. Cases are taken in another order by every p
 them share the work instead of waiting for each other.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from datasets.ct.geometry import body_mask, mask_box, resample, spacing_of
 from datasets.ct.images import RADIOGRAPH, read_image, read_labels_of
 from datasets.ct.nifti import CTReadError
 from datasets.ct.radiograph import Radiograph
-from datasets.lists.data_list import Case, kind_of_cases
+from datasets.lists.data_list import Case, is_file_name, kind_of_cases
 from datasets.store.files import FileWriteError, exclusive, remove_asides, write_bytes, write_text
 from datasets.store.format import (
     ARRAY,
@@ -115,7 +116,7 @@ def _check_names(names: list[str]) -> None:
     if twice:
         raise StoreError(f"case names must be unique, received several of: {', '.join(twice[:5])}")
     for name in names:
-        if not name or name.startswith(".") or name.endswith(".label") or Path(name).name != name:
+        if not is_file_name(name) or name.endswith(".label"):
             raise StoreError(f"case name {name!r} cannot be a file name in a store (no / or leading . or final .label)")
 
 
@@ -149,9 +150,14 @@ def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: b
     """Store one case unless it is there; returns "built", "reused" or the reason of the failure."""
     with exclusive(store_dir / "locks" / "cases" / case.name) as locked:
         try:
-            record = read_manifest(case_file(store_dir, case.name, MANIFEST))
+            record = _with_new_stamp(case, read_manifest(case_file(store_dir, case.name, MANIFEST)), store_dir)
             if is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
                 return "reused"
+            if record is not None and is_of_another_file(case, record) and not is_current(case, record, store_dir):
+                return (
+                    f"{case.image}: the store holds a case {case.name} of another file, {record.source}, which still "
+                    "exists. Rename one of the two cases in its data list, or choose another --store_dir."
+                )
             _make_case(case, store_dir, spacing_mm, record, locked)
             return "built"
         except CTReadError as error:
@@ -176,6 +182,43 @@ def is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
     except CTReadError:
         return False
     return all(path.exists() for path, _ in files_of(record, store_dir))
+
+
+def _with_new_stamp(case: Case, record: CaseRecord | None, store_dir: Path) -> CaseRecord | None:
+    """The record; its manifest takes the files' new time where they were copied or touched, but hold the same bytes."""
+    if record is None or not record.source_digest or is_current(case, record, store_dir):
+        return record
+    sources = _sources(case)
+    num = len(sources)
+    stamp, digest = _stamp(sources).split(), record.source_digest.split()
+    sizes, stored_sizes = (
+        [word.split(":")[0] for word in words[:num]] for words in (stamp, record.source_stamp.split())
+    )
+    if sizes != stored_sizes or _digest(sources).split() != digest[:num]:
+        return record
+    stamp += record.source_stamp.split()[num:]  # of a label that this list does not name
+    record = replace(record, source=str(case.image), source_stamp=" ".join(stamp))
+    _write_manifest(record, store_dir)
+    return record
+
+
+def _digest(sources: Sequence[Path]) -> str:
+    """BLAKE2b of each file, a word each."""
+    words = []
+    for path in sources:
+        with path.open("rb") as file:
+            words.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
+    return " ".join(words)
+
+
+def _write_manifest(record: CaseRecord, store_dir: Path) -> None:
+    write_text(case_file(store_dir, record.name, MANIFEST), json.dumps(record.to_json(), indent=1) + "\n")
+
+
+def is_of_another_file(case: Case, record: CaseRecord) -> bool:
+    """Whether the case of this name was stored from another file, and both files are there."""
+    stored = Path(record.source)
+    return stored.exists() and case.image.exists() and not stored.samefile(case.image)
 
 
 def _is_damaged(record: CaseRecord, store_dir: Path) -> bool:
@@ -224,7 +267,10 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
     """
     paths = [case_file(store_dir, case.name, suffix) for suffix in (ARRAY, LABEL, MANIFEST)]
     keeps_label = _keeps_label(case, stored, store_dir)
-    stamp = stored.source_stamp if keeps_label else _stamp(_sources(case))  # a missing file ends it here, at no loss
+    # A missing file ends it here, at no loss.
+    stamp, digest = _stamp(_sources(case)), _digest(_sources(case))
+    if keeps_label:
+        stamp, digest = stored.source_stamp, " ".join([digest, *stored.source_digest.split()[1:]])
     paths[2].unlink(missing_ok=True)
     if locked:  # else they may be another builder's, in work
         for path in paths:
@@ -253,11 +299,9 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
         else:
             path.unlink(missing_ok=True)
             checksums.append("")
-    record = CaseRecord(
-        case.name, array.shape, spacing_of(affine), affine, body_start, body_stop, str(case.image), stamp, *checksums,
-        **facts,
-    )  # fmt: skip
-    write_text(paths[2], json.dumps(record.to_json(), indent=1) + "\n")
+    place = array.shape, spacing_of(affine), affine, body_start, body_stop
+    record = CaseRecord(case.name, *place, str(case.image), stamp, *checksums, digest, **facts)
+    _write_manifest(record, store_dir)
 
 
 def _write_failures(store_dir: Path, cases: Sequence[Case], failed: dict[str, str]) -> None:

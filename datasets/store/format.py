@@ -11,7 +11,8 @@
 
 import hashlib
 import json
-from dataclasses import MISSING, dataclass
+import zlib
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class CaseRecord:
         source: the file it was made from.
         source_stamp: size and time of the image, then of the label where one is stored, to see whether they changed.
         checksum, label_checksum: BLAKE2b of the compressed files; the latter is empty without labels.
+        source_digest: BLAKE2b of the image file, then of the label file where one is stored; empty in older stores.
         kind: CT or RADIOGRAPH.
         bits: of a radiograph's file; its grey is the stored value + 2^(bits - 1).
         value_range: smallest and largest stored value of a radiograph; None of a CT.
@@ -62,6 +64,7 @@ class CaseRecord:
     source_stamp: str
     checksum: str
     label_checksum: str = ""
+    source_digest: str = ""
     kind: str = CT
     bits: int | None = None
     value_range: tuple[int, int] | None = None
@@ -69,6 +72,15 @@ class CaseRecord:
     @property
     def has_label(self) -> bool:
         return bool(self.label_checksum)
+
+    @property
+    def identity(self) -> str:
+        """Voxels and place of the volume, and the file it was made from: `store:CHECKSUM:AFFINE` and `:DIGEST`.
+
+        A corrected header may move the same voxels elsewhere. Compare two of them with `is_same_volume`.
+        """
+        text = f"store:{self.checksum}:{zlib.crc32(self.affine.tobytes()):08x}"
+        return f"{text}:{self.source_digest.split()[0]}" if self.source_digest else text
 
     @property
     def outside(self) -> int:
@@ -96,15 +108,25 @@ class CaseRecord:
 
     @classmethod
     def from_json(cls, plain: dict) -> "CaseRecord":
-        """The record of a manifest; manifests written before there were radiographs lack their fields."""
-        fields = cls.__dataclass_fields__.values()
-        known = {one.name: plain[one.name] for one in fields if one.name in plain or one.default is MISSING}
+        """The record of a manifest; older ones lack fields that came later."""
+        known = {one.name: plain[one.name] for one in fields(cls) if one.name in plain or one.default is MISSING}
         for key in ("shape", "spacing_mm", "value_range"):
             if key in known:
                 known[key] = tuple(known[key])
         for key, dtype in (("affine", np.float64), ("body_start", np.int64), ("body_stop", np.int64)):
             known[key] = np.array(known[key], dtype=dtype)
         return cls(**known)
+
+
+def is_same_volume(one: str, other: str) -> bool | None:
+    """Whether two identities (`CaseRecord.identity`) are of one scan, perhaps at two spacings; None if not known.
+
+    Volumes made from one file are of one scan. Older stores do not state the file: they can only be equal.
+    """
+    if one == other and one:
+        return True
+    digests = [text.split(":")[3:] for text in (one, other)]
+    return digests[0] == digests[1] if all(digests) else None
 
 
 def case_file(store_dir: Path, name: str, suffix: str) -> Path:

@@ -22,7 +22,7 @@ class Judged:
     Attributes:
         query, key: text [N], case names.
         score: [N], similarity in [-1, 1].
-        cycle_mm: [N], mm; NaN where it was not measured.
+        cycle_mm, spread_mm: [N], mm; NaN where it was not measured.
         error_mm: [N], distance to the true place, mm.
         structure, region: text [N], what the query point belongs to.
         is_possible: bool [N], False where the true place lies beyond the key's scan, so that no match can be right.
@@ -32,6 +32,7 @@ class Judged:
     key: np.ndarray
     score: np.ndarray
     cycle_mm: np.ndarray
+    spread_mm: np.ndarray
     error_mm: np.ndarray
     structure: np.ndarray
     region: np.ndarray
@@ -55,6 +56,7 @@ def judge_landmarks(results: Sequence[PairErrors]) -> Judged:
         key=np.repeat([result.key for result in results], lengths),
         score=np.concatenate([result.score for result in results]),
         cycle_mm=np.concatenate([result.cycle_mm for result in results]),
+        spread_mm=np.full(len(error_mm), np.nan),
         error_mm=error_mm,
         structure=np.array([structure_of_landmark(name) for name in names]),
         region=np.array([region_of_landmark(name) for name in names]),
@@ -91,6 +93,6 @@ def judge_rows(
             chosen, true_mm = of_query[of_key], truth[case_names[key]].from_atlas(atlas_mm[number[of_key]])
             error_mm[chosen] = np.linalg.norm(rows["key_mm"][chosen] - true_mm, axis=1)
             is_possible[chosen] = truth[case_names[key]].is_scanned(true_mm)
-    score, cycle_mm = rows["score"].astype(np.float64), rows["cycle_mm"].astype(np.float64)
+    measured = (rows[name].astype(np.float64) for name in ("score", "cycle_mm", "spread_mm"))
     cases = names[rows["query_case"]], names[rows["key_case"]]
-    return Judged(*cases, score, cycle_mm, error_mm, structure, region, is_possible)
+    return Judged(*cases, *measured, error_mm, structure, region, is_possible)

@@ -1,8 +1,8 @@
-"""When to trust a match: its error against its score and its cycle error, and the thresholds that make most right.
+"""When to trust a match: its error against score, cycle error and spread, and the thresholds that make most right.
 
-A match counts as correct within 15 mm of the truth. Both thresholds are searched together, on a grid: a match is kept
-when its score is at least the one and its cycle error at most the other, and of all thresholds under which the wanted
-share of the kept matches is correct, those that keep the most are taken.
+A match counts as correct within 15 mm of the truth. The three thresholds are searched together, on a grid: a match is
+kept when its score is at least the first, its cycle error at most the second and its spread at most the third. Of all
+thresholds under which the wanted share of the kept matches is correct, those that keep the most are taken.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datasets.samples.correspondences import ANY_MM, within
 from datasets.samples.pairings import PairingOptions
 from sam_embed.judging.evaluate import CORRECT_MM, error_figures
 from sam_embed.judging.judge import Judged
@@ -17,9 +18,10 @@ from sam_embed.judging.judge import Judged
 WANTED_SHARE = 0.95
 GOALS = (0.80, 0.85, 0.90, 0.95, 0.97)  # beside the wanted share, to see what each costs
 MIN_KEPT_SHARE = 0.05  # thresholds that keep less are no use, and too few matches to measure on
-ANY_SCORE, ANY_CYCLE_MM = -1.0, 1e6  # what main_ddp.py takes for "any"
+ANY_SCORE = -1.0  # what main_ddp.py takes for "any", as `ANY_MM`
 SCORE_GRID = np.concatenate([[ANY_SCORE], np.round(np.arange(0.30, 0.985, 0.01), 2)])
-CYCLE_GRID_MM = np.concatenate([np.arange(1.0, 6.0, 0.5), np.arange(6.0, 21.0), [25.0, 30.0, 40.0, ANY_CYCLE_MM]])
+CYCLE_GRID_MM = np.concatenate([np.arange(1.0, 6.0, 0.5), np.arange(6.0, 21.0), [25.0, 30.0, 40.0, ANY_MM]])
+SPREAD_GRID_MM = np.concatenate([np.arange(2.0, 13.0), [14.0, 16.0, 18.0, 20.0, 25.0, 30.0, ANY_MM]])
 NUM_BINS = 12
 
 
@@ -29,7 +31,8 @@ class Thresholds:
 
     Attributes:
         wanted: share of the kept matches that should be correct.
-        min_score, max_cycle_mm: keep matches with at least this score and at most this cycle error.
+        min_score, max_cycle_mm, max_spread_mm: keep matches with at least this score, at most this cycle error and at
+            most this spread.
         kept: share of all matches that is kept.
         correct: share of the kept matches that is correct.
         found: share of the correct matches that is kept.
@@ -39,19 +42,21 @@ class Thresholds:
     wanted: float
     min_score: float
     max_cycle_mm: float
+    max_spread_mm: float
     kept: float
     correct: float
     found: float
     is_reached: bool
 
     def keeps(self, judged: Judged) -> np.ndarray:
-        """bool [N]: which matches pass; one whose cycle error was not measured never does."""
-        return (judged.score >= self.min_score) & (judged.cycle_mm <= self.max_cycle_mm)
+        """bool [N]: which matches pass; what was not measured passes only a threshold that is off."""
+        return keeps(judged, self.min_score, self.max_cycle_mm, self.max_spread_mm)
 
     def line(self) -> str:
         """The flags as main_ddp.py takes them, and the shares."""
-        max_cycle_mm = "1e6" if self.max_cycle_mm == ANY_CYCLE_MM else f"{self.max_cycle_mm:g}"
-        flags = f"--min_score {self.min_score:g} --max_cycle_mm {max_cycle_mm}"
+        limits = {"max_cycle_mm": self.max_cycle_mm, "max_spread_mm": self.max_spread_mm}
+        words = [f"--{name} {'1e6' if limit >= ANY_MM else f'{limit:g}'}" for name, limit in limits.items()]
+        flags = " ".join([f"--min_score {self.min_score:g}", *words])
         return f"{flags}: {self.correct:.1%} of matches within {CORRECT_MM:g} mm, keeps {self.kept:.0%}"
 
     def describe(self) -> str:
@@ -71,37 +76,45 @@ def choose_thresholds(judged: Judged, wanted: float = WANTED_SHARE) -> Threshold
     """
     if not len(judged):
         raise ValueError("no matches to choose thresholds on")
-    is_correct = judged.error_mm <= CORRECT_MM
-    is_measured = np.isfinite(judged.cycle_mm)
-    num_kept = _counts_on_grid(judged, is_measured)
-    num_correct = _counts_on_grid(judged, is_correct & is_measured)
+    num_kept = _counts_on_grid(judged)
+    num_correct = _counts_on_grid(judged.chosen(judged.error_mm <= CORRECT_MM))
     correct = num_correct / np.maximum(num_kept, 1)
     enough = num_kept >= max(MIN_KEPT_SHARE * len(judged), 1)
     reached = enough & (correct >= wanted)
     # Without any that reaches it, the best share decides; among equals the one that keeps more.
     rank = np.where(reached, num_kept, -1) if reached.any() else np.where(enough, correct + 1e-9 * num_kept, -1)
-    row, column = np.unravel_index(rank.argmax(), rank.shape)
-    return try_thresholds(judged, float(SCORE_GRID[row]), float(CYCLE_GRID_MM[column]), wanted)
+    at = np.unravel_index(rank.argmax(), rank.shape)
+    chosen = (float(grid[index]) for grid, index in zip((SCORE_GRID, CYCLE_GRID_MM, SPREAD_GRID_MM), at))
+    return try_thresholds(judged, *chosen, wanted)
 
 
-def try_thresholds(judged: Judged, min_score: float, max_cycle_mm: float, wanted: float = WANTED_SHARE) -> Thresholds:
+def keeps(judged: Judged, min_score: float, max_cycle_mm: float, max_spread_mm: float) -> np.ndarray:
+    """bool [N]: which matches pass all three thresholds."""
+    return (judged.score >= min_score) & within(judged.cycle_mm, max_cycle_mm) & within(judged.spread_mm, max_spread_mm)
+
+
+def try_thresholds(
+    judged: Judged, min_score: float, max_cycle_mm: float, max_spread_mm: float, wanted: float = WANTED_SHARE
+) -> Thresholds:
     """What given thresholds do."""
-    is_correct = judged.error_mm <= CORRECT_MM
-    is_kept = (judged.score >= min_score) & (judged.cycle_mm <= max_cycle_mm)
+    limits = min_score, max_cycle_mm, max_spread_mm
+    is_correct, is_kept = judged.error_mm <= CORRECT_MM, keeps(judged, *limits)
     num_right = int((is_correct & is_kept).sum())
     correct, found = num_right / max(is_kept.sum(), 1), num_right / max(is_correct.sum(), 1)
-    return Thresholds(
-        wanted, min_score, max_cycle_mm, float(is_kept.mean()), float(correct), float(found), bool(correct >= wanted)
+    return Thresholds(wanted, *limits, float(is_kept.mean()), float(correct), float(found), bool(correct >= wanted))
+
+
+def _counts_on_grid(judged: Judged) -> np.ndarray:
+    """int [score, cycle, spread] over the three grids: how many of the matches pass each triple of thresholds."""
+    passed = np.searchsorted(SCORE_GRID, judged.score, side="right") - 1  # the last score threshold it passes
+    # NaN sorts behind all: what was not measured passes the last threshold only, which is off.
+    first = (
+        np.minimum(np.searchsorted(grid, values, side="left"), len(grid) - 1)
+        for grid, values in ((CYCLE_GRID_MM, judged.cycle_mm), (SPREAD_GRID_MM, judged.spread_mm))
     )
-
-
-def _counts_on_grid(judged: Judged, mask: np.ndarray) -> np.ndarray:
-    """int [len(SCORE_GRID), len(CYCLE_GRID_MM)]: how many of the masked matches pass each pair of thresholds."""
-    passed = np.searchsorted(SCORE_GRID, judged.score[mask], side="right") - 1  # the last score threshold it passes
-    first = np.searchsorted(CYCLE_GRID_MM, judged.cycle_mm[mask], side="left")
-    counts = np.zeros((len(SCORE_GRID), len(CYCLE_GRID_MM)), dtype=np.int64)
-    np.add.at(counts, (np.maximum(passed, 0), first), 1)
-    return counts[::-1].cumsum(axis=0)[::-1].cumsum(axis=1)
+    counts = np.zeros((len(SCORE_GRID), len(CYCLE_GRID_MM), len(SPREAD_GRID_MM)), dtype=np.int64)
+    np.add.at(counts, (np.maximum(passed, 0), *first), 1)
+    return counts[::-1].cumsum(axis=0)[::-1].cumsum(axis=1).cumsum(axis=2)
 
 
 def check_on_other_cases(judged: Judged, wanted: float = WANTED_SHARE) -> dict:
@@ -151,23 +164,31 @@ def by_group(judged: Judged, groups: np.ndarray, kept: np.ndarray) -> dict[str, 
     return described
 
 
-def trust_report(judged: Judged, wanted: float = WANTED_SHARE) -> dict:
+def trust_report(judged: Judged, wanted: float = WANTED_SHARE, network: str = "") -> dict:
     """Everything about these matches, plain values fit for JSON.
 
+    Args:
+        network: fingerprint of the weights that matched; empty where it is not known.
+
     Returns:
-        `all` (`error_figures`), `share_possible`, `thresholds` (for the wanted share), `defaults` (main_ddp.py's),
-        `on_other_cases` (`check_on_other_cases`), `goals` (thresholds for other shares), `by_region`, `by_structure`,
-        `by_score` and `by_cycle_mm` (`error_curve`).
+        `network`, `num_cases` (what the thresholds hold for), `all` (`error_figures`), `share_possible`, `thresholds`
+        (for the wanted share), `defaults` (main_ddp.py's), `on_other_cases` (`check_on_other_cases`), `goals`
+        (thresholds for other shares), `by_region`, `by_structure`, `by_score`, `by_cycle_mm` and `by_spread_mm`
+        (`error_curve`; empty where it was not measured).
     """
     best = choose_thresholds(judged, wanted)
     kept = best.keeps(judged)
     return {
+        "network": network,
+        "num_cases": len(np.union1d(judged.query, judged.key)),
         "all": error_figures(judged.error_mm),
         "share_possible": float(judged.is_possible.mean()),
         "thresholds": dataclasses.asdict(best),
         "summary": best.describe(),
         "defaults": dataclasses.asdict(
-            try_thresholds(judged, PairingOptions.min_score, PairingOptions.max_cycle_mm, wanted)
+            try_thresholds(
+                judged, PairingOptions.min_score, PairingOptions.max_cycle_mm, PairingOptions.max_spread_mm, wanted
+            )
         ),
         "on_other_cases": check_on_other_cases(judged, wanted),
         "goals": [dataclasses.asdict(choose_thresholds(judged, goal)) for goal in GOALS],
@@ -175,4 +196,5 @@ def trust_report(judged: Judged, wanted: float = WANTED_SHARE) -> dict:
         "by_structure": by_group(judged, judged.structure, kept),
         "by_score": error_curve(judged.score, judged.error_mm),
         "by_cycle_mm": error_curve(judged.cycle_mm, judged.error_mm),
+        "by_spread_mm": error_curve(judged.spread_mm, judged.error_mm),
     }

@@ -1,4 +1,4 @@
-"""A picture of trust: how the error of matches falls with their score and grows with their cycle error."""
+"""A picture of trust: how the error of matches falls with their score and grows with cycle error and spread."""
 
 from pathlib import Path
 
@@ -7,8 +7,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
+from datasets.samples.correspondences import ANY_MM
 from sam_embed.judging.evaluate import CORRECT_MM
-from sam_embed.judging.trust import ANY_CYCLE_MM, ANY_SCORE, Thresholds
+from sam_embed.judging.trust import ANY_SCORE, Thresholds
 
 MEDIAN_COLOUR, P90_COLOUR, SHARE_COLOUR = "#1f5fa8", "#7fb0e0", "#c2570c"
 TICKS_MM = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -17,27 +18,31 @@ LINES = (("median_mm", "median error", MEDIAN_COLOUR), ("p90_mm", "90th percenti
 
 
 def save_trust_figure(report: dict, what: str, path: str | Path) -> None:
-    """Draw errors in mm (left axis) and the share that is correct, against score and against cycle error, into a file.
+    """Draw errors in mm (left axis) and the share that is correct, against score, cycle error and spread, into a file.
 
     Args:
         report: of `trust_report`.
         what: the matches it is about, for the title.
         path: picture file; folders are made.
     """
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2)
     thresholds = Thresholds(**report["thresholds"])
-    limits = (thresholds.min_score, thresholds.max_cycle_mm)
-    names = (("by_score", "score (similarity)"), ("by_cycle_mm", "cycle error (mm)"))
-    for axes, (key, label), limit in zip(panels, names, limits):
+    curves = (
+        ("by_score", "score (similarity)", thresholds.min_score),
+        ("by_cycle_mm", "cycle error (mm)", thresholds.max_cycle_mm),
+        ("by_spread_mm", "disagreement of the neighbours (mm)", thresholds.max_spread_mm),
+    )
+    curves = [curve for curve in curves if report[curve[0]]]  # what was not measured has none
+    figure = Figure(figsize=(6 * len(curves), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (key, label, limit) in zip(panels, curves):
         right = _draw_curve(axes, report[key], label)
-        if limit not in (ANY_SCORE, ANY_CYCLE_MM):
+        if limit not in (ANY_SCORE, ANY_MM):
             axes.axvline(limit, color="0.35", lw=1.2, ls="--")
             axes.annotate(
                 f"{limit:g}", (limit, 1), xycoords=("data", "axes fraction"), xytext=(-4, -12),
                 textcoords="offset points", color="0.35", ha="right",
             )  # fmt: skip
-        if key == "by_cycle_mm":
+        if key != "by_score":
             axes.set_xscale("log")
             _plain_ticks(axes.xaxis)
     panels[0].set_ylabel("error (mm)")

@@ -39,7 +39,7 @@ def mined_lines(report: Mapping) -> list[str]:
 def threshold_lines(report: Mapping) -> list[str]:
     """The chosen thresholds, how they do on cases they were not chosen on, and what other shares would cost."""
     defaults = Thresholds(**report["defaults"])
-    lines = [report["summary"], f"as main_ddp.py has them by default, {defaults.line()}"]
+    lines = [report["summary"], condition(report), f"as main_ddp.py has them by default, {defaults.line()}"]
     if other := report["on_other_cases"]:
         lines.append(
             f"chosen without a case and tried on it: {other['correct']:.1%} within {CORRECT_MM:g} mm, keeps "
@@ -49,6 +49,13 @@ def threshold_lines(report: Mapping) -> list[str]:
         line = Thresholds(**goal).describe() if goal["is_reached"] else "cannot be reached"
         lines.append(f"  for {goal['wanted']:.0%}: {line}")
     return lines
+
+
+def condition(report: Mapping) -> str:
+    """What the chosen thresholds hold for."""
+    network = f" and the network {report['network']}" if report["network"] else ""
+    data = f"{report['all']['num_matches']:,} matches between {report['num_cases']} cases"
+    return f"chosen on {data}: they hold for data like these{network}, not for others"
 
 
 def group_table(report: Mapping) -> list[str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.match import Matches, match_points
+from sam_embed.matching.match import match_points
 
 NUM_ROUNDS = 8  # of re-weighting
 SCALE_FLOOR_MM = 2.0  # residuals up to here are all right: matches are no better than a fraction of a voxel
@@ -33,9 +33,7 @@ class Consensus(NamedTuple):
     spread_mm: np.ndarray
 
 
-def consensus(
-    query: Embedding, key: Embedding, points_mm: np.ndarray, radius_mm: float, **matching
-) -> tuple[Matches, Consensus]:
+def consensus(query: Embedding, key: Embedding, points_mm: np.ndarray, radius_mm: float, **matching) -> Consensus:
     """Match points together with their neighbours, which are asked where the points should lie.
 
     Args:
@@ -45,14 +43,12 @@ def consensus(
         matching: passed to `match_points`.
 
     Returns:
-        The points' own matches, and what their neighbourhoods say.
+        What the neighbourhoods say.
     """
     points_mm = np.asarray(points_mm, dtype=np.float64).reshape(-1, 3)
     offsets = np.concatenate([np.zeros((1, 3)), CORNERS * radius_mm])
     found = match_points(query, key, (points_mm[:, None] + offsets).reshape(-1, 3), **matching)
-    places_mm = found.points_mm.reshape(len(points_mm), len(offsets), 3)
-    own = Matches(places_mm[:, 0].copy(), found.score.reshape(len(points_mm), -1)[:, 0].copy())
-    return own, fit_local_maps(offsets, places_mm)
+    return fit_local_maps(offsets, found.points_mm.reshape(len(points_mm), len(offsets), 3))
 
 
 def fit_local_maps(offsets: np.ndarray, places_mm: np.ndarray) -> Consensus:

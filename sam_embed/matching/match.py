@@ -161,6 +161,24 @@ def cycle_error_mm(
     return np.linalg.norm(back.points_mm - np.asarray(points_mm, dtype=np.float64).reshape(-1, 3), axis=1)
 
 
+def score_at(query: Embedding, key: Embedding, points_mm: np.ndarray, places_mm: np.ndarray) -> np.ndarray:
+    """The score that places in the key have as matches of points in the query: similarity to the nearest fine voxel.
+
+    Args:
+        points_mm, places_mm: [N, 3] world mm.
+
+    Returns:
+        float32 [N] in [-1, 1]; NaN where a place is not known, or the point lies outside of the query's embedded box.
+    """
+    score = np.full(len(points_mm), np.nan, dtype=np.float32)
+    usable = inside(query, points_mm) & np.isfinite(places_mm).all(axis=1)
+    if usable.any():
+        index = np.rint(world_to_index(key.fine_affine, places_mm[usable])).astype(np.int64)
+        index = torch.from_numpy(np.clip(index, 0, np.array(key.fine.shape[1:]) - 1)).to(key.fine.device)
+        score[usable] = _similarity_at(query_vectors(query, points_mm[usable]), key, index).cpu().numpy()
+    return score
+
+
 def _similarity_at(vectors: QueryVectors, key: Embedding, index: Tensor) -> Tensor:
     """Similarity [N] of each query vector to one fine voxel [N, 3] of the key."""
     at = index.unbind(dim=1)

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from datasets.ct.nifti import Volume
 from datasets.store.files import FileWriteError, write_bytes
 from datasets.store.volumes import VolumeStore
-from sam_embed.case_source import record_identity
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.preprocess import cut_body
 from sam_embed.training.views import TrainingVolume
@@ -128,7 +127,7 @@ def _path(grid_dir: Path, name: str) -> Path:
 
 def _header(store: VolumeStore, name: str, info: EmbedderInfo) -> dict[str, str]:
     spacing = " ".join(f"{side:g}" for side in info.spacing_mm)
-    return {"format": FORMAT, "spacing_mm": spacing, "source": record_identity(store.record(name))}
+    return {"format": FORMAT, "spacing_mm": spacing, "source": store.record(name).identity}
 
 
 def _is_made(grid_dir: Path, name: str, header: dict[str, str]) -> bool:
