@@ -104,6 +104,75 @@ def test_oblique_affine_is_kept(tmp_path):
     assert volume.array[tuple(np.rint(index).astype(int))] == hounsfield()[4, 5, 1]
 
 
+def test_metres_and_microns_become_millimetres(tmp_path):
+    wanted = read_ct(save(tmp_path / "ct.nii", hounsfield()))
+    for unit, factor in (("meter", 1e-3), ("micron", 1e3), ("mm", 1.0), ("unknown", 1.0)):
+        affine = AFFINE.copy()
+        affine[:3] *= factor
+        image = nib.Nifti1Image(hounsfield(), affine)
+        image.header.set_xyzt_units(unit)
+        nib.save(image, tmp_path / "other.nii")
+        np.testing.assert_allclose(read_ct(tmp_path / "other.nii").affine, wanted.affine, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("factors", "reason"),
+    [
+        ((1, 1, 400), "voxels of"),
+        ((1e-3, 1e-3, 1e-3), "voxels of"),
+        ((0.5, 0.5, 0.3), "longest side of"),
+        ((1, 0.01, 1), "voxels"),
+    ],
+)
+def test_sizes_that_no_patient_has_are_refused(tmp_path, factors, reason):
+    path = save(tmp_path / "ct.nii", hounsfield(), AFFINE @ np.diag([*factors, 1.0]))
+    with pytest.raises(CTReadError, match=f"ct.nii: .*{reason}.*are the header's units right"):
+        read_ct(path)
+
+
+def test_headers_that_readers_understand_differently_are_noted(tmp_path, caplog):
+    read_ct(save(tmp_path / "fine.nii", hounsfield()))
+    assert not caplog.text
+    image = nib.Nifti1Image(hounsfield(), AFFINE)
+    shifted = AFFINE.copy()
+    shifted[:3, 3] += 30
+    image.set_qform(shifted, code=1)
+    nib.save(image, tmp_path / "both.nii")
+    read_ct(tmp_path / "both.nii")
+    assert "both.nii: sform and qform differ by up to 52 mm; the sform counts" in caplog.text
+    caplog.clear()
+    read_ct(
+        patch_header(save(tmp_path / "pixdim.nii", hounsfield()), pixdim=[1, 3, 0.9, 2.5, 1, 1, 1, 1], qform_code=0)
+    )
+    assert "pixdim.nii: pixdim says voxels of 3, 0.9, 2.5 mm, the affine" in caplog.text
+
+
+def test_a_tilted_gantry_is_noted(tmp_path, caplog):
+    sheared = AFFINE.copy()
+    sheared[1, 2] = np.tan(np.deg2rad(20)) * AFFINE[2, 2]
+    image = nib.Nifti1Image(hounsfield(), sheared)
+    image.set_qform(None, code=0)
+    nib.save(image, tmp_path / "ct.nii")
+    read_ct(tmp_path / "ct.nii")
+    assert "ct.nii: its axes are sheared by 20 degrees (a tilted gantry)" in caplog.text
+
+
+def test_nan_padding_is_air_and_noted(tmp_path, caplog):
+    array = hounsfield((12, 12, 12)).astype(np.float32)
+    padded = array.copy()
+    padded[:2], padded[4:6, 9:, 0] = np.nan, np.nan
+    volume = read_ct(save(tmp_path / "padded.nii", padded))
+    wanted = np.where(np.isnan(padded), -1024, array)
+    plain = read_ct(save(tmp_path / "plain.nii", wanted.astype(np.int16)))
+    np.testing.assert_array_equal(volume.array, plain.array)
+    assert "padded.nii: 17.0 % of voxels are NaN, all at the border; read as air" in caplog.text
+    padded[7, 7, 7] = np.nan
+    with pytest.raises(CTReadError, match="are not finite"):
+        read_ct(save(tmp_path / "damaged.nii", padded))
+    with pytest.raises(CTReadError, match="are not finite"):
+        read_ct(save(tmp_path / "nothing.nii", np.full((12, 12, 12), np.nan, np.float32)))
+
+
 def test_qform_is_used_where_there_is_no_sform(tmp_path):
     image = nib.Nifti1Image(hounsfield(), AFFINE)
     image.set_sform(None, code=0)

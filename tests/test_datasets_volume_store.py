@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import pytest
 from datasets.ct.geometry import resample
 from datasets.ct.nifti import read_ct, read_label
 from datasets.lists.data_list import Case, find_cases, write_data_list
+from datasets.store.arrays import check_file, compress, files_of, read_region
 from datasets.store.files import FileWriteError, exclusive
-from datasets.store.format import check_file, files_of, read_region, write_index
+from datasets.store.format import write_index
 from datasets.store.volumes import DEFAULT_SPACING_MM, StoreError, VolumeStore, build_store, fill_store, parse_spacing
 from scripts import prepare_volumes
 from tests.shared import shared_file
@@ -271,7 +273,7 @@ def test_filling_adds_new_labels_and_on_request_what_has_changed(store, cases):
     labelled = put_case(cases[0].image.parent, "case1", seed=1, label=True)
     assert fill_store([cases[0], labelled], store.store_dir).built == ["case1"]
     assert VolumeStore(store.store_dir).record("case1").has_label
-    os.utime(cases[2].image, ns=(1, 1))
+    put_case(cases[2].image.parent, "case2", seed=5)
     assert not fill_store(cases, store.store_dir).built
     assert fill_store(cases, store.store_dir, renew=True).built == ["case2"]
 
@@ -303,6 +305,104 @@ def test_damage_is_noticed_and_repaired(store, cases):
         verify(store, name)
 
 
+def test_a_flipped_bit_is_never_read_as_other_voxels(store, cases):
+    """Decompression alone notices one in seven."""
+    rng = np.random.default_rng(0)
+    for name, read in (("case1.b2nd", store.crop), ("case0.label.b2nd", store.label_crop)):
+        path, whole = store.store_dir / "cases" / name, store.record(name.split(".")[0]).shape
+        content, truth = path.read_bytes(), read(name.split(".")[0], (0, 0, 0), whole)
+        num_noticed = 0
+        for position in rng.integers(0, 8 * len(content), 100):
+            flipped = bytearray(content)
+            flipped[position // 8] ^= 1 << (position % 8)
+            path.write_bytes(flipped)
+            try:
+                assert np.array_equal(read(name.split(".")[0], (0, 0, 0), whole), truth), position
+            except StoreError:
+                num_noticed += 1
+        assert num_noticed > 90
+        path.write_bytes(content)
+
+
+def test_a_file_of_another_case_or_type_is_not_cropped(store, cases, tmp_path):
+    case_files = store.store_dir / "cases"
+    (case_files / "case1.b2nd").write_bytes((case_files / "case2.b2nd").read_bytes())  # of the same shape
+    with pytest.raises(StoreError, match="case1.b2nd: a checksum differs"):
+        store.crop("case1", (0, 0, 0), (8, 8, 8))
+    floats = compress(np.zeros(store.record("case2").shape, np.float32))
+    (case_files / "case2.b2nd").write_bytes(floats)
+    with pytest.raises(StoreError, match="case2.b2nd: holds float32 of shape"):
+        store.crop("case2", (0, 0, 0), (8, 8, 8))
+
+
+def test_older_stores_without_checksums_of_chunks_go_on(store, cases):
+    plain = store.record("case1").to_json()
+    truth = store.read("case1").array
+    for name in ("chunk_crc32", "label_chunk_crc32", "source_digest"):
+        del plain[name]
+    (store.store_dir / "cases" / "case1.json").write_text(json.dumps(plain))
+    older = VolumeStore(store.store_dir)
+    assert older.record("case1").identity.count(":") == 2 and np.array_equal(older.read("case1").array, truth)
+    assert build_store(cases, store.store_dir, progress=False).built == []
+    os.utime(cases[1].image, ns=(1, 1))
+    assert build_store(cases, store.store_dir, progress=False).built == ["case1"], "nothing shows that it is the same"
+
+
+def test_a_first_try_with_another_spacing_does_not_bind_an_empty_store(tmp_path, cases):
+    missing = Case("missing", tmp_path / "typo" / "missing.nii")
+    assert build_store([missing], tmp_path / "store", progress=False).failed
+    assert VolumeStore(tmp_path / "store").spacing_mm is None
+    build_store(cases[:1], tmp_path / "store", (3.0, 3.0, 3.0), progress=False)
+    assert VolumeStore(tmp_path / "store").spacing_mm == (3.0, 3.0, 3.0)
+    with pytest.raises(StoreError, match="--spacing_mm"):
+        build_store(cases, tmp_path / "store", progress=False)
+
+
+def test_copied_and_touched_files_are_not_stored_again(store, cases, tmp_path):
+    identity = {name: store.record(name).identity for name in store.names}
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    copies = [
+        Case(case.name, tmp_path / "copy" / case.image.name, case.label and tmp_path / "copy" / case.label.name)
+        for case in cases
+    ]
+    for case in copies:
+        os.utime(case.image)
+    assert build_store(copies, store.store_dir, progress=False).reused == store.names
+    moved = VolumeStore(store.store_dir)
+    assert {name: moved.record(name).identity for name in moved.names} == identity, "embeddings are kept too"
+    assert moved.record("case1").source == str(copies[1].image)
+    stamps = {name: moved.record(name).source_stamp for name in moved.names}
+    put_case(tmp_path / "copy", "case1", seed=9)
+    shutil.rmtree(tmp_path / "data")
+    assert build_store(copies, store.store_dir, progress=False).built == ["case1"]
+    assert VolumeStore(store.store_dir).record("case2").source_stamp == stamps["case2"]
+
+
+def test_two_data_sets_with_one_case_name_are_not_mixed(store, cases, tmp_path):
+    other = put_case(tmp_path / "other", "case1", seed=7)
+    report = build_store([other], store.store_dir, progress=False)
+    assert "the store holds a case case1 of another file" in report.failed["case1"] and not report.built
+    assert store.crop("case1", (0, 0, 0), (8, 8, 8)).shape == (8, 8, 8)
+    other = put_case(tmp_path / "other", "case1", seed=7, shape=(20, 20, 20))
+    with pytest.raises(StoreError, match=f"{other.image}: the store holds a case case1 of another file.*--store_dir"):
+        fill_store([other], store.store_dir)
+
+
+@pytest.mark.parametrize("damage", ["[]", '{"version": 1, "cases": []}', '{"version": 1, "cases": {"case0": 5}}', "5"])
+def test_indices_and_settings_of_wrong_types(store, damage):
+    (store.store_dir / "index.json").write_text(damage)
+    assert VolumeStore(store.store_dir).names == ["case0", "case1", "case2"]
+    plain = store.record("case1").to_json()
+    for wrong in ({"shape": 5}, {"affine": "x"}, {"checksum": 5}, {"body_start": [1]}, {"source_stamp": None}):
+        (store.store_dir / "cases" / "case1.json").write_text(json.dumps(plain | wrong))
+        assert VolumeStore(store.store_dir).names == ["case0", "case2"]
+    settings = json.loads((store.store_dir / "store.json").read_text())
+    for wrong in ([], settings | {"spacing_mm": 5}, settings | {"spacing_mm": ["a", 1, 1]}, settings | {"kind": "x"}):
+        (store.store_dir / "store.json").write_text(json.dumps(wrong))
+        with pytest.raises(StoreError, match="store.json: (damaged|holds a list)"):
+            VolumeStore(store.store_dir)
+
+
 def test_a_crop_reads_only_the_chunks_it_touches(tmp_path):
     case = put_case(tmp_path, "wide", shape=(300, 70, 70))
     build_store([case], tmp_path / "store", progress=False)
@@ -311,7 +411,7 @@ def test_a_crop_reads_only_the_chunks_it_touches(tmp_path):
     path = store.store_dir / "cases" / "wide.b2nd"
     for where in (0.4, 0.5, 0.6):
         flip_bytes(path, where, 20_000)
-    with pytest.raises(StoreError, match="wide.b2nd: missing or damaged"):
+    with pytest.raises(StoreError, match="wide.b2nd: a checksum differs: the file was damaged"):
         store.read("wide")
     size = (60, 60, 60)
     assert np.array_equal(store.crop("wide", (0, 0, 0), size), whole[:60, :60, :60])
@@ -580,5 +680,5 @@ def test_real_ct_goes_through_the_store(tmp_path):
     assert (store.store_dir / "cases" / "chest.b2nd").stat().st_size < case.image.stat().st_size
     labels, ct = store.read_label("chest").array, store.read("chest").array
     assert np.median(ct[labels == 2]) < -700 and np.median(ct[labels == 1]) > 0
-    inside = read_region(store.store_dir / "cases" / "chest.b2nd", (slice(5, 9), slice(60, 70), slice(3, 99)))
+    inside = read_region(store.store_dir / "cases" / "chest.b2nd", record, (slice(5, 9), slice(60, 70), slice(3, 99)))
     assert np.array_equal(inside, ct[5:9, 60:70, 3:99])

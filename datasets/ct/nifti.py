@@ -5,7 +5,7 @@ What comes out is always [D, H, W] in "SPL" (see `datasets.ct.geometry`), clampe
 """
 
 import gzip
-import io
+import logging
 import math
 import zlib
 from dataclasses import dataclass
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from scipy import ndimage
 
 from datasets.ct.geometry import index_to_world, spacing_of, to_canonical
+from datasets.ct.nifti_header import CTReadError, check_extent, checked_affine, read_header, three_axes
 from datasets.store.files import write_bytes
 
 HU_MIN, HU_MAX = -1024, 3071
@@ -23,9 +25,7 @@ MOST_ABOVE = 0.01
 LEAST_SPAN = 20
 GZIP_MAGIC = b"\x1f\x8b"
 
-
-class CTReadError(ValueError):
-    """A file that cannot be used as CT or label; the message names the file, what it holds and what was expected."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,15 @@ def read_ct(path: str | Path) -> Volume:
     Returns:
         int16 HU [D, H, W], clamped to [-1024, 3071] (so that padding with -3024 becomes air).
 
+    NaN that reaches from the volume's border inwards is padding and becomes air, with a note.
+
     Raises:
         CTReadError: missing, truncated or damaged file, not NIfTI, not 3-D (a trailing axis of length 1 is dropped),
-            zero spacing, singular affine, no voxels, one value throughout, voxels that are not finite, or values in
-            other units, which would be cut off or rounded away.
+            zero spacing, singular affine, a size that no patient has, no voxels, one value throughout, voxels that are
+            not finite, or values in other units, which would be cut off or rounded away.
     """
     raw, affine = _read_voxels(path)
+    raw = _with_air_for_nan(raw, path)
     low, high = _finite_range(raw, path)
     if low == high:
         raise CTReadError(f"{path}: every voxel is {low:g}; expected a CT with contrast between air and tissue")
@@ -82,6 +85,7 @@ def read_ct(path: str | Path) -> Volume:
         raise CTReadError(
             f"{path}: all values lie in [{low:g}, {high:g}], outside of {HU_MIN} to {HU_MAX} HU; expected a CT in HU"
         )
+    check_extent(affine, raw.shape, path)
     return Volume(*_canonical(array, affine), str(path))
 
 
@@ -170,9 +174,9 @@ def write_image(path: str | Path, image: nib.Nifti1Image) -> None:
 def _read_voxels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """The scaled voxels [X, Y, Z] in file order and the checked affine."""
     content = _read_bytes(Path(path))
-    header = _read_header(content, path)
-    shape = _three_axes(header.get_data_shape(), path)
-    affine = _checked_affine(header, path)
+    header = read_header(content, path)
+    shape = three_axes(header.get_data_shape(), path)
+    affine = checked_affine(header, shape, path)
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
         raise CTReadError(f"{path}: voxel type {dtype} is not a real number; expected integers or floats")
@@ -209,59 +213,17 @@ def _read_bytes(path: Path) -> bytes:
         raise CTReadError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _read_header(content: bytes, path: str | Path) -> nib.Nifti1Header:
-    """The NIfTI-1 or NIfTI-2 header of a single-file image."""
-    if not content:
-        raise CTReadError(f"{path}: the file is empty (0 bytes)")
-    for kind, magic_at in ((nib.Nifti1Header, 344), (nib.Nifti2Header, 4)):
-        if content[magic_at : magic_at + 4] in (b"n+1\0", b"n+2\0"):
-            try:
-                # Unchecked: nibabel's check would quietly turn a zero spacing into 1 mm.
-                header = kind.from_fileobj(io.BytesIO(content), check=False)
-                # All raise on what does not exist: codes, a NaN for an offset, a shape that no file has.
-                header.get_data_dtype(), header.get_slope_inter(), header.get_data_shape(), header.get_data_offset()
-                return header
-            except KeyError as error:
-                raise CTReadError(f"{path}: unknown voxel type code {error} in the header") from error
-            except (
-                nib.spatialimages.HeaderDataError,
-                nib.wrapstruct.WrapStructError,
-                ValueError,
-                OverflowError,
-            ) as error:
-                raise CTReadError(f"{path}: damaged NIfTI header ({error})") from error
-    raise CTReadError(f"{path}: not a NIfTI file; the header does not say n+1 or n+2")
-
-
-def _three_axes(shape: tuple[int, ...], path: str | Path) -> tuple[int, int, int]:
-    """The shape without trailing axes of length 1 beyond the third."""
-    kept = tuple(int(size) for size in shape)
-    while len(kept) > 3 and kept[-1] == 1:
-        kept = kept[:-1]
-    if len(kept) != 3:
-        raise CTReadError(f"{path}: shape {tuple(shape)} is {len(kept)}-D, expected one 3-D volume")
-    if min(kept) < 1:
-        raise CTReadError(f"{path}: shape {kept} holds no voxels")
-    return kept
-
-
-def _checked_affine(header: nib.Nifti1Header, path: str | Path) -> np.ndarray:
-    """The affine nibabel would use (sform, else qform, else the spacing), if it can place voxels in the world."""
-    pixdim_mm = [float(value) for value in header["pixdim"][1:4]]
-    if not all(math.isfinite(value) and value != 0 for value in pixdim_mm):
-        raise CTReadError(f"{path}: voxel spacing {tuple(pixdim_mm)} mm, expected three lengths above zero")
-    try:
-        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-    except (nib.spatialimages.HeaderDataError, ValueError) as error:
-        raise CTReadError(f"{path}: unusable orientation in the header ({error})") from error
-    spacing = spacing_of(affine)
-    if not np.isfinite(affine).all():
-        raise CTReadError(f"{path}: the affine is not finite: {affine.tolist()}")
-    if min(spacing) < 1e-6:
-        raise CTReadError(f"{path}: the affine has a voxel spacing of zero: {spacing} mm")
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
-        raise CTReadError(f"{path}: singular affine, two axes point the same way: {affine[:3, :3].tolist()}")
-    return affine
+def _with_air_for_nan(raw: np.ndarray, path: str | Path) -> np.ndarray:
+    """The voxels, air instead of the NaN with which some resamplers fill what lies outside of the scan."""
+    if raw.dtype.kind != "f" or not np.isnan(raw.min()):
+        return raw
+    is_nan = np.isnan(raw)
+    parts, num_parts = ndimage.label(is_nan)
+    at_border = np.unique(np.concatenate([parts.take((0, -1), axis).ravel() for axis in range(3)]))
+    if is_nan.all() or len(at_border[at_border > 0]) < num_parts:  # NaN within the patient is damage
+        return raw
+    logger.warning("%s: %.1f %% of voxels are NaN, all at the border; read as air", path, 100 * is_nan.mean())
+    return np.where(is_nan, raw.dtype.type(HU_MIN), raw)
 
 
 def _finite_range(raw: np.ndarray, path: str | Path) -> tuple[float, float]:

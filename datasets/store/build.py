@@ -6,7 +6,6 @@ finished cases and makes the others. Cases are taken in another order by every p
 them share the work instead of waiting for each other.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from datasets.ct.images import RADIOGRAPH, read_image, read_labels_of
 from datasets.ct.nifti import CTReadError
 from datasets.ct.radiograph import Radiograph
 from datasets.lists.data_list import Case, is_file_name, kind_of_cases
+from datasets.store.arrays import check_file, checksum_of, chunk_checksums, compress, files_of
 from datasets.store.files import FileWriteError, exclusive, remove_asides, write_bytes, write_text
 from datasets.store.format import (
     ARRAY,
@@ -34,14 +34,21 @@ from datasets.store.format import (
     CaseRecord,
     StoreError,
     case_file,
-    check_file,
-    checksum_of,
-    compress,
     create_settings,
-    files_of,
     read_manifest,
     read_records,
     write_index,
+    write_manifest,
+)
+from datasets.store.sources import (
+    clash_message,
+    digest_of,
+    is_current,
+    is_of_another_file,
+    keeps_label,
+    sources_of,
+    stamp_of,
+    with_new_stamp,
 )
 
 
@@ -150,14 +157,11 @@ def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: b
     """Store one case unless it is there; returns "built", "reused" or the reason of the failure."""
     with exclusive(store_dir / "locks" / "cases" / case.name) as locked:
         try:
-            record = _with_new_stamp(case, read_manifest(case_file(store_dir, case.name, MANIFEST)), store_dir)
+            record = with_new_stamp(case, read_manifest(case_file(store_dir, case.name, MANIFEST)), store_dir)
             if is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
                 return "reused"
             if record is not None and is_of_another_file(case, record) and not is_current(case, record, store_dir):
-                return (
-                    f"{case.image}: the store holds a case {case.name} of another file, {record.source}, which still "
-                    "exists. Rename one of the two cases in its data list, or choose another --store_dir."
-                )
+                return clash_message(case, record)
             _make_case(case, store_dir, spacing_mm, record, locked)
             return "built"
         except CTReadError as error:
@@ -170,57 +174,6 @@ def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: b
             return f"{case.image}: unexpected {type(error).__name__} while storing it ({error})"
 
 
-def is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
-    """Whether the case is stored, from its source files as they are now; once they are gone, the store stands alone."""
-    if record is None:
-        return False
-    sources, stamps = _sources(case), record.source_stamp.split()
-    try:
-        # Fewer sources than stamps: another list had a label stored, which this one neither needs nor removes.
-        if case.image.exists() and _stamp(sources).split() != stamps[: len(sources)]:
-            return False
-    except CTReadError:
-        return False
-    return all(path.exists() for path, _ in files_of(record, store_dir))
-
-
-def _with_new_stamp(case: Case, record: CaseRecord | None, store_dir: Path) -> CaseRecord | None:
-    """The record; its manifest takes the files' new time where they were copied or touched, but hold the same bytes."""
-    if record is None or not record.source_digest or is_current(case, record, store_dir):
-        return record
-    sources = _sources(case)
-    num = len(sources)
-    stamp, digest = _stamp(sources).split(), record.source_digest.split()
-    sizes, stored_sizes = (
-        [word.split(":")[0] for word in words[:num]] for words in (stamp, record.source_stamp.split())
-    )
-    if sizes != stored_sizes or _digest(sources).split() != digest[:num]:
-        return record
-    stamp += record.source_stamp.split()[num:]  # of a label that this list does not name
-    record = replace(record, source=str(case.image), source_stamp=" ".join(stamp))
-    _write_manifest(record, store_dir)
-    return record
-
-
-def _digest(sources: Sequence[Path]) -> str:
-    """BLAKE2b of each file, a word each."""
-    words = []
-    for path in sources:
-        with path.open("rb") as file:
-            words.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
-    return " ".join(words)
-
-
-def _write_manifest(record: CaseRecord, store_dir: Path) -> None:
-    write_text(case_file(store_dir, record.name, MANIFEST), json.dumps(record.to_json(), indent=1) + "\n")
-
-
-def is_of_another_file(case: Case, record: CaseRecord) -> bool:
-    """Whether the case of this name was stored from another file, and both files are there."""
-    stored = Path(record.source)
-    return stored.exists() and case.image.exists() and not stored.samefile(case.image)
-
-
 def _is_damaged(record: CaseRecord, store_dir: Path) -> bool:
     """Whether a file of the case differs from its checksum."""
     try:
@@ -229,31 +182,6 @@ def _is_damaged(record: CaseRecord, store_dir: Path) -> bool:
     except StoreError:
         return True
     return False
-
-
-def _sources(case: Case) -> list[Path]:
-    """The files that a case is made of, the image first."""
-    return [path for path in (case.image, case.label) if path is not None]
-
-
-def _stamp(sources: Sequence[Path]) -> str:
-    """Size and time of each file, a word each: another word means another content."""
-    try:
-        stats = [path.stat() for path in sources]
-    except OSError as error:
-        raise CTReadError(f"{error.filename}: {error.strerror}") from error
-    return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
-
-
-def _keeps_label(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
-    """Whether a case listed without label has one in the store that still fits: of this image, and undamaged."""
-    if case.label is not None or record is None or not record.has_label:
-        return False
-    try:
-        check_file(case_file(store_dir, case.name, LABEL), record.label_checksum)
-        return _stamp([case.image]) == record.source_stamp.split()[0]
-    except (StoreError, CTReadError):
-        return False
 
 
 def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: CaseRecord | None, locked: bool) -> None:
@@ -266,10 +194,10 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
         locked: whether no other process makes this case now.
     """
     paths = [case_file(store_dir, case.name, suffix) for suffix in (ARRAY, LABEL, MANIFEST)]
-    keeps_label = _keeps_label(case, stored, store_dir)
+    has_kept_label = keeps_label(case, stored, store_dir)
     # A missing file ends it here, at no loss.
-    stamp, digest = _stamp(_sources(case)), _digest(_sources(case))
-    if keeps_label:
+    stamp, digest = stamp_of(sources_of(case)), digest_of(sources_of(case))
+    if has_kept_label:
         stamp, digest = stored.source_stamp, " ".join([digest, *stored.source_digest.split()[1:]])
     paths[2].unlink(missing_ok=True)
     if locked:  # else they may be another builder's, in work
@@ -288,20 +216,23 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
     else:
         body = body_mask(array, spacing_of(affine))
     body_start, body_stop = mask_box(body)
-    checksums = []
+    checksums, chunk_crc32 = [], []
     for path, content in zip(paths, (array, label)):
         if content is not None:
             packed = compress(content)
             write_bytes(path, packed)
             checksums.append(checksum_of(packed))
-        elif keeps_label:
+            chunk_crc32.append(chunk_checksums(packed))
+        elif has_kept_label:
             checksums.append(stored.label_checksum)
+            chunk_crc32.append(stored.label_chunk_crc32)
         else:
             path.unlink(missing_ok=True)
             checksums.append("")
+            chunk_crc32.append("")
     place = array.shape, spacing_of(affine), affine, body_start, body_stop
-    record = CaseRecord(case.name, *place, str(case.image), stamp, *checksums, digest, **facts)
-    _write_manifest(record, store_dir)
+    record = CaseRecord(case.name, *place, str(case.image), stamp, *checksums, digest, *chunk_crc32, **facts)
+    write_manifest(record, store_dir)
 
 
 def _write_failures(store_dir: Path, cases: Sequence[Case], failed: dict[str, str]) -> None:

@@ -9,14 +9,12 @@
 <store>/failures.json         cases that could not be stored, with the reason
 """
 
-import hashlib
 import json
 import zlib
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-import blosc2
 import numpy as np
 
 from datasets.ct.images import CT, RADIOGRAPH
@@ -27,8 +25,6 @@ FORMAT, VERSION = "alice volume store", 1
 ARRAY, LABEL, MANIFEST = ".b2nd", ".label.b2nd", ".json"
 CHUNK_VOX, BLOCK_VOX, ZSTD_LEVEL = 64, 32, 5
 FLAT_CHUNK_VOX, FLAT_BLOCK_VOX = (1, 512, 512), (1, 128, 128)  # of volumes of depth 1
-# One thread: a DataLoader worker or a builder is one of many processes, and a pool of threads does not survive a fork.
-NUM_THREADS = 1
 
 
 class StoreError(ValueError):
@@ -48,6 +44,8 @@ class CaseRecord:
         source: the file it was made from.
         source_stamp: size and time of the image, then of the label where one is stored, to see whether they changed.
         checksum, label_checksum: BLAKE2b of the compressed files; the latter is empty without labels.
+        chunk_crc32, label_chunk_crc32: CRC-32 in 8 hexadecimal digits each, first of the array's layout, then of its
+            compressed chunks, to notice damage when a crop is read; empty in older stores.
         source_digest: BLAKE2b of the image file, then of the label file where one is stored; empty in older stores.
         kind: CT or RADIOGRAPH.
         bits: of a radiograph's file; its grey is the stored value + 2^(bits - 1).
@@ -65,6 +63,8 @@ class CaseRecord:
     checksum: str
     label_checksum: str = ""
     source_digest: str = ""
+    chunk_crc32: str = ""
+    label_chunk_crc32: str = ""
     kind: str = CT
     bits: int | None = None
     value_range: tuple[int, int] | None = None
@@ -108,14 +108,23 @@ class CaseRecord:
 
     @classmethod
     def from_json(cls, plain: dict) -> "CaseRecord":
-        """The record of a manifest; older ones lack fields that came later."""
+        """The record of a manifest; older ones lack fields that came later.
+
+        Raises:
+            ValueError, TypeError, KeyError: a field is missing, or not of its type.
+        """
         known = {one.name: plain[one.name] for one in fields(cls) if one.name in plain or one.default is MISSING}
         for key in ("shape", "spacing_mm", "value_range"):
             if key in known:
                 known[key] = tuple(known[key])
         for key, dtype in (("affine", np.float64), ("body_start", np.int64), ("body_stop", np.int64)):
             known[key] = np.array(known[key], dtype=dtype)
-        return cls(**known)
+        record = cls(**known)
+        sizes = [len(record.shape), len(record.spacing_mm), *record.affine.shape, *record.body_start.shape]
+        texts = [getattr(record, one.name) for one in fields(cls) if one.type is str]
+        if sizes != [3, 3, 4, 4, 3] or not all(isinstance(text, str) for text in texts):
+            raise ValueError("a manifest's fields are not of the expected types")
+        return record
 
 
 def is_same_volume(one: str, other: str) -> bool | None:
@@ -132,59 +141,6 @@ def is_same_volume(one: str, other: str) -> bool | None:
 def case_file(store_dir: Path, name: str, suffix: str) -> Path:
     """A file of a case: its ARRAY, LABEL or MANIFEST."""
     return store_dir / "cases" / f"{name}{suffix}"
-
-
-def files_of(record: CaseRecord, store_dir: Path) -> list[tuple[Path, str]]:
-    """The data files of a case and their checksums."""
-    files = [(case_file(store_dir, record.name, ARRAY), record.checksum)]
-    if record.has_label:
-        files.append((case_file(store_dir, record.name, LABEL), record.label_checksum))
-    return files
-
-
-def compress(array: np.ndarray) -> bytes:
-    """The array [D, H, W] as the bytes of a `.b2nd` file."""
-    cparams = blosc2.CParams(
-        codec=blosc2.Codec.ZSTD,
-        clevel=ZSTD_LEVEL,
-        nthreads=NUM_THREADS,
-        filters=[blosc2.Filter.SHUFFLE],
-        filters_meta=[0],
-    )
-    is_flat = array.shape[0] == 1
-    chunks = FLAT_CHUNK_VOX if is_flat else (CHUNK_VOX,) * 3
-    blocks = FLAT_BLOCK_VOX if is_flat else (BLOCK_VOX,) * 3
-    packed = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=cparams)
-    return packed.to_cframe()
-
-
-def read_region(path: Path, region: tuple[slice, ...]) -> np.ndarray:
-    """A part of a stored array; decompresses only the blocks it touches.
-
-    Opening a file takes under a millisecond, so handles need not be kept.
-    """
-    try:
-        return blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=NUM_THREADS))[region]
-    except (RuntimeError, OSError) as error:
-        raise StoreError(f"{path}: missing or damaged ({error}). {REBUILD_ADVICE}") from error
-
-
-REBUILD_ADVICE = "Run scripts/prepare_volumes.py with --verify to find damaged cases and store them again."
-
-
-def checksum_of(content: bytes) -> str:
-    """A digest of a compressed file."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def check_file(path: Path, expected: str) -> None:
-    """Raise StoreError unless the file's digest is the expected one."""
-    try:
-        found = checksum_of(path.read_bytes())
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror}). {REBUILD_ADVICE}") from error
-    if found != expected:
-        raise StoreError(f"{path}: checksum is {found}, expected {expected}: the file was damaged. {REBUILD_ADVICE}")
 
 
 def spacing_text(spacing_mm: tuple[float, float, float] | None) -> str:
@@ -212,14 +168,20 @@ def read_settings(store_dir: Path) -> StoreSettings:
         raise StoreError(f"{store_dir}: no volume store there. Make one with scripts/prepare_volumes.py.") from error
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(settings, dict):
+        raise StoreError(f"{path}: holds a {type(settings).__name__}, expected the settings of a store")
     if (settings.get("format"), settings.get("version")) != (FORMAT, VERSION):
         raise StoreError(
             f"{path}: holds {settings.get('format')!r} version {settings.get('version')}, expected {FORMAT!r} version "
             f"{VERSION}. Make a new store with scripts/prepare_volumes.py in another --store_dir."
         )
-    spacing = settings["spacing_mm"]
+    spacing = settings.get("spacing_mm")
     kind = settings.get("kind", CT)  # stores made before there were radiographs do not say
-    return StoreSettings(kind, None if spacing == "native" else tuple(spacing))
+    lengths = spacing if isinstance(spacing, list) else []
+    is_spacing = spacing == "native" or (len(lengths) == 3 and all(isinstance(one, int | float) for one in lengths))
+    if not is_spacing or kind not in (CT, RADIOGRAPH):
+        raise StoreError(f"{path}: damaged; spacing_mm is {spacing!r} and kind {kind!r}")
+    return StoreSettings(kind, tuple(lengths) or None)
 
 
 def check_spacing(store_dir: Path, wanted_mm: tuple[float, float, float] | None) -> None:
@@ -247,9 +209,11 @@ def check_kind(store_dir: Path, wanted: str) -> None:
 def create_settings(store_dir: Path, spacing_mm: tuple[float, float, float] | None, kind: str = CT) -> None:
     """Start a store, or check that the one that is there has this spacing and kind. Safe for several processes."""
     path = store_dir / "store.json"
-    if not path.exists():  # a finished store may lie in a folder that cannot be written to: no lock for it
+    if _is_empty(store_dir):  # a finished store may lie in a folder that cannot be written to: no lock for it
         with exclusive(store_dir / "locks" / "store"):
-            if not path.exists():  # no other process was first
+            wanted = StoreSettings(kind, spacing_mm)
+            # Another process may have been first; without cases, a first try with other settings counts for nothing.
+            if not path.exists() or (_is_empty(store_dir) and read_settings(store_dir) != wanted):
                 settings = {"format": FORMAT, "version": VERSION, "axcodes": "SPL", "kind": kind}
                 settings["spacing_mm"] = "native" if spacing_mm is None else list(spacing_mm)
                 is_flat = kind == RADIOGRAPH
@@ -260,6 +224,11 @@ def create_settings(store_dir: Path, spacing_mm: tuple[float, float, float] | No
     check_spacing(store_dir, spacing_mm)
 
 
+def _is_empty(store_dir: Path) -> bool:
+    """Whether no case has been stored yet."""
+    return not any((store_dir / "cases").glob(f"[!.]*{MANIFEST}"))
+
+
 def read_manifest(path: Path) -> CaseRecord | None:
     """The record in a manifest; None when it is missing or of no use (then the case has to be stored again)."""
     try:
@@ -268,25 +237,26 @@ def read_manifest(path: Path) -> CaseRecord | None:
         return None
 
 
+def write_manifest(record: CaseRecord, store_dir: Path) -> None:
+    """Write a case's manifest, which makes the case exist."""
+    write_text(case_file(store_dir, record.name, MANIFEST), json.dumps(record.to_json(), indent=1) + "\n")
+
+
 def read_records(store_dir: Path) -> dict[str, CaseRecord]:
     """All finished cases by name, sorted; from the index where it is up to date."""
-    return {name: CaseRecord.from_json(plain) for name, (_, plain) in sorted(_collect(store_dir).items())}
+    return {name: record for name, (_, record) in sorted(_collect(store_dir).items())}
 
 
 def write_index(store_dir: Path) -> None:
     """Gather all manifests into `index.json`."""
     with exclusive(store_dir / "locks" / "index"):
-        entries = _collect(store_dir)
+        entries = {name: (stamp, record.to_json()) for name, (stamp, record) in _collect(store_dir).items()}
         write_text(store_dir / "index.json", json.dumps({"version": VERSION, "cases": entries}))
 
 
-def _collect(store_dir: Path) -> dict[str, tuple[list[int], dict]]:
-    """Name -> (size and time of the manifest, its content). Manifests newer than the index are opened one by one."""
-    try:
-        index = json.loads((store_dir / "index.json").read_text())
-        indexed = index["cases"] if index["version"] == VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        indexed = {}
+def _collect(store_dir: Path) -> dict[str, tuple[list[int], CaseRecord]]:
+    """Name -> (size and time of the manifest, its record). Manifests newer than the index are opened one by one."""
+    indexed = _read_index(store_dir / "index.json")
     entries = {}
     for path in (store_dir / "cases").glob(f"[!.]*{MANIFEST}"):
         name = path.name.removesuffix(MANIFEST)
@@ -298,5 +268,16 @@ def _collect(store_dir: Path) -> dict[str, tuple[list[int], dict]]:
         if name in indexed and indexed[name][0] == stamp:
             entries[name] = indexed[name]
         elif record := read_manifest(path):
-            entries[name] = (stamp, record.to_json())
+            entries[name] = (stamp, record)
     return entries
+
+
+def _read_index(path: Path) -> dict[str, tuple[list[int], CaseRecord]]:
+    """The entries of an index; nothing of one that is missing, damaged or of another version."""
+    try:
+        index = json.loads(path.read_text())
+        if index["version"] != VERSION:
+            return {}
+        return {name: (stamp, CaseRecord.from_json(plain)) for name, (stamp, plain) in index["cases"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

@@ -13,8 +13,10 @@ import numpy as np
 from datasets.ct.images import CT, RADIOGRAPH
 from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
 from datasets.ct.nifti import Volume
+from datasets.ct.nifti_header import SPACING_RANGE_MM
 from datasets.lists.data_list import Case, kind_of_cases
-from datasets.store.build import BuildReport, build_store, is_current
+from datasets.store.arrays import read_region
+from datasets.store.build import BuildReport, build_store
 from datasets.store.format import (
     ARRAY,
     LABEL,
@@ -24,10 +26,10 @@ from datasets.store.format import (
     check_kind,
     check_spacing,
     read_records,
-    read_region,
     read_settings,
     spacing_text,
 )
+from datasets.store.sources import clash_message, has_another_size, is_current, is_of_another_file
 
 # Of a store of CT that an entry point starts, unless its user says otherwise. Radiographs keep their own.
 DEFAULT_SPACING_MM = (2.0, 1.5, 1.5)
@@ -42,9 +44,11 @@ def parse_spacing(words: Sequence[str | float] | str | None) -> tuple[float, flo
         lengths = [float(word) for word in words]
     except ValueError:
         lengths = []
-    if len(lengths) not in (1, 3) or not all(0 < length < float("inf") for length in lengths):
+    low, high = SPACING_RANGE_MM
+    if len(lengths) not in (1, 3) or not all(low <= length <= high for length in lengths):
         raise StoreError(
-            f"--spacing_mm must be 'native', one length or three (D H W) in mm, received {' '.join(map(str, words))!r}"
+            f"--spacing_mm must be 'native', one length or three (D H W), each from {low:g} to {high:g} mm, e.g. "
+            f"--spacing_mm 3 3 3; received {' '.join(map(str, words))!r}"
         )
     return tuple(lengths * 3 if len(lengths) == 1 else lengths)
 
@@ -136,7 +140,7 @@ class VolumeStore:
         return case_file(self.store_dir, name, LABEL)
 
     def _read(self, path: Path, record: CaseRecord) -> Volume:
-        return Volume(_checked(read_region(path, (slice(None),) * 3), record.shape, path), record.affine, str(path))
+        return Volume(read_region(path, record), record.affine, str(path))
 
     def _crop(self, path: Path, record: CaseRecord, start: Sequence[int], size: Sequence[int], fill: int) -> np.ndarray:
         start, size, shape = (np.asarray(value, dtype=np.int64) for value in (start, size, record.shape))
@@ -145,20 +149,12 @@ class VolumeStore:
         low, high = np.maximum(start, 0), np.minimum(start + size, shape)
         if (low >= high).any():
             return np.full(size, fill, dtype=np.uint8 if path.name.endswith(LABEL) else np.int16)
-        inside = read_region(path, tuple(slice(int(a), int(b)) for a, b in zip(low, high)))
-        _checked(inside, tuple(high - low), path)
+        inside = read_region(path, record, tuple(slice(int(a), int(b)) for a, b in zip(low, high)))
         if inside.shape == tuple(size):
             return inside
         out = np.full(size, fill, dtype=inside.dtype)
         out[tuple(slice(a, b) for a, b in zip(low - start, high - start))] = inside
         return out
-
-
-def _checked(array: np.ndarray, shape: tuple[int, ...], path: Path) -> np.ndarray:
-    """The array, unless the file holds another shape than its manifest says."""
-    if array.shape != tuple(shape):
-        raise StoreError(f"{path}: read shape {array.shape}, expected {tuple(shape)}; file and manifest differ")
-    return array
 
 
 def fill_store(
@@ -205,4 +201,6 @@ def fill_store(
 def _is_stored(case: Case, store: VolumeStore, renew: bool) -> bool:
     if case.name not in store or (case.label is not None and not store.record(case.name).has_label):
         return False
+    if is_of_another_file(case, store.record(case.name)) and has_another_size(case, store.record(case.name)):
+        raise StoreError(clash_message(case, store.record(case.name)))
     return not renew or is_current(case, store.record(case.name), store.store_dir)
