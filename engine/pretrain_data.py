@@ -59,12 +59,13 @@ def open_data(flags, method: Method | type[Method], world: World) -> Data:
     store = VolumeStore(store_dir, expected_spacing_mm=spacing)
     check_probe(flags, store)
     names = {section: [case.name for case in listed if case.name in store] for section, listed in cases.items()}
+    patient_of = {case.name: case.patient for listed in cases.values() for case in listed}
     table = load_table(flags)
-    training = make_dataset(flags, method.views, store, table, names["training"], flags.seed)
+    training = make_dataset(flags, method.views, store, table, names["training"], flags.seed, patient_of)
     validation = None
     if names["validation"] and flags.val_freq:
         seed = flags.seed + VALIDATION_SEED
-        validation = make_dataset(flags, method.views, store, table, names["validation"], seed)
+        validation = make_dataset(flags, method.views, store, table, names["validation"], seed, patient_of)
     probe = None
     if flags.probe_freq and world.is_main:
         classes = read_classes(flags.probe_json_list or flags.json_list)
@@ -105,15 +106,17 @@ def make_dataset(
     table: CorrespondenceTable | None,
     names: Sequence[str],
     seed: int,
+    patient_of: Mapping[str, str] | None = None,
 ) -> CropDataset:
     """Samples of the cases `names`, with a method's views.
 
     Args:
         flags: has --pairing and the flags of `PairingOptions` and `CropOptions`; of `MaskOptions` for views of blocks,
             of `DistortOptions` for distorted ones.
+        patient_of: case -> patient, whose scans are not paired with each other; None = all are of different patients.
     """
     crops = options_of(flags, CropOptions)
-    pairing = PAIRINGS[flags.pairing](store, names, crops.roi, options_of(flags, PairingOptions), table)
+    pairing = PAIRINGS[flags.pairing](store, names, crops.roi, options_of(flags, PairingOptions), table, patient_of)
     masks = options_of(flags, MaskOptions) if "blocks" in views.values() else None
     distort = options_of(flags, DistortOptions) if "distorted" in views.values() else None
     return CropDataset(store, pairing, views, crops, masks, seed=seed, distort=distort)

@@ -6,6 +6,7 @@
     python scripts/create_json.py --data_dir totalsegmentator --output totalsegmentator.json
     python scripts/create_json.py --data_dir ChestX-ray14/images --list_file train.txt --validation_list_file val.txt \\
         --output chest.json
+    python scripts/create_json.py --data_dir CT-RATE --output ct_rate.json --group_regex '(train_[0-9]+)_'
 
 Understood are the FLARE22 layout, nnU-Net and Decathlon folders, one folder per case with a ct.nii.gz, and any other
 folder of .nii and .nii.gz files. A folder of .png files holds radiographs, their masks named or placed like the labels
@@ -16,9 +17,11 @@ sections; a CT whose label cannot be used is listed without it (pretraining need
 for labels. Takes about as long as decompressing all files once.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +34,10 @@ from tqdm import tqdm
 from datasets.ct.images import CT, kind_of, read_image, read_labels_of
 from datasets.ct.intensity import NO_AIR_HU, few_whole_values
 from datasets.ct.nifti import CTReadError
-from datasets.lists.data_list import Case, DataListError, find_cases, split_cases, write_data_list
+from datasets.lists.data_list import Case, DataListError, find_cases, write_data_list
 from datasets.lists.label_classes import LabelClasses, read_classes
 from datasets.lists.list_file import read_list_file
+from datasets.lists.splits import split_cases
 from engine.flags import make_parser, run_main
 
 FLARE22_LABELS = LabelClasses.built_in("flare22").names
@@ -54,6 +58,12 @@ def make_flags() -> jsonargparse.ArgumentParser:
     data.add_argument("--output", type=str, required=True, help="JSON file to write")
     data.add_argument(
         "--cases", choices=["all", "unlabelled", "labelled"], default="all", help="which cases to put in the list"
+    )
+    data.add_argument(
+        "--group_regex",
+        type=str,
+        default="",
+        help="pattern in a case's name whose first (...) is the patient: scans of one are not split up, nor paired",
     )
     split = parser.add_argument_group("validation")
     split.add_argument("--num_validation", type=int, default=None, help="cases to hold out; wins over the fraction")
@@ -90,7 +100,7 @@ def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict
         reason = f"unexpected {type(error).__name__} ({error})"
     if file == case.image or needs_label:
         return None, {str(file): reason}, has_air
-    return Case(case.name, case.image), {str(file): f"{reason}; {case.name} is listed without its label"}, has_air
+    return replace(case, label=None), {str(file): f"{reason}; {case.name} is listed without its label"}, has_air
 
 
 def check_cases(
@@ -149,6 +159,25 @@ def find(flags) -> tuple[list[Case], set[str] | None, dict[str, str]]:
     return cases, held_out, missing
 
 
+def with_groups(cases: Sequence[Case], group_regex: str) -> list[Case]:
+    """The cases with their patients, as the pattern finds them in the names; others stay patients of their own."""
+    if not group_regex:
+        return list(cases)
+    try:
+        pattern = re.compile(group_regex)
+    except re.error as error:
+        raise DataListError(f"--group_regex {group_regex!r}: no regular expression ({error})") from error
+    if pattern.groups != 1:
+        raise DataListError(f"--group_regex {group_regex!r}: expected one pair of parentheses, around the patient")
+    found = [(case, pattern.search(case.name)) for case in cases]
+    grouped = [replace(case, group=match[1]) if match and match[1] else case for case, match in found]
+    num_grouped = sum(bool(case.group) for case in grouped)
+    if not num_grouped:
+        raise DataListError(f"--group_regex {group_regex!r} fits no name, the first is {cases[0].name}")
+    print(f"{len({case.patient for case in grouped})} patients; {len(cases) - num_grouped} names show none")
+    return grouped
+
+
 def split(cases: Sequence[Case], held_out: set[str] | None, flags) -> tuple[list[Case], list[Case]]:
     """Training and validation: by the names held out, or drawn."""
     if held_out is None:
@@ -170,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     check_split_flags(flags)
     listed, held_out, missing = find(flags)
-    found = choose(listed, flags.cases, flags.data_dir)
+    found = with_groups(choose(listed, flags.cases, flags.data_dir), flags.group_regex)
     split(found, held_out, flags)  # complain before the long check
     cases, unreadable, airless = check_cases(found, flags.num_workers, needs_label=flags.cases == "labelled")
     for file, reason in (missing | unreadable).items():

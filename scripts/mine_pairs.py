@@ -3,9 +3,10 @@
     python scripts/mine_pairs.py --embed_dir embeddings
     torchrun --nproc_per_node=8 scripts/mine_pairs.py --embed_dir embeddings --num_points 400 --num_partners 16
 
-Every row is a point of one case and its match in another, in world mm, with score and cycle error. Each embedding is
-read about once. May be stopped, even killed, and run again. With --json_list the partners of a case are of its own
-section: held-out cases are paired with held-out ones, which the validation of pretraining needs.
+Every row is a point of one case and its match in another, in world mm, with score, cycle error and spread. Each
+embedding is read about once. May be stopped, even killed, and run again: what has not changed is not mined anew. With
+--json_list the partners of a case are of its own section: held-out cases are paired with held-out ones, which the
+validation of pretraining needs. Scans of one patient (`"group"` in the list) are not paired with each other.
 """
 
 import json
@@ -42,19 +43,18 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def choose_cases(flags: jsonargparse.Namespace, rank: int = 0) -> list[list[str]]:
-    """Groups of cases to pair among themselves: the list's sections as far as embedded, or all embedded cases.
+def choose_cases(flags: jsonargparse.Namespace, rank: int = 0) -> tuple[list[list[str]], dict[str, str]]:
+    """Cases to pair among themselves, and case -> patient: the list's sections as far as embedded, or all embedded.
 
     Rank 0 prints what is left out.
     """
     embedded = embedded_cases(flags.embed_dir)
     if flags.json_list is None:
-        return [embedded]
-    sections = [
-        {case.name for case in load_data_list(flags.json_list, ".", section, must_exist=False)}
-        for section in flags.sections
-    ]
-    listed = set().union(*sections)
+        return [embedded], {}
+    listed_cases = [load_data_list(flags.json_list, ".", section, must_exist=False) for section in flags.sections]
+    sections = [{case.name for case in cases} for cases in listed_cases]
+    patient_of = {case.name: case.patient for cases in listed_cases for case in cases}
+    listed = set(patient_of)
     absent = sorted(listed - set(embedded))
     if absent and rank == 0:
         print(
@@ -62,15 +62,15 @@ def choose_cases(flags: jsonargparse.Namespace, rank: int = 0) -> list[list[str]
             f"{', '.join(absent[:5])}; scripts/generate_sam_embeddings.py makes them or says why it cannot",
             file=sys.stderr,
         )
-    return [[name for name in embedded if name in section] for section in sections]
+    return [[name for name in embedded if name in section] for section in sections], patient_of
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     options = options_of(flags, MiningOptions)
-    groups = choose_cases(flags, rank)
-    names = sorted(set().union(*groups))
+    sections, patient_of = choose_cases(flags, rank)
+    names = sorted(set().union(*sections))
     output_dir = flags.output_dir or flags.embed_dir
     provenance = {"commit": git_commit()}
     if names:
@@ -78,9 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         RunInfo.collect(flags).write(output_dir, "mine_run.json")
     device = pick_device(flags.device, int(os.environ.get("LOCAL_RANK", 0)))
-    table = mine_corpus(
-        flags.embed_dir, names, output_dir, options, provenance, flags.cache_mb, rank, world_size, device, groups
-    )
+    shared = rank, world_size, device, sections, patient_of
+    table = mine_corpus(flags.embed_dir, names, output_dir, options, provenance, flags.cache_mb, *shared)
     if table is not None:
         print(json.dumps({"table": str(output_dir), **table.summary()}, indent=1))
 

@@ -69,11 +69,12 @@ def pictured(views: dict[str, str]) -> list[str]:
 def open_pairs(flags: jsonargparse.Namespace) -> CropDataset:
     """The dataset that a training run with these flags would see."""
     table, store = load_table(flags), VolumeStore(flags.store_dir)
-    names = store.names
+    names, patient_of = store.names, {}
     if flags.json_list:
         listed = load_data_list(flags.json_list, flags.data_dir, "training", must_exist=False)
         names = [case.name for case in listed if case.name in store]
-    return make_dataset(flags, METHODS[flags.method].views, store, table, names, flags.seed)
+        patient_of = {case.name: case.patient for case in listed}
+    return make_dataset(flags, METHODS[flags.method].views, store, table, names, flags.seed, patient_of)
 
 
 def check_flags(flags: jsonargparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Finding cases in the layouts people have, writing and loading data lists, and the command that does both."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from datasets.lists.data_list import (
     DataListError,
     find_cases,
     load_data_list,
-    split_cases,
+    load_sections,
     unique_names,
     write_data_list,
 )
+from datasets.lists.splits import split_cases
 from datasets.store.volumes import build_store
 from scripts import create_json
 
@@ -177,6 +179,19 @@ def test_split_depends_on_the_seed_only():
             split_cases(cases, num_validation, fraction, seed=0)
 
 
+def test_scans_of_one_patient_stay_on_one_side():
+    numbers = itertools.product(range(10), range(3))
+    cases = [Case(f"p{patient}_{scan}", Path("x.nii"), None, f"p{patient}") for patient, scan in numbers]
+    cases += [Case(f"alone{number}", Path("x.nii")) for number in range(10)]
+    for seed in range(5):
+        training, validation = split_cases(cases, 8, 0, seed)
+        assert not {case.patient for case in training} & {case.patient for case in validation}
+        assert len(validation) in (7, 8) and len(training) + len(validation) == 40
+    assert split_cases(cases[:30], 3, 0, 1)[1] != split_cases(cases[:30], 3, 0, 2)[1]
+    with pytest.raises(DataListError, match="no patient has as few as 2 scans"):
+        split_cases(cases[:30], 2, 0, 0)
+
+
 def test_lists_round_trip_and_monai_reads_them(tmp_path):
     data_dir = touch(tmp_path / "data", "images/a.nii.gz", "labels/a.nii.gz", "b.nii.gz")
     touch(tmp_path, "elsewhere.nii.gz")
@@ -226,6 +241,28 @@ def test_bad_lists_are_named(tmp_path, content, reason):
     with pytest.raises(DataListError, match=reason) as caught:
         load_data_list(path, tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_groups_round_trip_and_must_be_text(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii")
+    cases = [Case("a", tmp_path / "a.nii", None, "one"), Case("b", tmp_path / "b.nii")]
+    write_data_list(tmp_path / "list.json", tmp_path, cases)
+    assert load_data_list(tmp_path / "list.json", tmp_path) == cases
+    assert [case.patient for case in cases] == ["one", "b"]
+    content = json.loads((tmp_path / "list.json").read_text())
+    assert content["training"][0]["group"] == "one" and "group" not in content["training"][1]
+    content["training"][0]["group"] = 7
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    with pytest.raises(DataListError, match="the group of a is 7, expected text"):
+        load_data_list(tmp_path / "list.json", tmp_path)
+
+
+def test_links_to_folders_above_end(tmp_path):
+    touch(tmp_path, "sub/a.nii.gz", "z.nii.gz")
+    for name in ("one", "two"):
+        (tmp_path / "sub" / name).symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "again").symlink_to(tmp_path / "sub", target_is_directory=True)
+    assert [case.name for case in find_cases(tmp_path)] == ["a", "z"]
 
 
 @pytest.mark.parametrize("name", ["../..", "a/b", "..", ".hidden", "/etc/passwd", 5, ["x"]])
@@ -333,6 +370,26 @@ def test_create_json_chooses_cases(flare, which, num_cases):
     create_json.main(["--data_dir", str(flare), "--output", str(flare / "some.json"), "--cases", which])
     cases = load_data_list(flare / "some.json", flare)
     assert len(cases) == num_cases and all((case.label is not None) == (which == "labelled") for case in cases)
+
+
+def test_create_json_finds_patients_in_names(tmp_path, capsys):
+    volume = np.random.default_rng(0).integers(-1000, 1500, (20, 20, 20)).astype(np.int16)
+    for name in ("train_1_a_1", "train_1_a_2", "train_2_a_1", "other"):
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    command = ["--data_dir", str(tmp_path), "--output", str(tmp_path / "list.json"), "--num_validation", "2"]
+    create_json.main([*command, "--group_regex", r"(train_\d+)_", "--seed", "3"])
+    listed = load_sections(tmp_path / "list.json", tmp_path, ("training", "validation"))
+    assert {case.name: case.group for case in listed} == {
+        "train_1_a_1": "train_1", "train_1_a_2": "train_1", "train_2_a_1": "train_2", "other": "",
+    }  # fmt: skip
+    assert "3 patients; 1 names show none" in capsys.readouterr().out
+    for wrong, reason in (
+        ("(", "no regular expression"),
+        ("train", "one pair of parentheses"),
+        ("(xyz)", "fits no name"),
+    ):
+        with pytest.raises(DataListError, match=f"--group_regex.*{reason}"):
+            create_json.main([*command, "--group_regex", wrong])
 
 
 def test_create_json_fails_clearly(tmp_path):

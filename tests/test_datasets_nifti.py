@@ -120,7 +120,7 @@ def test_metres_and_microns_become_millimetres(tmp_path):
     [
         ((1, 1, 400), "voxels of"),
         ((1e-3, 1e-3, 1e-3), "voxels of"),
-        ((0.5, 0.5, 0.3), "longest side of"),
+        ((0.2, 0.2, 0.1), "longest side of"),
         ((1, 0.01, 1), "voxels"),
     ],
 )

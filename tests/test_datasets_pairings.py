@@ -11,7 +11,7 @@ from datasets.samples.correspondence_files import ROW_DTYPE
 from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.crops import centre_mm, crop_iou, cut, start_at
 from datasets.samples.dataset import summarise_places
-from datasets.samples.pairings import PAIRINGS, IouPairing, PairingOptions, Places
+from datasets.samples.pairings import PAIRINGS, IouPairing, PairingOptions, Places, RandomPairing
 from tests.fakes import ROI, FakeStore, make_dataset, make_store, make_table
 
 EXACT = {"max_outside": 0.0, "jitter_mm": 0.0}
@@ -286,3 +286,20 @@ def test_a_sample_has_the_crops_that_its_rule_promises(name):
     num_crops = dataset.pairing.num_crops(dataset.pairing.options)
     assert len(dataset.places(0).names) == len(dataset.places(0).points_mm) == num_crops
     assert dataset[0]["crop"].shape == (num_crops, 1, *ROI)
+
+
+def test_random_pairs_are_of_two_patients():
+    store = make_store(6)
+    patient_of = dict.fromkeys(["case0", "case1", "case2"], "one") | dict.fromkeys(["case3", "case4"], "two")
+    pairing = RandomPairing(store, store.names, ROI, patient_of=patient_of)
+    pairs = [pairing.draw(np.random.default_rng(seed), seed % 6) for seed in range(200)]
+    met = {frozenset(pair.names) for pair in pairs}
+    patients = {name: patient_of.get(name, name) for name in store.names}
+    assert all(len({patients[name] for name in pair}) == 2 for pair in met) and len(met) == 15 - 3 - 1
+    assert not any(pair.is_fallback for pair in pairs)
+    alone = RandomPairing(store, store.names[:3], ROI, patient_of=patient_of)
+    assert alone.draw(np.random.default_rng(0), 1).is_fallback
+    plain = RandomPairing(store, store.names, ROI)
+    drawn = [plain.draw_places(np.random.default_rng(seed), 0).names[1] for seed in range(20)]
+    expected = [f"case{int(np.random.default_rng(seed).integers(1, 6))}" for seed in range(20)]
+    assert drawn == expected, "without groups the draws are as ever"

@@ -98,6 +98,20 @@ def test_held_out_cases_cover_all_over_five_folds():
     assert set(held_out) == set(cases)
 
 
+def test_held_out_patients_have_no_scan_on_the_other_side():
+    cases = [
+        Case(f"p{patient}_{scan}", "x.nii.gz", "y.nii.gz", f"p{patient}") for patient in range(7) for scan in range(3)
+    ]
+    held_out = []
+    for fold in range(5):
+        training, held = split_held_out(cases, 0.2, fold)
+        assert not {case.patient for case in training} & {case.patient for case in held}
+        held_out += held
+    assert sorted(case.name for case in held_out) == sorted(case.name for case in cases), "each once"
+    with pytest.raises(DataListError, match="1 patients"):
+        split_held_out(cases[:3], 0.3, 0)
+
+
 # Crops
 
 

@@ -288,6 +288,12 @@ def test_held_out_cases_are_paired_with_held_out_ones(embed_dir, tmp_path):
     table = CorrespondenceTable.load(tmp_path)
     pairs = {(table.case_names[row["query_case"]], table.case_names[row["key_case"]]) for row in table.rows}
     assert pairs == {pair for names in named.values() for pair in itertools.permutations(names, 2)}
+    grouped = dict.fromkeys(NAMES[:3], "one")
+    listed = {"training": [{"image": f"{name}.nii.gz", "group": grouped.get(name, "")} for name in NAMES]}
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    mine_pairs.main([*command, "--json_list", str(tmp_path / "list.json")])
+    table = CorrespondenceTable.load(tmp_path)
+    assert len(table) and ((table.rows["query_case"] == 3) | (table.rows["key_case"] == 3)).all()
     circles = circles_of(NAMES, [NAMES[:3], NAMES[3:]], 0)
     assert circles[NAMES[0]] == circle_of(NAMES[:3], 0)
     assert circles[NAMES[3]] == circle_of(NAMES, 0), "alone in its section: with whom there is"
@@ -302,7 +308,7 @@ def test_listed_cases_without_embedding_are_left_out_and_named(embed_dir, tmp_pa
     assert CorrespondenceTable.load(tmp_path).case_names == ["patient0", "patient1", "patient2"]
     told = capsys.readouterr().err
     assert "1 of 4 listed cases have no embedding" in told and "patient9; scripts/generate_sam_embeddings.py" in told
-    assert mine_pairs.choose_cases(mine_pairs.make_flags().parse_args(command), rank=1) == [NAMES[:3], []]
+    assert mine_pairs.choose_cases(mine_pairs.make_flags().parse_args(command), rank=1)[0] == [NAMES[:3], []]
     assert not capsys.readouterr().err
     (tmp_path / "list.json").write_text(json.dumps({"training": listed["training"][:2]}))
     with pytest.raises(ValueError, match="at least 2 embedded cases, found 1"):

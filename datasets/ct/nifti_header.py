@@ -18,7 +18,7 @@ from datasets.ct.geometry import index_to_world, spacing_of
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 SPACING_RANGE_MM = (0.05, 20.0)
 # The longest side of a CT of a patient, or of a part of one.
-EXTENT_RANGE_MM = (15.0, 3000.0)
+EXTENT_RANGE_MM = (5.0, 3000.0)
 SPACING_TOLERANCE = 0.01  # by which pixdim and the affine may differ before it is said
 TILT_DEGREES = 1.0  # likewise for axes that are not at right angles
 

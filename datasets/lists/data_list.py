@@ -1,12 +1,12 @@
 """Which cases there are: finding CT or radiographs in the layouts people have, and Decathlon data lists (JSON).
 
-A list has `training` and `validation` sections of {"image": ..., "label": ..., "name": ...}, paths relative to the data
-folder; MONAI reads it too. In unlabelled lists an entry may also be just the image's path.
+A list has `training` and `validation` sections of {"image": ..., "label": ..., "name": ..., "group": ...}, paths
+relative to the data folder; MONAI reads it too. Scans of one patient have the same "group". In unlabelled lists an
+entry may also be just the image's path.
 """
 
 import json
 import os
-import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -37,11 +37,24 @@ class DataListError(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """One CT or radiograph: a name unique in its list, the image file, and the label file if there is one."""
+    """One CT or radiograph.
+
+    Attributes:
+        name: unique in its list.
+        image: its file.
+        label: its label file, if there is one.
+        group: the patient. Scans of one group stay on one side of a split and are no pairs. Empty = one of its own.
+    """
 
     name: str
     image: Path
     label: Path | None = None
+    group: str = ""
+
+    @property
+    def patient(self) -> str:
+        """The group, or else the name: equal for scans of one patient."""
+        return self.group or self.name
 
 
 def is_file_name(name: object) -> bool:
@@ -121,30 +134,6 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def split_cases(
-    cases: Sequence[Case], num_validation: int | None, validation_fraction: float, seed: int
-) -> tuple[list[Case], list[Case]]:
-    """Training and validation cases, drawn by `seed` alone (not by the order of `cases`), each sorted by name.
-
-    Args:
-        cases: all of them.
-        num_validation: how many to hold out; None takes `validation_fraction` of them, at least one.
-        validation_fraction: from 0 to below 1; 0 holds none out.
-    """
-    if not 0 <= validation_fraction < 1:
-        raise DataListError(f"--validation_fraction must be from 0 to below 1, received {validation_fraction}")
-    if num_validation is None:
-        num_validation = max(1, round(validation_fraction * len(cases))) if validation_fraction else 0
-    if not 0 <= num_validation < len(cases):
-        raise DataListError(
-            f"--num_validation {num_validation} leaves no training case of {len(cases)}; expected 0 to {len(cases) - 1}"
-        )
-    shuffled = sorted(cases, key=lambda case: case.name)
-    random.Random(seed).shuffle(shuffled)
-    parts = shuffled[num_validation:], shuffled[:num_validation]
-    return tuple(sorted(part, key=lambda case: case.name) for part in parts)
-
-
 def write_data_list(
     path: str | Path,
     data_dir: str | Path,
@@ -219,9 +208,15 @@ def load_sections(
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterable[Path]:
-    """All files below a folder that end so, following links to folders but no hidden names."""
+    """All files below a folder that end so, following links to folders but no hidden names; no folder twice."""
+    visited = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        stat = Path(parent).stat()
+        if (stat.st_dev, stat.st_ino) in visited:  # a link to a folder above, or beside
+            folders.clear()
+            continue
+        visited.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in files if name.endswith(suffixes) and not name.startswith("."))
 
 
@@ -317,7 +312,8 @@ def _stem(name: str) -> str:
 def _entry(case: Case, data_dir: Path) -> dict[str, str]:
     """A list entry; keys that do not apply are left out."""
     files = {"image": case.image, "label": case.label}
-    return {key: _relative(file, data_dir) for key, file in files.items() if file is not None} | {"name": case.name}
+    entry = {key: _relative(file, data_dir) for key, file in files.items() if file is not None} | {"name": case.name}
+    return entry | ({"group": case.group} if case.group else {})
 
 
 def _relative(file: Path, data_dir: Path) -> str:
@@ -363,8 +359,10 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
             )
         if image_of.setdefault(name, entry["image"]) != entry["image"]:
             raise DataListError(f"{json_list}: {image_of[name]} and {entry['image']} are both called {name!r}")
+        if not isinstance(group := entry.get("group", ""), str):
+            raise DataListError(f"{json_list}: the group of {name} is {group!r}, expected text")
         if key == section:
-            cases.append(Case(name, data_dir / entry["image"], data_dir / label if label else None))
+            cases.append(Case(name, data_dir / entry["image"], data_dir / label if label else None, group))
     if len({case.name for case in cases}) < len(cases):
         raise DataListError(f"{json_list}: two entries of {section!r} have the same name or image")
     return cases

@@ -15,7 +15,7 @@ function of the generator alone. A rule that cannot keep its promise falls back 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -126,11 +126,20 @@ class Pairing:
         roi: Sequence[int],
         options: PairingOptions | None = None,
         table: CorrespondenceTable | None = None,
+        patient_of: Mapping[str, str] | None = None,
     ) -> None:
-        """Prepare to draw from the cases `names` of `store`; `roi` is the crop (D, H, W) in voxels."""
+        """Prepare to draw from the cases `names` of `store`.
+
+        Args:
+            roi: the crop (D, H, W) in voxels.
+            table: matched points, for the rules that need them.
+            patient_of: case -> patient; a case that it does not hold is a patient of its own.
+        """
         self.store, self.names, self.roi = store, list(names), tuple(int(side) for side in roi)
         self.options = options or PairingOptions()
         self.table = table
+        self.patients = [(patient_of or {}).get(name, name) for name in self.names]
+        self.num_patients = len(set(self.patients))
 
     @classmethod
     def num_crops(cls, options: PairingOptions) -> int:
@@ -194,12 +203,13 @@ class IouPairing(Pairing):
 
 
 class RandomPairing(Pairing):
-    """Random crops of two different volumes; with a single volume both come from it, counted as a fallback."""
+    """Random crops of two patients' volumes; with a single patient both come from one volume, counted as a fallback."""
 
     def draw_places(self, rng: np.random.Generator, case: int) -> Places:
-        """A pair of `names[case]` and any other case."""
-        num = len(self.names)
-        other = (case + int(rng.integers(1, num))) % num if num > 1 else case
+        """A pair of `names[case]` and any case of another patient."""
+        other = case
+        while self.patients[other] == self.patients[case] and self.num_patients > 1:
+            other = (case + int(rng.integers(1, len(self.names)))) % len(self.names)
         names = (self.names[case], self.names[other])
         points = np.stack([draw_centre(rng, self.store.record(name), self.roi) for name in names])
         return Places(names, points, is_fallback=other == case)
@@ -222,9 +232,10 @@ class SamPairing(Pairing):
         roi: Sequence[int],
         options: PairingOptions | None = None,
         table: CorrespondenceTable | None = None,
+        patient_of: Mapping[str, str] | None = None,
     ) -> None:
         """As every rule, with the table; ValueError where it is missing or of other volumes."""
-        super().__init__(store, names, roi, options, table)
+        super().__init__(store, names, roi, options, table, patient_of)
         if table is None:
             raise ValueError(
                 "--pairing sam needs a correspondence table; mine one (scripts/mine_pairs.py) and give its folder as "
