@@ -1,6 +1,7 @@
 """The data of a pretraining run: the volume store, the samples to train and to validate with, the voxels to probe."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from engine.flags import options_of
 from models.methods.method import Method
 
 VALIDATION_SEED = 1_000_003
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ def open_data(flags, method: Method | type[Method], world: World) -> Data:
     names = {section: [case.name for case in listed if case.name in store] for section, listed in cases.items()}
     patient_of = {case.name: case.patient for listed in cases.values() for case in listed}
     table = load_table(flags)
+    if table is not None and store.spacing_mm is None and world.is_main:
+        logger.warning(
+            "%s keeps each volume's own spacing: the two crops of a --pairing %s sample then show differently large "
+            "parts of their patients; a store with --spacing_mm 2 1.5 1.5 would not", store_dir, flags.pairing,
+        )  # fmt: skip
     training = make_dataset(flags, method.views, store, table, names["training"], flags.seed, patient_of)
     validation = None
     if names["validation"] and flags.val_freq:

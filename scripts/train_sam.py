@@ -8,7 +8,7 @@
 Writes OUT/checkpoint.pth (the latest; resumes), OUT/checkpoint_best.pth (lowest validation error, or the latest where
 nothing is validated), log.txt, TensorBoard files and run.json. Both checkpoints load with `load_embedder`. The store is
 built when it is missing. Validation takes the list's `validation` section: landmark error with --landmark_dir, else the
-cycle error. Training volumes stay in memory at SAM's grid: 1.5 MB each at 4 mm, 12 MB at 2 mm.
+cycle error. Training volumes are kept on disk at SAM's grid (1.5 MB each at 4 mm, 12 MB at 2 mm) and memory-mapped.
 """
 
 import dataclasses

@@ -106,8 +106,23 @@ def test_volumes_of_air_are_left_out_and_bodies_are_outlined_once(tmp_path, monk
     assert volume.name == "patient" and volume.hu.shape == volume.body.shape == (12, 14, 24) and len(calls) == 3
     told = capsys.readouterr().err.splitlines()
     assert sorted(line.partition(":")[0] for line in told) == ["left out air", "left out more_air"]
-    assert all("no patient in it" in line for line in told)
+    assert all("less than 100 ml of a patient" in line for line in told)
     TrainingVolumes(store, INFO, grid, rank=1)
     assert not capsys.readouterr().err
     with pytest.raises(ValueError, match="none of its 2 training volumes shows a patient.*--json_list"):
         TrainingVolumes(VolumeStore(tmp_path / "store", ["air", "more_air"]), INFO, grid)
+
+
+def test_a_single_slice_and_a_fiducial_are_left_out(tmp_path, capsys):
+    """Views of them would be air and noise, or would be drawn for ever."""
+    store = make_store(tmp_path, ("a",))
+    for name, shape in (("slice", (1, 40, 40)), ("fiducial", (12, 24, 32))):
+        hu = np.full(shape, -1000, np.int16)
+        hu[(slice(None), slice(4, 36), slice(4, 36)) if name == "slice" else (slice(5, 7),) * 3] = 40
+        write_nifti(tmp_path / f"{name}.nii.gz", hu, np.diag([-8.0, -8.0, 8.0, 1.0])[:, [2, 1, 0, 3]])
+        build_store([Case(name, tmp_path / f"{name}.nii.gz")], tmp_path / "store", progress=False)
+    store = VolumeStore(tmp_path / "store")
+    make_training_volumes(store, INFO, tmp_path / "grid")
+    assert TrainingVolumes(store, INFO, tmp_path / "grid").names == ["a"]
+    told = capsys.readouterr().err
+    assert "left out fiducial: less than 100 ml" in told and "left out slice:" in told and "a single slice" in told

@@ -161,3 +161,11 @@ def test_soft_tissue_changes_leave_bone_and_lung_alone():
 def test_impossible_options_are_refused(wrong, word):
     with pytest.raises(ValueError, match=word):
         ViewOptions(**wrong)
+
+
+def test_views_without_common_places_end_with_an_error():
+    tiny = torch.zeros(SHAPE, dtype=torch.bool)
+    tiny[0, 0, 0] = True
+    volume = TrainingVolume("fiducial", torch.zeros(SHAPE).short(), tiny, SPACING_MM)
+    with pytest.raises(ValueError, match="case fiducial: 100 pairs of views had no places in common.*--json_list"):
+        views.make_pair(volume, views.ViewOptions(shape=(16, 16, 16)), torch.Generator().manual_seed(0))

@@ -25,12 +25,19 @@ from sam_embed.training.views import TrainingVolume
 
 SUFFIX = ".safetensors"
 FORMAT = "sam_embed.training_volume.1"
+MIN_BODY_ML = 100.0  # views of less, as of a fiducial beside a patient, hardly ever have places in common
 
 
 def to_training_volume(volume: Volume, name: str, info: EmbedderInfo) -> TrainingVolume:
     """The body of a volume on SAM's grid, int16 HU, with its body mask; the mask is empty where there is no patient."""
     cut, body = cut_body(volume, info.spacing_mm)
     return TrainingVolume(name, torch.from_numpy(cut.array), torch.from_numpy(body), tuple(info.spacing_mm))
+
+
+def shows_patient(volume: TrainingVolume) -> bool:
+    """Whether there is enough to make two views of: at least two slices and MIN_BODY_ML within the patient."""
+    body_ml = int(volume.body.sum()) * np.prod(volume.spacing_mm) / 1000
+    return min(volume.hu.shape) >= 2 and body_ml >= MIN_BODY_ML
 
 
 def default_grid_dir(store_dir: str | Path, spacing_mm: Sequence[float]) -> Path:
@@ -48,7 +55,7 @@ def make_training_volumes(
 ) -> int:
     """Write this rank's share of the files that are missing, or were made from another CT; say how many were written.
 
-    A case without a patient gets a file without voxels, so that it is looked at once.
+    A case that shows too little of a patient gets a file without voxels, so that it is looked at once.
 
     Raises:
         FileWriteError: the folder cannot be written to, or is full; what is finished stays.
@@ -59,7 +66,7 @@ def make_training_volumes(
     def make(name: str) -> None:
         made = to_training_volume(store.read(name), name, info)
         tensors = {"hu": made.hu, "body": torch.from_numpy(np.packbits(made.body.numpy()))}
-        if not made.body.any():
+        if not shows_patient(made):
             tensors = {"hu": torch.zeros(0, 0, 0, dtype=torch.int16), "body": torch.zeros(0, dtype=torch.uint8)}
         try:
             write_bytes(_path(Path(grid_dir), name), save(tensors, metadata=_header(store, name, info)))
@@ -75,7 +82,7 @@ def make_training_volumes(
 
 
 class TrainingVolumes(Sequence[TrainingVolume]):
-    """The made volumes of a store, in its order, without those that show no patient; item i is mapped when asked for.
+    """The made volumes of a store, in its order, without those of too little; item i is mapped when asked for.
 
     Holds paths and no voxels: processes receive it at once, and what they read of a file they share.
     """
@@ -90,15 +97,16 @@ class TrainingVolumes(Sequence[TrainingVolume]):
         self.names = []
         for name in store.names:
             with safe_open(_path(self.grid_dir, name), framework="pt") as stored:
-                shows_patient = stored.get_slice("hu").get_shape()[0] > 0
-            if shows_patient:
+                has_voxels = stored.get_slice("hu").get_shape()[0] > 0
+            if has_voxels:
                 self.names.append(name)
             elif rank == 0:
-                print(f"left out {name}: no patient in it (nothing is denser than -500 HU)", file=sys.stderr)
+                reason = f"less than {MIN_BODY_ML:g} ml of a patient (denser than -500 HU), or a single slice"
+                print(f"left out {name}: {reason}", file=sys.stderr)
         if not self.names:
             raise ValueError(
-                f"{store.store_dir}: none of its {len(store)} training volumes shows a patient (nothing is denser than "
-                "-500 HU); check that the files of --json_list are CT in HU"
+                f"{store.store_dir}: none of its {len(store)} training volumes shows a patient ({MIN_BODY_ML:g} ml "
+                "denser than -500 HU, in two slices or more); check that the files of --json_list are CT in HU"
             )
 
     def __len__(self) -> int:

@@ -22,6 +22,7 @@ from sam_embed.training.view_intensity import IntensityOptions, change_intensity
 from sam_embed.training.warp import Triple, Warp
 
 Range = tuple[float, float]
+MAX_DRAWS = 100  # pairs of views; most volumes need one or two
 
 
 @dataclass(frozen=True)
@@ -200,13 +201,23 @@ class TrainingVolume:
 
 
 def make_pair(volume: TrainingVolume, options: ViewOptions, rng: torch.Generator) -> dict[str, Tensor]:
-    """Two views (HU, float32 [D, H, W]) of a volume and their corresponding points (view indices, [N, 3])."""
+    """Two views (HU, float32 [D, H, W]) of a volume and their corresponding points (view indices, [N, 3]).
+
+    Raises:
+        ValueError: views of this volume have no places in common, however often they are drawn.
+    """
     extent = torch.tensor(volume.hu.shape, dtype=torch.float64) * torch.tensor(volume.spacing_mm, dtype=torch.float64)
-    points = None
-    while points is None:
+    for _ in range(MAX_DRAWS):
         warps = draw_warps(extent, options, rng)
         ranges = tuple(draw_scan_range(warp, float(extent[0]), options, rng) for warp in warps)
         points = draw_points(warps, ranges, volume.body, volume.spacing_mm, options, rng)
+        if points is not None:
+            break
+    else:
+        raise ValueError(
+            f"case {volume.name}: {MAX_DRAWS} pairs of views had no places in common; it shows too little of a patient "
+            f"({int(volume.body.sum())} voxels of {volume.spacing_mm} mm). Take it out of --json_list"
+        )
     views = [render(volume.hu, volume.spacing_mm, warp, span) for warp, span in zip(warps, ranges)]
     view_a, view_b = (change_intensity(view, options.spacing_mm, options.intensity, rng) for view in views)
     return {"view_a": view_a, "view_b": view_b, "points_a": points[0], "points_b": points[1]}
