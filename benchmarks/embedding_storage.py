@@ -54,9 +54,7 @@ WANTED_CHANGE_MM = 0.5
 NO_LIMIT = 1e9
 FORMS = {
     "fp16": FP16,
-    "int8": Storage("int8"),
     **{f"pca, step {step:g}": Storage("pca", step, NO_LIMIT) for step in (0.05, 0.1, 0.15, 0.2, 0.25)},
-    **{f"pq, {number} bytes": Storage("pq", pq_bytes=number) for number in (4, 8, 12, 16)},
     "default": Storage(),
 }
 QUICK_FORMS = ("fp16", "default")

@@ -40,12 +40,8 @@ from tests.sam_fakes import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-COMPACT = {
-    "int8": Storage("int8"),
-    "pca": Storage("pca", pca_step=0.1, max_bytes=1e9),
-    "pq": Storage("pq", pq_bytes=12),
-}
-LOWEST_COSINE = {"int8": 0.9999, "pca": 0.985, "pq": 0.97}
+COMPACT = {"pca": Storage("pca", pca_step=0.1, max_bytes=1e9), "fine steps": Storage("pca", 0.05, 1e9)}
+LOWEST_COSINE = {"pca": 0.985, "fine steps": 0.995}
 
 
 def smooth_units(num_channels: int, shape: tuple, seed: int) -> torch.Tensor:
@@ -80,7 +76,7 @@ def embedding() -> Embedding:
 def test_forms_come_back_as_unit_vectors_near_the_originals(form, embedding, tmp_path):
     save_embedding(tmp_path, embedding, COMPACT[form])
     loaded = load_embedding(tmp_path, "case_1")
-    assert stored_form(tmp_path, "case_1") == form and stored_header(tmp_path, "case_1")["fingerprint"] == "abc"
+    assert stored_form(tmp_path, "case_1") == "pca" and stored_header(tmp_path, "case_1")["fingerprint"] == "abc"
     assert torch.equal(loaded.body, embedding.body) and loaded.name == "case_1" and loaded.fingerprint == "abc"
     np.testing.assert_array_equal(loaded.fine_affine, embedding.fine_affine)
     np.testing.assert_array_equal(loaded.coarse_affine, embedding.coarse_affine)
@@ -148,38 +144,7 @@ def test_rows_come_back_exactly(length):
     np.testing.assert_array_equal(received.numpy(), codes[order])
 
 
-def test_groups_share_out_all_axes_evenly():
-    for num_axes, num_groups in ((32, 8), (24, 5), (7, 7)):
-        groups = compact_codes.axis_groups(num_axes, num_groups)
-        assert sorted(axis for group in groups for axis in group) == list(range(num_axes))
-        assert max(map(len, groups)) - min(map(len, groups)) <= 1
-    assert compact_codes.axis_groups(8, 2) == [[0, 3, 4, 7], [1, 2, 5, 6]]
-
-
-def test_codewords_are_the_nearest_and_better_than_drawn_points():
-    points = torch.randn(3000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([2.0, 1.0, 0.5])
-    words = compact_codes.fit_codewords(points)
-    nearest = compact_codes.nearest_codeword(points, words)
-    distance = torch.cdist(points, words)
-    torch.testing.assert_close(distance.gather(1, nearest[:, None])[:, 0], distance.min(dim=1).values)
-    drawn = torch.cdist(points, points[: len(words)]).min(dim=1).values
-    assert distance.min(dim=1).values.square().mean() < 0.8 * drawn.square().mean()
-
-
-def test_product_codes_decode_to_their_codewords(embedding):
-    """The table of sums equals the obvious way: look up each group's codeword, rotate back, add the mean."""
-    voxels = compact_codes.Voxels(embedding.fine)
-    parts = compact_codes.encode_pq(voxels, 5)
-    codes = compact_codes.expand(parts["codes"], (5, len(voxels)), np.uint8)
-    along_axes = torch.zeros(24, len(voxels))
-    for number, group in enumerate(compact_codes.axis_groups(24, 5)):
-        along_axes[group] = parts["words"].float()[codes[number].astype(int)][:, group].T
-    expected = parts["axes"].float() @ along_axes + parts["mean"][:, None]
-    received = compact_codes.decoder_of_pq(parts, 24, len(voxels), 5)(100, 900)
-    torch.testing.assert_close(received, expected[:, 100:900], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("form", ["int8", "pca", "default"])
+@pytest.mark.parametrize("form", ["pca", "default"])
 def test_matches_stay_within_a_fraction_of_a_voxel(form, tmp_path):
     """Places of known patients, at 8 mm voxels, matched between decoded embeddings and against fp16."""
     storage = COMPACT.get(form, Storage())
@@ -232,17 +197,20 @@ def test_a_flipped_bit_is_noticed():
         compact_codes.expand(packed[:-2], (5000,), np.int8)
 
 
-def test_wrong_flags_are_named(embedding):
+def test_wrong_flags_are_named():
     for wrong, flag in (
         ({"form": "zip"}, "--storage"),
         ({"pca_step": 0.001}, "--pca_step"),
         ({"max_bytes": 0.0}, "--max_bytes"),
-        ({"pq_bytes": 0}, "--pq_bytes"),
     ):
         with pytest.raises(ValueError, match=flag):
             Storage(**wrong)
-    with pytest.raises(ValueError, match="--pq_bytes 25 is more than the 24 channels"):
-        pack(embedding.tensors(), Storage("pq", pq_bytes=25))
+
+
+def test_forms_of_other_versions_are_named(embedding):
+    parts, header = pack(embedding.tensors(), COMPACT["pca"])
+    with pytest.raises(ValueError, match="stored as 'pq', which this version does not know"):
+        unpack(parts, header.replace('"form": "pca", "shape"', '"form": "pq", "shape"'))
 
 
 def test_packing_is_deterministic(embedding):
@@ -270,8 +238,8 @@ def test_a_corpus_is_stored_small_and_finished_cases_keep_their_form(tmp_path):
     assert report["reused"] == ["patient0"] and report["written"] == ["patient1"]
     assert report["failed"] == {name: str(error) for name, error in unreadable.items()}
     assert [stored_form(tmp_path, name) for name in names] == ["fp16", Storage().form, None, None]
-    report = embed_corpus(network, info, CaseSource(names[:2], read), tmp_path, overwrite=True, storage=Storage("int8"))
-    assert report["written"] == names[:2] and stored_form(tmp_path, "patient0") == "int8"
+    report = embed_corpus(network, info, CaseSource(names[:2], read), tmp_path, overwrite=True, storage=FP16)
+    assert report["written"] == names[:2] and stored_form(tmp_path, "patient1") == "fp16"
 
 
 def test_the_worst_of_published_volumes_is_20_times_smaller(tmp_path):
@@ -296,10 +264,10 @@ def test_the_benchmark_measures_errors_on_held_out_cases(tmp_path, capsys):
     flags = ["--checkpoint_file", str(tmp_path / "sam.pth"), "--data_dir", str(tmp_path / "images"), "--device", "cpu"]
     with pytest.raises(ValueError, match="--landmark_dir"):
         embedding_storage.main(flags)
-    flags += ["--landmark_dir", str(tmp_path), "--forms", "[int8]", "--output", str(tmp_path / "found.json")]
+    flags += ["--landmark_dir", str(tmp_path), "--forms", "[default]", "--output", str(tmp_path / "found.json")]
     embedding_storage.main(flags)
     found = json.loads((tmp_path / "found.json").read_text())
     voxels = 68 * 52 * 68 + 34 * 7 * 9  # 34 x 26 x 34 voxels of 8 mm are 136 x 104 x 136 of 2 mm
-    assert found["published_bytes"] == 2 * 128 * voxels and list(found["forms"]) == ["fp16", "int8"]
-    assert found["forms"]["fp16"]["median_mm_change"] == 0 and abs(found["forms"]["int8"]["median_mm_change"]) < 3
-    assert "| int8 | 0." in capsys.readouterr().out
+    assert found["published_bytes"] == 2 * 128 * voxels and list(found["forms"]) == ["fp16", "default"]
+    assert found["forms"]["fp16"]["median_mm_change"] == 0 and abs(found["forms"]["default"]["median_mm_change"]) < 3
+    assert "| default | 0." in capsys.readouterr().out

@@ -17,17 +17,13 @@ from sam_embed.embeddings.compact_codes import (
     Parts,
     Voxels,
     blocks,
-    decoder_of_int8,
     decoder_of_pca,
-    decoder_of_pq,
-    encode_int8,
     encode_pca,
-    encode_pq,
     expand,
     squeeze,
 )
 
-FORMS = ("fp16", "int8", "pca", "pq")
+FORMS = ("fp16", "pca")
 COARSE_STEP = 0.05  # the coarse map has few voxels: finer steps than those of the fine map cost nothing
 MAP_NAMES = ("fine", "coarse", "semantic")
 
@@ -40,23 +36,19 @@ class Storage:
         form: one of FORMS.
         pca_step: of pca, rounding along principal axes of unit vectors; a score's error grows with it
         max_bytes: of pca, bytes per fine voxel above which its steps widen
-        pq_bytes: of pq, bytes per fine voxel
     """
 
     form: str = field(default="pca", metadata={"flag": False})
     pca_step: float = 0.15
     max_bytes: float = 18.0
-    pq_bytes: int = 16
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"--storage is {self.form!r}; choose one of {', '.join(FORMS)}")
         if not 0.016 <= self.pca_step <= 1:
             raise ValueError(f"--pca_step must lie in 0.016..1, received {self.pca_step}")
-        if self.max_bytes < 1 or self.pq_bytes < 1:
-            raise ValueError(
-                f"--max_bytes and --pq_bytes must be 1 or more, received {self.max_bytes} and {self.pq_bytes}"
-            )
+        if self.max_bytes < 1:
+            raise ValueError(f"--max_bytes must be 1 or more, received {self.max_bytes}")
 
 
 FP16 = Storage("fp16")
@@ -77,9 +69,13 @@ def pack(maps: dict[str, Tensor], storage: Storage) -> tuple[Parts, str]:
         if name not in maps:
             continue
         voxels = Voxels(maps[name].contiguous(), _stored_voxels(name, body))
-        form, encoded = _encode(voxels, storage, is_coarse=name == "coarse")
+        is_coarse = name == "coarse"
+        limits = (
+            (min(COARSE_STEP, storage.pca_step), float("inf")) if is_coarse else (storage.pca_step, storage.max_bytes)
+        )
+        encoded = encode_pca(voxels, *limits)
         parts |= {f"{name}.{part}": tensor.contiguous() for part, tensor in encoded.items()}
-        described[name] = {"form": form, "shape": list(maps[name].shape)}
+        described[name] = {"form": "pca", "shape": list(maps[name].shape)}
     if body is not None:
         parts["body.codes"] = squeeze(np.packbits(body.numpy()))
     return parts, json.dumps({"maps": described, "storage": asdict(storage)})
@@ -90,16 +86,6 @@ def _stored_voxels(name: str, body: Tensor | None) -> Tensor | None:
     if name == "coarse" or body is None or not body.any():
         return None
     return body.flatten().nonzero()[:, 0]
-
-
-def _encode(voxels: Voxels, storage: Storage, is_coarse: bool) -> tuple[str, Parts]:
-    if storage.form == "int8":
-        return "int8", encode_int8(voxels)
-    if is_coarse:
-        return "pca", encode_pca(voxels, min(COARSE_STEP, storage.pca_step), max_bytes=float("inf"))
-    if storage.form == "pca":
-        return "pca", encode_pca(voxels, storage.pca_step, storage.max_bytes)
-    return "pq", encode_pq(voxels, storage.pq_bytes)
 
 
 def unpack(parts: Parts, described: str) -> dict[str, Tensor]:
@@ -124,21 +110,12 @@ def unpack(parts: Parts, described: str) -> dict[str, Tensor]:
                 part.removeprefix(f"{name}."): tensor for part, tensor in parts.items() if part.startswith(f"{name}.")
             }
             number = int(np.prod(shape[1:])) if index is None else len(index)
-            decoder = _decoder(forms[name], own, shape[0], number, header["storage"])
-            maps[name] = _decode_map(decoder, shape, index, number)
+            if forms[name] != "pca":
+                raise ValueError(f"stored as {forms[name]!r}, which this version does not know")
+            maps[name] = _decode_map(decoder_of_pca(own, shape[0], number), shape, index, number)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"lacks or garbles a part ({error!r})") from error
     return maps
-
-
-def _decoder(form: str, parts: Parts, num_channels: int, num_vectors: int, storage: dict) -> Decoder:
-    if form == "pq":
-        return decoder_of_pq(parts, num_channels, num_vectors, int(storage["pq_bytes"]))
-    if form == "pca":
-        return decoder_of_pca(parts, num_channels, num_vectors)
-    if form == "int8":
-        return decoder_of_int8(parts, num_channels, num_vectors)
-    raise ValueError(f"stored as {form!r}, which this version does not know")
 
 
 def _decode_map(decoder: Decoder, shape: tuple[int, ...], index: Tensor | None, number: int) -> Tensor:

@@ -1,16 +1,11 @@
-"""Small codes for many vectors: the forms in which `sam_embed.embeddings.compact` stores embeddings.
+"""Small codes for many vectors, in which `sam_embed.embeddings.compact` stores embeddings.
 
-- `int8`: every channel on its own scale, 8 bits.
-- `pca`: rotated to principal axes, rounded to whole steps, then Huffman-coded, so that an axis along which vectors
-  hardly differ costs hardly anything. Rounding by one step s on all axes shifts a cosine by 0.29 s (std), however many
-  channels there are.
-- `pq`: product quantisation (Jegou et al., TPAMI 2011) of the rotated vectors (Ge et al., "Optimized product
-  quantization", TPAMI 2014, its parametric solution): each group of axes is one byte, the nearest of 256 codewords.
+Vectors are rotated to principal axes, rounded to whole steps, then Huffman-coded, so that an axis along which vectors
+hardly differ costs hardly anything. Rounding by one step s on all axes shifts a cosine by 0.29 s (std), however many
+channels there are. Axes are fitted to the case itself, so that a file needs no other; decoded vectors have all channels
+again and can be compared with any other case's.
 
-Axes and codewords are fitted to the case itself, so that a file needs no other; decoded vectors have all channels again
-and can be compared with any other case's.
-
-Legend: C channels, N vectors, K kept axes, G groups.
+Legend: C channels, N vectors, K kept axes.
 """
 
 import zlib
@@ -22,9 +17,6 @@ import torch
 from torch import Tensor
 
 NUM_FIT = 50_000  # vectors to which axes are fitted
-NUM_FIT_CODEWORDS = 16_000
-NUM_CODEWORDS = 256
-NUM_ROUNDS = 8  # of k-means
 NUM_RATE = 10_000  # vectors by which the bytes are foretold
 BLOCK = 1 << 13  # vectors in work at a time, even; 4 MB at 128 channels stay in cache
 LARGEST_CODE = 127
@@ -101,25 +93,6 @@ def principal_axes(sample: Tensor) -> tuple[Tensor, Tensor]:
     centred = sample - mean[:, None]
     _, axes = torch.linalg.eigh(centred @ centred.T / max(1, sample.shape[1]))
     return mean, axes.flip(1)
-
-
-def encode_int8(voxels: Voxels) -> Parts:
-    """Every channel on its own scale: `codes` of int8 [C, N], `scale` float32 [C]."""
-    scale = torch.full((voxels.values.shape[0],), 1e-6)
-    for first, last in blocks(len(voxels)):
-        scale = torch.maximum(scale, voxels.block(first, last).abs().amax(dim=1) / LARGEST_CODE)
-    codes = np.empty((len(scale), len(voxels)), dtype=np.int8)
-    for first, last in blocks(len(voxels)):
-        codes[:, first:last] = torch.round(voxels.block(first, last) / scale[:, None]).to(torch.int8).numpy()
-    return {"codes": squeeze(codes), "scale": scale}
-
-
-def decoder_of_int8(parts: Parts, num_channels: int, num_vectors: int) -> Decoder:
-    """The decoder of `encode_int8`: (first, last) -> float32 [C, last - first]."""
-    scale = parts["scale"][:, None]
-    _check(len(scale) == num_channels, f"{len(scale)} scales for {num_channels} channels")
-    codes = torch.from_numpy(expand(parts["codes"], (num_channels, num_vectors), np.int8).copy())
-    return lambda first, last: codes[:, first:last].float() * scale
 
 
 def pack_rows(codes: np.ndarray) -> tuple[np.ndarray, Parts]:
@@ -210,79 +183,6 @@ def decoder_of_pca(parts: Parts, num_channels: int, num_vectors: int) -> Decoder
     _check(len(axes) == len(mean) == num_channels, f"axes of {len(axes)} channels, expected {num_channels}")
     rows = unpack_rows(parts, axes.shape[1], num_vectors)
     return lambda first, last: torch.addmm(mean, axes, rows(first, last))
-
-
-def axis_groups(num_axes: int, num_groups: int) -> list[list[int]]:
-    """Which axes share a byte: dealt out to and fro, so that every group gets strong and weak ones."""
-    groups: list[list[int]] = [[] for _ in range(num_groups)]
-    for axis in range(num_axes):
-        turn, place = divmod(axis, num_groups)
-        groups[place if turn % 2 == 0 else num_groups - 1 - place].append(axis)
-    return groups
-
-
-def fit_codewords(points: Tensor, seed: int = 0) -> Tensor:
-    """k-means: float32 [NUM_CODEWORDS, n] for points [N, n]; with too few points some codewords repeat."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(points), generator=generator)
-    words = points[order[torch.arange(NUM_CODEWORDS) % len(points)]].clone()
-    for _ in range(NUM_ROUNDS):
-        nearest = nearest_codeword(points, words)
-        number = torch.bincount(nearest, minlength=NUM_CODEWORDS)
-        total = torch.zeros_like(words).index_add_(0, nearest, points)
-        words = torch.where(number[:, None] > 0, total / number.clamp_min(1)[:, None], words)
-    return words
-
-
-def nearest_codeword(points: Tensor, words: Tensor) -> Tensor:
-    """int64 [N]: the codeword nearest to each of points [N, n]."""
-    return torch.addmm(words.square().sum(dim=1), points, words.T, alpha=-2).argmin(dim=1)
-
-
-def encode_pq(voxels: Voxels, num_groups: int) -> Parts:
-    """One byte per group of principal axes.
-
-    Returns:
-        `codes` of uint8 [G, N], `words` float16 [256, C] (along the axes), `axes` float16 [C, C], `mean` float32 [C].
-
-    Raises:
-        ValueError: more groups than channels.
-    """
-    num_channels = voxels.values.shape[0]
-    if num_groups > num_channels:
-        raise ValueError(f"--pq_bytes {num_groups} is more than the {num_channels} channels; lower it or store int8")
-    mean, axes = principal_axes(voxels.sample(NUM_FIT))
-    axes = axes.half().float()
-    groups = axis_groups(num_channels, num_groups)
-    rotated = (axes.T @ (voxels.sample(NUM_FIT_CODEWORDS) - mean[:, None])).T
-    words = torch.empty(NUM_CODEWORDS, num_channels)
-    for group in groups:
-        words[:, group] = fit_codewords(rotated[:, group])
-    words = words.half().float()
-    codes = np.empty((num_groups, len(voxels)), dtype=np.uint8)
-    for first, last in blocks(len(voxels)):
-        rotated = (axes.T @ (voxels.block(first, last) - mean[:, None])).T
-        for number, group in enumerate(groups):
-            codes[number, first:last] = nearest_codeword(rotated[:, group], words[:, group]).numpy()
-    return {"codes": squeeze(codes), "words": words.half(), "axes": axes.half(), "mean": mean}
-
-
-def decoder_of_pq(parts: Parts, num_channels: int, num_vectors: int, num_groups: int) -> Decoder:
-    """The decoder of `encode_pq`: (first, last) -> float32 [C, last - first]."""
-    axes, words = parts["axes"].float(), parts["words"].float()
-    _check(axes.shape == (num_channels, num_channels), f"axes {tuple(axes.shape)}, expected {num_channels} channels")
-    _check(words.shape == (NUM_CODEWORDS, num_channels), f"codewords of shape {tuple(words.shape)}")
-    codes = torch.from_numpy(expand(parts["codes"], (num_groups, num_vectors), np.uint8).copy())
-    # Every codeword's vector in channels, so that a vector is a sum of G of them: float32 [G * 256, C].
-    table = torch.cat([words[:, group] @ axes[:, group].T for group in axis_groups(num_channels, num_groups)])
-    table[:NUM_CODEWORDS] += parts["mean"]
-    offset = NUM_CODEWORDS * torch.arange(num_groups)[:, None]
-
-    def decode(first: int, last: int) -> Tensor:
-        rows = (codes[:, first:last].int() + offset.int()).T.contiguous()
-        return torch.nn.functional.embedding_bag(rows, table, mode="sum").T
-
-    return decode
 
 
 def _check(holds: bool, complaint: str) -> None:
