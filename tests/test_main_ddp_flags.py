@@ -20,8 +20,8 @@ data_dir json_list output_dir embed_dir checkpoint_file batch_size lr epochs roi
 OURS = """
 method table_file store_dir spacing_mm pairing mask_block min_score max_cycle_mm max_spread_mm iou_range jitter_mm
 augment backbone feature_size casa_variant casa_heads casa_head_dim casa_hidden_dim casa_cosine_scale query_stride
-key_stride out_dim max_outside head_hidden_dim head_bottleneck_dim shared_head shared_head_teacher norm_last_layer cls_features
-recon_on student_temp teacher_temp warmup_teacher_temp warmup_teacher_temp_epochs
+key_stride out_dim max_outside head_hidden_dim head_bottleneck_dim shared_head shared_head_teacher norm_last_layer
+cls_features recon_on student_temp teacher_temp warmup_teacher_temp warmup_teacher_temp_epochs
 centring centre_momentum optimizer sgd_momentum clip_each steps_per_epoch accumulate_steps lr_reference_batch
 min_lr warmup_epochs weight_decay weight_decay_end clip_grad freeze_last_layer device precision use_checkpoint compile
 channels_last cudnn_benchmark profile_steps
