@@ -485,18 +485,19 @@ def many_cases(store: VolumeStore, num_cases: int) -> None:
         (store.store_dir / "cases" / f"{name}.json").write_text(json.dumps(plain | {"name": name}))
 
 
-def test_two_thousand_cases_open_quickly(store):
-    many_cases(store, 2000)
+def test_many_cases_open_faster_with_the_index(store):
+    many_cases(store, 1000)
+
+    def seconds_to_open(names=None) -> float:
+        start = time.perf_counter()
+        assert len(VolumeStore(store.store_dir, names)) == (1003 if names is None else len(names))
+        return time.perf_counter() - start
+
+    without = min(seconds_to_open() for _ in range(3))
     write_index(store.store_dir)
-    start = time.perf_counter()
-    opened = VolumeStore(store.store_dir)
-    seconds = time.perf_counter() - start
-    assert len(opened) == 2003
-    assert seconds < 2  # 0.1 s on an idle core
-    start = time.perf_counter()
-    names = [name for name in opened.names if name.startswith("copy")]
-    assert len(VolumeStore(store.store_dir, names)) == 2000
-    assert time.perf_counter() - start < 2
+    assert min(seconds_to_open() for _ in range(3)) < without
+    some = [f"copy{number:04d}" for number in range(1000)]
+    assert min(seconds_to_open(some) for _ in range(3)) < without
 
 
 def test_an_outdated_or_broken_index_does_no_harm(store):
