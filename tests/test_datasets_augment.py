@@ -99,3 +99,11 @@ def test_blur_equals_scipy(sigma):
 def test_impossible_options_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         AugmentOptions(**wrong)
+
+
+def test_a_window_never_gets_narrower_than_half():
+    augmenter = ViewAugmenter(dataclasses.replace(AugmentOptions(), window_prob=1.0, window_jitter_hu=300.0), -125, 225)
+    drawn = [augmenter._draw_window(np.random.RandomState(number), None) for number in range(200)]
+    widths = np.array([high - low for low, high in drawn])
+    assert widths.min() == pytest.approx(175) and widths.max() > 500
+    assert (widths > 175.1).mean() < 0.9, "the bound is reached often with so large a jitter"

@@ -243,6 +243,16 @@ def test_body_mask_has_lungs_but_no_table():
     assert np.abs(np.array([start[2], stop[2] - 1]) - true_columns[[0, -1]]).max() <= 1
 
 
+def test_the_gap_between_back_and_table_is_no_lung():
+    """Two thin rails join body and table; the hole between them is bounded by the body for a third of its length."""
+    y, x = np.mgrid[:120, :120]
+    slice_hu = np.where((y - 50) ** 2 + (x - 60) ** 2 < 30**2, 40, -1000)
+    slice_hu[100:102, 25:96] = 40
+    slice_hu[50:100, 33:35] = slice_hu[50:100, 85:87] = 40
+    mask = body_mask(np.repeat(slice_hu[None], 4, axis=0).astype(np.int16), (5.0, 2.0, 2.0))
+    assert mask[:, 50, 60].all() and not mask[:, 90, 60].any()
+
+
 def test_body_of_nothing_is_empty_and_its_box_is_everything():
     hu = np.full((5, 40, 40), -1024, np.int16)
     assert not body_mask(hu, (3, 3, 3)).any()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from datasets.ct.geometry import index_to_world, world_to_index
-from datasets.ct.nifti import CTReadError, read_ct, read_label, write_nifti
+from datasets.ct.nifti import CTReadError, read_ct, read_label, read_label_of, write_nifti
 from tests.shared import shared_file
 
 AFFINE = np.array([[-0.8, 0, 0, 100], [0, -0.9, 0, 120], [0, 0, 2.5, -300], [0, 0, 0, 1.0]])  # LPS
@@ -171,6 +171,39 @@ def test_nan_padding_is_air_and_noted(tmp_path, caplog):
         read_ct(save(tmp_path / "damaged.nii", padded))
     with pytest.raises(CTReadError, match="are not finite"):
         read_ct(save(tmp_path / "nothing.nii", np.full((12, 12, 12), np.nan, np.float32)))
+
+
+def test_mr_of_twelve_bits_is_refused(tmp_path):
+    """0 to 4095, the common range of MR: a few percent lie above the largest HU."""
+    mr = np.random.default_rng(0).integers(0, 4096, (12, 12, 12)).astype(np.uint16)
+    with pytest.raises(CTReadError, match="of voxels lie above 3071"):
+        read_ct(save(tmp_path / "mr.nii", mr))
+
+
+def test_scaled_wide_integers_keep_every_bit(tmp_path):
+    """Odd numbers above 2^24 are no float32."""
+    hu = hounsfield()
+    raw = hu.astype(np.int32) + 2**26
+    image = nib.Nifti1Image(raw, AFFINE)
+    image.header.set_slope_inter(1.0, -(2.0**26))
+    nib.save(image, tmp_path / "wide.nii")
+    patch_header(tmp_path / "wide.nii", scl_slope=1.0, scl_inter=-(2.0**26))
+    np.testing.assert_array_equal(read_ct(tmp_path / "wide.nii").array, read_ct(save(tmp_path / "hu.nii", hu)).array)
+
+
+@pytest.mark.parametrize(("voxels", "is_right"), [(0.4, True), (0.6, False), (3.0, False)])
+@pytest.mark.parametrize("axis", range(3))
+def test_labels_lie_on_their_image_to_half_a_voxel(tmp_path, axis, voxels, is_right):
+    isotropic = np.diag([-2.0, -2.0, 2.0, 1.0])
+    image = read_ct(save(tmp_path / "ct.nii", hounsfield(), isotropic))
+    shifted = isotropic.copy()
+    shifted[axis, 3] += 2 * voxels
+    path = save(tmp_path / "label.nii", np.zeros((6, 7, 8), np.uint8), shifted)
+    if is_right:
+        assert read_label_of(image, path).shape == image.shape
+    else:
+        with pytest.raises(CTReadError, match=f"label lies {2 * voxels:.1f} mm beside its image"):
+            read_label_of(image, path)
 
 
 def test_qform_is_used_where_there_is_no_sform(tmp_path):

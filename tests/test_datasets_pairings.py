@@ -9,7 +9,7 @@ import pytest
 from datasets.ct.geometry import world_to_index
 from datasets.samples.correspondence_files import ROW_DTYPE
 from datasets.samples.correspondences import CorrespondenceTable
-from datasets.samples.crops import centre_mm, crop_iou, cut, start_at
+from datasets.samples.crops import centre_mm, crop_iou, cut, shared_shift_mm, start_at
 from datasets.samples.dataset import summarise_places
 from datasets.samples.pairings import PAIRINGS, IouPairing, PairingOptions, Places, RandomPairing
 from tests.fakes import ROI, FakeStore, make_dataset, make_store, make_table
@@ -104,6 +104,20 @@ def test_both_crops_lie_off_their_points_by_one_vector_that_jitter_mm_bounds():
         assert np.allclose(offset, places.points_mm[1] - table.rows["key_mm"][0], atol=1e-4)
         moved.append(offset)
     assert 4.0 < np.abs(moved).max() <= 6.0 and np.ptp(moved, axis=0).min() > 6.0
+
+
+def test_where_no_shift_serves_both_cases_both_overhang_alike():
+    store = make_store(2)
+    first, second = store.record("case0"), store.record("case1")
+    roi = (16, 24, 32)
+    middle = (np.array(first.shape) - roi) // 2
+    below, above = middle.copy(), middle.copy()
+    below[0], above[0] = -8, first.shape[0] - roi[0] + 4  # 8 voxels below the one body, 4 above the other
+    points = centre_mm(first, below, roi), centre_mm(second, above, roi)
+    shift = shared_shift_mm(first, points[0], second, points[1], roi, 0.0)
+    np.testing.assert_allclose(shift, [0, 0, (8 - 4) / 2 * 2.0], atol=1e-9)  # voxels of 2 mm along z
+    starts = start_at(first, points[0] + shift, roi)[0], start_at(second, points[1] + shift, roi)[0]
+    assert starts == (-6, first.shape[0] - roi[0] + 6)
 
 
 def test_query_crops_lie_anywhere_in_the_body_as_random_ones_do():

@@ -148,3 +148,15 @@ def test_cache_keeps_the_last_used(tmp_path):
     assert cache["b"].name == "b" and cache["a"] is first
     assert cache["c"].name == "c"  # pushes out b, which was used before a
     assert cache["a"] is first and list(cache._kept) == ["c", "a"]
+
+
+def test_the_input_keeps_a_margin_of_air_around_the_body():
+    """Skin is seen against air, as in training."""
+    hu = np.full((20, 40, 40), -1000, np.int16)
+    hu[5:15, 10:30, 12:28] = 40
+    info = EmbedderInfo(spacing_mm=(4.0, 3.0, 2.0))
+    affine = np.array([[0, 0, -2.0, 0], [0, -3.0, 0, 0], [4.0, 0, 0, 0], [0, 0, 0, 1]])
+    tensor, placed, body = prepare(Volume(hu, affine, "ct"), info)
+    assert tensor.shape[2:] == body.shape == (10 + 2 * 2, 20 + 2 * 3, 16 + 2 * 4)  # at least 8 mm on every side
+    assert body[2:-2, 3:-3, 4:-4].all() and body.sum() == 10 * 20 * 16
+    np.testing.assert_allclose(index_to_world(placed, [0, 0, 0]), index_to_world(affine, [3, 7, 8]))

@@ -183,3 +183,20 @@ def test_embeddings_of_different_weights_are_not_compared():
     other = Embedding("b", query.fine, query.coarse, FINE_AFFINE, query.coarse_affine, fingerprint="other")
     with pytest.raises(ValueError, match="different weights"):
         match_points(query, other, np.zeros((1, 3)))
+
+
+def test_of_equally_similar_voxels_the_first_is_taken_by_every_search(monkeypatch):
+    monkeypatch.setattr(search, "WORTHWHILE", 2.0)  # tiles, however little they save
+    monkeypatch.setattr(search, "TILE_VOX", 200)
+    fine = torch.zeros(2, 16, 16, 32, dtype=torch.float16)
+    fine[1] = 1
+    first = (0, 3, 20)  # in a later tile than the next one, but before it
+    for place in (first, (5, 1, 1), (9, 9, 9)):
+        fine[:, place[0], place[1], place[2]] = torch.tensor([1.0, 0.0])
+    coarse = torch.zeros(2, 8, 8, 16, dtype=torch.float16)
+    coarse[0] = 1
+    key = Embedding("key", fine, coarse, FINE_AFFINE, FINE_AFFINE @ np.diag([2.0, 2.0, 2.0, 1.0]))
+    vectors = search.QueryVectors(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), None)
+    for find in (search.search_all, search.search_where_possible):
+        where, score = find(vectors, key, 64)
+        assert np.unravel_index(int(where), (16, 16, 32)) == first and float(score) == 1.0

@@ -191,7 +191,8 @@ def _read_voxels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     slope, intercept = header.get_slope_inter()
     if slope is not None and (slope, intercept) != (1, 0):
         # float32 is exact for every HU; 64 bits are kept where the file itself has more than 24 bits of mantissa.
-        wide = np.float64 if dtype.itemsize > 4 else np.float32
+        num_bits = np.finfo(dtype).nmant if dtype.kind == "f" else 8 * dtype.itemsize
+        wide = np.float64 if num_bits > 24 else np.float32
         raw = raw.astype(wide) * wide(slope) + wide(intercept)
     return raw, affine
 
