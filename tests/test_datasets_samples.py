@@ -290,7 +290,7 @@ def test_a_damaged_chunk_costs_its_own_crops_only_whatever_was_read_before(tmp_p
     build_store(cases, tmp_path / "store", progress=False)
     file = tmp_path / "store" / "cases" / "case1.b2nd"
     content = bytearray(file.read_bytes())
-    first, last = int(0.55 * len(content)), int(0.6 * len(content))  # within the second chunk
+    first, last = int(0.6 * len(content)), int(0.8 * len(content))  # within the second chunk
     content[first:last] = bytes(last - first)
     file.write_bytes(content)
     dataset = make_dataset("random", VolumeStore(tmp_path / "store"), seed=5)

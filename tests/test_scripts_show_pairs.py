@@ -82,6 +82,15 @@ def test_pairs_are_those_of_the_lists_training_cases(folder, capsys):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_matched_pairs_of_a_store_with_native_spacing_are_noted(folder, caplog):
+    (folder / "both.json").write_text(json.dumps({"training": [f"{name}.nii.gz" for name in ("a", "b")]}))
+    words = ["--store_dir", f"{folder}/store", "--embed_dir", f"{folder}/embed", "--data_dir", str(folder)]
+    words += ["--json_list", f"{folder}/both.json", "--output_dir", f"{folder}/run", *SMALL[:8]]
+    for pairing, is_noted in (("iou", False), ("sam", True)):
+        open_data(main_ddp.make_flags().parse_args([*words, "--pairing", pairing]), Alice, World())
+        assert ("keeps each volume's own spacing: the two crops of a --pairing sam" in caplog.text) == is_noted
+
+
 def test_iou_sheet_of_student_views(folder, capsys):
     output = folder / "iou.png"
     main(["--store_dir", f"{folder}/store", "--pairing", "iou", "--view", "student", "--output", str(output), *SMALL])

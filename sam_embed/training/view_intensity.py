@@ -4,7 +4,6 @@ Yan et al., "SAM", TMI 2022, Sec. III-A use noise and blur. Contrast agents chan
 for each, so a view may also pass through a random intensity curve and get smooth additive fields in its soft tissue.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from datasets.samples.augment import gaussian_blur
 
 SOFT_TISSUE_HU = (-30.0, 300.0)
 CURVE_KNOTS_HU = (-1024.0, -500.0, -120.0, -20.0, 30.0, 80.0, 180.0, 350.0, 900.0, 3071.0)
@@ -49,7 +50,8 @@ def change_intensity(
         weight = soft_tissue_weight(view_hu)
         view_hu = view_hu + weight * smooth_field(view_hu.shape, spacing_mm, options.field_hu, rng)
     if options.blur_vox > 0:
-        view_hu = blur(view_hu, [float(uniform(rng, 0.0, options.blur_vox)) for _ in range(3)])
+        sigmas_vox = [float(uniform(rng, 0.0, options.blur_vox)) for _ in range(3)]
+        view_hu = gaussian_blur(view_hu[None], sigmas_vox)[0]
     if options.noise_hu > 0:
         amount = float(uniform(rng, 0.0, options.noise_hu))
         view_hu = view_hu + torch.randn(view_hu.shape, generator=rng) * amount
@@ -77,19 +79,3 @@ def smooth_field(shape: Sequence[int], spacing_mm: Sequence[float], most_hu: flo
     amount = most_hu * float(uniform(rng, 0.0, 1.0))
     lattice = torch.randn((1, 1, *nodes), generator=rng) * amount
     return F.interpolate(lattice, size=tuple(shape), mode="trilinear", align_corners=True)[0, 0]
-
-
-def blur(view_hu: Tensor, sigmas_vox: list[float]) -> Tensor:
-    """Separable Gaussian blur [D, H, W] with one standard deviation (voxels) per axis; 0.2 and less does nothing."""
-    smooth = view_hu[None, None]
-    for axis, sigma in enumerate(sigmas_vox):
-        if sigma <= 0.2:
-            continue
-        reach = max(1, math.ceil(2.5 * sigma))
-        kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-        sizes, padding = [1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]
-        sizes[axis + 2] = -1
-        padding[2 * (2 - axis)] = padding[2 * (2 - axis) + 1] = reach
-        padded = F.pad(smooth, padding, mode="replicate")
-        smooth = F.conv3d(padded, (kernel / kernel.sum()).view(sizes))
-    return smooth[0, 0]
