@@ -40,7 +40,7 @@ from datasets.lists.label_classes import LabelClasses, read_classes
 from datasets.lists.splits import choose_labelled, split_held_out
 from datasets.samples.labelled import SegmentationAugment, SegmentationCropDataset
 from datasets.samples.loader import make_pair_loader
-from datasets.store.arrays import checksum_of
+from datasets.store.format import checksum_of
 from datasets.store.volumes import VolumeStore, build_store, parse_spacing, spacing_text
 from engine import distributed
 from engine.checkpoint import describe_resumed, find_wanted, load_checkpoint, set_aside

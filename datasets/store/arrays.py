@@ -4,7 +4,6 @@ Whole files have a BLAKE2b checksum, which scripts/prepare_volumes.py compares w
 which every crop compares: without it, most flipped bits are read as other voxels.
 """
 
-import hashlib
 import zlib
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from datasets.store.format import (
     CaseRecord,
     StoreError,
     case_file,
+    checksum_of,
 )
 
 # One thread: a DataLoader worker or a builder is one of many processes, and a pool of threads does not survive a fork.
@@ -104,11 +104,6 @@ def _check_chunks(array: blosc2.NDArray, region: tuple[slice, ...], expected: st
     for position, content in parts:
         if f"{zlib.crc32(content):08x}" != expected[8 * position : 8 * position + 8]:
             raise StoreError(f"{path}: a checksum differs: the file was damaged or stored anew. {REBUILD_ADVICE}")
-
-
-def checksum_of(content: bytes) -> str:
-    """A digest of a compressed file."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def check_file(path: Path, expected: str) -> None:

@@ -25,7 +25,7 @@ from datasets.ct.images import RADIOGRAPH, read_image, read_labels_of
 from datasets.ct.nifti import CTReadError
 from datasets.ct.radiograph import Radiograph
 from datasets.lists.data_list import Case, is_file_name, kind_of_cases
-from datasets.store.arrays import check_file, checksum_of, chunk_checksums, compress, files_of
+from datasets.store.arrays import check_file, chunk_checksums, compress, files_of
 from datasets.store.files import FileWriteError, exclusive, remove_asides, write_bytes, write_text
 from datasets.store.format import (
     ARRAY,
@@ -34,6 +34,7 @@ from datasets.store.format import (
     CaseRecord,
     StoreError,
     case_file,
+    checksum_of,
     create_settings,
     read_manifest,
     read_records,

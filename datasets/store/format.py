@@ -9,6 +9,7 @@
 <store>/failures.json         cases that could not be stored, with the reason
 """
 
+import hashlib
 import json
 import zlib
 from dataclasses import MISSING, dataclass, fields
@@ -141,6 +142,11 @@ def is_same_volume(one: str, other: str) -> bool | None:
 def case_file(store_dir: Path, name: str, suffix: str) -> Path:
     """A file of a case: its ARRAY, LABEL or MANIFEST."""
     return store_dir / "cases" / f"{name}{suffix}"
+
+
+def checksum_of(content: bytes) -> str:
+    """A digest of a compressed file."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def spacing_text(spacing_mm: tuple[float, float, float] | None) -> str:
