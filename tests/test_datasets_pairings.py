@@ -11,7 +11,7 @@ from datasets.samples.correspondence_files import ROW_DTYPE
 from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.crops import centre_mm, crop_iou, cut, shared_shift_mm, start_at
 from datasets.samples.dataset import summarise_places
-from datasets.samples.pairings import PAIRINGS, IouPairing, PairingOptions, Places, RandomPairing
+from datasets.samples.pairings import PAIRINGS, IouPairing, PairingOptions, Places, RandomPairing, SamPairing
 from tests.fakes import ROI, FakeStore, make_dataset, make_store, make_table
 
 EXACT = {"max_outside": 0.0, "jitter_mm": 0.0}
@@ -317,3 +317,17 @@ def test_random_pairs_are_of_two_patients():
     drawn = [plain.draw_places(np.random.default_rng(seed), 0).names[1] for seed in range(20)]
     expected = [f"case{int(np.random.default_rng(seed).integers(1, 6))}" for seed in range(20)]
     assert drawn == expected, "without groups the draws are as ever"
+
+
+def test_matches_within_one_patient_are_not_used():
+    """Of a table that was mined before the list knew patients."""
+    store = make_store(4)
+    patient_of = {"case0": "one", "case1": "one"}
+    plain = SamPairing(store, store.names, ROI, PairingOptions(min_score=0.0), make_table(store, num=200))
+    pairing = SamPairing(store, store.names, ROI, PairingOptions(min_score=0.0), plain.table, patient_of)
+
+    def met(rule) -> set[frozenset]:
+        rows = rule.table.rows[rule.selection.rows]
+        return {frozenset(pair) for pair in zip(rows["query_case"].tolist(), rows["key_case"].tolist())}
+
+    assert met(plain) - met(pairing) == {frozenset({0, 1})} and len(met(pairing)) == 5

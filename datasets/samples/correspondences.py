@@ -232,6 +232,7 @@ class CorrespondenceTable:
         max_cycle_mm: float = ANY_MM,
         max_spread_mm: float = ANY_MM,
         allowed: np.ndarray | None = None,
+        patients: np.ndarray | None = None,
     ) -> Selection:
         """The rows good enough to crop around.
 
@@ -240,6 +241,7 @@ class CorrespondenceTable:
             max_cycle_mm: largest cycle error in mm that passes (`ANY_MM` = every row, also those never measured).
             max_spread_mm: largest spread in mm that passes, likewise.
             allowed: bool [num_cases]; rows with either case outside of it are dropped. None = every case.
+            patients: int [num_cases], a number for each case's patient; rows within one patient are dropped.
         """
         kept = []
         counts = np.zeros(len(self.case_names), dtype=np.int64)
@@ -249,6 +251,8 @@ class CorrespondenceTable:
             passing &= within(chunk["cycle_mm"], max_cycle_mm) & within(chunk["spread_mm"], max_spread_mm)
             if allowed is not None:
                 passing &= allowed[chunk["query_case"]] & allowed[chunk["key_case"]]
+            if patients is not None:
+                passing &= patients[chunk["query_case"]] != patients[chunk["key_case"]]
             kept.append((np.flatnonzero(passing) + start).astype(index_type))
             counts += np.bincount(chunk["query_case"][passing], minlength=len(counts))
         rows = np.concatenate(kept) if kept else np.zeros(0, index_type)

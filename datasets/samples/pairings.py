@@ -294,7 +294,9 @@ class SamPairing(Pairing):
         used = set(self.names)
         allowed = np.array([name in used for name in self.table.case_names])
         limits = self.options.min_score, self.options.max_cycle_mm, self.options.max_spread_mm
-        selection = self.table.select(*limits, allowed)
+        patient_of = dict(zip(self.names, self.patients))
+        patients = np.unique([patient_of.get(name, name) for name in self.table.case_names], return_inverse=True)[1]
+        selection = self.table.select(*limits, allowed, patients)
         if len(selection.rows) == 0:
             logger.warning(
                 "no correspondence of these %d cases passes --min_score %g, --max_cycle_mm %g and --max_spread_mm %g "
