@@ -17,7 +17,7 @@ from datasets.samples.loader import make_pair_loader
 from datasets.samples.masks import MaskOptions
 from datasets.samples.pairings import PAIRINGS, PairingOptions
 from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
-from datasets.store.arrays import checksum_of
+from datasets.store.format import checksum_of
 from datasets.store.volumes import VolumeStore, fill_store, parse_spacing
 from engine import distributed
 from engine.distributed import World

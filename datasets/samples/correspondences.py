@@ -32,9 +32,8 @@ from datasets.samples.correspondence_files import (
     read_header,
     with_spread,
 )
-from datasets.store.arrays import checksum_of
 from datasets.store.files import write_bytes, write_text
-from datasets.store.format import is_same_volume
+from datasets.store.format import checksum_of, is_same_volume
 
 ANY_MM = 1e6  # a limit this large is off: it passes every row, also one that was not measured
 
