@@ -14,7 +14,7 @@ from benchmarks.results import Rows, benchmark_parser, chosen, command, table
 # Modules with make_flags() (with --quick), run(flags) -> figures, and rows(figures) -> lines of the table.
 BENCHMARKS = (
     *("volume_store", "store_building", "matching", "pairing", "embedding_storage", "embedding_speed"),
-    *("pretrain_step", "step_overheads", "data_wait"),
+    *("pretrain_step", "step_overheads", "method_steps", "data_wait"),
 )
 
 

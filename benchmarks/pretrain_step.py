@@ -57,6 +57,7 @@ from engine.run import RunState
 from models.backbones import BACKBONES
 from models.layers.window_attention import use_fast_window_attention
 from models.methods.alice import Alice, AliceOptions
+from models.methods.method import Method
 
 GB = 2**30
 NOW = {"lr": 1e-4, "weight_decay": 0.04, "teacher_temp": 0.07, "momentum_teacher": 0.996, "last_layer_frozen": 0.0}
@@ -202,10 +203,7 @@ class Bench:
         return (self.clock() - started) / num_steps
 
     def clock(self) -> float:
-        """Now, after the device has done all that was asked of it."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return clock(self.device)
 
     def make_training(self, setting: Setting) -> Callable[[int], object]:
         """A function that trains so many further steps; it raises an error when a loss or gradient is not finite."""
@@ -224,14 +222,29 @@ class Bench:
         optimizer = make_optimizer(
             method.student, NOW["lr"], NOW["weight_decay"], device, fused=setting.fused_optimizer
         )
-        run = RunState(method, optimizer, make_scaler(setting.precision, device))
-        batches = itertools.repeat(synthetic_batch(setting.num_pairs, setting.roi, device))
+        batch = synthetic_batch(setting.num_pairs, setting.roi, device)
+        return training(method, optimizer, batch, setting.precision, device)
 
-        def train(num_steps: int) -> None:
-            options = LoopOptions(run.step + num_steps, steps_per_epoch=sys.maxsize, precision=setting.precision)
-            pretrain(run, method, CASES, batches, SCHEDULES, options, HOOKS, World(device=device), SilentLog())
 
-        return train
+def training(
+    method: Method, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], precision: str, device: torch.device
+) -> Callable[[int], object]:
+    """A function that trains so many further steps on one batch, by the loop that real runs take."""
+    run = RunState(method, optimizer, make_scaler(precision, device))
+    batches = itertools.repeat(batch)
+
+    def train(num_steps: int) -> None:
+        options = LoopOptions(run.step + num_steps, steps_per_epoch=sys.maxsize, precision=precision)
+        pretrain(run, method, CASES, batches, SCHEDULES, options, HOOKS, World(device=device), SilentLog())
+
+    return train
+
+
+def clock(device: torch.device) -> float:
+    """Now in seconds, after the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def make_alice(
