@@ -79,13 +79,22 @@ def test_memory_of_a_step_is_what_its_tensors_take_at_one_time() -> None:
     assert kept_bytes(layer, optimizer) == 800
 
 
+def test_ratios_are_those_of_each_round_and_rounds_change_their_order() -> None:
+    assert method_steps.median_ratio({"ours": [1.0, 2.0, 1.0], "public": [3.0, 2.0, 2.0]}) == 2
+    order = []
+    steps = {name: lambda num_steps, name=name: order.append(name) for name in ("ours", "public")}
+    seconds, cpu_seconds = method_steps.alternate(steps, 2, CPU)
+    assert order == ["ours", "public", "public", "ours"]
+    assert all(len(values) == 2 for found in (seconds, cpu_seconds) for values in found.values())
+
+
 def test_figures_of_a_quick_run(tmp_path) -> None:
     pytest.importorskip("segmentation_models_pytorch")
     output = tmp_path / "found.json"
     method_steps.main(["--quick", "--device", "cpu", "--methods", "[caid]", "--output", str(output)])
     found = json.loads(output.read_text())
     figures = found["methods"]["caid"]
-    assert figures["speedup"] > 0 and figures["crop"] == [1, 32, 32]
+    assert figures["speedup"] > 0 and figures["cpu_speedup"] > 0 and figures["crop"] == [1, 32, 32]
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in figures["seconds"].values())
     assert figures["memory_ratio"] < 1, "the public form's teacher has a decoder"
     lines = method_steps.rows(found)
