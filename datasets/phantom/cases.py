@@ -37,6 +37,7 @@ from datasets.phantom.skeleton import paint_skeleton
 from datasets.phantom.trunk import paint_trunk
 from datasets.store.files import write_bytes, write_text
 
+GENERATOR = 1  # version of everything that decides how a phantom looks; results of different versions differ
 SLAB_VOXELS = 3_000_000
 PADDING_HU = -3024
 
@@ -223,6 +224,7 @@ def write_case(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -
         "scan_range": scan.range_name,
         "seed": [case.seed, int(case.labelled), case.index],
         "full_size": case.full_size,
+        "generator": GENERATOR,
     }
     write_text(files["landmarks"], json.dumps(record, indent=1) + "\n")
     return True

@@ -1,0 +1,194 @@
+"""Carrying labels from labelled scans to a new one: dense maps to several references, and a weighted vote.
+
+Every reference is mapped to the scan (`sam_embed.matching.dense`), its labels are read at the mapped places, and the
+references vote with their trust. A place that the map puts outside of a reference gets no vote from it. Maps are found
+on a grid of about 8 mm, votes are counted on the caller's grid or on one of about 3 mm and interpolated from there, so
+that time and memory grow little with the size of the scan. No files, no network: embeddings, label maps and affines.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from datasets.ct.geometry import mask_box, spacing_of, world_to_index
+from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.matching.dense import DenseMap, make_nodes, map_nodes
+from sam_embed.matching.match import check_same_network
+from sam_embed.matching.search import linear_weights
+
+NODE_MM = 8.0
+VOTE_MM = 3.0
+BACKGROUND = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A labelled volume.
+
+    Attributes:
+        embedding: of the volume, by the same weights as the scan's.
+        labels: integers, 0 or more, [D, H, W]; 0 is background.
+        affine: [4, 4], index (d, h, w) in `labels` -> world mm; the grid need not be the embedding's.
+    """
+
+    embedding: Embedding
+    labels: np.ndarray
+    affine: np.ndarray
+
+
+class Carried(NamedTuple):
+    """Labels carried to a scan.
+
+    Attributes:
+        labels: [D, H, W], the references' dtype; 0 where background won or nobody voted.
+        confidence: float32 [D, H, W], 0 to 1: the votes for this label, weighted by trust, over the references.
+    """
+
+    labels: np.ndarray
+    confidence: np.ndarray
+
+
+def carry_labels(
+    scan: Embedding,
+    references: Sequence[Reference],
+    shape: Sequence[int],
+    affine: np.ndarray,
+    node_mm: float = NODE_MM,
+    vote_mm: float = VOTE_MM,
+) -> Carried:
+    """Label a scan by references.
+
+    Args:
+        scan: embedding of the scan.
+        references: one or more; each is used and can be dropped before the next (a generator-like sequence is fine).
+        shape, affine: the grid to label, (D, H, W) and index -> world mm of the scan; in any orientation.
+        node_mm: distance of the nodes that are matched, mm.
+        vote_mm: votes are counted on voxels of at least this size, mm, and interpolated to the grid.
+
+    Raises:
+        ValueError: no reference, embeddings by different weights, or labels that are no three-dimensional integers.
+    """
+    votes, values, _ = count_votes(scan, references, *_coarser_grid(shape, affine, vote_mm), node_mm)
+    return _winners(votes, values, references[0].labels.dtype, tuple(int(size) for size in shape))
+
+
+def count_votes(
+    scan: Embedding,
+    references: Sequence[Reference],
+    shape: Sequence[int],
+    affine: np.ndarray,
+    node_mm: float = NODE_MM,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The votes of references for every label at every voxel of a grid.
+
+    Args:
+        as for `carry_labels`.
+
+    Returns:
+        votes: float32 [K, D, H, W], mean over references of trust where this label was read, 0 to 1;
+        values: the K labels, ascending, 0 first;
+        reach: float32 [D, H, W], share of the references that reach a voxel.
+    """
+    if not len(references):
+        raise ValueError("carrying labels needs at least one labelled reference")
+    values = np.array([BACKGROUND])
+    for reference in references:
+        values = np.union1d(values, _checked_values(reference))
+    shape = tuple(int(size) for size in shape)
+    votes = np.zeros((len(values), int(np.prod(shape))), dtype=np.float32)
+    reach = np.zeros(int(np.prod(shape)), dtype=np.float32)
+    nodes = make_nodes(scan, node_mm)
+    for reference in references:
+        check_same_network(scan, reference.embedding)
+        found = map_nodes(nodes, make_nodes(reference.embedding, node_mm))
+        places_mm, trust = sample_map(found, shape, affine)
+        label, exists = _labels_at(reference, places_mm)
+        where = np.flatnonzero(exists)
+        votes[np.searchsorted(values, label[where]), where] += trust[where]
+        reach[where] += 1
+    share = np.float32(1 / len(references))
+    return (votes * share).reshape(-1, *shape), values, (reach * share).reshape(shape)
+
+
+def sample_map(found: DenseMap, shape: tuple[int, int, int], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Interpolate a dense map to a grid of the scan.
+
+    Returns:
+        Places float32 [N, 3], world mm in the other volume, and trust float32 [N], for all N = D * H * W voxels.
+    """
+    index = torch.from_numpy(np.linalg.inv(found.affine) @ np.asarray(affine, dtype=np.float64)).float()
+    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in shape), indexing="ij")
+    nodes = torch.stack([sum(index[row, k] * axes[k] for k in range(3)) + index[row, 3] for row in range(3)], dim=-1)
+    size = torch.tensor(found.trust.shape, dtype=torch.float32)
+    nodes = (2 * nodes + 1) / size - 1  # grid_sample's coordinates: -1 and 1 are the outer faces of the outer nodes
+    maps = np.concatenate([found.places_mm, found.trust[..., None]], axis=-1)
+    maps = torch.from_numpy(np.moveaxis(maps, -1, 0).copy())[None]
+    sampled = F.grid_sample(maps, nodes.flip(-1)[None], mode="bilinear", padding_mode="border", align_corners=False)
+    sampled = sampled[0].flatten(1).numpy()
+    return sampled[:3].T, sampled[3]
+
+
+def _checked_values(reference: Reference) -> np.ndarray:
+    labels = reference.labels
+    if labels.ndim != 3 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels of {reference.embedding.name!r}: expected integers [D, H, W], got {labels.dtype} {labels.shape}"
+        )
+    values = np.unique(labels)
+    if len(values) and values[0] < 0:
+        raise ValueError(f"labels of {reference.embedding.name!r}: expected 0 or more, got {values[0]}")
+    return values
+
+
+def _labels_at(reference: Reference, places_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The label of the voxel nearest to each place [N], and whether the place lies in the volume."""
+    index = np.rint(world_to_index(reference.affine, places_mm)).astype(np.int64)
+    size = np.array(reference.labels.shape)
+    exists = ((index >= 0) & (index < size)).all(axis=1)
+    d, h, w = np.clip(index, 0, size - 1).T
+    return reference.labels[d, h, w], exists
+
+
+def _coarser_grid(shape: Sequence[int], affine: np.ndarray, least_mm: float) -> tuple[tuple[int, int, int], np.ndarray]:
+    """A grid over the same box whose voxels are at least `least_mm` large, but for rounding."""
+    size = np.asarray(shape) * spacing_of(affine)
+    coarse = np.minimum(np.maximum(1, np.rint(size / least_mm)), shape).astype(int)
+    factor = np.asarray(shape) / coarse
+    step = np.diag([*factor, 1.0])
+    step[:3, 3] = (factor - 1) / 2
+    return tuple(int(n) for n in coarse), np.asarray(affine, dtype=np.float64) @ step
+
+
+def _winners(votes: np.ndarray, values: np.ndarray, dtype: np.dtype, shape: tuple[int, int, int]) -> Carried:
+    """The label with most votes at every voxel of a finer grid over the same box; votes are interpolated linearly."""
+    weights = [_upsampling(coarse, fine) for coarse, fine in zip(votes.shape[1:], shape)]
+    confidence = _upsample(votes[0], weights)
+    labels = np.zeros(shape, dtype=dtype)
+    for vote, value in zip(votes[1:], values[1:]):
+        if not vote.any():
+            continue
+        voted = [slice(*ends) for ends in zip(*mask_box(vote > 0))]
+        parts = [weight[:, part] for weight, part in zip(weights, voted)]
+        box = tuple(slice(*np.flatnonzero(part.any(axis=1))[[0, -1]] + (0, 1)) for part in parts)
+        fine = _upsample(vote[tuple(voted)], [part[rows] for part, rows in zip(parts, box)])
+        better = fine > confidence[box]
+        labels[box][better] = value
+        np.maximum(confidence[box], fine, out=confidence[box])
+    return Carried(labels, confidence)
+
+
+def _upsampling(num_coarse: int, num_fine: int) -> np.ndarray:
+    """Linear interpolation between grids over the same length, as a matrix [num_fine, num_coarse]."""
+    positions = (np.arange(num_fine) + 0.5) * num_coarse / num_fine - 0.5
+    return linear_weights(positions, num_coarse)[1]
+
+
+def _upsample(values: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
+    """Interpolate [d, h, w] along each axis by the matrices [D, d], [H, h], [W, w]."""
+    along_d, along_h, along_w = weights
+    in_slice = along_h @ (values @ along_w.T)
+    return (along_d @ in_slice.reshape(len(values), -1)).reshape(len(along_d), *in_slice.shape[1:])
