@@ -6,9 +6,10 @@
 
 A default case takes about 3 s on one core: 112-144 pixels a side, up to 125 slices of 1.5-5 mm, 1-3 MB.
 Finished cases are kept, so a run that was stopped goes on where it was; a larger --num_unlabelled adds cases.
-Each case: CT (and labels 1-13), landmarks/<case>.json with named landmarks in world mm.
+Each case: CT (and labels 1-13), landmarks/<case>.json with named landmarks in world mm, and what is unusual about it.
 A radiograph is the projection of a patient: images/<case>.png (and labels/<case>.png: 1-13, 14 the lungs), about
-200 x 200 pixels of 2 mm, some 6 s on one core; dataset.json names all of them.
+200 x 200 pixels of 2 mm, some 11 s on one core. dataset.json names the version of the generator; data sets of different
+versions are not comparable.
 """
 
 import sys
@@ -18,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.phantom.cases import list_cases, write_dataset
 from datasets.phantom.radiographs import list_radiographs, write_radiographs
-from engine.flags import RunInfo, add_switch, make_parser, run_main
+from datasets.phantom.variants import Shares
+from engine.flags import RunInfo, add_options, add_switch, make_parser, options_of, run_main
 
 
 def make_flags():
@@ -38,6 +40,7 @@ def make_flags():
     )
     add_switch(group, "--radiographs", False, "chest and abdomen X-rays as PNG instead of CT; --full_size: 1 mm pixels")
     add_switch(group, "--save_atlas_map", False, "also write atlas_maps/<case>.npz: every voxel's atlas mm (RAS order)")
+    add_options(parser.add_argument_group("variants of anatomy and artefacts"), Shares)
     return parser
 
 
@@ -48,8 +51,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--{name} must be 0 or more, got {getattr(flags, name)}")
     if flags.radiographs and flags.save_atlas_map:
         raise ValueError("--save_atlas_map is of CT: leave it away, or --radiographs")
+    shares = options_of(flags, Shares)
     list_all = list_radiographs if flags.radiographs else list_cases
-    cases = list_all(flags.num_unlabelled, flags.num_labelled, flags.seed, flags.full_size)
+    cases = list_all(flags.num_unlabelled, flags.num_labelled, flags.seed, flags.full_size, shares)
     if not cases:
         raise ValueError("nothing to make: --num_unlabelled and --num_labelled are both 0")
     if flags.radiographs:

@@ -19,7 +19,9 @@ from datasets.phantom.cases import (
 )
 from datasets.phantom.deform import MIN_DETERMINANT
 from datasets.phantom.landmarks import atlas_landmarks
-from datasets.phantom.patient import ORIENTATIONS, PHASES, SCAN_RANGES, TISSUE_HU
+from datasets.phantom.patient import PHASES, TISSUE_HU
+from datasets.phantom.scan import ORIENTATIONS, SCAN_RANGES
+from datasets.phantom.variants import Shares
 from scripts.make_phantom_dataset import main
 from tests.phantom_facts import LABEL_HU_RANGE, ORGAN_LANDMARKS
 
@@ -29,7 +31,7 @@ SEED = 7  # its first four cases meet all contrast phases and four orientations
 
 def tiny(index: int, labelled: bool = True, range_name: str | None = "abdomen", coarsen: float = TINY) -> PhantomCase:
     name = f"FLARE22_Tr_{index:04d}" if labelled else f"Case_{index:05d}"
-    return PhantomCase(name, SEED, index, labelled, range_name=range_name, coarsen=coarsen)
+    return PhantomCase(name, SEED, index, labelled, range_name=range_name, coarsen=coarsen, shares=Shares.none())
 
 
 def read_written(out_dir, case: PhantomCase):

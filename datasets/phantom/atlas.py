@@ -122,6 +122,13 @@ VERTEBRAE = (
     ("L4", 22, 35, 25, 18, 27.5),
     ("L5", 16, 0, 26, 18, 26.5),
 )
+SACRUM = (
+    ((1, -31, 27, 16), (-14, -56, 23, 12), (-30, -78, 19, 9))
+    + ((-43, -98, 15, 7), (-49, -117, 11, 6), (-46, -134, 6, 4))
+)  # fmt: skip
+
+# With the sixth lumbar vertebra that some patients have in the place of the first sacral one.
+SPINE = (*VERTEBRAE, ("L6", 1, -31, 26, 17, 22))
 
 
 def _ridge() -> np.ndarray:
@@ -139,10 +146,10 @@ _RIDGE = _ridge()
 
 
 def vertebra_frame(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centre, forward and upward unit vectors (atlas) of one entry of VERTEBRAE."""
-    here = VERTEBRAE[index]
-    above = VERTEBRAE[max(index - 1, 0)]
-    below = VERTEBRAE[index + 1] if index + 1 < len(VERTEBRAE) else ("S1", 1, -31, 0, 0, 0)
+    """Centre, forward and upward unit vectors (atlas) of one entry of SPINE."""
+    here = SPINE[index]
+    above = SPINE[max(index - 1, 0)]
+    below = SPINE[index + 1] if index + 1 < len(SPINE) else ("S2", *SACRUM[1])
     up = np.array([0.0, above[1] - below[1], above[2] - below[2]])
     up /= np.linalg.norm(up)
     return np.array([0.0, here[1], here[2]]), np.array([0.0, up[2], -up[1]]), up
@@ -154,17 +161,12 @@ def vertebra_point(index: int, right: float, forward: float, up: float) -> np.nd
     return centre + right * np.array([1.0, 0, 0]) + forward * ahead + up * above
 
 
-SACRUM = (
-    ((1, -31, 27, 16), (-14, -56, 23, 12), (-30, -78, 19, 9))
-    + ((-43, -98, 15, 7), (-49, -117, 11, 6), (-46, -134, 6, 4))
-)  # fmt: skip
-
-_RIB_DROP_MM = (20, 40, 56, 64, 70, 74, 78, 82, 84, 78, 56, 26)
-_RIB_END = (2.35, 2.45, 2.5, 2.52, 2.52, 2.5, 2.46, 2.28, 2.1, 1.85, 1.3, 0.82)
+_RIB_DROP_MM = (20, 40, 56, 64, 70, 74, 78, 82, 84, 78, 56, 26, 12)
+_RIB_END = (2.35, 2.45, 2.5, 2.52, 2.52, 2.5, 2.46, 2.28, 2.1, 1.85, 1.3, 0.82, 0.72)
 
 
 def rib(number: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Centre line and radii of a rib (number 1-12, side 1 right, -1 left), from the vertebra to its front end."""
+    """Centre line and radii of a rib (number 1-13, side 1 right, -1 left), from the vertebra to its front end."""
     index = 1 + number
     half_width, half_depth = VERTEBRAE[index][3:5]
     head = vertebra_point(index, side * (half_width + 3), -half_depth + 2, 6)

@@ -1,9 +1,9 @@
 """Phantom CT: synthetic patients with known truth, in FLARE22's folder layout (design: "The phantom").
 
 One atlas anatomy is drawn at the atlas coordinates of every voxel of a patient's scan, so that labels, landmarks and
-the dense map between any two patients are exact. `phantom_atlas` says where things are, `phantom_deform` how patients
-differ in shape, `phantom_patient` how they differ in HU and how they are scanned (with the HU ranges and their
-sources).
+the dense map between any two patients are exact. `atlas` says where things are, `deform` how patients differ in shape,
+`variants` what some have and others lack, `patient` how they differ in HU (with the ranges and their sources), `scan`
+and `scanner` how they are imaged. A structure that a patient lacks has neither label nor landmark.
 
     <out>/FLARE22Train/images/FLARE22_Tr_0001_0000.nii.gz    labelled CT
     <out>/FLARE22Train/labels/FLARE22_Tr_0001.nii.gz         its labels, 1-13
@@ -19,27 +19,29 @@ import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
-from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from datasets.phantom.landmarks import atlas_landmarks
 from datasets.phantom.organs import paint_organs
-from datasets.phantom.patient import Patient, Scan, sample_patient, sample_scan
+from datasets.phantom.patient import Patient, sample_patient
+from datasets.phantom.scan import Scan, sample_scan
+from datasets.phantom.scanner import scan_volume
 from datasets.phantom.shapes import Canvas
 from datasets.phantom.skeleton import paint_skeleton
 from datasets.phantom.trunk import paint_trunk
+from datasets.phantom.variants import Shares, sample_variants
 from datasets.store.files import write_bytes, write_text
 
-GENERATOR = 1  # version of everything that decides how a phantom looks; results of different versions differ
+GENERATOR = 2  # version of everything that decides how a phantom looks; results of different versions differ
 SLAB_VOXELS = 3_000_000
-PADDING_HU = -3024
+VARIANT_STREAM = 1  # the random numbers of variants are a patient's own stream
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class PhantomCase:
         name: file stem, `FLARE22_Tr_0001` or `Case_00001`; labelled: whether it has a label file.
         range_name: a key of SCAN_RANGES, or None to draw one.
         coarsen: factor on voxel sizes, above 1 for tiny volumes in tests.
+        shares: how often variants and artefacts occur.
     """
 
     name: str
@@ -59,17 +62,16 @@ class PhantomCase:
     full_size: bool = False
     range_name: str | None = None
     coarsen: float = 1.0
+    shares: Shares = Shares()
 
     def sample(self) -> tuple[Patient, Scan, np.random.Generator]:
         """The patient, the scan and the generator for the scanner's noise."""
-        rng = np.random.Generator(np.random.PCG64([self.seed, int(self.labelled), self.index]))
-        patient = sample_patient(rng)
-        scan = sample_scan(rng, patient, self.full_size, self.range_name)
-        if self.coarsen != 1.0:
-            shape = tuple(max(int(n / self.coarsen), 16) for n in scan.shape)
-            spacing = tuple(s * n / m for s, n, m in zip(scan.spacing_mm, scan.shape, shape))
-            scan = Scan(**{**scan.__dict__, "shape": shape, "spacing_mm": spacing})
-        return patient, scan, rng
+        key = [self.seed, int(self.labelled), self.index]
+        rng = np.random.Generator(np.random.PCG64(key))
+        anatomy, artefacts = sample_variants(np.random.Generator(np.random.PCG64([*key, VARIANT_STREAM])), self.shares)
+        patient = sample_patient(rng, anatomy)
+        scan = sample_scan(rng, patient, artefacts, self.full_size, self.range_name)
+        return patient, scan if self.coarsen == 1.0 else scan.coarser(self.coarsen), rng
 
 
 @dataclass(frozen=True)
@@ -84,87 +86,46 @@ class RenderedCase:
     patient: Patient
 
 
-def _axes(scan: Scan) -> tuple[np.ndarray, ...]:
-    """World mm of the voxel centres along x, y, z."""
-    return tuple(o + s * np.arange(n) for o, s, n in zip(scan.origin_mm, scan.spacing_mm, scan.shape))
-
-
 def atlas_coordinates(case: PhantomCase) -> tuple[np.ndarray, np.ndarray]:
     """The dense truth: atlas mm [3, X, Y, Z] (float32) of every voxel in world (RAS) order, and its affine [4, 4]."""
     patient, scan, _ = case.sample()
-    return np.stack(patient.deformation.grid(_axes(scan))), _affine(scan)
-
-
-def _affine(scan: Scan) -> np.ndarray:
-    affine = np.diag([*scan.spacing_mm, 1.0])
-    affine[:3, 3] = scan.origin_mm
-    return affine
+    return np.stack(scan.atlas_grid(patient, 0, scan.shape[2])), scan.affine
 
 
 def render(case: PhantomCase) -> RenderedCase:
     """Draw a case: anatomy in slabs of bounded memory, then the scanner."""
     patient, scan, rng = case.sample()
-    xs, ys, zs = _axes(scan)
     hu = np.empty(scan.shape, np.float32)
     label = np.empty(scan.shape, np.uint8)
     softness = max(1.0, float(np.prod(scan.spacing_mm)) ** (1 / 3))
+    ys = scan.axes_mm[1].astype(np.float32)
     step = max(8, SLAB_VOXELS // (scan.shape[0] * scan.shape[1]))
     for start in range(0, scan.shape[2], step):
         stop = min(start + step, scan.shape[2])
-        canvas = Canvas(tuple(patient.deformation.grid((xs, ys, zs[start:stop]))), ys.astype(np.float32), softness)
-        paint_trunk(canvas, patient)
-        paint_organs(canvas, patient)
-        paint_skeleton(canvas, patient.bone_hu)
+        canvas = Canvas(tuple(scan.atlas_grid(patient, start, stop)), ys, softness, patient.texture_mm)
+        paint_patient(canvas, patient)
         hu[:, :, start:stop], label[:, :, start:stop] = canvas.hu, canvas.label
     landmarks = _landmarks_inside(patient, scan)
-    hu = _scan(hu, patient, scan, rng)
-    return RenderedCase(hu, label, _affine(scan), landmarks, scan, patient)
+    return RenderedCase(scan_volume(hu, scan, rng), label, scan.affine, landmarks, scan, patient)
+
+
+def paint_patient(canvas: Canvas, patient: Patient) -> None:
+    """Paint everything a patient has."""
+    paint_trunk(canvas, patient)
+    paint_organs(canvas, patient)
+    paint_skeleton(canvas, patient)
 
 
 def _landmarks_inside(patient: Patient, scan: Scan) -> dict[str, np.ndarray]:
-    """World mm of the atlas' landmarks that lie within the scan's voxels (and its circle, where it has one)."""
-    names, points = zip(*atlas_landmarks().items())
-    world = patient.deformation.to_world(np.array(points))
-    index = (world - scan.origin_mm) / scan.spacing_mm
-    inside = ((index >= 0) & (index <= np.array(scan.shape) - 1)).all(axis=1)
+    """World mm of the patient's landmarks that lie within the scan's voxels (and its circle, where it has one)."""
+    names, points = zip(*atlas_landmarks(patient.anatomy).items())
+    world = scan.from_atlas(patient, np.array(points))
+    inside = scan.is_scanned(world)
     if scan.circle:
+        index = (world - scan.origin_mm) / scan.spacing_mm
         middle = (np.array(scan.shape[:2]) - 1) / 2
         inside &= np.linalg.norm((index[:, :2] - middle) / (middle + 0.5), axis=1) < 1
     return {name: point for name, point, kept in zip(names, world, inside) if kept}
-
-
-def _scan(hu: np.ndarray, patient: Patient, scan: Scan, rng: np.random.Generator) -> np.ndarray:
-    """The scanner: table, in-plane blur, correlated noise that grows towards the middle, padding outside the circle."""
-    xs, ys, _ = _axes(scan)
-    if scan.table_mm is not None:
-        _add_table(hu, scan, xs, ys)
-    blur = (scan.blur_vox, scan.blur_vox, 0.35)
-    hu = gaussian_filter(hu, blur, truncate=2.5)
-    noise = gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (0.65, 0.65, 0.3), truncate=2.5)
-    noise *= scan.noise_hu / noise.std()
-    middle = patient.deformation.to_world(np.array([[0.0, 12.0, 100.0]]))[0]
-    radius2 = ((xs[:, None] - middle[0]) / 190) ** 2 + ((ys[None] - middle[1]) / 130) ** 2
-    hu += noise * (0.55 + 0.75 * np.exp(-radius2)).astype(np.float32)[..., None]
-    hu = np.clip(hu, -1024, 3071)
-    if scan.circle:
-        fx = np.linspace(-1, 1, scan.shape[0])[:, None]
-        fy = np.linspace(-1, 1, scan.shape[1])[None]
-        hu[fx**2 + fy**2 > 1] = PADDING_HU
-    return hu
-
-
-def _add_table(hu: np.ndarray, scan: Scan, xs: np.ndarray, ys: np.ndarray) -> None:
-    """A curved table top with a bright skin and a foam core, `table_mm` below the lowest point of the body."""
-    middle = scan.origin_mm[0] + 0.5 * scan.spacing_mm[0] * scan.shape[0]
-    curved = (xs - middle) ** 2 / 900.0
-    body = (hu > -300).any(axis=2)
-    top = (ys[None] - curved[:, None])[body].min() - 2.0 - scan.table_mm + curved
-    depth = (top[:, None] - ys[None]).astype(np.float32)
-    width = np.float32(max(0.9 * scan.spacing_mm[1], 1.5))
-    skin = np.exp(-((depth / width) ** 2)) + np.exp(-(((depth - 26) / width) ** 2))
-    table = -1000 + 1050 * np.minimum(skin, 1) + 60 * ((depth > 0) & (depth < 26))
-    wide = np.abs(xs - middle)[:, None] < 210
-    np.maximum(hu, np.where(wide, table, -1000).astype(np.float32)[..., None], out=hu)
 
 
 def nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str, storage: str) -> bytes:
@@ -202,9 +163,14 @@ def case_files(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -
 
 
 def write_case(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -> bool:
-    """Render and write one case; returns False when all its files are there already."""
+    """Render and write one case; returns False when all its files are there already.
+
+    Raises:
+        ValueError: they are there, by another version of the generator or with other shares of variants.
+    """
     files = case_files(out_dir, case, save_atlas_map)
     if all(path.exists() for path in files.values()):
+        _check_made_alike(files["landmarks"], case)
         return False
     done = render(case)
     scan = done.scan
@@ -225,19 +191,39 @@ def write_case(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -
         "seed": [case.seed, int(case.labelled), case.index],
         "full_size": case.full_size,
         "generator": GENERATOR,
+        "shares": asdict(case.shares),
+        "anatomy": asdict(done.patient.anatomy),
+        "artefacts": asdict(scan.artefacts),
     }
     write_text(files["landmarks"], json.dumps(record, indent=1) + "\n")
     return True
 
 
-def list_cases(num_unlabelled: int, num_labelled: int, seed: int, full_size: bool = False) -> list[PhantomCase]:
+def _check_made_alike(path: Path, case: PhantomCase) -> None:
+    record = json.loads(path.read_text())
+    wanted = {"generator": GENERATOR, "shares": asdict(case.shares)}
+    if any(record.get(name) != value for name, value in wanted.items()):
+        raise ValueError(
+            f"{path}: this case was made by generator {record.get('generator', 1)} with other shares of variants or by "
+            f"another generator than {GENERATOR}; choose another --out_dir, or delete the old phantoms"
+        )
+
+
+def list_cases(
+    num_unlabelled: int, num_labelled: int, seed: int, full_size: bool = False, shares: Shares | None = None
+) -> list[PhantomCase]:
     """The cases of a data set. A case depends on its own number and the seed only, so sets can be extended."""
-    cases = [PhantomCase(f"Case_{k:05d}", seed, k, False, full_size) for k in range(1, num_unlabelled + 1)]
-    return cases + [PhantomCase(f"FLARE22_Tr_{k:04d}", seed, k, True, full_size) for k in range(1, num_labelled + 1)]
+    options = {"full_size": full_size, "shares": shares or Shares()}
+    cases = [PhantomCase(f"Case_{k:05d}", seed, k, False, **options) for k in range(1, num_unlabelled + 1)]
+    return cases + [PhantomCase(f"FLARE22_Tr_{k:04d}", seed, k, True, **options) for k in range(1, num_labelled + 1)]
 
 
 def write_dataset(out_dir: Path, cases: list[PhantomCase], num_workers: int, save_atlas_map: bool = False) -> int:
-    """Write all cases in `num_workers` processes (0 or 1: in this one); returns how many were made anew."""
+    """Write all cases in `num_workers` processes (0 or 1: in this one); returns how many were made anew.
+
+    `<out_dir>/dataset.json` says which version of the generator made them.
+    """
+    write_text(Path(out_dir) / "dataset.json", json.dumps({"generator": GENERATOR}, indent=1) + "\n")
     return write_cases(partial(write_case, out_dir, save_atlas_map=save_atlas_map), cases, num_workers)
 
 

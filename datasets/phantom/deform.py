@@ -31,7 +31,7 @@ ORGAN_MOTIONS = {
     "gallbladder": ((56, 70, 112), (32, 32, 32), (4, 4, 5), 0.14),
     "heart": ((-15, 45, 268), (60, 55, 55), (4, 4, 5), 0.10),
     "bladder": ((0, 40, -104), (45, 42, 40), (2, 3, 4), 0.16),
-    "belly": ((0, 110, 50), (110, 60, 110), (0, 14, 0), 0.0),
+    "belly": ((0, 110, 70), (110, 70, 110), (0, 10, 0), 0.0),
     "waist": ((0, 20, 60), (200, 200, 90), (0, 0, 0), 0.05),
     "chest": ((0, 0, 330), (200, 200, 90), (0, 0, 0), 0.05),
 }
@@ -149,11 +149,16 @@ def _smooth_noise(rng: np.random.Generator, scale_mm: float, std_mm: float) -> n
     return smooth * (std_mm / expected)
 
 
-def _organ_displacement(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
-    """Shift and swelling of every entry of ORGAN_MOTIONS, as a sum of Gaussian bumps."""
+def _organ_displacement(rng: np.random.Generator, points: np.ndarray, belly_mm: float) -> np.ndarray:
+    """Shift and swelling of every entry of ORGAN_MOTIONS, as a sum of Gaussian bumps.
+
+    `belly_mm` is added to the belly's shift forwards.
+    """
     total = np.zeros_like(points)
-    for centre, reach, shift_std, swell_std in ORGAN_MOTIONS.values():
+    for name, (centre, reach, shift_std, swell_std) in ORGAN_MOTIONS.items():
         shift = rng.standard_normal(3) * shift_std
+        if name == "belly":
+            shift[1] += belly_mm
         swell = np.clip(rng.standard_normal() * swell_std, -2 * swell_std, 2 * swell_std)
         away = points - np.asarray(centre, float)
         weight = np.exp(-0.5 * ((away / reach) ** 2).sum(-1, keepdims=True))
@@ -177,17 +182,18 @@ def _fat_stretch(points: np.ndarray, fat_factor: float, belly_factor: float, bre
     return direction * (beyond * (1 / factor - 1))[..., None]
 
 
-def sample_deformation(rng: np.random.Generator, fat_factor: float, size: np.ndarray) -> Deformation:
+def sample_deformation(rng: np.random.Generator, fat_factor: float, size: np.ndarray, belly_mm: float) -> Deformation:
     """Draw a patient's shape.
 
     Args:
         rng: source of randomness; fat_factor: thickness of the fat under the skin relative to the atlas, 0.4 to 2.4.
         size: [3] width, depth and height relative to the atlas.
+        belly_mm: how far the fat in the belly pushes it forwards.
     """
     axes = [low + LATTICE_STEP_MM * np.arange(count) for low, count in zip(LATTICE_LOW_MM, LATTICE_SHAPE)]
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
     parts = _smooth_noise(rng, 75.0, 7.0) + _smooth_noise(rng, 38.0, 2.6)
-    moved = _organ_displacement(rng, points)
+    moved = _organ_displacement(rng, points, belly_mm)
     turn = rng.standard_normal(3) * np.radians([1.5, 1.5, 2.5])  # a small rotation around the middle of the torso
     parts += moved + np.cross(turn, points - np.array([0.0, 20.0, 130.0]))
     breast_factor = rng.uniform(1.3, 2.6) if rng.uniform() < 0.45 else 1.0

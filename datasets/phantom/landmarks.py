@@ -3,6 +3,7 @@
 import numpy as np
 
 from datasets.phantom.atlas import CURVES, FEMUR_HEAD, KIDNEYS, VERTEBRAE, rib, sternum_point, vertebra_point
+from datasets.phantom.variants import Anatomy, absent_landmarks
 
 
 def _nearest_on(name: str, z: float) -> np.ndarray:
@@ -100,6 +101,11 @@ def _organs() -> dict[str, np.ndarray]:
     return found
 
 
-def atlas_landmarks() -> dict[str, np.ndarray]:
-    """All landmarks: name -> atlas mm [3]. More than 120, so that 40 and more fall into any scan range."""
-    return {**_bones(), **_vessels_and_airways(), **_organs()}
+def atlas_landmarks(anatomy: Anatomy | None = None) -> dict[str, np.ndarray]:
+    """Landmarks: name -> atlas mm [3]; all, or those that a patient with this anatomy has.
+
+    More than 120, so that 40 and more fall into any scan range.
+    """
+    found = {**_bones(), **_vessels_and_airways(), **_organs()}
+    absent = absent_landmarks(anatomy) if anatomy else set()
+    return {name: point for name, point in found.items() if name not in absent}

@@ -1,10 +1,11 @@
-"""Phantom CT, patients and scans: everything that differs between two cases, drawn from one seed.
+"""Phantom CT, patients: shape, tissues, fillings and lesions, drawn from one seed.
 
 HU ranges by contrast phase (native, late arterial at about 35 s, portal venous at about 70 s), after textbooks and
-surveys. Unenhanced: liver 50-65, spleen 40-55 (8-10 below the liver), pancreas 35-50, kidney 28-40, adrenal 10-40
-(lipid-rich adenomas lie below 10), blood 35-50, muscle 45-65, bile 0-20, urine and water about 0, fat -120 to -90,
-lung -900 to -750. Late arterial: aorta 250-350, renal cortex 150-210 far above the medulla, pancreas 90-120, spleen
-110-150 with stripes. Portal venous: liver 95-125, spleen 105-140, portal vein 150-190, aorta 140-180, kidney 150-200.
+surveys. Unenhanced: liver 50-65 (fatty ones below 40), spleen 40-55, pancreas 35-50 (fatty ones about 0), kidney 28-40,
+adrenal 10-40 (lipid-rich adenomas lie below 10), blood 35-50, muscle 45-65 (old patients' 20-40), bile 0-20, urine and
+water about 0, fat -120 to -90, lung -900 to -750. Late arterial: aorta 250-350, renal cortex 150-210 far above the
+medulla, pancreas 90-120, spleen 110-150 with stripes. Portal venous: liver 95-125, spleen 105-140, portal vein 150-190,
+aorta 140-180, kidney 150-200.
 Bae, Radiology 2010;256:32 (timing and height of enhancement); Lamba et al., AJR 2014 (unenhanced organs); Boland et
 al., AJR 1998 (adrenals); Pickhardt et al., Ann Intern Med 2013 (cancellous bone).
 """
@@ -14,17 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from datasets.phantom.deform import Deformation, sample_deformation
+from datasets.phantom.variants import Anatomy
 
 PHASES = ("native", "arterial", "portal")
 
 # Tissue -> range of the patient's mean HU per phase: native, arterial, portal.
 TISSUE_HU = {
-    "liver": ((48, 64), (62, 84), (96, 124)),
-    "spleen": ((40, 53), (108, 145), (106, 136)),
-    "renal_cortex": ((29, 38), (150, 205), (160, 195)),
-    "renal_medulla": ((27, 35), (55, 90), (140, 180)),
-    "pancreas": ((34, 48), (88, 118), (78, 104)),
-    "adrenal": ((16, 36), (54, 80), (50, 76)),
+    "liver": ((36, 64), (54, 84), (84, 124)),
+    "spleen": ((34, 52), (108, 145), (106, 136)),
+    "renal_cortex": ((22, 36), (150, 205), (160, 195)),
+    "renal_medulla": ((20, 34), (55, 90), (140, 180)),
+    "pancreas": ((14, 46), (66, 116), (56, 102)),
+    "adrenal": ((4, 34), (54, 80), (50, 76)),
     "aorta": ((36, 48), (250, 340), (140, 180)),
     "cava": ((34, 46), (50, 75), (125, 165)),
     "renal_vein": ((34, 46), (120, 170), (145, 180)),
@@ -35,25 +37,13 @@ TISSUE_HU = {
     "esophagus": ((32, 44), (44, 64), (50, 68)),
     "stomach_wall": ((34, 46), (62, 88), (72, 94)),
     "bowel_wall": ((34, 46), (76, 106), (74, 100)),
-    "muscle": ((46, 58), (50, 62), (54, 68)),
+    "muscle": ((34, 58), (38, 62), (42, 68)),
     "bile": ((2, 18), (2, 18), (2, 18)),
     "urine": ((-2, 12), (-2, 12), (-2, 14)),
     "gut_fluid": ((8, 34), (8, 34), (8, 34)),
     "fat": ((-114, -98), (-112, -96), (-110, -94)),
     "lung": ((-885, -815), (-880, -810), (-880, -805)),
 }
-
-# Name -> atlas z (mm) of the lower and upper end, before jitter.
-SCAN_RANGES = {
-    "chest_abdomen_pelvis": (-158, 440),
-    "abdomen_pelvis": (-158, 262),
-    "abdomen": (18, 258),
-    "chest_upper_abdomen": (62, 440),
-}
-RANGE_WEIGHTS = (0.22, 0.28, 0.32, 0.18)
-
-ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI", "LPI", "RPS", "PIR", "ASL", "SPL", "IRP")
-ORIENTATION_WEIGHTS = (0.22, 0.2, 0.12, 0.1, 0.08, 0.08, 0.05, 0.05, 0.05, 0.05)
 
 
 @dataclass(frozen=True)
@@ -71,75 +61,72 @@ class Patient:
 
     Args:
         hu: mean HU per tissue of TISSUE_HU in this phase; bone_hu: cancellous bone.
-        noise_offset_mm: where this patient's own textures are read in the noise tables.
+        texture_mm: where this patient's own textures lie in the noise tables.
+        seed: of the patient's own vessel trees and bowel loops.
         gas: 0..1, how much gas stomach and bowel hold; stool: 0..1, how solid the colon's contents are.
-        seed: of the patient's own bowel loops.
+        marbling: 0..1, fat between the muscles' fibres.
+        width: organ -> factor on the radius of tubes (CALIBRES).
     """
 
     deformation: Deformation
     phase: str
     hu: dict[str, float]
     bone_hu: float
-    noise_offset_mm: tuple[float, float, float]
+    texture_mm: tuple[float, float, float]
+    seed: int
     gas: float
     stool: float
-    oral_contrast: bool
+    marbling: float
+    width: dict[str, float]
     lesions: tuple[Lesion, ...]
-    seed: int
+    anatomy: Anatomy
 
 
-@dataclass(frozen=True)
-class Scan:
-    """How a patient is imaged and how the file is written.
-
-    Args:
-        shape: voxels along world x, y, z; spacing_mm likewise; origin_mm: world position of the first voxel, x, y, z.
-        noise_hu: standard deviation of noise behind an average body; blur_vox: Gaussian sigma in the slice.
-        table_mm: height of the table below the back (mm), None without one; circle: -3024 outside the field of view.
-        orientation: axis codes of the file; storage: "int16", "int32", "float32" or "scaled" (int16 with intercept).
-    """
-
-    range_name: str
-    shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
-    origin_mm: tuple[float, float, float]
-    noise_hu: float
-    blur_vox: float
-    table_mm: float | None
-    circle: bool
-    orientation: str
-    storage: str
+# Tube -> range of the factor on its radius.
+CALIBRES = {
+    "stomach": (0.55, 1.2),
+    "duodenum": (0.75, 1.15),
+    "pancreas": (0.75, 1.15),
+    "colon": (0.75, 1.35),
+    "small_bowel": (0.85, 1.25),
+    "gallbladder": (0.75, 1.25),
+    "aorta": (0.9, 1.2),
+}
 
 
-def sample_patient(rng: np.random.Generator) -> Patient:
-    """Draw a patient: habitus, shape, contrast phase, tissues, gas and lesions."""
-    weight = float(np.clip(rng.normal(), -1.8, 2.0))  # thin to obese
-    fat = float(np.clip(1.0 + 0.38 * weight + rng.normal(0, 0.1), 0.4, 1.9))
-    size = (
-        np.array([1.0 + 0.05 * weight, 1.0 + 0.07 * weight, 1.0]) * rng.normal(1.0, 0.02, 3) * rng.normal(0.97, 0.045)
+def sample_patient(rng: np.random.Generator, anatomy: Anatomy) -> Patient:
+    """Draw a patient with a given anatomy: habitus, shape, contrast phase, tissues, fillings and lesions."""
+    weight = float(np.clip(rng.normal(0.2, 1.0), -1.7, 2.0))  # thin to obese
+    fat = float(np.clip(1.0 + 0.36 * weight + rng.normal(0, 0.15), 0.4, 1.9))
+    size = np.array([1.02 + 0.05 * weight, 1.08 + 0.07 * weight, 1.0])
+    size = size * rng.normal(1.0, 0.025, 3) * rng.normal(0.99, 0.045)
+    phase = PHASES[rng.choice(3, p=(0.3, 0.2, 0.5))]
+    return Patient(
+        deformation=sample_deformation(rng, fat, size, belly_mm=float(rng.normal(6 + 9 * weight, 6))),
+        phase=phase,
+        hu=_sample_tissues(rng, phase),
+        bone_hu=float(rng.uniform(90, 230)),
+        texture_mm=tuple(rng.uniform(0, 256, 3).tolist()),
+        seed=int(rng.integers(2**31)),
+        gas=float(rng.uniform(0.1, 0.9)),
+        stool=float(rng.uniform(0, 1)),
+        marbling=float(rng.uniform(0, 1)),
+        width={name: float(rng.uniform(*ends)) for name, ends in CALIBRES.items()},
+        lesions=tuple(_sample_lesions(rng)),
+        anatomy=anatomy,
     )
-    phase = PHASES[rng.choice(3, p=(0.25, 0.2, 0.55))]
-    column = PHASES.index(phase)
-    enhancement = rng.uniform()  # tissues of one patient enhance together, with some play
-    hu = {}
+
+
+def _sample_tissues(rng: np.random.Generator, phase: str) -> dict[str, float]:
+    """HU of every tissue; those of one patient enhance together, with some play."""
+    column, enhancement, hu = PHASES.index(phase), rng.uniform(), {}
     for tissue, ranges in TISSUE_HU.items():
         low, high = ranges[column]
         hu[tissue] = float(low + (high - low) * np.clip(enhancement + rng.normal(0, 0.25), 0, 1))
-    return Patient(
-        deformation=sample_deformation(rng, fat, size),
-        phase=phase,
-        hu=hu,
-        bone_hu=float(rng.uniform(105, 230)),
-        noise_offset_mm=tuple(rng.uniform(20, 230, 3).tolist()),
-        gas=float(rng.uniform(0.1, 0.9)),
-        stool=float(rng.uniform(0, 1)),
-        oral_contrast=bool(rng.uniform() < 0.15),
-        lesions=tuple(_sample_lesions(rng, phase)),
-        seed=int(rng.integers(2**31)),
-    )
+    return hu
 
 
-def _sample_lesions(rng: np.random.Generator, phase: str) -> list[Lesion]:
+def _sample_lesions(rng: np.random.Generator) -> list[Lesion]:
     """Cysts of liver and kidneys and a few solid liver lesions, none in half of the patients."""
     if rng.uniform() < 0.5:
         return []
@@ -153,38 +140,3 @@ def _sample_lesions(rng: np.random.Generator, phase: str) -> list[Lesion]:
             Lesion(where, float(rng.uniform(3, 13)), float(rng.uniform(35, 75) if solid else rng.uniform(0, 14)))
         )
     return lesions
-
-
-def sample_scan(rng: np.random.Generator, patient: Patient, full_size: bool, range_name: str | None = None) -> Scan:
-    """Draw a scan of a patient; `range_name` fixes the scan range instead of drawing it from SCAN_RANGES."""
-    drawn = list(SCAN_RANGES)[rng.choice(len(SCAN_RANGES), p=RANGE_WEIGHTS)]
-    range_name = range_name or drawn
-    low, high = SCAN_RANGES[range_name]
-    ends = patient.deformation.to_world(np.array([[0, 20, low], [0, 20, high]], float))[:, 2] + rng.normal(0, 6, 2)
-    length = ends[1] - ends[0]
-    middle = patient.deformation.to_world(np.array([[0.0, 12.0, 100.0]]))[0]
-    width = 372 * float(patient.deformation.scale[0])
-    field = float(np.clip(width * rng.uniform(1.0, 1.22) + 18, 330, 500))
-    if full_size:
-        pixels, thickness = 512, float(rng.choice((1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 5.0)))
-        thickness = max(thickness, length / 250)
-    else:
-        pixels = int(rng.choice((112, 120, 128, 136, 144)))
-        thickness = float(rng.choice((1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)))
-        thickness = min(max(thickness, round(length / 112, 2)), 5.0)
-    spacing = (field / pixels, field / pixels, thickness)
-    shape = (pixels, pixels, int(round(length / thickness)) + 1)
-    centre = middle[:2] + rng.normal(0, (5.0, 7.0))
-    origin = (centre[0] - field / 2, centre[1] - field / 2 - 8.0, ends[0])
-    return Scan(
-        range_name=range_name,
-        shape=shape,
-        spacing_mm=tuple(float(round(s, 6)) for s in spacing),
-        origin_mm=tuple(float(round(o, 3)) for o in origin),
-        noise_hu=float(rng.uniform(6, 20)) * (1.15 if full_size else 1.0),
-        blur_vox=float(rng.uniform(0.3, 0.6)) * (1.6 if full_size else 1.0),
-        table_mm=float(rng.uniform(2, 26)) if rng.uniform() < 0.8 else None,
-        circle=bool(rng.uniform() < 0.3),
-        orientation=str(rng.choice(ORIENTATIONS, p=ORIENTATION_WEIGHTS)),
-        storage=str(rng.choice(("int16", "int32", "float32", "scaled"), p=(0.6, 0.1, 0.15, 0.15))),
-    )

@@ -26,9 +26,11 @@ from datasets.ct.radiograph import write_grey
 from datasets.lists.data_list import Case, write_data_list
 from datasets.lists.label_classes import FLARE22
 from datasets.phantom.cases import PhantomCase, RenderedCase, atlas_coordinates, render, write_cases
-from datasets.phantom.patient import Patient, Scan
+from datasets.phantom.patient import Patient
+from datasets.phantom.scan import Scan
 from datasets.phantom.shapes import Region
 from datasets.phantom.trunk import lung_distance
+from datasets.phantom.variants import Artefacts, Shares
 
 MU_WATER_PER_MM = 0.0193
 FIELDS = ("chest_upper_abdomen", "abdomen_pelvis")  # ranges of a scan that fill a chest and an abdomen film
@@ -49,21 +51,21 @@ class RadiographCase(PhantomCase):
     """What defines a radiograph; the same values make the same files, byte for byte."""
 
     def sample(self) -> tuple[Patient, Scan, np.random.Generator]:
-        """The patient and a scan without table and noise, fine across and coarse along the rays."""
+        """The patient and a scan without table, noise and artefacts, fine across and coarse along the rays."""
         patient, scan, rng = super().sample()
         pixel = (FULL_SIZE_PIXEL_MM if self.full_size else PIXEL_MM) * self.coarsen
         spacing = (pixel, DEPTH_MM * self.coarsen, pixel)
         shape = tuple(round(n * old / new) for n, old, new in zip(scan.shape, scan.spacing_mm, spacing))
-        plain = {"noise_hu": 0.0, "table_mm": None, "circle": False}
+        plain = {"noise_hu": 0.0, "table_mm": None, "circle": False, "artefacts": Artefacts(), "breathing": None}
         return patient, replace(scan, shape=shape, spacing_mm=spacing, **plain), rng
 
 
 def list_radiographs(
-    num_unlabelled: int, num_labelled: int, seed: int, full_size: bool = False
+    num_unlabelled: int, num_labelled: int, seed: int, full_size: bool = False, shares: Shares | None = None
 ) -> list[RadiographCase]:
     """The radiographs of a data set, chests and abdomens in turn; sets can be extended."""
     return [
-        RadiographCase(name, seed, k, labelled, full_size, FIELDS[(k + 1) % len(FIELDS)])
+        RadiographCase(name, seed, k, labelled, full_size, FIELDS[(k + 1) % len(FIELDS)], shares=shares or Shares())
         for labelled, num in ((False, num_unlabelled), (True, num_labelled))
         for k in range(1, num + 1)
         for name in [f"Xray_Tr_{k:04d}" if labelled else f"Xray_{k:05d}"]

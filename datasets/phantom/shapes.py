@@ -24,12 +24,16 @@ NOISE_SCALES_MM = {"coarse": 11.0, "middle": 4.0, "fine": 1.7}
 
 @dataclass(frozen=True)
 class Region:
-    """A box of voxels: its slices in the canvas and views of the three atlas coordinates (mm) there."""
+    """A box of voxels: its slices in the canvas, views of the three atlas coordinates (mm) there, and `texture_mm`.
 
-    index: tuple[slice, slice, slice]
+    `texture_mm` says where the patient's own textures lie in the noise tables.
+    """
+
+    index: tuple[slice, ...]
     x: np.ndarray
     y: np.ndarray
     z: np.ndarray
+    texture_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def is_empty(self) -> bool:
@@ -47,11 +51,19 @@ class Canvas:
         atlas_mm: three float32 arrays [X, Y, Z], the atlas x, y, z of each voxel.
         world_y_mm: float32 [Y], the patient's own front-back coordinate, which decides where gas rises to.
         softness_mm: width of the blend across an edge, about one voxel: the partial-volume effect.
+        texture_mm: of the patient, see `Region`.
     """
 
     BLOCK = (8, 8, 4)
 
-    def __init__(self, atlas_mm: tuple[np.ndarray, ...], world_y_mm: np.ndarray, softness_mm: float):
+    def __init__(
+        self,
+        atlas_mm: tuple[np.ndarray, ...],
+        world_y_mm: np.ndarray,
+        softness_mm: float,
+        texture_mm: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    ):
+        self.texture_mm = texture_mm
         self.atlas_mm = atlas_mm
         self.world_y_mm = world_y_mm
         self.softness_mm = softness_mm
@@ -90,14 +102,15 @@ class Canvas:
                 slice((low + f) * step, min((high + f) * step, size))
                 for low, high, f, step, size in zip(*mask_box(active), first, self.BLOCK, self.shape)
             )
-        return Region(box, *(axis[box] for axis in self.atlas_mm))
+        return Region(box, *(axis[box] for axis in self.atlas_mm), self.texture_mm)
 
     def trim(self, region: Region, distance: np.ndarray, *others: np.ndarray, pad_mm: float = 0.0) -> tuple:
         """Cut a region and its arrays to the box where `distance` is below `pad_mm` and an edge's softness."""
         near = distance < pad_mm + self.softness_mm
         box = tuple(map(slice, *mask_box(near))) if near.any() else (slice(0, 0),) * 3
         index = tuple(slice(r.start + b.start, r.start + b.stop) for r, b in zip(region.index, box))
-        return Region(index, region.x[box], region.y[box], region.z[box]), distance[box], *(a[box] for a in others)
+        places = (values[box] for values in (region.x, region.y, region.z))
+        return Region(index, *places, self.texture_mm), distance[box], *(a[box] for a in others)
 
     def around(self, centre_mm, radius_mm) -> Region:
         """The voxels within `radius_mm` (a number or one per axis) of an atlas point."""
@@ -248,15 +261,17 @@ def noise_table(scale: str) -> np.ndarray:
     return smooth / smooth.std()
 
 
-def noise(region: Region, scale: str, offset_mm=(0.0, 0.0, 0.0)) -> np.ndarray:
-    """Unit-variance texture at the region's atlas coordinates: the same in every patient unless `offset_mm` differs.
+def noise(region: Region, scale: str, shift_mm: float = 0.0) -> np.ndarray:
+    """Unit-variance texture at the region's atlas coordinates, the patient's own (`Region.texture_mm`).
 
     Args:
         scale: "coarse" (about 30 mm from crest to crest), "middle" (10 mm) or "fine" (4 mm).
+        shift_mm: another texture of the same kind for another part.
     """
     table = noise_table(scale)
     flat = None
-    for values, offset in zip((region.x, region.y, region.z), offset_mm):
-        cell = ((values + np.float32(offset + 2560.0)) * np.float32(1 / NOISE_CELL_MM)).astype(np.int32) % NOISE_CELLS
+    for values, offset in zip((region.x, region.y, region.z), region.texture_mm):
+        start = np.float32(offset + shift_mm + 2560.0)
+        cell = ((values + start) * np.float32(1 / NOISE_CELL_MM)).astype(np.int32) % NOISE_CELLS
         flat = cell if flat is None else flat * NOISE_CELLS + cell
     return table.ravel().take(flat)

@@ -11,6 +11,7 @@ from datasets.phantom.atlas import (
     CAVITY,
     FEMUR_HEAD,
     SACRUM,
+    SPINE,
     VERTEBRAE,
     outline_point,
     rib,
@@ -18,25 +19,56 @@ from datasets.phantom.atlas import (
     vertebra_frame,
     vertebra_point,
 )
+from datasets.phantom.patient import Patient
 from datasets.phantom.shapes import Canvas, Region, capsule, curve, noise, smooth_union, triangle
 
+METAL_HU = 6000.0  # before blur and partial volume; stored volumes end at 3071
 
-def paint_skeleton(canvas: Canvas, bone_hu: float) -> None:
-    """Paint all bones.
 
-    Args:
-        bone_hu: HU of the patient's cancellous bone in the vertebrae, 100 (old) to 230 (young).
-    """
+def paint_skeleton(canvas: Canvas, patient: Patient) -> None:
+    """Paint all bones that a patient has, and metal in them."""
+    bone_hu, anatomy = patient.bone_hu, patient.anatomy
     _paint_shoulders(canvas, bone_hu)
-    for number in range(1, 13):
+    for number in range(1, anatomy.rib_pairs + 1):
         for side in (1, -1):
             _paint_rib(canvas, number, side, bone_hu)
     _paint_sternum(canvas, bone_hu)
     _paint_pelvis(canvas, bone_hu)
     _paint_sacrum(canvas, bone_hu)
-    for index in range(len(VERTEBRAE)):
+    for index in range(len(VERTEBRAE) + (anatomy.num_lumbar > 5)):
         _paint_vertebra(canvas, index, bone_hu)
+    if anatomy.num_lumbar < 5:
+        _join_last_vertebra(canvas, bone_hu)
     _paint_canal(canvas)
+    _paint_metal(canvas, anatomy.metal)
+
+
+def _join_last_vertebra(canvas: Canvas, bone_hu: float) -> None:
+    """The fifth lumbar vertebra is part of the sacrum: broad wings, and bone instead of the disc below it."""
+    region = canvas.region((-64, -40, -40), (64, 40, 20))
+    wings = (triangle(region, (side * 18, 4, 2), (side * 52, -22, -8), (side * 34, -24, -32), 15.0) for side in (1, -1))
+    disc = capsule(region, (0, 12, -12), (0, 6, -22), 17.0, 17.0)[0]
+    paint_bone(canvas, region, smooth_union([disc, *wings], 5.0), 0.75 * bone_hu, 1.5, 520.0)
+
+
+def _paint_metal(canvas: Canvas, metal: str) -> None:
+    """A hip prosthesis (cup, head, stem), or two pairs of screws with rods in L4 and L5."""
+    titanium = np.float32(METAL_HU)
+    if metal in ("right_hip", "left_hip"):
+        mirror = np.array([1 if metal == "right_hip" else -1, 1, 1])
+        head = np.array(FEMUR_HEAD) * mirror
+        canvas.paint_ellipsoid(head, (25, 25, 25), titanium, None)
+        stem = np.array([head, (122, 8, -132) * mirror, (126, 4, -160) * mirror, (120, 8, -240) * mirror])
+        canvas.paint_tube(stem, np.array([9.0, 10.0, 8.0, 6.0]), titanium, None)
+    elif metal == "spine":
+        last = len(VERTEBRAE) - 1
+        for side in (1, -1):
+            ends = []
+            for index in (last - 1, last):
+                start, stop = (vertebra_point(index, side * x, y, 3) for x, y in ((17, -40), (11, 4)))
+                canvas.paint_tube(np.array([start, stop]), np.full(2, 3.2), titanium, None)
+                ends.append(start)
+            canvas.paint_tube(np.array(ends), np.full(2, 3.0), titanium, None)
 
 
 def paint_bone(canvas: Canvas, region: Region, distance: np.ndarray, bone_hu: float, shell_mm: float, shell_hu=850.0):
@@ -55,7 +87,7 @@ def _local(region: Region, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _paint_vertebra(canvas: Canvas, index: int, bone_hu: float) -> None:
-    name, y, z, half_width, half_depth, height = VERTEBRAE[index]
+    _, y, z, half_width, half_depth, height = SPINE[index]
     region = canvas.region((-50, y - 72, z - height / 2 - 34), (50, y + half_depth + 10, z + height / 2 + 14))
     x, ahead, up = _local(region, index)
     waist = 1 - 0.10 * np.clip(1 - (2 * up / height) ** 2, 0, 1)
@@ -71,7 +103,7 @@ def _paint_vertebra(canvas: Canvas, index: int, bone_hu: float) -> None:
 
 def _paint_arch(canvas: Canvas, region: Region, index: int) -> None:
     """Pedicles, laminae, spinous, transverse and articular processes."""
-    name, *_, half_width, half_depth, height = VERTEBRAE[index]
+    name, *_, half_width, half_depth, height = SPINE[index]
     lumbar = name.startswith("L")
     back = -half_depth
     drop, reach, size = (-12.0, 34.0, 1.0) if lumbar else (-24.0, 26.0, 0.85)

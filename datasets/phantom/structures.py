@@ -89,20 +89,22 @@ def structures_at(patient: Patient, atlas_mm: np.ndarray) -> np.ndarray:
         return np.zeros(0, dtype="U1")
     x, y, z = points.T
     coordinates = tuple(np.ascontiguousarray(part[:, None, None]) for part in (x, y, z))
-    trunk, organs, bones = (Canvas(coordinates, np.zeros(1, np.float32), softness_mm=1.0) for _ in range(3))
+    front = np.zeros(1, np.float32)
+    trunk, organs, bones = (Canvas(coordinates, front, 1.0, patient.texture_mm) for _ in range(3))
     for canvas in (trunk, organs, bones):
         canvas.hu[:] = _UNPAINTED_HU
     paint_trunk(trunk, patient)
     paint_organs(organs, patient)
-    paint_skeleton(bones, patient.bone_hu)
+    paint_skeleton(bones, patient)
     named = np.array([OTHER] + [_PAIRED.get(name, name) for name in FLARE22])
     label = organs.label.ravel()
     in_cavity = cavity_distance(x, y, z) < 0
+    place = Region((), x, y, z, patient.texture_mm)
     conditions = {
         "bones": bones.hu.ravel() > _HALF_PAINTED_HU,
         "organ": label > 0,
         "bowel, bladder, small vessels": organs.hu.ravel() > _HALF_PAINTED_HU,
-        "lungs and airways": (lung_distance(Region((), x, y, z)) < 0) & (trunk.hu.ravel() < LARGEST_LUNG_HU),
+        "lungs and airways": (lung_distance(place) < 0) & (trunk.hu.ravel() < LARGEST_LUNG_HU),
         "heart, mediastinum, lung vessels": in_cavity & (z > diaphragm_height(x, y)),
         "belly fat": in_cavity,
     }

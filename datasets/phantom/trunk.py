@@ -1,4 +1,4 @@
-"""Phantom CT, trunk: skin, fat, muscles, lungs with their vessels, heart, great vessels and airways."""
+"""Phantom CT, trunk: arms, skin, fat, muscles, lungs with their vessels, heart, great vessels and airways."""
 
 from functools import lru_cache
 
@@ -8,12 +8,14 @@ from datasets.phantom.atlas import CURVES, HEART, MUSCLE, SKIN, cavity_distance,
 from datasets.phantom.patient import Patient
 from datasets.phantom.shapes import Canvas, Region, curve, ellipsoid_local, noise
 
+NUM_LUNG_TWIGS = 240  # of each lung
 EVERYWHERE = ((-330, -320, -320), (330, 320, 640))
 
 
 def paint_trunk(canvas: Canvas, patient: Patient) -> None:
     """Paint the body from the skin inwards, up to the lungs and the chest's organs."""
     everything = canvas.region(*EVERYWHERE)
+    paint_arms(canvas, patient)
     _paint_wall(canvas, everything, patient)
     _paint_muscles(canvas, patient)
     _paint_lungs(canvas, patient)
@@ -24,23 +26,49 @@ def paint_trunk(canvas: Canvas, patient: Patient) -> None:
 def _paint_wall(canvas: Canvas, everything: Region, patient: Patient) -> None:
     """Skin, fat with strands, the muscle layer with its fat planes, and fat in the cavity."""
     x, y, z = everything.x, everything.y, everything.z
-    strands = noise(everything, "middle")
+    strands, broad = noise(everything, "middle"), noise(everything, "coarse")
     fat = patient.hu["fat"] + 5 * strands
-    skin = outline_distance(SKIN, x, y, z)
+    groove = 7 * np.exp(-((x * np.float32(1 / 15)) ** 2)) * (y < 0)  # along the spine
+    skin = outline_distance(SKIN, x, y, z) + groove
     canvas.paint(everything, skin, np.float32(30.0))
     canvas.paint(everything, skin + np.float32(2.2), fat + 45 * np.clip(strands - 1.7, 0, 1))
-    outer = outline_distance(MUSCLE, x, y, z)
+    outer = outline_distance(MUSCLE, x, y, z) + groove + 1.5 * broad
     inner = cavity_distance(x, y, z)
     muscle = np.full(x.shape, patient.hu["muscle"], np.float32)
-    # planes between the layers, and marbling that runs along the body
-    planes = np.cos((outer - inner * 0.3) * np.float32(2 * np.pi / 13.0))
-    muscle -= 95 * np.clip(strands - 1.15, 0, 0.8) + 55 * np.clip(planes - 0.86, 0, 0.14) / 0.14 * (strands > -0.4)
+    muscle -= (50 + 70 * patient.marbling) * np.clip(strands - 1.3 + 0.5 * patient.marbling, 0, 0.8)
+    # The three layers of the flanks, and single muscles elsewhere, with fat between them.
+    flank = (np.abs(x) > 85) & (y > -45) & (y < 70) & (z > 30) & (z < 165) & (inner < 26)
+    layers = np.cos((outer - inner * 0.3) * np.float32(2 * np.pi / 9.0) + broad) - 0.8
+    single = 0.35 - np.abs(noise(everything, "coarse", 90.0))
+    muscle -= 90 * np.clip(np.where(flank, layers * 5, single * (2 + 2 * patient.marbling)), 0, 1)
     midline = np.abs(x) < 3.0
     muscle[midline & (y > 60) & (z < 200)] = -40.0
     _gluteal_planes(muscle, x, y, z, outer + 1.2 * strands)
     canvas.paint(everything, outer, muscle)
-    inside = patient.hu["fat"] + 4 * strands + 70 * np.clip(strands - 1.9, 0, 1)
+    inside = patient.hu["fat"] + 5 * strands + 70 * np.clip(strands - 1.7, 0, 1)
     canvas.paint(everything, inner, inside)
+
+
+# Upper arm, forearm and hand of the right side, atlas mm and radius: beside the body, or above the head.
+_ARM_DOWN = ((168, -34, 404, 40), (196, -34, 330, 43), (214, -26, 210, 42), (222, -4, 120, 38), (214, 40, 20, 34))
+_ARM_DOWN += ((206, 66, -60, 26), (200, 74, -130, 22))
+_ARM_UP = ((150, -34, 408, 42), (176, -22, 452, 44), (196, -10, 520, 42), (190, 20, 600, 38))
+
+
+def paint_arms(canvas: Canvas, patient: Patient) -> None:
+    """Skin, fat, muscles and bone of both arms; the trunk is painted over the shoulders."""
+    knots = np.array(_ARM_DOWN if patient.anatomy.arms_down else _ARM_UP, float)
+    for side in (1, -1):
+        points, radii = curve(knots * [side, 1, 1, 1], 16.0)
+        region, distance, _ = canvas.tube(points, radii, pad_mm=1)
+        if region.is_empty:
+            continue
+        canvas.paint(region, distance, np.float32(30.0))
+        canvas.paint(region, distance + 2.2, np.float32(patient.hu["fat"]))
+        planes = 80 * np.clip(0.3 - np.abs(noise(region, "coarse")), 0, 0.3) / 0.3
+        canvas.paint(region, distance + 9 + 2 * noise(region, "coarse", 30.0), patient.hu["muscle"] - planes)
+        canvas.paint_tube(points, np.full(len(points), 11.0), np.float32(1000.0), None)
+        canvas.paint_tube(points, np.full(len(points), 5.5), np.float32(0.0), None)
 
 
 def _gluteal_planes(muscle: np.ndarray, x, y, z, outer: np.ndarray) -> None:
@@ -115,7 +143,9 @@ def _paint_lungs(canvas: Canvas, patient: Patient) -> None:
     air = patient.hu["lung"] - 0.35 * y + 26 * noise(region, "fine") + 18 * noise(region, "middle")
     canvas.paint(region, distance, air)
     blood = 0.5 * (patient.hu["right_heart"] + patient.hu["aorta"])
-    canvas.paint_segments(lung_vessels(), blood)
+    canvas.paint_segments(lung_vessels(patient.seed, patient.texture_mm), blood)
+    fissure = np.abs(y + 0.75 * (z - 300) + 6 * noise(region, "coarse", 60.0)) - 0.5
+    canvas.paint(region, np.maximum(fissure, distance + 1), np.float32(-560.0), None, opacity=0.6)
 
 
 def grow_tree(rng: np.random.Generator, root, targets: np.ndarray, leaf_mm: float, grow: float):
@@ -139,16 +169,16 @@ def grow_tree(rng: np.random.Generator, root, targets: np.ndarray, leaf_mm: floa
 
 
 @lru_cache(maxsize=1)
-def lung_vessels() -> tuple:
-    """The atlas' lung vessels as segments; the same in every patient."""
-    rng = np.random.Generator(np.random.PCG64(4411))
+def lung_vessels(seed: int, texture_mm: tuple[float, float, float]) -> tuple:
+    """A patient's own lung vessels as segments in the atlas."""
+    rng = np.random.Generator(np.random.PCG64([4411, seed]))
     segments = []
     for side, hilum in ((1, (40, 4, 312)), (-1, (-42, -2, 316))):
-        points = rng.uniform((26, -86, 130), (138, 100, 432), (900, 3)) * [side, 1, 1]
+        points = rng.uniform((26, -86, 130), (138, 100, 432), (1400, 3)) * [side, 1, 1]
         points = points.astype(np.float32)
-        place = Region((), points[:, 0], points[:, 1], points[:, 2])
-        inside = points[lung_distance(place) < -7][:115]
-        segments += grow_tree(rng, hilum, inside.astype(float), 1.15, 0.36)
+        place = Region((), points[:, 0], points[:, 1], points[:, 2], texture_mm)
+        inside = points[lung_distance(place) < -6][:NUM_LUNG_TWIGS]
+        segments += grow_tree(rng, hilum, inside.astype(float), 1.0, 0.36)
     return tuple(segments)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.phantom.cases import PhantomCase
+from datasets.phantom.cases import GENERATOR, PhantomCase
 from datasets.phantom.landmarks import atlas_landmarks
-from datasets.phantom.patient import Patient, Scan
+from datasets.phantom.patient import Patient
+from datasets.phantom.scan import Scan
+from datasets.phantom.variants import Shares
 
 MAX_DRIFT_MM = 0.1  # landmark files are rounded to 0.001 mm
 
@@ -28,16 +30,15 @@ class PhantomTruth:
 
     def to_atlas(self, points_mm: np.ndarray) -> np.ndarray:
         """Atlas mm [N, 3] of world points [N, 3] of this case."""
-        return self.patient.deformation.to_atlas(points_mm)
+        return self.scan.to_atlas(self.patient, points_mm)
 
     def from_atlas(self, atlas_mm: np.ndarray) -> np.ndarray:
         """World mm [N, 3] in this case of atlas points [N, 3]."""
-        return self.patient.deformation.to_world(atlas_mm)
+        return self.scan.from_atlas(self.patient, atlas_mm)
 
     def is_scanned(self, points_mm: np.ndarray) -> np.ndarray:
         """bool [N]: which world points [N, 3] lie within the scan's outermost voxels."""
-        index = (np.asarray(points_mm) - self.scan.origin_mm) / self.scan.spacing_mm
-        return ((index >= -0.5) & (index <= np.array(self.scan.shape) - 0.5)).all(axis=-1)
+        return self.scan.is_scanned(points_mm, margin_vox=0.5)
 
 
 def load_truth(landmark_dir: str | Path, names: Sequence[str]) -> dict[str, PhantomTruth]:
@@ -72,13 +73,20 @@ def _draw_again(path: Path, name: str) -> PhantomTruth:
             f"{path}: states no seed, so the truth between landmarks is unknown; it needs files by "
             "scripts/make_phantom_dataset.py (--landmark_dir)"
         )
+    if record.get("generator") != GENERATOR:
+        raise ValueError(
+            f"{path}: a phantom of generator {record.get('generator', 1)}, but this is generator {GENERATOR}; make it "
+            "again (scripts/make_phantom_dataset.py)"
+        )
     seed, labelled, index = record["seed"]
-    case = PhantomCase(name, seed, index, bool(labelled), record.get("full_size", False), record.get("scan_range"))
+    case = PhantomCase(
+        name, seed, index, bool(labelled), record["full_size"], record["scan_range"], shares=Shares(**record["shares"])
+    )
     patient, scan, _ = case.sample()
-    atlas = atlas_landmarks()
+    atlas = atlas_landmarks(patient.anatomy)
     known = [landmark for landmark in record["landmarks_mm"] if landmark in atlas]
     stated = np.array([record["landmarks_mm"][landmark] for landmark in known], dtype=float).reshape(-1, 3)
-    drawn = patient.deformation.to_world(np.array([atlas[landmark] for landmark in known]).reshape(-1, 3))
+    drawn = scan.from_atlas(patient, np.array([atlas[landmark] for landmark in known]).reshape(-1, 3))
     drift_mm = float(np.abs(drawn - stated).max(initial=0.0))
     if not known or drift_mm > MAX_DRIFT_MM:
         raise ValueError(
