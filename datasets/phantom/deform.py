@@ -31,9 +31,18 @@ ORGAN_MOTIONS = {
     "gallbladder": ((56, 70, 112), (32, 32, 32), (4, 4, 5), 0.14),
     "heart": ((-15, 45, 268), (60, 55, 55), (4, 4, 5), 0.10),
     "bladder": ((0, 40, -104), (45, 42, 40), (2, 3, 4), 0.16),
-    "belly": ((0, 110, 70), (110, 70, 110), (0, 10, 0), 0.0),
+    "belly": ((0, 115, 70), (110, 75, 110), (0, 10, 0), 0.0),
     "waist": ((0, 20, 60), (200, 200, 90), (0, 0, 0), 0.05),
     "chest": ((0, 0, 330), (200, 200, 90), (0, 0, 0), 0.05),
+}
+# Away from the spine: the belly's wall and bowel, and what lies in the fat behind and in front of the peritoneum.
+FORWARD_WITH_FAT = {
+    "belly": 1.0,
+    "right_kidney": 0.5,
+    "left_kidney": 0.5,
+    "liver": 0.3,
+    "stomach": 0.5,
+    "pancreas": 0.3,
 }
 
 
@@ -152,13 +161,12 @@ def _smooth_noise(rng: np.random.Generator, scale_mm: float, std_mm: float) -> n
 def _organ_displacement(rng: np.random.Generator, points: np.ndarray, belly_mm: float) -> np.ndarray:
     """Shift and swelling of every entry of ORGAN_MOTIONS, as a sum of Gaussian bumps.
 
-    `belly_mm` is added to the belly's shift forwards.
+    Fat in the belly pushes FORWARD_WITH_FAT forwards, by these shares of `belly_mm`.
     """
     total = np.zeros_like(points)
     for name, (centre, reach, shift_std, swell_std) in ORGAN_MOTIONS.items():
         shift = rng.standard_normal(3) * shift_std
-        if name == "belly":
-            shift[1] += belly_mm
+        shift[1] += belly_mm * FORWARD_WITH_FAT.get(name, 0.0)
         swell = np.clip(rng.standard_normal() * swell_std, -2 * swell_std, 2 * swell_std)
         away = points - np.asarray(centre, float)
         weight = np.exp(-0.5 * ((away / reach) ** 2).sum(-1, keepdims=True))

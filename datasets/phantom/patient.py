@@ -23,10 +23,10 @@ PHASES = ("native", "arterial", "portal")
 TISSUE_HU = {
     "liver": ((36, 64), (54, 84), (84, 124)),
     "spleen": ((34, 52), (108, 145), (106, 136)),
-    "renal_cortex": ((22, 36), (150, 205), (160, 195)),
-    "renal_medulla": ((20, 34), (55, 90), (140, 180)),
-    "pancreas": ((14, 46), (66, 116), (56, 102)),
-    "adrenal": ((4, 34), (54, 80), (50, 76)),
+    "renal_cortex": ((18, 36), (150, 205), (160, 195)),
+    "renal_medulla": ((16, 34), (55, 90), (140, 180)),
+    "pancreas": ((2, 46), (66, 116), (56, 102)),
+    "adrenal": ((0, 34), (54, 80), (50, 76)),
     "aorta": ((36, 48), (250, 340), (140, 180)),
     "cava": ((34, 46), (50, 75), (125, 165)),
     "renal_vein": ((34, 46), (120, 170), (145, 180)),
@@ -102,7 +102,7 @@ def sample_patient(rng: np.random.Generator, anatomy: Anatomy) -> Patient:
     size = size * rng.normal(1.0, 0.025, 3) * rng.normal(0.99, 0.045)
     phase = PHASES[rng.choice(3, p=(0.3, 0.2, 0.5))]
     return Patient(
-        deformation=sample_deformation(rng, fat, size, belly_mm=float(rng.normal(6 + 9 * weight, 6))),
+        deformation=sample_deformation(rng, fat, size, belly_mm=float(rng.normal(8 + 10 * weight, 7))),
         phase=phase,
         hu=_sample_tissues(rng, phase),
         bone_hu=float(rng.uniform(90, 230)),

@@ -158,7 +158,7 @@ def sample_scan(
         shape=shape,
         spacing_mm=tuple(float(round(s, 6)) for s in spacing),
         origin_mm=tuple(float(round(o, 3)) for o in origin),
-        noise_hu=float(rng.uniform(7, 24)),
+        noise_hu=float(rng.uniform(4, 15)),
         noise_mm=float(rng.uniform(0.4, 0.75)),
         blur_mm=float(rng.uniform(0.5, 1.0)),
         table_mm=float(rng.uniform(2, 26)) if rng.uniform() < 0.8 else None,

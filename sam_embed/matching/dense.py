@@ -3,7 +3,7 @@
 Single matches of SAM's vectors are right in most places and far off in some. A map of the whole body is found in three
 steps, on two grids of nodes that lie `spacing_mm` and twice that apart:
 
-1. Every body node of the wider grid is matched to the most similar body node of the other volume, and back. A robust
+1. Every body node of the wider grid is matched to the most similar one of the other volume, and back. A robust
    affine map is fitted to these matches, and a smooth map to those that agree with it.
 2. Around the place that the map gives to a node, all nodes within a window are compared. Nodes choose the one that
    combines similarity and closeness to the smoothed choices of their neighbours; closeness weighs more in each round
@@ -19,6 +19,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
 from torch import Tensor
 
@@ -35,7 +36,6 @@ CLOSENESS = (0.003, 0.01, 0.03, 0.1)  # per squared node, against similarities; 
 LEAST_WEIGHT = 1e-3  # of the largest one: less around a node is nothing
 TRUST_SCALE_MM = 12.0  # a node whose own most similar place lies as far from the map is half trusted
 BYTES_PER_BLOCK = 2**26
-EMPTY_COST = 1.0  # of a place outside of the other volume: that of a similarity of 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ def map_nodes(scan: Nodes, reference: Nodes) -> DenseMap:
     if not (scan.body.any() and reference.body.any()):
         raise ValueError("dense matching needs a body in both volumes, and one of the embeddings has none")
     wide, wide_reference = scan.every_second(), reference.every_second()
-    displacement = _global_displacement(wide, reference)
+    displacement = _global_displacement(wide, wide_reference)
     displacement, _ = _refine(wide, wide_reference, displacement, radius=2)
     index = world_to_index(wide.affine, scan.points_mm.reshape(-1, 3)).T
     displacement = np.stack(
@@ -176,7 +176,7 @@ def _best_of_all(queries: Tensor, keys: Tensor) -> tuple[np.ndarray, np.ndarray]
     for first in range(0, len(queries), num_rows):
         similarity = queries[first : first + num_rows] @ keys.T
         found.append(similarity.argmax(dim=1))
-        score, row = similarity.max(dim=0)
+        score, row = similarity.T.contiguous().max(dim=1)
         back = torch.where(score.cpu() > best, row.cpu() + first, back)
         best = torch.maximum(best, score.cpu())
     return torch.cat(found).cpu().numpy(), back.numpy()
@@ -209,7 +209,7 @@ def _refine(scan: Nodes, reference: Nodes, displacement: np.ndarray, radius: int
 
     Args:
         displacement: [d, h, w, 3], mm.
-        radius: half width of the window, nodes of the reference.
+        radius: of the window, a ball, nodes of the reference.
 
     Returns:
         The better displacement, and trust [d, h, w].
@@ -219,6 +219,7 @@ def _refine(scan: Nodes, reference: Nodes, displacement: np.ndarray, radius: int
     smooth = displacement.reshape(-1, 3)[rows]
     centre = np.rint(world_to_index(reference.affine, points + smooth)).astype(np.int64)
     offsets = np.array(list(itertools.product(range(-radius, radius + 1), repeat=3)))
+    offsets = offsets[(offsets**2).sum(axis=1) <= radius**2 + 1]
     cost = _window_cost(scan.vectors[rows], reference, centre, offsets)
     # Squared distance of a candidate from the smooth map, in nodes: |base|^2 + 2 base . offset + |offset|^2.
     node_mm = float(reference.spacing_mm.mean())
@@ -243,14 +244,16 @@ def _refine(scan: Nodes, reference: Nodes, displacement: np.ndarray, radius: int
 
 
 def _window_cost(vectors: Tensor, reference: Nodes, centre: np.ndarray, offsets: np.ndarray) -> Tensor:
-    """1 - similarity [N, P] of vectors [N, C] to the nodes at centre [N, 3] + offsets [P, 3]."""
-    cost = torch.full((len(centre), len(offsets)), EMPTY_COST)
+    """1 - similarity [N, P] of vectors [N, C] to the nodes at centre [N, 3] + offsets [P, 3]; 1 outside of the grid."""
+    reach = int(np.abs(offsets).max())
+    rim = 2 * reach + 1  # of zero vectors: a window may begin outside of the grid
+    padded = F.pad(reference.vectors.view(*reference.shape, -1), (0, 0, *(rim,) * 6))
     shape = np.array(reference.shape)
-    for column, offset in enumerate(offsets):
-        index = centre + offset
-        exists = ((index >= 0) & (index < shape)).all(axis=1)
-        flat = np.ravel_multi_index(np.clip(index, 0, shape - 1).T, reference.shape)
-        there = reference.vectors[torch.from_numpy(flat)]
-        similarity = torch.einsum("nc,nc->n", vectors, there)
-        cost[:, column] = torch.where(torch.from_numpy(exists), 1 - similarity, EMPTY_COST)
-    return cost
+    start = np.clip(centre, -reach - 1, shape + reach) + rim
+    steps = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
+    rows = padded.flatten(0, 2)
+    cost = torch.empty(len(offsets), len(centre))
+    for number, offset in enumerate(offsets):
+        there = rows.index_select(0, torch.from_numpy((start + offset) @ steps))
+        cost[number] = 1 - torch.einsum("nc,nc->n", vectors, there)
+    return cost.T
