@@ -45,8 +45,15 @@ def make_flags():
 
 
 def read_any(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """The values of any NIfTI as they are, float32 [D, H, W] in canonical orientation, and the voxel size (mm)."""
-    image = nib.load(path)
+    """The values of any NIfTI as they are, float32 [D, H, W] in canonical orientation, and the voxel size (mm).
+
+    Raises:
+        ValueError: no file, or one that nibabel cannot read.
+    """
+    try:
+        image = nib.load(path)
+    except (OSError, nib.filebasedimages.ImageFileError) as error:
+        raise ValueError(f"{path}: not readable as NIfTI ({error}); --images expects .nii or .nii.gz files") from error
     array, affine = to_canonical(np.asarray(image.dataobj, np.float32), image.affine)
     return array, spacing_of(affine)
 

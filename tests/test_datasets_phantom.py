@@ -6,6 +6,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from datasets.phantom.cases import (
     PhantomCase,
@@ -22,6 +23,7 @@ from datasets.phantom.landmarks import atlas_landmarks
 from datasets.phantom.patient import PHASES, TISSUE_HU
 from datasets.phantom.scan import ORIENTATIONS, SCAN_RANGES
 from datasets.phantom.variants import Shares
+from scripts import show_phantom
 from scripts.make_phantom_dataset import main
 from tests.phantom_facts import LABEL_HU_RANGE, ORGAN_LANDMARKS
 
@@ -227,3 +229,16 @@ def test_more_cases_leave_the_first_ones_as_they_are():
     few, many = list_cases(2, 1, 7), list_cases(5, 3, 7)
     assert set(few) < set(many)
     assert len({case.name for case in many}) == 8
+
+
+def test_contact_sheet_is_drawn_and_other_files_are_named(tmp_path):
+    case = tiny(1, coarsen=5.0)
+    write_case(tmp_path, case)
+    sheet = tmp_path / "sheet.png"
+    show_phantom.main(["--images", str(case_files(tmp_path, case)["image"]), "--output", str(sheet)])
+    width, height = Image.open(sheet).size
+    assert width > height > 50
+    other = tmp_path / "scan.mha"
+    other.write_text("ObjectType = Image")
+    with pytest.raises(ValueError, match="scan.mha: not readable as NIfTI"):
+        show_phantom.main(["--images", str(other), "--output", str(sheet)])
