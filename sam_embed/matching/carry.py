@@ -44,7 +44,7 @@ class Carried(NamedTuple):
     """Labels carried to a scan.
 
     Attributes:
-        labels: [D, H, W], the references' dtype; 0 where background won or nobody voted.
+        labels: [D, H, W], uint8 where the values fit and int32 otherwise; 0 where background won or nobody voted.
         confidence: float32 [D, H, W], 0 to 1: the votes for this label, weighted by trust, over the references.
     """
 
@@ -64,7 +64,7 @@ def carry_labels(
 
     Args:
         scan: embedding of the scan.
-        references: one or more; each is used and can be dropped before the next (a generator-like sequence is fine).
+        references: one or more; each is asked for once, so that a sequence may read it from a file.
         shape, affine: the grid to label, (D, H, W) and index -> world mm of the scan; in any orientation.
         node_mm: distance of the nodes that are matched, mm.
         vote_mm: votes are counted on voxels of at least this size, mm, and interpolated to the grid.
@@ -73,7 +73,7 @@ def carry_labels(
         ValueError: no reference, embeddings by different weights, or labels that are no three-dimensional integers.
     """
     votes, values, _ = count_votes(scan, references, *_coarser_grid(shape, affine, vote_mm), node_mm)
-    return _winners(votes, values, references[0].labels.dtype, tuple(int(size) for size in shape))
+    return _winners(votes, values, tuple(int(size) for size in shape))
 
 
 def count_votes(
@@ -90,28 +90,31 @@ def count_votes(
 
     Returns:
         votes: float32 [K, D, H, W], mean over references of trust where this label was read, 0 to 1;
-        values: the K labels, ascending, 0 first;
+        values: the K labels that were read anywhere, ascending, 0 first;
         reach: float32 [D, H, W], share of the references that reach a voxel.
     """
     if not len(references):
         raise ValueError("carrying labels needs at least one labelled reference")
-    values = np.array([BACKGROUND])
-    for reference in references:
-        values = np.union1d(values, _checked_values(reference))
     shape = tuple(int(size) for size in shape)
-    votes = np.zeros((len(values), int(np.prod(shape))), dtype=np.float32)
-    reach = np.zeros(int(np.prod(shape)), dtype=np.float32)
+    num_voxels = int(np.prod(shape))
+    votes = {BACKGROUND: np.zeros(num_voxels, dtype=np.float32)}
+    reach = np.zeros(num_voxels, dtype=np.float32)
     nodes = make_nodes(scan, node_mm)
     for reference in references:
+        _check_labels(reference)
         check_same_network(scan, reference.embedding)
         found = map_nodes(nodes, make_nodes(reference.embedding, node_mm))
         places_mm, trust = sample_map(found, shape, affine)
         label, exists = _labels_at(reference, places_mm)
-        where = np.flatnonzero(exists)
-        votes[np.searchsorted(values, label[where]), where] += trust[where]
-        reach[where] += 1
+        reach += exists
+        for value in np.unique(label[exists]).tolist():
+            if value not in votes:
+                votes[value] = np.zeros(num_voxels, dtype=np.float32)
+            votes[value] += np.where(exists & (label == value), trust, 0)
+    values = np.array(sorted(votes))
     share = np.float32(1 / len(references))
-    return (votes * share).reshape(-1, *shape), values, (reach * share).reshape(shape)
+    counted = np.stack([votes[value].reshape(shape) for value in values.tolist()])
+    return counted * share, values, (reach * share).reshape(shape)
 
 
 def sample_map(found: DenseMap, shape: tuple[int, int, int], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,16 +135,12 @@ def sample_map(found: DenseMap, shape: tuple[int, int, int], affine: np.ndarray)
     return sampled[:3].T, sampled[3]
 
 
-def _checked_values(reference: Reference) -> np.ndarray:
-    labels = reference.labels
+def _check_labels(reference: Reference) -> None:
+    labels, name = reference.labels, reference.embedding.name
     if labels.ndim != 3 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels of {reference.embedding.name!r}: expected integers [D, H, W], got {labels.dtype} {labels.shape}"
-        )
-    values = np.unique(labels)
-    if len(values) and values[0] < 0:
-        raise ValueError(f"labels of {reference.embedding.name!r}: expected 0 or more, got {values[0]}")
-    return values
+        raise ValueError(f"labels of {name!r}: expected integers [D, H, W], got {labels.dtype} {labels.shape}")
+    if labels.size and labels.min() < 0:
+        raise ValueError(f"labels of {name!r}: expected 0 or more, got {labels.min()}")
 
 
 def _labels_at(reference: Reference, places_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -163,11 +162,11 @@ def _coarser_grid(shape: Sequence[int], affine: np.ndarray, least_mm: float) -> 
     return tuple(int(n) for n in coarse), np.asarray(affine, dtype=np.float64) @ step
 
 
-def _winners(votes: np.ndarray, values: np.ndarray, dtype: np.dtype, shape: tuple[int, int, int]) -> Carried:
+def _winners(votes: np.ndarray, values: np.ndarray, shape: tuple[int, int, int]) -> Carried:
     """The label with most votes at every voxel of a finer grid over the same box; votes are interpolated linearly."""
     weights = [_upsampling(coarse, fine) for coarse, fine in zip(votes.shape[1:], shape)]
     confidence = _upsample(votes[0], weights)
-    labels = np.zeros(shape, dtype=dtype)
+    labels = np.zeros(shape, dtype=np.uint8 if values.max() <= 255 else np.int32)
     for vote, value in zip(votes[1:], values[1:]):
         if not vote.any():
             continue
