@@ -204,8 +204,8 @@ def _check_made_alike(path: Path, case: PhantomCase) -> None:
     wanted = {"generator": GENERATOR, "shares": asdict(case.shares)}
     if any(record.get(name) != value for name, value in wanted.items()):
         raise ValueError(
-            f"{path}: this case was made by generator {record.get('generator', 1)} with other shares of variants or by "
-            f"another generator than {GENERATOR}; choose another --out_dir, or delete the old phantoms"
+            f"{path}: this case was made by generator {record.get('generator', 1)} (now {GENERATOR}) or with "
+            "other shares of variants; choose another --out_dir, or delete the old phantoms"
         )
 
 
