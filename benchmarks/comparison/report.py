@@ -21,6 +21,7 @@ from benchmarks.comparison.results import (
 )
 from benchmarks.comparison.stages import Plan
 from benchmarks.results import table
+from datasets.phantom.cases import GENERATOR
 from datasets.store.files import write_text
 from engine.flags import git_commit
 from engine.segmentation.report import percent, spread, without_nan
@@ -37,6 +38,7 @@ def write_report(plan: Plan, records: Records, command: str) -> str:
         "command": command,
         "commit": git_commit(),
         "settings": dataclasses.asdict(plan.settings),
+        "phantom_generator": GENERATOR,
         "verdicts": verdicts(comparisons),
         "dice": {arm: {str(k): dice_summary(scores, arm, k) for k in scores.shots} for arm in scores.arms},
         "test_cases": scores.cases,
@@ -50,7 +52,8 @@ def write_report(plan: Plan, records: Records, command: str) -> str:
         "# Pretrainings compared",
         f"`{command}`, commit {summary['commit']}",
         "\n".join(f"- {line}" for line in summary["verdicts"]),
-        f"Dice in percent, mean over organs and {len(scores.cases)} held-out phantoms in their files' own spacing; "
+        f"Dice in percent, mean over organs and {len(scores.cases)} held-out phantoms of generator {GENERATOR} in "
+        "their files' own spacing; "
         f"mean ± std over {len(plan.settings.seeds)} seeds, each with the labelled cases of another fold (folds share "
         f"cases where five of them need more than {plan.settings.num_labelled}):",
         dice_table(scores, ends),

@@ -12,6 +12,7 @@ from benchmarks.comparison.arms import ARMS, SCRATCH_OWN, UNTRAINED
 from benchmarks.comparison.jobs import Call, Job
 from benchmarks.comparison.settings import Settings
 from benchmarks.results import words
+from datasets.phantom.cases import GENERATOR
 from datasets.samples.pairings import PAIRINGS, PairingOptions
 from engine.flags import REPOSITORY
 
@@ -53,12 +54,13 @@ class Plan:
     device: str = "auto"
     num_cpus: int = 1
 
-    # Folders: data sets of other sizes or seeds lie beside each other
+    # Folders: data sets of other sizes, seeds or generators lie beside each other
 
     @property
     def data(self) -> Path:
         s = self.settings
-        return self.root / f"data_{s.num_unlabelled}_{s.num_labelled}_{s.num_test}_seed{s.data_seed}"
+        sizes = f"{s.num_unlabelled}_{s.num_labelled}_{s.num_test}"
+        return self.root / f"data_{sizes}_seed{s.data_seed}_generator{GENERATOR}"
 
     @property
     def phantoms(self) -> Path:
