@@ -113,7 +113,7 @@ def unwrapped(value):
 
 
 def in_fp32(operator) -> Callable:
-    """Without the CPU's slowness in fp16, or its fault in bf16 (RESULTS.md, "The NaN of bfloat16 on a CPU")."""
+    """Without the CPU's slowness in fp16, or its fault in bf16 (LOG.md, "the NaN of bfloat16 on a CPU")."""
 
     def run(*args, **kwargs):
         dtype = args[0].dtype
