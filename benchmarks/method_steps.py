@@ -6,10 +6,12 @@
 
 A step is that of `engine.loop.pretrain` on random crops that already lie on the device. `benchmarks.public_forms` says
 what the public forms are. Both sides start from the same weights and must give the same loss; both run in fp32 on a CPU
-(with freed memory kept, see `engine.device`) and in half precision on a GPU. After a first step that does not count,
-rounds follow: a step of each side, the other side first in every second round. The speed-up is the median of the
-rounds' ratios, so that a busy machine matters less; on a CPU the ratio of CPU time stands beside it. The default sizes
-take some minutes on two cores.
+and in half precision on a GPU. The C library's allocator is as it comes, unless --keep_memory gives both sides what
+`main_ddp.py` does on a CPU (`engine.device.keep_freed_memory`).
+
+After a first step that does not count, rounds follow: a step of each side, the other side first in every second round.
+The speed-up is the median of the rounds' ratios, so that a busy machine matters less; on a CPU the ratio of CPU time
+stands beside it. The default sizes take some minutes on two cores.
 
 Memory of a side is its weights, the optimiser's state, and the most that tensors of a step took at one time.
 
@@ -105,6 +107,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--roi", type=tuple[int, int, int], default=(64, 32, 32), help="crop D H W, voxels (VoCo published: 64 each)")
     add("--slice", type=int, default=128, help="side of CAiD's slices, pixels (published: 224)")
     add("--num_rounds", type=int, default=2, help="timed steps of each side; an even number is fair")
+    add_switch(parser, "--keep_memory", False, "keep freed memory in the process, on both sides (CPU)")
     add_switch(parser, "--use_checkpoint", False, "recompute activations on both sides (CAiD's network cannot)")
     return parser
 
@@ -226,7 +229,8 @@ def step_bytes(step: Callable[[int], object], device: torch.device) -> int:
 def run(flags: jsonargparse.Namespace) -> dict:
     """The figures of each method, by its name, and what they were measured on."""
     device = pick_device(flags.device, 0)
-    keep_freed_memory()
+    if flags.keep_memory:
+        keep_freed_memory()
     precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)
     found = {}
     for name in tqdm(chosen(flags.methods, list(CASES), "--methods"), unit="method", disable=not sys.stderr.isatty()):
@@ -239,6 +243,7 @@ def run(flags: jsonargparse.Namespace) -> dict:
         "precision": precision,
         "feature_size": 12 if flags.quick else flags.feature_size,
         "use_checkpoint": flags.use_checkpoint,
+        "keep_memory": flags.keep_memory,
         "methods": found,
     }
 
