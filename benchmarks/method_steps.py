@@ -106,7 +106,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--methods", type=list[str], default=list(CASES), help=f"some of {', '.join(CASES)}")
     add("--roi", type=tuple[int, int, int], default=(64, 32, 32), help="crop D H W, voxels (VoCo published: 64 each)")
     add("--slice", type=int, default=128, help="side of CAiD's slices, pixels (published: 224)")
-    add("--num_rounds", type=int, default=2, help="timed steps of each side; an even number is fair")
+    add("--num_rounds", type=int, default=4, help="timed steps of each side; an even number is fair")
     add_switch(parser, "--keep_memory", False, "keep freed memory in the process, on both sides (CPU)")
     add_switch(parser, "--use_checkpoint", False, "recompute activations on both sides (CAiD's network cannot)")
     return parser
