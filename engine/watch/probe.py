@@ -75,7 +75,7 @@ def voxel_features(
     Raises:
         ValueError: the encoder has no map at a stride that is asked for.
     """
-    padded, before = pad_to(torch.from_numpy(np.ascontiguousarray(hu)), options.roi)
+    padded, before = pad_to(torch.from_numpy(np.ascontiguousarray(hu)), options.roi, options.outside)
     places = torch.from_numpy(np.asarray(voxels)) + torch.tensor(before)
     corners = central_corners(places, padded.shape, options)
     used, window_of = torch.unique(corners, dim=0, return_inverse=True)
