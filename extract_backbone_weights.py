@@ -93,11 +93,11 @@ def describe(state: dict, key: str) -> dict:
     return {"method": state["kind"], "module": key} | {name: state[name] for name in DESCRIBING}
 
 
-def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3, path: str) -> str:
+def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3 | None, path: str) -> str:
     """Compare with the network that the weights are for.
 
     Args:
-        roi: crops of the run (D, H, W), which decide whether the network is 2-D.
+        roi: crops of the run (D, H, W), which decide whether the network is 2-D; None = a 3-D network where there is one.
 
     Returns:
         One line that says what matched.
@@ -111,7 +111,7 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3, pa
     parts = {"encoder": BACKBONES[name].encoder_key_prefixes, "decoder": BACKBONES[name].decoder_key_prefixes}
     not_compared = (HEAD_PREFIX, TASK_LAYER_PREFIX)
     backbone_weights = {key: value for key, value in weights.items() if not key.startswith(not_compared)}
-    spatial_dims = spatial_dims_of(roi)
+    spatial_dims = spatial_dims_of(roi) if roi else max(BACKBONES[name].spatial_dims)
     network = segmentation_network(
         name, backbone["in_channels"], NUM_CLASSES, backbone["feature_size"], spatial_dims=spatial_dims
     )
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         check_layout(flags, state["backbone"])
     key = chosen_part(state, flags.checkpoint_key, prefers_decoder=is_smp)
     weights = extract(state, key, flags.with_head, flags.checkpoint, with_task_layer=is_smp)
-    print(check_match(weights, state["backbone"], state["preprocessing"]["roi"], flags.checkpoint))
+    print(check_match(weights, state["backbone"], state["preprocessing"].get("roi"), flags.checkpoint))
     if is_renamed:
         weights = layouts.with_names_of(flags.format, weights)
     save_weights(weights, describe(state, key), output)

@@ -221,7 +221,7 @@ def measure(folder: Path, flags: jsonargparse.Namespace) -> dict:
 def run(flags: jsonargparse.Namespace) -> dict:
     """Measure everything; returns the figures, times in seconds of wall or CPU."""
     if flags.quick:
-        flags.num_cases, flags.num_phantoms, flags.coarsen, flags.num_epochs = 80, 2, 6.0, 2
+        flags.num_cases, flags.num_phantoms, flags.coarsen, flags.num_epochs = 80, 2, 4.0, 2
     if flags.num_workers < 1:
         raise ValueError(f"--num_workers is {flags.num_workers}, expected 1 or more: their memory is measured")
     torch.set_num_threads(1)
