@@ -97,7 +97,7 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3 | N
     """Compare with the network that the weights are for.
 
     Args:
-        roi: crops of the run (D, H, W), which decide whether the network is 2-D; None = a 3-D network where there is one.
+        roi: crops of the run (D, H, W), which decide whether the network is 2-D; None = 3-D where it can be.
 
     Returns:
         One line that says what matched.
