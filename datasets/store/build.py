@@ -159,9 +159,10 @@ def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: b
     with exclusive(store_dir / "locks" / "cases" / case.name) as locked:
         try:
             record = with_new_stamp(case, read_manifest(case_file(store_dir, case.name, MANIFEST)), store_dir)
-            if is_current(case, record, store_dir) and not (verify and _is_damaged(record, store_dir)):
+            is_stored = is_current(case, record, store_dir)
+            if is_stored and not (verify and _is_damaged(record, store_dir)):
                 return "reused"
-            if record is not None and is_of_another_file(case, record) and not is_current(case, record, store_dir):
+            if record is not None and not is_stored and is_of_another_file(case, record):
                 return clash_message(case, record)
             _make_case(case, store_dir, spacing_mm, record, locked)
             return "built"

@@ -145,7 +145,7 @@ def case_file(store_dir: Path, name: str, suffix: str) -> Path:
 
 
 def checksum_of(content: bytes) -> str:
-    """A digest of a compressed file."""
+    """A digest of a file's content."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

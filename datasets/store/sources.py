@@ -1,6 +1,5 @@
 """Whether a stored case is still the one of its source files: by size and time, and by content where these differ."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from datasets.ct.nifti import CTReadError
 from datasets.lists.data_list import Case
 from datasets.store.arrays import check_file, files_of
-from datasets.store.format import LABEL, CaseRecord, StoreError, case_file, write_manifest
+from datasets.store.format import LABEL, CaseRecord, StoreError, case_file, checksum_of, write_manifest
 
 
 def sources_of(case: Case) -> list[Path]:
@@ -27,11 +26,7 @@ def stamp_of(sources: Sequence[Path]) -> str:
 
 def digest_of(sources: Sequence[Path]) -> str:
     """BLAKE2b of each file, a word each."""
-    words = []
-    for path in sources:
-        with path.open("rb") as file:
-            words.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
-    return " ".join(words)
+    return " ".join(checksum_of(path.read_bytes()) for path in sources)
 
 
 def is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:

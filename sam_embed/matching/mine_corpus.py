@@ -182,9 +182,8 @@ def _wait_for(files: list[Path]) -> None:
     """Until all files of one folder are there; gives up when none has appeared for an hour."""
     folder, wanted = files[0].parent, {file.name for file in files}
     num_missing, last_news = len(wanted) + 1, time.monotonic()
-    while missing := wanted - {
-        file.name for file in folder.iterdir()
-    }:  # one listing: a look at each file is slow on NFS
+    # One listing a time: a look at each file is slow on NFS.
+    while missing := wanted - {file.name for file in folder.iterdir()}:
         if len(missing) < num_missing:
             num_missing, last_news = len(missing), time.monotonic()
         if time.monotonic() - last_news > WAIT_LIMIT_S:
