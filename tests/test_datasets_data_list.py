@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -241,6 +242,22 @@ def test_bad_lists_are_named(tmp_path, content, reason):
     with pytest.raises(DataListError, match=reason) as caught:
         load_data_list(path, tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_a_patient_on_both_sides_of_a_list_is_named(tmp_path):
+    touch(tmp_path, "a.nii.gz", "b.nii.gz")
+
+    def listed(held_out: str) -> list[Case]:
+        entries = [{"image": f"{name}.nii.gz", "group": group} for name, group in (("a", "one"), ("b", held_out))]
+        path = tmp_path / f"{held_out}.json"
+        path.write_text(json.dumps({"training": entries[:1], "validation": entries[1:]}))
+        return load_data_list(path, tmp_path, "validation")
+
+    with pytest.warns(UserWarning, match="one.json.*1 patients.*: one. What"):
+        listed("one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [case.group for case in listed("two")] == ["two"]
 
 
 def test_groups_round_trip_and_must_be_text(tmp_path):

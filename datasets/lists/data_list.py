@@ -8,6 +8,7 @@ entry may also be just the image's path.
 import json
 import os
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -348,7 +349,7 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
     unnamed = [entry["image"] for entry in plain if "name" not in entry]
     unnamed = list(dict.fromkeys(unnamed))  # an image may stand in two sections
     given = dict(zip(unnamed, unique_names(unnamed)))
-    cases, image_of = [], {}
+    cases, image_of, groups = [], {}, defaultdict(set)
     for entry, (key, _) in zip(plain, entries):
         label = entry.get("label")
         name = entry.get("name") or given[entry["image"]]
@@ -361,8 +362,16 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
             raise DataListError(f"{json_list}: {image_of[name]} and {entry['image']} are both called {name!r}")
         if not isinstance(group := entry.get("group", ""), str):
             raise DataListError(f"{json_list}: the group of {name} is {group!r}, expected text")
+        groups[key].add(group)
         if key == section:
             cases.append(Case(name, data_dir / entry["image"], data_dir / label if label else None, group))
+    if on_both_sides := sorted(groups["training"] & groups["validation"] - {""}):
+        warnings.warn(
+            f"{json_list}: 'training' and 'validation' both hold scans of {len(on_both_sides)} patients ('group'): "
+            f"{', '.join(on_both_sides[:3])}. What is held out is then not new; scripts/create_json.py keeps "
+            "patients apart",
+            stacklevel=3,
+        )
     if len({case.name for case in cases}) < len(cases):
         raise DataListError(f"{json_list}: two entries of {section!r} have the same name or image")
     return cases
