@@ -34,6 +34,7 @@ from datasets.samples.masks import MaskOptions
 from datasets.samples.pairings import PairingOptions
 from datasets.store.volumes import parse_spacing, spacing_text
 from engine import distributed
+from engine.anatomy import method_options
 from engine.checkpoint import BackgroundSaver, describe_resumed, find_wanted, set_aside
 from engine.device import (
     compile_networks,
@@ -159,7 +160,7 @@ def precision_request(flags) -> tuple[str, torch.device]:
 def build_method(flags) -> Method:
     """The method that the flags describe; torch's seed decides its weights."""
     kind = METHODS[flags.method]
-    return kind(options_of(flags, kind.Options), backbone_maker(flags))
+    return kind(method_options(flags, kind.Options), backbone_maker(flags))
 
 
 def backbone_maker(flags) -> MakeBackbone:

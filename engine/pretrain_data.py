@@ -9,6 +9,7 @@ from pathlib import Path
 from datasets.ct.images import RADIOGRAPH
 from datasets.lists.data_list import Case, load_data_list
 from datasets.lists.label_classes import read_classes
+from datasets.samples.anatomy import AnatomyPoints
 from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.crops import CropOptions
 from datasets.samples.dataset import CropDataset
@@ -20,6 +21,7 @@ from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, spli
 from datasets.store.format import checksum_of
 from datasets.store.volumes import VolumeStore, fill_store, parse_spacing
 from engine import distributed
+from engine.anatomy import open_anatomy
 from engine.distributed import World
 from engine.flags import options_of
 from models.methods.method import Method
@@ -40,10 +42,12 @@ class Data:
     probe: ProbeVoxels | None = None  # on rank 0, with --probe_freq
 
     def digests(self) -> dict[str, str | None]:
-        """Of what the training samples are cut from: the cases in their order, and the correspondence table."""
-        table = self.training.pairing.table
+        """Of what the training samples are cut from: the cases in their order, and the correspondence table; of SAM's
+        vectors where the method asks for them."""
+        table, anatomy = self.training.pairing.table, self.training.anatomy
         names = json.dumps(self.training.names).encode()
-        return {"cases": checksum_of(names), "table": None if table is None else table.digest()}
+        digests = {"cases": checksum_of(names), "table": None if table is None else table.digest()}
+        return digests if anatomy is None else digests | {"anatomy": anatomy.digest}
 
 
 def open_data(flags, method: Method | type[Method], world: World) -> Data:
@@ -62,6 +66,8 @@ def open_data(flags, method: Method | type[Method], world: World) -> Data:
     store = VolumeStore(store_dir, expected_spacing_mm=spacing)
     check_probe(flags, store)
     names = {section: [case.name for case in listed if case.name in store] for section, listed in cases.items()}
+    if not flags.val_freq:
+        names["validation"] = []
     patient_of = {case.name: case.patient for listed in cases.values() for case in listed}
     table = load_table(flags)
     if table is not None and store.spacing_mm is None and world.is_main:
@@ -69,11 +75,12 @@ def open_data(flags, method: Method | type[Method], world: World) -> Data:
             "%s keeps each volume's own spacing: the two crops of a --pairing %s sample then show differently large "
             "parts of their patients; a store with --spacing_mm 2 1.5 1.5 would not", store_dir, flags.pairing,
         )  # fmt: skip
-    training = make_dataset(flags, method.views, store, table, names["training"], flags.seed, patient_of)
+    anatomy = open_anatomy(flags, method.anatomy, store, names, world)
+    training = make_dataset(flags, method.views, store, table, names["training"], flags.seed, patient_of, anatomy)
     validation = None
-    if names["validation"] and flags.val_freq:
+    if names["validation"]:
         seed = flags.seed + VALIDATION_SEED
-        validation = make_dataset(flags, method.views, store, table, names["validation"], seed, patient_of)
+        validation = make_dataset(flags, method.views, store, table, names["validation"], seed, patient_of, anatomy)
     probe = None
     if flags.probe_freq and world.is_main:
         classes = read_classes(flags.probe_json_list or flags.json_list)
@@ -115,6 +122,7 @@ def make_dataset(
     names: Sequence[str],
     seed: int,
     patient_of: Mapping[str, str] | None = None,
+    anatomy: AnatomyPoints | None = None,
 ) -> CropDataset:
     """Samples of the cases `names`, with a method's views.
 
@@ -122,12 +130,13 @@ def make_dataset(
         flags: has --pairing and the flags of `PairingOptions` and `CropOptions`; of `MaskOptions` for views of blocks,
             of `DistortOptions` for distorted ones.
         patient_of: case -> patient, whose scans are not paired with each other; None = all are of different patients.
+        anatomy: brings SAM's vectors inside the crops, for methods that ask for them.
     """
     crops = options_of(flags, CropOptions)
     pairing = PAIRINGS[flags.pairing](store, names, crops.roi, options_of(flags, PairingOptions), table, patient_of)
     masks = options_of(flags, MaskOptions) if "blocks" in views.values() else None
     distort = options_of(flags, DistortOptions) if "distorted" in views.values() else None
-    return CropDataset(store, pairing, views, crops, masks, seed=seed, distort=distort)
+    return CropDataset(store, pairing, views, crops, masks, seed=seed, distort=distort, anatomy=anatomy)
 
 
 def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:

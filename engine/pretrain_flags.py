@@ -29,7 +29,8 @@ class DataOptions:
     Attributes:
         data_dir: folder that the data list's paths start from
         json_list: data list (scripts/create_json.py): training, validation
-        embed_dir: folder of the correspondence table; needed by --pairing sam
+        embed_dir: folder of the correspondence table and of SAM's embeddings; --pairing sam needs the table, --lambda4
+            the embeddings
         table_file: correspondences.npy; empty = the one in --embed_dir
         store_dir: volume store, made when missing; empty = OUTPUT_DIR/store
         spacing_mm: voxel size in mm of the store: D H W, one number, or native; unset = the store's, 2 1.5 1.5 if made

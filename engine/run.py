@@ -100,6 +100,7 @@ def changed_flags(before: dict, now: dict) -> dict[str, str]:
 FLAGS_OF_DATA = {
     "cases": "other cases (--json_list, --data_dir, --store_dir)",
     "table": "another correspondence table (--table_file, --embed_dir)",
+    "anatomy": "embeddings of another SAM (--embed_dir)",
 }
 
 

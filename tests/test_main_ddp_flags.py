@@ -27,6 +27,7 @@ min_lr warmup_epochs weight_decay weight_decay_end clip_grad freeze_last_layer d
 channels_last cudnn_benchmark profile_steps
 nan_policy sync_batchnorm dist_timeout_min resume keep_freq log_freq picture_freq val_freq num_val_pairs
 probe_freq probe_json_list probe_voxels probe_cases config print_config grid_bases grid_crops
+lambda4 dense_variant dense_points dense_maps dense_hidden_dim dense_temp dense_near_mm dense_warmup_epochs
 help
 """
 

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from datasets.ct.images import RADIOGRAPH
 from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
+from datasets.samples.anatomy import AnatomyPoints
 from datasets.samples.augment import AugmentOptions, ViewAugmenter, window
-from datasets.samples.crops import CropOptions, cut
+from datasets.samples.crops import CropOptions, cut, start_at
 from datasets.samples.distort import DistortOptions, ViewDistorter
 from datasets.samples.masks import MaskOptions, draw_mask, mask_grid, num_masked_blocks
 from datasets.samples.pairings import Pairing, Places
@@ -47,6 +48,7 @@ class CropDataset(Dataset):
         augment: strengths for augmented views; None = the defaults, or none at all where `crops.augment` is off.
         seed: every choice depends on it, 0 or more.
         distort: for distorted views.
+        anatomy: draws points of every crop and reads SAM's vectors there; None = the method needs none.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class CropDataset(Dataset):
         augment: AugmentOptions | None = None,
         seed: int = 0,
         distort: DistortOptions | None = None,
+        anatomy: AnatomyPoints | None = None,
     ) -> None:
         if seed < 0:
             raise ValueError(f"--seed is {seed}, expected 0 or more")
@@ -68,6 +71,7 @@ class CropDataset(Dataset):
         self.names = check_names(store, pairing.names)
         check_depth(store, pairing.roi)
         self.crops = crops or CropOptions()
+        self.anatomy = anatomy
         if augment is None:
             augment = AugmentOptions() if self.crops.augment else AugmentOptions.off()
         self.hu_window = fill_ends((self.crops.a_min, self.crops.a_max), CT_WINDOW_HU)
@@ -98,7 +102,8 @@ class CropDataset(Dataset):
             `<name>_target`: the clean crop, mirrored where the view is), or bool masks [V, d, h, w] on the block grid
             (roi / mask_block), True = masked = in the loss;
             "case": int64 [V] index into `store.names`; "centre_mm": float32 [V, 3], crop centres in world mm;
-            "score": float32; "is_fallback": bool; the rule's further facts ("overlap" of the grids).
+            "score": float32; "is_fallback": bool; the rule's further facts ("overlap" of the grids); with `anatomy`
+            the entries of `AnatomyPoints.sample`.
 
         Raises:
             BrokenVolumeError: `MAX_ATTEMPTS` samples in a row met unreadable volumes.
@@ -183,8 +188,8 @@ class CropDataset(Dataset):
             "is_fallback": torch.tensor(places.is_fallback),
             **{name: torch.from_numpy(value) for name, value in places.facts.items()},
         }
-        # Seeds go to masks view by view, then to augmented pictures crop by crop, then to distorted ones; other orders
-        # would change every recorded run.
+        # Seeds go to masks view by view, then to augmented pictures crop by crop, then to distorted ones, at last to
+        # points; other orders would change every recorded run.
         for name in [name for name, kind in self.views.items() if kind == "blocks"]:
             rngs = [np.random.Generator(np.random.Philox(seed)) for seed in seeds.spawn(len(crops_hu))]
             sample[name] = torch.stack([draw_mask(rng, self.grid, self.num_masked) for rng in rngs])
@@ -194,7 +199,16 @@ class CropDataset(Dataset):
         for name in [name for name, kind in self.views.items() if kind == "distorted"]:
             pairs = [self.distorter(hu, seed, own) for (hu, own), seed in zip(cut_crops, seeds.spawn(len(crops_hu)))]
             sample[name], sample[f"{name}_target"] = (torch.stack(column) for column in zip(*pairs))
+        if self.anatomy is not None:
+            sample |= self._anatomy(places, seeds)
         return sample
+
+    def _anatomy(self, places: Places, seeds: np.random.SeedSequence) -> dict[str, torch.Tensor]:
+        roi = self.pairing.roi
+        records = [self.store.record(name) for name in places.names]
+        starts = [start_at(record, point, roi) for record, point in zip(records, places.points_mm)]
+        rngs = [np.random.Generator(np.random.Philox(seed)) for seed in seeds.spawn(len(records))]
+        return self.anatomy.sample(rngs, records, starts, roi)
 
 
 def describe_batch(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,10 +10,11 @@ belong to Q and K of sample i.
     teacher   backbone.encode -> pooled tokens        -> head -> cls_logits
                               -> map at stride 8 -> head (psi) -> CASA, same query -> casa_target (T)
 
-    loss        = lambda1 * loss_cls + lambda2 * loss_tokens + lambda3 * loss_recon
+    loss        = lambda1 * loss_cls + lambda2 * loss_tokens + lambda3 * loss_recon + lambda4 * loss_dense
     loss_cls    = 1/2 [ H(t_cls(K), s_cls(Q)) + H(t_cls(Q), s_cls(K)) ]           crossed between the two patients
     loss_tokens = 1/2 [ H(T(Q), S(Q)) + H(T(K), S(K)) ], mean over tokens         within one patient, through CASA
     loss_recon  = mean squared error against the un-augmented crop, mean over masked voxels, then over samples
+    loss_dense  = features of single points against a frozen SAM's vectors (off by default): `models.methods.dense`
 
 H is the cross-entropy of `losses.distillation`. Everything trainable hangs under the student. What an objective of
 weight 0 would have trained is not built, so every parameter gets a gradient. Masked image modelling alone is
@@ -36,13 +37,14 @@ from losses.reconstruction import reconstruction_error
 from models.backbones.interface import Backbone, MakeBackbone, flatten_tokens, pool_tokens, upsample_mask
 from models.heads import HeadOptions, ProjectionHead
 from models.layers.batch_norm import has_batch_norms
-from models.methods.casa import CASA_VARIANTS, FigureCASA, PublishedCASA, relative_entropy
+from models.methods.casa import CASA_VARIANTS, CasaAttention, FigureCASA, PublishedCASA, relative_entropy
+from models.methods.dense import FINEST_STRIDE, DenseHead, DenseOptions, dense_loss, dense_schedule
 from models.methods.method import Batch, Method, Now, average_towards, rows_of
 from models.methods.schedules import distillation_schedules
 
 
 @dataclass(frozen=True)
-class AliceOptions(MaskOptions, HeadOptions, DistillationOptions):
+class AliceOptions(MaskOptions, HeadOptions, DistillationOptions, DenseOptions):
     """Alice's flags.
 
     Attributes:
@@ -81,9 +83,10 @@ class AliceOptions(MaskOptions, HeadOptions, DistillationOptions):
     def __post_init__(self) -> None:
         HeadOptions.__post_init__(self)
         DistillationOptions.__post_init__(self)
-        weights = self.lambda1, self.lambda2, self.lambda3
+        DenseOptions.__post_init__(self)
+        weights = self.lambda1, self.lambda2, self.lambda3, self.lambda4
         if min(weights) < 0 or max(weights) == 0:
-            raise ValueError(f"--lambda1, --lambda2, --lambda3 must be >= 0 and not all 0, got {weights}")
+            raise ValueError(f"--lambda1, --lambda2, --lambda3, --lambda4 must be >= 0 and not all 0, got {weights}")
         if self.lambda3 > 0 and self.recon_on == "masked" and self.mask_ratio <= 0:
             raise ValueError(
                 f"--mask_ratio {self.mask_ratio}, --lambda3 {self.lambda3}: expected masked voxels to reconstruct, or "
@@ -104,6 +107,7 @@ class StudentOutputs(NamedTuple):
     casa_online: Tensor | None  # S [R, N, K]
     reconstruction: Tensor | None  # [R, 1, D, H, W]
     casa_entropy: Tensor | None = None  # scalar, without gradient: see `models.methods.casa.relative_entropy`
+    dense_maps: list[Tensor] | None = None  # [R, C, d, h, w] each, that the dense head reads
 
 
 class TeacherOutputs(NamedTuple):
@@ -113,6 +117,7 @@ class TeacherOutputs(NamedTuple):
     cls_features: Tensor | None  # [R, C]
     casa_target: Tensor | None  # T [R, N, K]
     casa_shuffled: Tensor | None  # the same queries asked of another sample's view [R, N, K], to watch CASA ignore it
+    dense_maps: list[Tensor] | None = None  # as the student's
 
 
 class AliceStudent(nn.Module):
@@ -126,14 +131,15 @@ class AliceStudent(nn.Module):
         query_stride: int = 16,
         key_stride: int = 8,
         pooled_strides: tuple[int, ...] | None = None,
+        dense: DenseHead | None = None,
     ) -> None:
-        """Compose the parts; `head` None switches cls and CASA off, `casa` None switches CASA off.
+        """Compose the parts; `head` None switches cls and CASA off, `casa` None CASA, `dense` None the dense term.
 
         `pooled_strides`: the encoder maps whose pooled tokens, joined, are cls; None takes the deepest.
         """
         super().__init__()
         self.pooled_strides = pooled_strides or (max(backbone.channels),)
-        self.backbone, self.head, self.casa = backbone, head, casa
+        self.backbone, self.head, self.casa, self.dense = backbone, head, casa, dense
         self.query_stride, self.key_stride = query_stride, key_stride
 
     def forward(self, views: Tensor, masks: Tensor | None = None) -> StudentOutputs:
@@ -152,14 +158,15 @@ class AliceStudent(nn.Module):
             online = self.casa.align(query, source)
             with torch.no_grad():  # a sample: the attention of all rows would take much memory
                 entropy = relative_entropy(self.casa.attention_weights(query[:2], source[:2]))
-        return StudentOutputs(cls_logits, query, online, reconstruction, entropy)
+        dense_maps = self.dense.pick(features, decoded) if self.dense is not None else None
+        return StudentOutputs(cls_logits, query, online, reconstruction, entropy, dense_maps)
 
 
 class AliceTeacher(nn.Module):
-    """The target network: an exponential moving average of the student's encoder, head and CASA."""
+    """The target network: an exponential moving average of the student's encoder, heads and CASA."""
 
     def __init__(self, student: AliceStudent, shared_last_layer: bool = True) -> None:
-        """Start as an exact copy of `student`'s encoder, head and CASA.
+        """Start as an exact copy of `student`'s encoder, heads and CASA.
 
         Args:
             shared_last_layer: tokens use the moving average of the student's cls layer (iBOT's `shared_head_teacher`)
@@ -169,15 +176,20 @@ class AliceTeacher(nn.Module):
         self.backbone = student.backbone.encoder_twin()
         self.head = student.head.target_twin(shared_last_layer) if student.head is not None else None
         self.casa = student.casa.target_twin() if student.casa is not None else None
+        has_dense = student.dense is not None and student.dense.predictor is not None  # else the targets are SAM's
+        self.dense = student.dense.target_twin() if has_dense else None
         self.key_stride, self.pooled_strides = student.key_stride, student.pooled_strides
         self.requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, views: Tensor, casa_query: Tensor | None) -> TeacherOutputs:
         """Run unmasked views [R, 1, D, H, W]; CASA's queries come from the student's outputs."""
-        if self.head is None:
+        if self.head is None and self.dense is None:
             return TeacherOutputs(None, None, None, None)
         features = self.backbone.encode(views)
+        dense_maps = self.dense.pick(features) if self.dense is not None else None
+        if self.head is None:
+            return TeacherOutputs(None, None, None, None, dense_maps)
         pooled = pool_tokens(features, self.pooled_strides)
         cls_logits = self.head.project_cls(pooled) if self.head.last_layer is not None else None
         target = shuffled = None
@@ -187,7 +199,7 @@ class AliceTeacher(nn.Module):
             target = self.casa.align(query, source)
             # Rows of one sample stand together and show the same anatomy: the next sample's is another place.
             shuffled = self.casa.align(query, source.roll(2 if len(source) > 2 else 1, dims=0))
-        return TeacherOutputs(cls_logits, pooled, target, shuffled)
+        return TeacherOutputs(cls_logits, pooled, target, shuffled, dense_maps)
 
 
 class Alice(Method):
@@ -204,7 +216,7 @@ class Alice(Method):
             ValueError: sizes or strides that do not fit, naming the flag.
         """
         super().__init__()
-        self.options = options
+        self.options, self.anatomy = options, options.anatomy_request
         self.student = make_student(options, make_backbone)
         self.sees_batch = has_batch_norms(self.student)
         self.teacher = AliceTeacher(self.student, options.shared_head_teacher)
@@ -212,11 +224,12 @@ class Alice(Method):
         self.train()
 
     def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Callable[[int], float]]:
-        """The teacher's momentum and temperature per step."""
-        return distillation_schedules(self.options, self.options.freeze_last_layer, num_steps, steps_per_epoch)
+        """The teacher's momentum and temperature per step, and the weight of the dense term."""
+        schedules = distillation_schedules(self.options, self.options.freeze_last_layer, num_steps, steps_per_epoch)
+        return schedules | dense_schedule(self.options, steps_per_epoch)
 
     def forward(self, batch: Batch, now: Now) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the three terms; terms are "loss_cls", "loss_tokens", "loss_recon" where switched on."""
+        """The weighted sum of the terms; terms are "loss_cls", "loss_tokens", "loss_recon", "loss_dense" where on."""
         options, terms, monitors = self.options, {}, {}
         student = self.student(rows_of(batch["student"]), rows_of(batch["mask"]))
         teacher = self.teacher(rows_of(batch["teacher"]), student.casa_query)
@@ -233,7 +246,12 @@ class Alice(Method):
             monitors["casa_entropy"] = student.casa_entropy
         if options.lambda3:
             terms["loss_recon"] = self._reconstruction_error(student.reconstruction, batch)
+        if options.lambda4:
+            heads, maps = (self.student.dense, self.teacher.dense), (student.dense_maps, teacher.dense_maps)
+            terms["loss_dense"], found = dense_loss(options, heads, maps, batch)
+            monitors |= found
         weights = {"loss_cls": options.lambda1, "loss_tokens": options.lambda2, "loss_recon": options.lambda3}
+        weights["loss_dense"] = options.lambda4 and now["lambda4"]
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return total, {name: value.detach() for name, value in (terms | monitors).items()}
 
@@ -261,7 +279,7 @@ class Alice(Method):
         """What the student saw and reconstructed, and where both networks' CASA looks."""
         views, masks = rows_of(batch["student"]), rows_of(batch["mask"])
         # Not called as modules: torch.compile, where it is on, would compile for this one batch size.
-        with CasaAttention(self.student) as online, CasaAttention(self.teacher) as target:
+        with CasaAttention(self.student.casa) as online, CasaAttention(self.teacher.casa) as target:
             student = self.student.forward(views, masks)
             self.teacher.forward(rows_of(batch["teacher"]), student.casa_query)
         found = online.found("student") | target.found("teacher")
@@ -271,33 +289,11 @@ class Alice(Method):
         return found
 
 
-class CasaAttention:
-    """Keeps the attention of the first use of a network's CASA inside a `with` block."""
-
-    def __init__(self, network: AliceStudent | AliceTeacher) -> None:
-        self.casa, self.kept = network.casa, []
-
-    def __enter__(self) -> "CasaAttention":
-        if self.casa is not None:
-            self.hook = self.casa.Cross_Att.MH_attn.register_forward_hook(self._keep)
-        return self
-
-    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.kept.append(module.attention_weights(*inputs[:2]))
-
-    def __exit__(self, *error) -> None:
-        if self.casa is not None:
-            self.hook.remove()
-
-    def found(self, name: str) -> dict[str, Tensor]:
-        """{"attention_NAME": [R, N, M], mean over heads}, or nothing without CASA."""
-        return {f"attention_{name}": self.kept[0].mean(1)} if self.kept else {}
-
-
 def make_student(options: AliceOptions, make_backbone: MakeBackbone) -> AliceStudent:
     """The online network with the modules that the weights of the objectives ask for."""
-    decoder_stride = 1 if options.lambda3 else (options.key_stride if options.lambda2 else None)
-    network = make_backbone(decoder_stride, with_masks=True)
+    wanted = [1] * bool(options.lambda3) + [options.key_stride] * bool(options.lambda2)
+    wanted += [FINEST_STRIDE] * bool(options.lambda4 and options.dense_maps != "encoder")
+    network = make_backbone(min(wanted, default=None), with_masks=True)
     pooled_strides = tuple(network.channels) if options.cls_features == "multiscale" else (max(network.channels),)
     head = casa = None
     if options.lambda2:
@@ -323,7 +319,8 @@ def make_student(options: AliceOptions, make_backbone: MakeBackbone) -> AliceStu
             shared_last_layer=options.shared_head,
             train_gain=not options.norm_last_layer,
         )
-    return AliceStudent(network, head, casa, options.query_stride, options.key_stride, pooled_strides)
+    dense = DenseHead(options, network) if options.lambda4 else None
+    return AliceStudent(network, head, casa, options.query_stride, options.key_stride, pooled_strides, dense)
 
 
 def check_casa_strides(backbone: Backbone, query_stride: int, key_stride: int) -> None:

@@ -198,3 +198,26 @@ def relative_entropy(weights: Tensor) -> Tensor:
 
 
 CASA_VARIANTS: dict[str, Callable[..., FigureCASA | PublishedCASA]] = {"figure": FigureCASA, "published": PublishedCASA}
+
+
+class CasaAttention:
+    """Keeps the attention of the first use of a CASA inside a `with` block; None keeps nothing."""
+
+    def __init__(self, casa: "FigureCASA | PublishedCASA | None") -> None:
+        self.casa, self.kept = casa, []
+
+    def __enter__(self) -> "CasaAttention":
+        if self.casa is not None:
+            self.hook = self.casa.Cross_Att.MH_attn.register_forward_hook(self._keep)
+        return self
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.kept.append(module.attention_weights(*inputs[:2]))
+
+    def __exit__(self, *error) -> None:
+        if self.casa is not None:
+            self.hook.remove()
+
+    def found(self, name: str) -> dict[str, Tensor]:
+        """{"attention_NAME": [R, N, M], mean over heads}, or nothing without CASA."""
+        return {f"attention_{name}": self.kept[0].mean(1)} if self.kept else {}

@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from datasets.samples.anatomy import AnatomyRequest
+
 Batch = dict[str, Tensor]
 Now = dict[str, float]  # "step", "lr", "weight_decay", and the values of the method's own schedules
 
@@ -30,6 +32,7 @@ class Method(nn.Module):
         constant_lr: parts of the student whose learning rate follows no schedule.
         sees_batch: a norm looks across samples, so that ranks and accumulated parts do not equal one big batch; an
             instance may overwrite it, where the backbone decides.
+        anatomy: what every sample must bring of SAM's vectors inside its crops; None = nothing. An instance sets it.
         student: everything that has gradients; `student.backbone` is what people want.
     """
 
@@ -38,6 +41,7 @@ class Method(nn.Module):
     views: ClassVar[dict[str, str]]
     constant_lr: ClassVar[tuple[str, ...]] = ()
     sees_batch: ClassVar[bool] = False
+    anatomy: AnatomyRequest | None = None
 
     student: nn.Module  # `teacher` has no default here: nn.Module would never find the module of that name
 

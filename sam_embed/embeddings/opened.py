@@ -1,0 +1,261 @@
+"""Embeddings that can be read at single places: SAM's vectors of a hundred points of a crop, while training.
+
+The compact form of `sam_embed.embeddings.compact` is one piece of code a case: to read one place, all of it must be
+decoded, which takes longer than cutting a crop. Each case is therefore decoded once into
+`<embed_dir>/opened/<case>.safetensors`, where every voxel has its own bytes, and later reads touch those alone.
+
+    rows     int8 [N, C]            fine unit vectors of the N stored voxels, one scale a file
+    row_of   int32 [d, h, w]        the row of each fine voxel, -1 where none is stored (outside of the patient)
+    coarse   int8 [d', h', w', C']  the coarse map
+
+A file is mapped into memory for one read and let go, so that a process grows by nothing however many cases it meets.
+The vector of a place is SAM's: fine and coarse map interpolated, unit length each, joined and divided by sqrt(2). The
+scalar product of two of them is the mean of both cosines, the score of a match (Yan et al., TMI 2022, Sec. III-B).
+"""
+
+import json
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets.ct.geometry import index_to_world
+from datasets.store.files import write_bytes
+from datasets.store.format import is_same_volume
+from sam_embed.embeddings.embedding_store import SUFFIX, embedding_path, load_embedding, stored_header
+
+FOLDER = "opened"
+FORMAT = "sam_embed.opened.1"
+LARGEST_CODE = 127
+NUM_NAMED = 5  # cases that a message names
+PART_TYPES = {"row_of": np.int32, "rows": np.int8, "coarse": np.int8}
+
+
+class OpenedError(ValueError):
+    """Embeddings that a run cannot read vectors from; the message names cases and the flag."""
+
+
+def opened_path(embed_dir: str | Path, name: str) -> Path:
+    """Where the opened form of a case lies."""
+    return Path(embed_dir) / FOLDER / f"{name}{SUFFIX}"
+
+
+def check_embeddings(embed_dir: str | Path, identities: Mapping[str, str]) -> str:
+    """The weights behind the embeddings of some cases.
+
+    Args:
+        identities: case -> identity of its volume now (`CaseRecord.identity`).
+
+    Raises:
+        OpenedError: cases without an embedding, embeddings of several SAMs, or of other files than the volumes.
+    """
+    headers = {name: stored_header(embed_dir, name) for name in identities}
+    if missing := [name for name, header in headers.items() if "fingerprint" not in header]:
+        raise OpenedError(
+            f"--embed_dir {embed_dir}: {len(missing)} of {len(headers)} cases have no embedding, first "
+            f"{named(missing)}; run scripts/generate_sam_embeddings.py with this --embed_dir"
+        )
+    by_weights: dict[str, list[str]] = {}
+    for name, header in headers.items():
+        by_weights.setdefault(header["fingerprint"], []).append(name)
+    if len(by_weights) > 1:
+        listed = "; ".join(f"{weights}: {named(cases)}" for weights, cases in by_weights.items())
+        raise OpenedError(
+            f"--embed_dir {embed_dir}: embeddings of different weights ({listed}); embed all cases with one "
+            "--checkpoint_file (scripts/generate_sam_embeddings.py)"
+        )
+    sources = {name: header.get("source", "") for name, header in headers.items()}
+    if moved := [name for name, source in sources.items() if is_same_volume(source, identities[name]) is False]:
+        raise OpenedError(
+            f"--embed_dir {embed_dir}: {len(moved)} of {len(headers)} cases were embedded from other files than those "
+            f"of --store_dir, first {named(moved)}; embed them again (scripts/generate_sam_embeddings.py)"
+        )
+    return next(iter(by_weights))
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    return ", ".join(names[:NUM_NAMED]) + (", ..." if len(names) > NUM_NAMED else "")
+
+
+def num_channels(embed_dir: str | Path) -> int:
+    """Channels of the vectors that `OpenedVectors` reads from this folder: fine and coarse joined.
+
+    Raises:
+        OpenedError: the folder holds no embedding.
+    """
+    for path in sorted(Path(embed_dir).glob(f"*{SUFFIX}")):
+        embedding = load_embedding(embed_dir, path.name.removesuffix(SUFFIX))
+        return embedding.fine.shape[0] + embedding.coarse.shape[0]
+    raise OpenedError(
+        f"--embed_dir {embed_dir} holds no embedding; run scripts/generate_sam_embeddings.py with this --embed_dir"
+    )
+
+
+def open_embeddings(embed_dir: str | Path, names: Sequence[str], progress: bool = False) -> None:
+    """Write the opened form of each case that lacks it, or whose embedding has changed since."""
+    missing = [name for name in names if not is_opened(embed_dir, name)]
+    for name in tqdm(missing, desc="opening embeddings", unit="case", disable=not progress):
+        write_opened(embed_dir, name)
+
+
+def origin_of(embed_dir: str | Path, name: str) -> str:
+    """A text that changes when the embedding's file does."""
+    stat = embedding_path(embed_dir, name).stat()
+    return f"{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def is_opened(embed_dir: str | Path, name: str) -> bool:
+    """Whether the opened form is there and of the embedding as it is now."""
+    path = opened_path(embed_dir, name)
+    if not path.is_file():
+        return False
+    metadata = read_header(path)["__metadata__"]
+    return metadata.get("format") == FORMAT and metadata.get("origin") == origin_of(embed_dir, name)
+
+
+def write_opened(embed_dir: str | Path, name: str) -> None:
+    """Decode one case and write its opened form."""
+    origin = origin_of(embed_dir, name)
+    embedding = load_embedding(embed_dir, name)
+    shape = embedding.fine.shape[1:]
+    stored = torch.ones(shape, dtype=torch.bool) if embedding.body is None else embedding.body
+    row_of = torch.full(shape, -1, dtype=torch.int32)
+    row_of[stored] = torch.arange(int(stored.sum()), dtype=torch.int32)
+    parts = {
+        "row_of": row_of,
+        "rows": to_codes(embedding.fine[:, stored].T),  # [N, C]
+        "coarse": to_codes(embedding.coarse.permute(1, 2, 3, 0)),  # [d', h', w', C]
+    }
+    header = {
+        "format": FORMAT,
+        "origin": origin,
+        "fine_affine": json.dumps(np.asarray(embedding.fine_affine).tolist()),
+        "coarse_affine": json.dumps(np.asarray(embedding.coarse_affine).tolist()),
+    }
+    write_bytes(opened_path(embed_dir, name), save(parts, metadata=header))
+
+
+def to_codes(vectors: Tensor) -> Tensor:
+    """Vectors as whole numbers: int8, the largest component of all becomes 127. Their common scale is dropped."""
+    vectors = vectors.float()
+    return (vectors * (LARGEST_CODE / vectors.abs().max().clamp_min(1e-6))).round().to(torch.int8).contiguous()
+
+
+def read_header(path: Path) -> dict:
+    """The JSON header of a safetensors file: name -> dtype, shape and data_offsets, and `__metadata__`.
+
+    The first 8 bytes say how long it is; offsets count from its end. `offset` of the result is where that lies.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)) | {"offset": 8 + length}
+
+
+class Grid:
+    """A grid of voxels in the world, and where a world point lies between its voxels."""
+
+    def __init__(self, shape: Sequence[int], affine: np.ndarray) -> None:
+        self.shape, self.affine = np.array(shape), affine
+        self.strides = np.array([shape[1] * shape[2], shape[2], 1])
+        self.to_index = np.linalg.inv(affine)
+        self.corners = np.array(list(np.ndindex(2, 2, 2)))
+        self.steps = (self.corners * (self.shape > 1)) @ self.strides  # [8], from the first corner to each
+
+    def index_of(self, points_mm: np.ndarray) -> np.ndarray:
+        """Fractional indices [N, 3] of world points."""
+        return points_mm @ self.to_index[:3, :3].T + self.to_index[:3, 3]
+
+    def nearest(self, points_mm: np.ndarray) -> np.ndarray:
+        """The number of the nearest voxel, in the order of the array, int64 [N]; -1 outside of the grid."""
+        index = np.rint(self.index_of(points_mm)).astype(np.int64)
+        within = ((index >= 0) & (index < self.shape)).all(axis=1)
+        return np.where(within, index @ self.strides, -1)
+
+    def around(self, points_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the 8 voxels around each point, int64 [N, 8], and their trilinear weights float32 [N, 8].
+
+        Beyond the outermost voxels of the grid their value continues.
+        """
+        index = np.clip(self.index_of(points_mm), 0, self.shape - 1)
+        low = np.minimum(index.astype(np.int64), np.maximum(self.shape - 2, 0))
+        share = (index - low).astype(np.float32)
+        along = np.stack([1 - share, share], axis=2)  # [N, 3, 2]
+        weights = along[:, 0, :, None, None] * along[:, 1, None, :, None] * along[:, 2, None, None, :]  # [N, 2, 2, 2]
+        return (low @ self.strides)[:, None] + self.steps, weights.reshape(-1, 8)
+
+
+class OpenedCase:
+    """Where the parts of one case's file lie, and where its voxels lie in the world."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file's header."""
+        header = read_header(path)
+        metadata = header["__metadata__"]
+        self.path = path
+        self.starts = {name: header["offset"] + header[name]["data_offsets"][0] for name in PART_TYPES}
+        self.shapes = {name: tuple(header[name]["shape"]) for name in PART_TYPES}
+        self.fine = Grid(self.shapes["row_of"], np.array(json.loads(metadata["fine_affine"])))
+        self.coarse = Grid(self.shapes["coarse"][:3], np.array(json.loads(metadata["coarse_affine"])))
+
+    def mapped(self) -> dict[str, np.ndarray]:
+        """The parts as views of the file, which is let go together with the last of them.
+
+        "row_of" [voxels], "rows" [N, C], "coarse" [coarse voxels, C'].
+        """
+        with self.path.open("rb", buffering=0) as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        parts = {
+            name: np.frombuffer(content, dtype, int(np.prod(self.shapes[name])), self.starts[name])
+            for name, dtype in PART_TYPES.items()
+        }
+        parts["rows"] = parts["rows"].reshape(self.shapes["rows"])
+        parts["coarse"] = parts["coarse"].reshape(-1, self.shapes["coarse"][3])
+        return parts
+
+
+class OpenedVectors:
+    """Reads vectors at world points of the cases of a folder (a `VectorReader` of `datasets.samples.anatomy`).
+
+    It keeps a few kilobytes a case, and no file open. Processes may share it.
+    """
+
+    def __init__(self, embed_dir: str | Path, names: Sequence[str]) -> None:
+        """Read the headers of `names`, which `open_embeddings` has opened."""
+        self.cases = {name: OpenedCase(opened_path(embed_dir, name)) for name in names}
+
+    def inside(self, case: str, points_mm: np.ndarray) -> np.ndarray:
+        """Which world points [N, 3] lie in a stored fine voxel, that is in the patient: bool [N]."""
+        found = self.cases[case]
+        voxels = found.fine.nearest(points_mm)
+        return (voxels >= 0) & (found.mapped()["row_of"][np.maximum(voxels, 0)] >= 0)
+
+    def vectors(self, case: str, points_mm: np.ndarray) -> np.ndarray:
+        """Unit vectors at world points [N, 3] inside of the patient, float32 [N, C]: fine and coarse joined."""
+        found = self.cases[case]
+        parts = found.mapped()
+        voxels, weights = found.fine.around(points_mm)
+        rows = parts["row_of"][voxels]  # [N, 8]
+        fine = interpolated(parts["rows"][np.maximum(rows, 0)], weights * (rows >= 0))
+        voxels, weights = found.coarse.around(points_mm)
+        coarse = interpolated(parts["coarse"][voxels], weights)
+        return np.concatenate([fine, coarse], axis=1) * np.float32(0.5**0.5)
+
+    def random_places(self, case: str, num: int, rng: np.random.Generator) -> np.ndarray:
+        """World mm [num, 3] of the centres of random stored voxels."""
+        found = self.cases[case]
+        stored = np.flatnonzero(found.mapped()["row_of"] >= 0)
+        chosen = stored[rng.integers(len(stored), size=num)]
+        return index_to_world(found.fine.affine, np.stack(np.unravel_index(chosen, tuple(found.fine.shape)), axis=1))
+
+
+def interpolated(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted sums of int8 vectors [N, 8, C], made unit length: float32 [N, C]."""
+    total = np.matmul(weights[:, None, :], codes.astype(np.float32))[:, 0]
+    length = np.sqrt(np.einsum("nc,nc->n", total, total))
+    return total / np.maximum(length, 1e-6)[:, None]
