@@ -112,6 +112,7 @@ def make_dataset(
     augment=None,
     seed=0,
     roi=ROI,
+    anatomy=None,
     **options,
 ) -> CropDataset:
     """Samples of a fake or real store, by default with Alice's views; `options` are those of `PairingOptions`."""
@@ -120,4 +121,4 @@ def make_dataset(
     table = table or (make_table(store) if rule.needs_table else None)
     names = store.names if names is None else names
     drawn = rule(store, names, roi, PairingOptions(**options), table)
-    return CropDataset(store, drawn, views, crops, masks or MaskOptions(mask_block=8), augment, seed)
+    return CropDataset(store, drawn, views, crops, masks or MaskOptions(mask_block=8), augment, seed, anatomy=anatomy)

@@ -18,7 +18,7 @@ def test_shapes_of_all_outputs(casa_variant: str) -> None:
     for tokens in (online.casa_online, target.casa_target, target.casa_shuffled):
         assert tokens.shape == (2, num_queries, OUT_DIM)
     assert online.reconstruction.shape == (2, 1, *ROI)
-    assert not any(tensor.requires_grad for tensor in target)
+    assert not any(tensor.requires_grad for tensor in target if tensor is not None)
 
 
 def test_gradients_of_the_whole_are_real_and_spare_the_teacher() -> None:

@@ -20,17 +20,23 @@ import torch
 from datasets.ct.geometry import index_to_world
 
 CYCLE_MM = 15.0  # a match that comes back so far from its start counts half
-DRAWS_PER_POINT = 4  # places drawn for each one that is wanted; those outside of the patient are dropped
+DRAWS_PER_POINT = 3  # places drawn for each one that is wanted; those outside of the patient are dropped
+
+
+class CaseVectors(Protocol):
+    """Vectors at world points of one case."""
+
+    def inside(self, points_mm: np.ndarray) -> np.ndarray:
+        """Which world points [N, 3] have a vector, because they lie in the patient: bool [N]."""
+
+    def vectors(self, points_mm: np.ndarray) -> np.ndarray:
+        """The vectors at world points [N, 3] that lie in the patient: float32 [N, C]."""
 
 
 class VectorReader(Protocol):
-    """Vectors at world points of a case."""
+    """The vectors of all cases, by name; what a case holds in memory goes with the object that it returns."""
 
-    def inside(self, case: str, points_mm: np.ndarray) -> np.ndarray:
-        """Which world points [N, 3] have a vector, because they lie in the patient: bool [N]."""
-
-    def vectors(self, case: str, points_mm: np.ndarray) -> np.ndarray:
-        """The vectors at world points [N, 3] that lie in the patient: float32 [N, C]."""
+    def __getitem__(self, name: str) -> CaseVectors: ...
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,10 @@ class AnatomyPoints:
         """
         drawn = rng.uniform(-0.5, np.asarray(roi) - 0.5, size=(DRAWS_PER_POINT * num, 3))
         drawn_mm = index_to_world(record.affine, start + drawn)
-        hits = np.flatnonzero(self.reader.inside(record.name, drawn_mm))
+        case = self.reader[record.name]
+        hits = np.flatnonzero(case.inside(drawn_mm))
         chosen = np.resize(hits, num) if len(hits) else np.arange(num)
-        vectors = self.reader.vectors(record.name, drawn_mm[chosen])
+        vectors = case.vectors(drawn_mm[chosen])
         return drawn[chosen], drawn_mm[chosen], vectors * np.float32(len(hits) > 0), np.bool_(len(hits) > 0)
 
 

@@ -190,7 +190,7 @@ class Grid:
         return (low @ self.strides)[:, None] + self.steps, weights.reshape(-1, 8)
 
 
-class OpenedCase:
+class OpenedFile:
     """Where the parts of one case's file lie, and where its voxels lie in the world."""
 
     def __init__(self, path: Path) -> None:
@@ -203,55 +203,54 @@ class OpenedCase:
         self.fine = Grid(self.shapes["row_of"], np.array(json.loads(metadata["fine_affine"])))
         self.coarse = Grid(self.shapes["coarse"][:3], np.array(json.loads(metadata["coarse_affine"])))
 
-    def mapped(self) -> dict[str, np.ndarray]:
-        """The parts as views of the file, which is let go together with the last of them.
 
-        "row_of" [voxels], "rows" [N, C], "coarse" [coarse voxels, C'].
-        """
-        with self.path.open("rb", buffering=0) as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+class MappedCase:
+    """The vectors of one case, mapped into memory until the last use (`CaseVectors` of `datasets.samples.anatomy`)."""
+
+    def __init__(self, file: OpenedFile) -> None:
+        self.fine, self.coarse = file.fine, file.coarse
+        with file.path.open("rb", buffering=0) as opened:
+            content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         parts = {
-            name: np.frombuffer(content, dtype, int(np.prod(self.shapes[name])), self.starts[name])
-            for name, dtype in PART_TYPES.items()
+            name: np.ndarray(file.shapes[name], dtype, content, file.starts[name]) for name, dtype in PART_TYPES.items()
         }
-        parts["rows"] = parts["rows"].reshape(self.shapes["rows"])
-        parts["coarse"] = parts["coarse"].reshape(-1, self.shapes["coarse"][3])
-        return parts
+        self.row_of, self.rows = parts["row_of"].reshape(-1), parts["rows"]
+        self.coarse_rows = parts["coarse"].reshape(-1, file.shapes["coarse"][3])
+
+    def inside(self, points_mm: np.ndarray) -> np.ndarray:
+        """Which world points [N, 3] lie in a stored fine voxel, that is in the patient: bool [N]."""
+        voxels = self.fine.nearest(points_mm)
+        return (voxels >= 0) & (self.row_of[np.maximum(voxels, 0)] >= 0)
+
+    def vectors(self, points_mm: np.ndarray) -> np.ndarray:
+        """Unit vectors at world points [N, 3] inside of the patient, float32 [N, C]: fine and coarse joined."""
+        voxels, weights = self.fine.around(points_mm)
+        rows = self.row_of[voxels]  # [N, 8]
+        fine = interpolated(self.rows[np.maximum(rows, 0)], weights * (rows >= 0))
+        voxels, weights = self.coarse.around(points_mm)
+        coarse = interpolated(self.coarse_rows[voxels], weights)
+        return np.concatenate([fine, coarse], axis=1) * np.float32(0.5**0.5)
+
+    def random_places(self, num: int, rng: np.random.Generator) -> np.ndarray:
+        """World mm [num, 3] of the centres of random stored voxels."""
+        stored = np.flatnonzero(self.row_of >= 0)
+        chosen = stored[rng.integers(len(stored), size=num)]
+        return index_to_world(self.fine.affine, np.stack(np.unravel_index(chosen, tuple(self.fine.shape)), axis=1))
 
 
 class OpenedVectors:
-    """Reads vectors at world points of the cases of a folder (a `VectorReader` of `datasets.samples.anatomy`).
+    """The cases of a folder (a `VectorReader` of `datasets.samples.anatomy`).
 
     It keeps a few kilobytes a case, and no file open. Processes may share it.
     """
 
     def __init__(self, embed_dir: str | Path, names: Sequence[str]) -> None:
         """Read the headers of `names`, which `open_embeddings` has opened."""
-        self.cases = {name: OpenedCase(opened_path(embed_dir, name)) for name in names}
+        self.files = {name: OpenedFile(opened_path(embed_dir, name)) for name in names}
 
-    def inside(self, case: str, points_mm: np.ndarray) -> np.ndarray:
-        """Which world points [N, 3] lie in a stored fine voxel, that is in the patient: bool [N]."""
-        found = self.cases[case]
-        voxels = found.fine.nearest(points_mm)
-        return (voxels >= 0) & (found.mapped()["row_of"][np.maximum(voxels, 0)] >= 0)
-
-    def vectors(self, case: str, points_mm: np.ndarray) -> np.ndarray:
-        """Unit vectors at world points [N, 3] inside of the patient, float32 [N, C]: fine and coarse joined."""
-        found = self.cases[case]
-        parts = found.mapped()
-        voxels, weights = found.fine.around(points_mm)
-        rows = parts["row_of"][voxels]  # [N, 8]
-        fine = interpolated(parts["rows"][np.maximum(rows, 0)], weights * (rows >= 0))
-        voxels, weights = found.coarse.around(points_mm)
-        coarse = interpolated(parts["coarse"][voxels], weights)
-        return np.concatenate([fine, coarse], axis=1) * np.float32(0.5**0.5)
-
-    def random_places(self, case: str, num: int, rng: np.random.Generator) -> np.ndarray:
-        """World mm [num, 3] of the centres of random stored voxels."""
-        found = self.cases[case]
-        stored = np.flatnonzero(found.mapped()["row_of"] >= 0)
-        chosen = stored[rng.integers(len(stored), size=num)]
-        return index_to_world(found.fine.affine, np.stack(np.unravel_index(chosen, tuple(found.fine.shape)), axis=1))
+    def __getitem__(self, name: str) -> MappedCase:
+        """The vectors of one case."""
+        return MappedCase(self.files[name])
 
 
 def interpolated(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
