@@ -110,11 +110,11 @@ class AnatomyPoints:
 
         Where few draws lie inside, they are taken several times.
         """
-        drawn = rng.uniform(-0.5, np.asarray(roi) - 0.5, size=(DRAWS_PER_POINT * num, 3))
+        drawn = rng.random((DRAWS_PER_POINT * num, 3)) * roi - 0.5
         drawn_mm = index_to_world(record.affine, start + drawn)
         case = self.reader[record.name]
         hits = np.flatnonzero(case.inside(drawn_mm))
-        chosen = np.resize(hits, num) if len(hits) else np.arange(num)
+        chosen = hits[np.arange(num) % len(hits)] if len(hits) else np.arange(num)
         vectors = case.vectors(drawn_mm[chosen])
         return drawn[chosen], drawn_mm[chosen], vectors * np.float32(len(hits) > 0), np.bool_(len(hits) > 0)
 

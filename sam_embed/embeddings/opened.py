@@ -157,37 +157,42 @@ def read_header(path: Path) -> dict:
         return json.loads(file.read(length)) | {"offset": 8 + length}
 
 
-class Grid:
-    """A grid of voxels in the world, and where a world point lies between its voxels."""
+class Grids:
+    """The fine and the coarse grid of a case, and where a world point lies between their voxels.
 
-    def __init__(self, shape: Sequence[int], affine: np.ndarray) -> None:
-        self.shape, self.affine = np.array(shape), affine
-        self.strides = np.array([shape[1] * shape[2], shape[2], 1])
-        self.to_index = np.linalg.inv(affine)
-        self.corners = np.array(list(np.ndindex(2, 2, 2)))
-        self.steps = (self.corners * (self.shape > 1)) @ self.strides  # [8], from the first corner to each
+    Both are asked at once: a read is a matter of many small steps, and each costs as much as its numbers.
+    """
 
-    def index_of(self, points_mm: np.ndarray) -> np.ndarray:
-        """Fractional indices [N, 3] of world points."""
-        return points_mm @ self.to_index[:3, :3].T + self.to_index[:3, 3]
+    def __init__(self, shapes: Sequence[Sequence[int]], affines: Sequence[np.ndarray]) -> None:
+        """Shapes (d, h, w) and affines (index -> world mm) of the two."""
+        self.shape, self.affine = np.array(shapes), affines  # [2, 3]
+        self.strides = np.stack([self.shape[:, 1] * self.shape[:, 2], self.shape[:, 2], [1, 1]], axis=1)
+        inverse = np.linalg.inv(np.stack(affines))
+        self.turn, self.shift = inverse[:, :3, :3].transpose(0, 2, 1), inverse[:, None, :3, 3]
+        corners = np.array(list(np.ndindex(2, 2, 2)))
+        self.steps = ((corners * (self.shape > 1)[:, None]) @ self.strides[:, :, None])[:, None, :, 0]  # [2, 1, 8]
 
     def nearest(self, points_mm: np.ndarray) -> np.ndarray:
-        """The number of the nearest voxel, in the order of the array, int64 [N]; -1 outside of the grid."""
-        index = np.rint(self.index_of(points_mm)).astype(np.int64)
-        within = ((index >= 0) & (index < self.shape)).all(axis=1)
-        return np.where(within, index @ self.strides, -1)
+        """The number of the nearest fine voxel, in the order of the array, int64 [N]; -1 outside of the grid."""
+        index = np.rint(points_mm @ self.turn[0] + self.shift[0]).astype(np.int64)
+        within = ((index >= 0) & (index < self.shape[0])).all(axis=1)
+        return np.where(within, index @ self.strides[0], -1)
 
     def around(self, points_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of the 8 voxels around each point, int64 [N, 8], and their trilinear weights float32 [N, 8].
+        """The numbers of the 8 voxels around each point in both grids, and their trilinear weights.
 
-        Beyond the outermost voxels of the grid their value continues.
+        Beyond the outermost voxels of a grid their value continues.
+
+        Returns:
+            int64 and float32 [2, N, 8].
         """
-        index = np.clip(self.index_of(points_mm), 0, self.shape - 1)
-        low = np.minimum(index.astype(np.int64), np.maximum(self.shape - 2, 0))
+        last = self.shape[:, None] - 1
+        index = np.clip(points_mm @ self.turn + self.shift, 0, last)  # [2, N, 3]
+        low = np.minimum(index.astype(np.int64), np.maximum(last - 1, 0))
         share = (index - low).astype(np.float32)
-        along = np.stack([1 - share, share], axis=2)  # [N, 3, 2]
-        weights = along[:, 0, :, None, None] * along[:, 1, None, :, None] * along[:, 2, None, None, :]  # [N, 2, 2, 2]
-        return (low @ self.strides)[:, None] + self.steps, weights.reshape(-1, 8)
+        d, h, w = np.moveaxis(np.stack([1 - share, share], axis=-1), 2, 0)  # [2, N, 2] each
+        weights = d[..., :, None, None] * h[..., None, :, None] * w[..., None, None, :]  # [2, N, 2, 2, 2]
+        return low @ self.strides[:, :, None] + self.steps, weights.reshape(*weights.shape[:2], 8)
 
 
 class OpenedFile:
@@ -200,15 +205,15 @@ class OpenedFile:
         self.path = path
         self.starts = {name: header["offset"] + header[name]["data_offsets"][0] for name in PART_TYPES}
         self.shapes = {name: tuple(header[name]["shape"]) for name in PART_TYPES}
-        self.fine = Grid(self.shapes["row_of"], np.array(json.loads(metadata["fine_affine"])))
-        self.coarse = Grid(self.shapes["coarse"][:3], np.array(json.loads(metadata["coarse_affine"])))
+        affines = [np.array(json.loads(metadata[f"{name}_affine"])) for name in ("fine", "coarse")]
+        self.grids = Grids([self.shapes["row_of"], self.shapes["coarse"][:3]], affines)
 
 
 class MappedCase:
     """The vectors of one case, mapped into memory until the last use (`CaseVectors` of `datasets.samples.anatomy`)."""
 
     def __init__(self, file: OpenedFile) -> None:
-        self.fine, self.coarse = file.fine, file.coarse
+        self.grids = file.grids
         with file.path.open("rb", buffering=0) as opened:
             content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         parts = {
@@ -219,23 +224,22 @@ class MappedCase:
 
     def inside(self, points_mm: np.ndarray) -> np.ndarray:
         """Which world points [N, 3] lie in a stored fine voxel, that is in the patient: bool [N]."""
-        voxels = self.fine.nearest(points_mm)
+        voxels = self.grids.nearest(points_mm)
         return (voxels >= 0) & (self.row_of[np.maximum(voxels, 0)] >= 0)
 
     def vectors(self, points_mm: np.ndarray) -> np.ndarray:
         """Unit vectors at world points [N, 3] inside of the patient, float32 [N, C]: fine and coarse joined."""
-        voxels, weights = self.fine.around(points_mm)
-        rows = self.row_of[voxels]  # [N, 8]
-        fine = interpolated(self.rows[np.maximum(rows, 0)], weights * (rows >= 0))
-        voxels, weights = self.coarse.around(points_mm)
-        coarse = interpolated(self.coarse_rows[voxels], weights)
+        voxels, weights = self.grids.around(points_mm)
+        rows = self.row_of[voxels[0]]  # [N, 8]
+        fine = interpolated(self.rows[np.maximum(rows, 0)], weights[0] * (rows >= 0))
+        coarse = interpolated(self.coarse_rows[voxels[1]], weights[1])
         return np.concatenate([fine, coarse], axis=1) * np.float32(0.5**0.5)
 
     def random_places(self, num: int, rng: np.random.Generator) -> np.ndarray:
         """World mm [num, 3] of the centres of random stored voxels."""
         stored = np.flatnonzero(self.row_of >= 0)
-        chosen = stored[rng.integers(len(stored), size=num)]
-        return index_to_world(self.fine.affine, np.stack(np.unravel_index(chosen, tuple(self.fine.shape)), axis=1))
+        chosen = np.unravel_index(stored[rng.integers(len(stored), size=num)], tuple(self.grids.shape[0]))
+        return index_to_world(self.grids.affine[0], np.stack(chosen, axis=1))
 
 
 class OpenedVectors:
