@@ -69,6 +69,7 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(corpus, tmp_path, variant)
     parts.mkdir()
     shutil.copyfile(whole / "checkpoint0001.pth", parts / LATEST)
     train(corpus, parts, **common, num_workers=2)
+    assert len(log_of(whole)) == 2 and len(log_of(parts)) == 1
     assert_same_weights(whole, parts)
     for kind in ("train", "validation"):
         for line in log_of(whole, kind):

@@ -3,12 +3,12 @@
 A sample brings P points of each crop, the vectors a(p) of a frozen SAM at them, and for `across` the match p' of p in
 the other crop (`datasets.samples.anatomy`). The features of a point are the network's maps interpolated there, joined:
 
-    x_s(p) = [map_4(p), map_8(p), ...]  of the student under its mask       x_t(p) likewise of the unmasked teacher
+    x_s(p) = [map_2(p), map_4(p), ...] of the student under its mask       x_t(p) likewise of the unmasked teacher
     g = MLP(norm(x)),   q = a second MLP (across only)
 
     distil           q not built      f = g_s(x_s(p))       target a(p)             cosine
-    across           student, teacher f = q(g_s(x_s(p)))    target g_t(x_t(p'))     cosine, weight w(p)
-    across_contrast  the same                                                       contrast, weight w(p)
+    across           with q           f = q(g_s(x_s(p)))    target g_t(x_t(p'))     cosine, weight w(p)
+    across_contrast  with q           the same              the same                contrast, weight w(p)
     coordinates      q not built      f = g_s(x_s(p))       target z(p)             coordinates
 
 Errors: `losses.dense`. w(p): `datasets.samples.anatomy`. g_t is the moving average of g_s. z(p) are coordinates of the
