@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from datasets.ct.images import CT
+from datasets.lists.data_list import load_sections
 from datasets.samples.anatomy import AnatomyPoints, AnatomyRequest
 from datasets.store.format import check_kind, checksum_of
 from datasets.store.volumes import VolumeStore
@@ -28,7 +29,9 @@ def method_options(flags, Options: type):
             f"scripts/generate_sam_embeddings.py --checkpoint_file SAM.pth --data_dir {flags.data_dir} --json_list "
             f"{flags.json_list} --embed_dir EMBED_DIR`, or set --lambda4 0"
         )
-    return options_of(flags, Options, vector_dim=num_channels(flags.embed_dir))
+    cases = load_sections(flags.json_list, flags.data_dir, ("training", "validation"), must_exist=False)
+    names = [case.name for case in cases]
+    return options_of(flags, Options, vector_dim=num_channels(flags.embed_dir, names))
 
 
 def open_anatomy(

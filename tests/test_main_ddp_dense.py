@@ -101,6 +101,8 @@ def test_missing_embeddings_are_refused_before_anything_is_written(corpus, tmp_p
         train(corpus, tmp_path / "run", embed_dir="", pairing="iou")
     with pytest.raises(ValueError, match=f"--embed_dir {tmp_path} holds no embedding"):
         train(corpus, tmp_path / "run", embed_dir=tmp_path, pairing="iou")
+    with pytest.raises(ValueError, match="--json_list .*nowhere.json: no such file"):
+        train(corpus, tmp_path / "run", json_list=tmp_path / "nowhere.json")
     assert not (tmp_path / "run").exists()
 
 

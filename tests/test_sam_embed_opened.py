@@ -49,7 +49,9 @@ def test_vectors_are_those_of_the_whole_embedding(embed_dir):
     expected = query_vectors(embedding, points)
     joined = torch.cat([expected.fine, expected.coarse], dim=1).numpy() / np.sqrt(2)
     found = reader[NAMES[1]].vectors(points)
-    assert found.dtype == np.float32 and found.shape == (len(points), num_channels(embed_dir)) and len(points) > 50
+    assert (
+        found.dtype == np.float32 and found.shape == (len(points), num_channels(embed_dir, NAMES)) and len(points) > 50
+    )
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     assert (found * joined).sum(axis=1).min() > 0.9998
 
@@ -74,6 +76,7 @@ def test_inside_is_the_body(embed_dir):
 def test_an_embedding_without_a_body_and_one_in_half_precision_are_read_too(tmp_path):
     save_embedding(tmp_path, dataclasses.replace(patient_embedding(0), body=None), FP16)
     open_embeddings(tmp_path, ["patient0"])
+    assert num_channels(tmp_path, ["none", "patient0"]) == 18 + 18
     reader, points = OpenedVectors(tmp_path, ["patient0"]), places(500)
     index = (points - AFFINE[:3, 3]) @ np.linalg.inv(AFFINE[:3, :3]).T
     within = ((np.rint(index) >= 0) & (np.rint(index) < SHAPE)).all(axis=1)
@@ -112,8 +115,8 @@ def test_no_file_stays_open_and_no_memory_is_kept(embed_dir):
 
 
 def test_missing_mixed_and_strange_embeddings_are_refused_by_name(tmp_path):
-    with pytest.raises(OpenedError, match="--embed_dir .* holds no embedding"):
-        num_channels(tmp_path)
+    with pytest.raises(OpenedError, match="--embed_dir .* holds no embedding of these 4 cases"):
+        num_channels(tmp_path, NAMES)
     for seed in range(2):
         save_embedding(tmp_path, dataclasses.replace(patient_embedding(seed), source=f"store:{seed}:0:DIGEST{seed}"))
     identities = {f"patient{seed}": f"store:other:1:DIGEST{seed}" for seed in range(2)}

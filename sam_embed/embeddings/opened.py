@@ -83,17 +83,22 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:NUM_NAMED]) + (", ..." if len(names) > NUM_NAMED else "")
 
 
-def num_channels(embed_dir: str | Path) -> int:
-    """Channels of the vectors that `OpenedVectors` reads from this folder: fine and coarse joined.
+def num_channels(embed_dir: str | Path, names: Sequence[str]) -> int:
+    """Channels of the vectors that `OpenedVectors` reads: fine and coarse joined, as the first embedded case has them.
 
     Raises:
-        OpenedError: the folder holds no embedding.
+        OpenedError: none of the cases has a usable embedding.
     """
-    for path in sorted(Path(embed_dir).glob(f"*{SUFFIX}")):
-        embedding = load_embedding(embed_dir, path.name.removesuffix(SUFFIX))
-        return embedding.fine.shape[0] + embedding.coarse.shape[0]
+    for name in names:
+        if not stored_header(embed_dir, name):
+            continue
+        header = read_header(embedding_path(embed_dir, name))
+        compact = header["__metadata__"].get("compact")
+        maps = json.loads(compact)["maps"] if compact else header
+        return maps["fine"]["shape"][0] + maps["coarse"]["shape"][0]
     raise OpenedError(
-        f"--embed_dir {embed_dir} holds no embedding; run scripts/generate_sam_embeddings.py with this --embed_dir"
+        f"--embed_dir {embed_dir} holds no embedding of these {len(names)} cases (--json_list); run "
+        "scripts/generate_sam_embeddings.py with this --embed_dir"
     )
 
 
