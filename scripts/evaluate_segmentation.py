@@ -9,7 +9,8 @@
 
 The last form joins evaluations of several seeds or folds: mean and spread over runs. cases.csv holds one row per case
 and organ. An organ that neither truth nor prediction has counts for nothing, one that only one of them has counts 0.
-2-D networks also get slice_dice_published, the slice-wise number of publications; compare it with nothing else.
+A network that remembers labelled cases is judged with its memory and without it. 2-D networks also get
+slice_dice_published, the slice-wise number of publications; compare it with nothing else.
 """
 
 import sys
@@ -20,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.store.volumes import VolumeStore
 from engine import distributed
 from engine.device import explained_out_of_memory
-from engine.flags import DeviceOptions, RunInfo, add_options, add_switch, make_parser, run_main
+from engine.flags import DeviceOptions, RunInfo, add_options, add_switch, make_parser, options_of, run_main
 from engine.segmentation.evaluation import check_pixel_sizes, evaluate, file_cases, labelled_cases
 from engine.segmentation.flags import EvaluationOptions
+from engine.segmentation.memory import RecallOptions
 from engine.segmentation.report import TABLE, write_joined
 from engine.segmentation.segmenter import open_segmenter
 
@@ -38,6 +40,7 @@ def make_flags():
     add("--output_dir", type=str, required=True, help="cases.csv, results.md, results.json, pictures, run.json")
     add("--join", type=str, nargs="+", default=[], help="evaluation folders to join into one table, instead of judging")
     add_options(parser, EvaluationOptions)
+    add_options(parser, RecallOptions)
     add_switch(parser, "--pictures", True, "draw the worst and the best case")
     add_switch(parser, "--save_predictions", False, "write every label map to OUTPUT_DIR/predictions")
     add_options(parser, DeviceOptions)
@@ -56,19 +59,29 @@ def main(argv: list[str] | None = None) -> None:
     if missing:
         raise ValueError(f"{', '.join(missing)}: not given (or --join for existing evaluations)")
     world = distributed.start(flags.device, flags.dist_timeout_min)
-    segmenter = open_segmenter(flags.checkpoint_file, world.device, flags.overlap, flags.window_batch, flags.precision)
+    segmenter = open_segmenter(
+        flags.checkpoint_file,
+        world.device,
+        flags.overlap,
+        flags.window_batch,
+        flags.precision,
+        options_of(flags, RecallOptions),
+    )
     cases = labelled_cases(flags.json_list, flags.data_dir, flags.section)
     check_pixel_sizes(cases, flags.nsd_mm)
     spacing_mm, output_dir = segmenter.spacing_mm or "native", Path(flags.output_dir)
     store = VolumeStore(flags.store_dir, expected_spacing_mm=spacing_mm) if flags.store_dir else None
     if world.is_main:
         RunInfo.collect(flags).write(output_dir)
+        if segmenter.recall is not None:
+            print(segmenter.recall.memory.describe())
     predictions_dir = output_dir / "predictions" if flags.save_predictions else None
     load, names = file_cases(cases, segmenter, store, flags.pictures), [case.name for case in cases]
     with explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"):
         judged = evaluate(segmenter, load, names, world, flags.nsd_mm, predictions_dir, progress=len(names) > 1)
     if world.is_main:
         description = {"checkpoint": flags.checkpoint_file, "section": flags.section}
+        description |= {} if segmenter.recall is None else {"memory": segmenter.recall.memory.describe()}
         judged.write(output_dir, segmenter.classes.names, description | {"NSD tolerance in mm": flags.nsd_mm})
         print((output_dir / TABLE).read_text())
     distributed.stop()

@@ -19,6 +19,7 @@ that decide the result have changed. SIGTERM and SIGUSR1 write a checkpoint and 
 is for scripts/predict.py and scripts/evaluate_segmentation.py.
 """
 
+import functools
 import json
 import logging
 import sys
@@ -53,13 +54,16 @@ from engine.run_folder import claimed
 from engine.segmentation.evaluation import (
     EVALUATION,
     check_pixel_sizes,
+    ct_reader,
     evaluate,
     file_cases,
+    label_of,
     labelled_cases,
     stored_cases,
 )
 from engine.segmentation.flags import GROUPS, FinetuneOptions, check_continuation
 from engine.segmentation.loop import BEST, FinetuneRun, finetune, holds_best
+from engine.segmentation.memory import Memory, Recall, RecallOptions, Sam, check_can_remember, make_memory
 from engine.segmentation.report import TABLE
 from engine.segmentation.segmenter import Segmenter, open_segmenter
 from engine.segmentation.setup import KIND, Setup, plain_spacing, resolve_setup
@@ -69,6 +73,7 @@ from models.layers.batch_norm import synchronise_batch_norms
 from models.pretrained import load_pretrained
 from models.segmenters import SEGMENTERS, count_parameters, freeze, layer_groups
 from models.weights_file import WeightsFile, read_weights_file
+from sam_embed.embeddings.embedding_store import Embedding
 
 MEMORY_FLAGS = (
     "batch_size window_batch roi_z roi_y roi_x feature_size precision use_checkpoint",
@@ -142,6 +147,8 @@ def make_plan(options: FinetuneOptions) -> Plan:
     )
     if options.evaluate:
         check_pixel_sizes(judged, options.nsd_mm)
+    if options.memory:
+        check_can_remember(setup.preprocessing)
     SEGMENTERS[setup.backbone].check_sizes(setup.feature_size, setup.preprocessing.roi)
     return Plan(options, training, held_out, judged, classes, setup, weights)
 
@@ -239,6 +246,7 @@ def describe_run(plan: Plan, info: RunInfo) -> dict:
         "validation_cases": [case.name for case in plan.held_out],
         "contents": {
             "weights": checksum_of(Path(options.weights).read_bytes()) if plan.weights.tensors else None,
+            "sam_checkpoint": checksum_of(Path(options.sam_checkpoint).read_bytes()) if options.memory else None,
             # Of what a run takes from the list; other sections and its layout do not count.
             "json_list": checksum_of(json.dumps([content.get(name) for name in ("training", "validation")]).encode()),
         },
@@ -279,6 +287,9 @@ def start_and_train(plan: Plan, info: RunInfo, world: World) -> bool:
     if resumed is not None:
         check_continuation(resumed[0], description, resumed[1])
     store = open_store(plan, world)
+    sam = Sam(options.sam_checkpoint, world.device) if options.memory else None
+    if sam is not None:
+        description["memory"] = main_decides(world, lambda: stored_memory(plan, store, sam, resumed))
     run, started = start_run(plan, description, resumed, world)
     if resumed is None and options.resume == "none":
         distributed.wait_for_all(world)  # --weights may be one of those
@@ -290,7 +301,11 @@ def start_and_train(plan: Plan, info: RunInfo, world: World) -> bool:
     log.say(describe_start(plan, run, started, world))
     if run.step >= options.steps or run.is_stopped:
         log.say(f"nothing left to train: {run.step} of {options.steps} steps are done (--steps, --patience)")
-    is_complete = train(plan, store, run, world, log)
+    recall = None
+    if sam is not None:
+        recall = Recall(Memory(**description["memory"]), sam)
+        log.say(recall.memory.describe())
+    is_complete = train(plan, store, run, recall, world, log)
     log.close()
     if is_complete and options.evaluate:
         with exiting_when_asked():  # the same command evaluates again
@@ -298,7 +313,17 @@ def start_and_train(plan: Plan, info: RunInfo, world: World) -> bool:
     return is_complete
 
 
-def train(plan: Plan, store: VolumeStore, run: FinetuneRun, world: World, log) -> bool:
+def stored_memory(plan: Plan, store: VolumeStore, sam: Sam, resumed: tuple[dict, Path] | None) -> dict:
+    """What the run remembers: as the checkpoint has it that it goes on from, or made from the first training cases."""
+    if resumed is not None and "memory" in resumed[0]:
+        return resumed[0]["memory"]
+    cases = plan.training[: plan.options.memory_cases or None]
+    read = ct_reader(cases, store)
+    scans = ((sam.embed(read(case.name), case.name), label_of(case, store, plan.classes)) for case in cases)
+    return make_memory(scans, sam, len(plan.classes), plan.options).as_dict()
+
+
+def train(plan: Plan, store: VolumeStore, run: FinetuneRun, recall: Recall | None, world: World, log) -> bool:
     """Compose data, loss and validation, and run the loop; True when it is complete."""
     options, known = plan.options, plan.setup.preprocessing
     augment = SegmentationAugment() if options.augment else SegmentationAugment.off()
@@ -314,11 +339,16 @@ def train(plan: Plan, store: VolumeStore, run: FinetuneRun, world: World, log) -
     windows = WindowOptions(
         known.roi, overlap=options.val_overlap, window_batch=options.window_batch, precision=precision
     )
-    segmenter = Segmenter(run.network, plan.classes, known, windows, world.device)
+    segmenter = Segmenter(run.network, plan.classes, known, windows, world.device, recall)
     held_out = [case.name for case in plan.held_out][: options.num_val_cases or None]
+    read = ct_reader(plan.held_out, store)
+
+    @functools.cache  # of every validation the same
+    def embedded(name: str) -> Embedding | None:
+        return None if recall is None else recall.embed(read(name), name)
 
     def validate(stop: StopRequest) -> dict[str, float] | None:
-        judged = evaluate(segmenter, stored_cases(store, plan.classes), held_out, world, stop=stop)
+        judged = evaluate(segmenter, stored_cases(store, plan.classes, embedded), held_out, world, stop=stop)
         return None if judged is None else judged.means()
 
     weights = rare_class_weights(dataset.count_voxels()).to(world.device) if options.class_weights == "rare" else None
@@ -330,7 +360,8 @@ def evaluate_best(plan: Plan, store: VolumeStore, world: World) -> None:
     distributed.wait_for_all(world)
     options = plan.options
     best, folder = Path(options.output_dir) / BEST, Path(options.output_dir) / EVALUATION
-    segmenter = open_segmenter(best, world.device, options.overlap, options.window_batch, options.precision)
+    recall = RecallOptions(options.memory, options.sam_checkpoint)
+    segmenter = open_segmenter(best, world.device, options.overlap, options.window_batch, options.precision, recall)
     load, names = file_cases(plan.judged, segmenter, store), [case.name for case in plan.judged]
     judged = evaluate(segmenter, load, names, world, options.nsd_mm, progress=len(names) > 1)
     if world.is_main:
@@ -343,7 +374,7 @@ def evaluate_best(plan: Plan, store: VolumeStore, world: World) -> None:
             "fold": trained["flags"]["fold"],
             "seed": trained["flags"]["seed"],
             "NSD tolerance in mm": options.nsd_mm,
-        }
+        } | ({} if segmenter.recall is None else {"memory": segmenter.recall.memory.describe()})
         judged.write(folder, segmenter.classes.names, description)
         print((folder / TABLE).read_text(), flush=True)
 

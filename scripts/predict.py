@@ -4,6 +4,9 @@
     python scripts/predict.py IMAGE.nii.gz LABELS.nii.gz --checkpoint_file best.pth --device cpu --overlap 0.25
     python scripts/predict.py IMAGE.png MASK.png --checkpoint_file results/radiographs/best.pth
 
+Where the network remembers labelled cases (--memory of scripts/finetune_segmentation.py), their labels are carried to
+the image and help. This needs the SAM that embedded them (--sam_checkpoint); --memory false leaves it out.
+
 The image may have any size, spacing and orientation. Memory stays bounded: the volume itself (4 bytes a voxel) and a
 slab as thick as a window; nothing grows with the number of organs times the volume.
 """
@@ -19,8 +22,11 @@ from datasets.ct.images import CT, kind_of, read_image, write_labels_like
 from datasets.ct.intensity import NO_AIR_HU, few_whole_values
 from datasets.ct.nifti import Volume
 from datasets.ct.radiograph import SUFFIX
+from datasets.lists.data_list import unique_names
 from engine.device import explained_out_of_memory, pick_device
-from engine.flags import DeviceOptions, add_options, make_parser, run_main
+from engine.flags import DeviceOptions, add_options, make_parser, options_of, run_main
+from engine.segmentation.memory import Recall, RecallOptions
+from engine.segmentation.prior import Prior
 from engine.segmentation.segmenter import open_segmenter
 from engine.segmentation.sliding_window import WindowOptions
 
@@ -32,6 +38,7 @@ def make_flags():
     parser.add_argument("output", type=str, help="label map to write, of the same kind")
     parser.add_argument("--checkpoint_file", type=str, required=True, help="best.pth of a finetuning run")
     add_options(parser, WindowOptions, {"window_batch": 1})
+    add_options(parser, RecallOptions)
     add_options(parser, DeviceOptions)
     return parser
 
@@ -44,19 +51,41 @@ def main(argv: list[str] | None = None) -> None:
     if Path(flags.output).exists() and Path(flags.image).exists() and Path(flags.output).samefile(flags.image):
         raise ValueError(f"{flags.output} is the image itself, which its labels would replace; give another name")
     device = pick_device(flags.device, 0)
-    segmenter = open_segmenter(flags.checkpoint_file, device, flags.overlap, flags.window_batch, flags.precision)
+    segmenter = open_segmenter(
+        flags.checkpoint_file,
+        device,
+        flags.overlap,
+        flags.window_batch,
+        flags.precision,
+        options_of(flags, RecallOptions),
+    )
     segmenter.check_image(flags.image)
     volume = read_image(flags.image)
     if kind_of(flags.image) == CT:
         check_is_ct(volume)
     with explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"):
-        found = segmenter.segment(segmenter.on_own_grid(volume), volume)
+        resampled, prior = segmenter.on_own_grid(volume), None
+        if segmenter.recall is not None:
+            prior = recalled(segmenter.recall, volume, resampled)
+        found = segmenter.segment(resampled, volume, prior)
     write_labels_like(flags.output, segmenter.classes.to_values(found), flags.image)
     size, unit = (float(np.prod(volume.spacing_mm)) / 1000, "ml") if kind_of(flags.image) == CT else (1.0, "pixels")
     counts = np.bincount(found.ravel(), minlength=len(segmenter.classes))
     for name, value, count in zip(segmenter.classes.names[1:], segmenter.classes.values[1:], counts[1:]):
         print(f"{value:4d} {name}: {count * size:.1f} {unit}")
     print(f"wrote {flags.output}: {' x '.join(map(str, found.shape))} voxels (D, H, W), as {flags.image}")
+
+
+def recalled(recall: Recall, volume: Volume, resampled: Volume) -> Prior | None:
+    """What the remembered cases say of a volume, on the network's grid; prints how it is used."""
+    scan = recall.embed(volume, *unique_names([volume.path]))
+    prior = recall.prior(scan, resampled.shape, resampled.affine)
+    print(recall.memory.describe())
+    if prior is None:
+        print("the memory is not used: it holds nothing but this very case, or the scan shows no patient")
+    else:
+        print(f"carried the labels of {prior.num_cases} of them, to {prior.known_share:.0%} of the scan")
+    return prior
 
 
 def check_is_ct(volume: Volume) -> None:

@@ -23,9 +23,10 @@ from engine.distributed import World, gather_objects
 from engine.loop import evaluating
 from engine.segmentation.metrics import OrganScore, case_means, nan_mean, published_slice_dice, score_case
 from engine.segmentation.pictures import SHOWN_HU, CaseView, case_view, save_overlay
-from engine.segmentation.report import SLICE_DICE, write_report
+from engine.segmentation.report import PLAIN_DICE, SLICE_DICE, write_report
 from engine.segmentation.segmenter import Segmenter
 from engine.signals import StopRequest
+from sam_embed.embeddings.embedding_store import Embedding
 
 OVERLAY = "worst_and_best.png"
 EVALUATION = "evaluation"  # folder of a finetuning run's judgement of its best network
@@ -39,11 +40,13 @@ class EvaluationCase:
         volume: HU on the network's grid, or a radiograph's stored grey.
         truth: channels on the grid that is judged.
         truth_hu: int16 HU or stored grey on the truth's grid, for pictures; None = no picture.
+        scan: the CT as the memory's SAM sees it; None = no memory.
     """
 
     volume: Volume
     truth: Volume
     truth_hu: np.ndarray | None = None
+    scan: Embedding | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,13 @@ class Evaluation:
 
     Attributes:
         slice_dice: `published_slice_dice` of all slices of all cases; empty for 3-D networks.
+        plain_scores: of the network without its memory; empty where it has none.
     """
 
     scores: list[OrganScore]
     views: dict[str, CaseView]
     slice_dice: list[float] = field(default_factory=list)
+    plain_scores: list[OrganScore] = field(default_factory=list)
 
     @property
     def dice(self) -> float:
@@ -64,8 +69,13 @@ class Evaluation:
         return nan_mean(list(case_means(self.scores).values()))
 
     def means(self) -> dict[str, float]:
-        """ "dice", and for 2-D networks the published slice-wise number under its own name."""
-        return {"dice": self.dice} | ({SLICE_DICE: nan_mean(self.slice_dice)} if self.slice_dice else {})
+        """ "dice"; without the memory where there is one; for 2-D networks the published slice-wise number."""
+        plain = list(case_means(self.plain_scores).values())
+        return (
+            {"dice": self.dice}
+            | ({PLAIN_DICE: nan_mean(plain)} if plain else {})
+            | ({SLICE_DICE: nan_mean(self.slice_dice)} if self.slice_dice else {})
+        )
 
     def worst_and_best(self) -> list[tuple[str, CaseView]]:
         """(title, view) of the case with the lowest and of that with the highest mean Dice that can be shown."""
@@ -78,7 +88,7 @@ class Evaluation:
 
     def write(self, folder: str | Path, class_names: tuple[str, ...], description: dict) -> None:
         """Write cases.csv, results.md, results.json and the overlay picture. On rank 0 only."""
-        write_report(folder, self.scores, description, self.slice_dice)
+        write_report(folder, self.scores, description, self.slice_dice, self.plain_scores)
         views = self.worst_and_best()
         if views:
             save_overlay(Path(folder) / OVERLAY, views, class_names)
@@ -94,7 +104,7 @@ def evaluate(
     progress: bool = False,
     stop: StopRequest | None = None,
 ) -> Evaluation | None:
-    """Judge a network; every rank takes every W-th case, and every rank gets all scores.
+    """Judge a network, with its memory and without; every rank takes every W-th case, and gets all scores.
 
     Args:
         segmenter: its network is in evaluation mode inside, and as before outside.
@@ -109,6 +119,7 @@ def evaluate(
         None on every rank where `stop` was requested on one of them.
     """
     scores: list[OrganScore] = []
+    plain_scores: list[OrganScore] = []
     views: dict[str, CaseView] = {}
     slices: dict[str, list[float]] = {}
     classes, mine = segmenter.classes, case_names[world.rank :: world.size]
@@ -118,7 +129,12 @@ def evaluate(
                 break
             case = load_case(name)
             truth, spacing_mm = case.truth.array, case.truth.spacing_mm
-            predicted = segmenter.segment(case.volume, case.truth)
+            if case.scan is None:
+                predicted = segmenter.segment(case.volume, case.truth)
+            else:
+                prior = segmenter.recall.prior(case.scan, case.volume.shape, case.volume.affine)
+                predicted, plain = segmenter.segment(case.volume, case.truth, prior, keep_plain=True)
+                plain_scores += score_case(name, plain, truth, spacing_mm, classes.names, tolerance_mm)
             scores += score_case(name, predicted, truth, spacing_mm, classes.names, tolerance_mm)
             if segmenter.is_2d:
                 slices[name] = published_slice_dice(predicted, truth, len(classes))
@@ -128,13 +144,16 @@ def evaluate(
                 suffix = SUFFIX if kind_of(case.truth.path) == RADIOGRAPH else ".nii.gz"
                 path = predictions_dir / f"{name}{suffix}"
                 write_labels_like(path, classes.to_values(predicted), case.truth.path)
-    gathered = gather_objects((scores, views, slices, stop is not None and stop.requested))
+    gathered = gather_objects(((scores, plain_scores), views, slices, stop is not None and stop.requested))
     if any(is_stopped for *_, is_stopped in gathered):
         return None
     order = {name: number for number, name in enumerate(case_names)}
-    joined = sorted((score for part, *_ in gathered for score in part), key=lambda score: order[score.case])
+    with_memory, plain = (
+        sorted((score for both, *_ in gathered for score in both[at]), key=lambda score: order[score.case])
+        for at in (0, 1)
+    )
     views, slices = ({name: value for part in gathered for name, value in part[at].items()} for at in (1, 2))
-    return Evaluation(joined, views, [value for name in case_names for value in slices.get(name, [])])
+    return Evaluation(with_memory, views, [value for name in case_names for value in slices.get(name, [])], plain)
 
 
 def shown_window(case: EvaluationCase) -> tuple[float, float]:
@@ -176,18 +195,44 @@ def file_cases(
             truth = as_channels(read_mask_of(picture, case.label), segmenter.classes)
             return EvaluationCase(segmenter.on_own_grid(picture), truth, picture.array if with_pictures else None)
         label = read_label(case.label)
-        image = read_ct(case.image) if with_pictures or not in_store else None
-        if case.image.exists():  # else the store stands alone
+        has_file = case.image.exists()  # else the store stands alone
+        is_recalled = segmenter.recall is not None
+        image = read_ct(case.image) if with_pictures or not in_store or (is_recalled and has_file) else None
+        if has_file:
             check_same_grid(label, *read_file_grid(case.image).canonical(), case.image)
         volume = store.read(name) if in_store else segmenter.on_own_grid(image)
-        return EvaluationCase(volume, as_channels(label, segmenter.classes), image.array if with_pictures else None)
+        scan = segmenter.recall.embed(image or volume, name) if is_recalled else None
+        truth_hu = image.array if with_pictures else None
+        return EvaluationCase(volume, as_channels(label, segmenter.classes), truth_hu, scan)
 
     return load
 
 
-def stored_cases(store: VolumeStore, classes: LabelClasses) -> Callable[[str], EvaluationCase]:
-    """`load_case` of `evaluate` on the volume store's own grid: quick, for validation during training."""
-    return lambda name: EvaluationCase(store.read(name), as_channels(store.read_label(name), classes))
+def stored_cases(
+    store: VolumeStore, classes: LabelClasses, embedded: Callable[[str], Embedding | None] = lambda name: None
+) -> Callable[[str], EvaluationCase]:
+    """`load_case` of `evaluate` on the volume store's own grid: quick, for validation during training.
+
+    Args:
+        embedded: case -> its embedding by the memory's SAM; None = no memory.
+    """
+
+    def load(name: str) -> EvaluationCase:
+        truth = as_channels(store.read_label(name), classes)
+        return EvaluationCase(store.read(name), truth, scan=embedded(name))
+
+    return load
+
+
+def ct_reader(cases: list[Case], store: VolumeStore) -> Callable[[str], Volume]:
+    """Case name -> its CT as the file has it, or where there is no file any more, as the store has it."""
+    by_name = {case.name: case for case in cases}
+    return lambda name: read_ct(by_name[name].image) if by_name[name].image.exists() else store.read(name)
+
+
+def label_of(case: Case, store: VolumeStore, classes: LabelClasses) -> Volume:
+    """The channels of a case as the file has them, or where there is no file any more, as the store has them."""
+    return as_channels(read_label(case.label) if case.label.exists() else store.read_label(case.name), classes)
 
 
 def as_channels(label: Volume, classes: LabelClasses) -> Volume:

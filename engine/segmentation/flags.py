@@ -13,6 +13,7 @@ from datasets.lists.label_classes import BUILT_IN
 from engine.checkpoint import CheckpointError
 from engine.flags import DeviceOptions, FlagChecks, flag_names
 from engine.run import changed_flags
+from engine.segmentation.memory import MemoryOptions
 from engine.segmentation.setup import DEFAULTS, FLAG_OF, agree, as_typed
 from engine.segmentation.sliding_window import WindowOptions
 from models.segmenters import SEGMENTERS
@@ -174,12 +175,13 @@ GROUPS = {
     "Network": NetworkOptions,
     "Training": TrainingOptions,
     "Validation and evaluation": JudgingOptions,
+    "Memory": MemoryOptions,
     "Running and output": RunningOptions,
 }
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptions, RunningOptions):
+class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptions, MemoryOptions, RunningOptions):
     """All flags of a finetuning run; `resume` is that of `engine.checkpoint.find_wanted`.
 
     Raises:
@@ -203,7 +205,10 @@ class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptio
         each, expect = checks.expect_each, checks.expect
         each(lambda value: value >= 1, "steps batch_size save_freq log_freq window_batch feature_size", "1 or more")
         each(lambda value: value >= 0, "fold num_workers min_lr seed", "0 or more")
-        each(lambda value: value >= 0, "num_labelled num_val_cases", "0 (all) or more")
+        each(lambda value: value >= 0, "num_labelled num_val_cases memory_cases", "0 (all) or more")
+        each(lambda value: value >= 0, "memory_weight memory_blur_mm", "0 or more")
+        has_sam = not self.memory or Path(self.sam_checkpoint).is_file()
+        expect(has_sam, "memory sam_checkpoint", "the file of SAM's weights, which a memory needs")
         switches = "warmup_steps weight_decay clip_grad val_freq patience nsd_mm"
         each(lambda value: value >= 0, switches, "0 (off) or more")
         each(lambda value: value > 0, "lr dist_timeout_min", "more than 0")
@@ -223,10 +228,11 @@ class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptio
 # These flags decide the result, so a resumed run must not change them.
 DECISIVE_FLAGS = {
     *("num_labelled", "fold", "held_out_share", "checkpoint_key", "weights_part"),
+    *("memory", "memory_cases", "memory_weight", "memory_blur_mm"),
     *(name for name in flag_names(TrainingOptions) if name != "steps"),
 }
 # Neither must the content of these files; other paths are fine.
-FILE_FLAGS = ("weights", "json_list")
+FILE_FLAGS = ("weights", "json_list", "sam_checkpoint")
 # What these decide is compared by `resolved_changes`: a default may be spelt out.
 RESOLVED_FLAGS = {"classes", "backbone", "feature_size", "spacing_mm", "a_min", "a_max", "roi_x", "roi_y", "roi_z"}
 # These decide neither the weights nor which of them are best. A change of any other flag is a warning.
@@ -249,7 +255,8 @@ def check_continuation(before: dict, now: dict, path: str | Path) -> None:
     Raises:
         CheckpointError: naming every such flag with both values.
     """
-    changed = changed_flags(before.get("flags", {}), now["flags"])
+    # Runs from before there was a memory have none.
+    changed = changed_flags({"memory": False} | before.get("flags", {}), now["flags"])
     refused = [text for name, text in changed.items() if name in DECISIVE_FLAGS]
     refused += file_changes(before, now) + resolved_changes(before, now)
     if now["flags"]["steps"] < before["step"]:

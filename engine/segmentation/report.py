@@ -18,6 +18,7 @@ from engine.segmentation.metrics import OrganScore, case_means, nan_mean
 CASES, TABLE, SUMMARY = "cases.csv", "results.md", "results.json"
 MEASURES = ("dice", "nsd")
 SLICE_DICE = "slice_dice_published"
+PLAIN_DICE = "dice_without_memory"
 SLICE_DICE_NOTE = (
     "mean over slices of the Dice of the classes in each slice's label, background included, as published for 2-D "
     "networks; not comparable with organ Dice"
@@ -26,7 +27,11 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(OrganScore))
 
 
 def write_report(
-    folder: str | Path, scores: list[OrganScore], description: dict, slice_dice: Sequence[float] = ()
+    folder: str | Path,
+    scores: list[OrganScore],
+    description: dict,
+    slice_dice: Sequence[float] = (),
+    plain_scores: Sequence[OrganScore] = (),
 ) -> dict:
     """Write the three files of one evaluation.
 
@@ -34,12 +39,18 @@ def write_report(
         scores: of all cases, every case with the same organs.
         description: plain values that go into the summary (checkpoint, tolerance, ...).
         slice_dice: of all slices of a 2-D network, see `published_slice_dice`; empty in 3-D.
+        plain_scores: of the same cases by the network without its memory; empty where it has none.
 
     Returns:
         The summary: "dice" and "nsd" with "mean", "std" over cases, and per organ the same under "organs"; in 2-D also
-        SLICE_DICE, with "mean", "std" and "num" over slices.
+        SLICE_DICE, with "mean", "std" and "num" over slices; with a memory also PLAIN_DICE, as "dice".
     """
     summary = summarise(scores) | ({SLICE_DICE: spread(list(slice_dice))} if slice_dice else {})
+    if plain_scores:
+        plain = summarise(list(plain_scores))
+        summary[PLAIN_DICE] = plain["dice"]
+        for organ, values in plain["organs"].items():
+            summary["organs"][organ][PLAIN_DICE] = values["dice"]
     summary = write_summary(folder, summary, "mean ± std over cases", description)
     with (Path(folder) / CASES).open("w", newline="") as file:
         rows = csv.writer(file)
@@ -126,6 +137,7 @@ def read_slice_dice(path: Path) -> float | None:
 def markdown_table(summary: dict, meaning: str) -> str:
     """A table of Dice and NSD in percent, organs first, their mean last; below it, what the numbers are."""
     shown = {"dice": "Dice (%)"} | ({"nsd": "NSD (%)"} if summary["nsd"]["num"] else {})
+    shown |= {PLAIN_DICE: "Dice without memory (%)"} if PLAIN_DICE in summary else {}
     rows = [["organ", *shown.values(), "runs" if "num_runs" in summary else "cases"]]
     for organ, values in [*summary["organs"].items(), ("**mean**", summary)]:
         rows.append([organ, *(percent(values[measure]) for measure in shown), str(values["dice"]["num"])])

@@ -1,12 +1,13 @@
 """A finetuned network opened for use."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datasets.ct.geometry import resample
 from datasets.ct.images import CT, RADIOGRAPH, kind_of
@@ -15,6 +16,8 @@ from datasets.ct.nifti import Volume
 from datasets.lists.label_classes import LabelClasses
 from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly, require
 from engine.device import pick_precision
+from engine.segmentation.memory import Recall, RecallOptions, open_recall
+from engine.segmentation.prior import Prior, fuse
 from engine.segmentation.setup import KIND, Preprocessing
 from engine.segmentation.sliding_window import WindowOptions, segment_volume
 from models.segmenters import SEGMENTERS
@@ -27,6 +30,7 @@ class Segmenter:
     Attributes:
         preprocessing: of its input; `spacing_mm` None = each file's own grid.
         windows: how it is slid; `segment` sets their HU for each volume.
+        recall: the labelled cases that help it; None = it has none, or they are not asked.
     """
 
     network: nn.Module
@@ -34,6 +38,7 @@ class Segmenter:
     preprocessing: Preprocessing
     windows: WindowOptions
     device: torch.device
+    recall: Recall | None = None
 
     @property
     def spacing_mm(self) -> tuple[float, float, float] | None:
@@ -56,14 +61,31 @@ class Segmenter:
             return volume
         return Volume(*resample(volume.array, volume.affine, self.spacing_mm), volume.path)
 
-    def segment(self, volume: Volume, target: Volume) -> np.ndarray:
-        """uint8 channels on the grid of `target`; `volume` is HU, or stored grey, on the network's grid."""
+    def segment(
+        self, volume: Volume, target: Volume, prior: Prior | None = None, keep_plain: bool = False
+    ) -> np.ndarray:
+        """Channels on the grid of `target`.
+
+        Args:
+            volume: HU, or stored grey, on the network's grid.
+            prior: of `recall`, for this volume's grid; None = the network alone.
+            keep_plain: also give the channels that the network finds alone.
+
+        Returns:
+            uint8 [D, H, W]; with `keep_plain` [2, D, H, W]: with the prior, and without.
+        """
         own_range = float(volume.array.min()), float(volume.array.max())
         low, high = fill_ends((self.preprocessing.hu_min, self.preprocessing.hu_max), own_range)
         outside = AIR_HU if self.preprocessing.images == CT else int(own_range[0])
         windows = dataclasses.replace(self.windows, hu_min=low, hu_max=high, outside=outside)
+
+        def adjust(slices: Iterator[Tensor]) -> Iterator[Tensor]:
+            if prior is not None:
+                return fuse(slices, prior, volume.shape, volume.affine, keep_plain)
+            return (torch.stack([plain, plain]) for plain in slices) if keep_plain else slices
+
         return segment_volume(
-            self.network, volume.array, volume.affine, target.shape, target.affine, windows, self.device
+            self.network, volume.array, volume.affine, target.shape, target.affine, windows, self.device, adjust
         )
 
 
@@ -73,15 +95,18 @@ def open_segmenter(
     overlap: float = 0.5,
     window_batch: int = 2,
     precision: str = "auto",
+    recall: RecallOptions | None = None,
 ) -> Segmenter:
     """Read best.pth or checkpoint.pth of a finetuning run.
 
     Args:
         overlap, window_batch: see `WindowOptions`.
         precision: see `engine.device.pick_precision`.
+        recall: use its memory, where it has one; None = the network alone.
 
     Raises:
         CheckpointError: not a checkpoint of a finetuning run.
+        ValueError: the memory's SAM is missing or another one, or a SAM is named and there is no memory.
     """
     state = load_checkpoint(checkpoint_file, KIND)
     names = ("backbone", "classes", "model", "preprocessing")
@@ -96,4 +121,23 @@ def open_segmenter(
     )
     load_strictly(network, state["model"], "network", checkpoint_file)
     windows = WindowOptions(known.roi, overlap=overlap, window_batch=window_batch, precision=precision)
-    return Segmenter(network.to(device).eval(), classes, known, windows, device)
+    recalled = None if recall is None else recall_of(state, checkpoint_file, recall, device)
+    return Segmenter(network.to(device).eval(), classes, known, windows, device, recalled)
+
+
+def recall_of(state: dict, checkpoint_file: str | Path, options: RecallOptions, device: torch.device) -> Recall | None:
+    """The memory of a checkpoint in use; None where it has none, or none is wanted.
+
+    Raises:
+        ValueError: as `open_segmenter`.
+    """
+    if not options.memory:
+        return None
+    if "memory" in state:
+        return open_recall(state["memory"], checkpoint_file, options.sam_checkpoint, device)
+    if options.sam_checkpoint:
+        raise ValueError(
+            f"--sam_checkpoint {options.sam_checkpoint}: {checkpoint_file} remembers no cases; leave the flag away, or "
+            "finetune with --memory"
+        )
+    return None

@@ -61,6 +61,7 @@ def segment_volume(
     out_affine: np.ndarray,
     options: WindowOptions,
     device: torch.device,
+    adjust: Callable[[Iterator[Tensor]], Iterator[Tensor]] = iter,
 ) -> np.ndarray:
     """Classes of a volume on the grid (`out_shape`, `out_affine`).
 
@@ -69,11 +70,12 @@ def segment_volume(
         hu: int16 [D, H, W] on the network's grid.
         affine, out_affine: [4, 4], index -> world mm, of both grids, whose axes must be parallel.
         device: where the network is.
+        adjust: slices of probabilities [C, H, W] on the network's grid -> [C, H, W], or [V, C, H, W] for V versions.
 
     Returns:
-        uint8 [out_shape], the most probable class of every voxel.
+        uint8 [out_shape], the most probable class of every voxel; of V versions [V, *out_shape].
     """
-    slices = probability_slices(network, torch.from_numpy(np.ascontiguousarray(hu)), options, device)
+    slices = adjust(probability_slices(network, torch.from_numpy(np.ascontiguousarray(hu)), options, device))
     return restored_labels(slices, hu.shape, axis_map(affine, out_affine), tuple(out_shape))
 
 
@@ -196,42 +198,60 @@ def restored_labels(
     """The most probable class on another grid, by linear interpolation of probabilities.
 
     Args:
-        slices: D tensors [C, H, W].
+        as for `restored_slices`.
+
+    Returns:
+        uint8 [out_shape], of V versions [V, *out_shape].
+    """
+    out = None
+    for index, plane in enumerate(restored_slices(slices, shape, mapping, out_shape)):
+        labels = plane.argmax(-3).to(torch.uint8).cpu().numpy()  # [(V,) H, W]
+        if out is None:
+            out = np.empty((*labels.shape[:-2], *out_shape), dtype=np.uint8)
+        out[..., index, :, :] = labels
+    return out
+
+
+def restored_slices(
+    slices: Iterator[Tensor], shape: Size3, mapping: tuple[np.ndarray, np.ndarray], out_shape: Size3
+) -> Iterator[Tensor]:
+    """Slices of values on another grid, interpolated linearly.
+
+    Args:
+        slices: D tensors [C, H, W], or [V, C, H, W] of V versions.
         shape: (D, H, W).
         mapping: of `axis_map`.
         out_shape: of the result; beyond the first grid its border continues.
 
-    Returns:
-        uint8 [out_shape].
+    Yields:
+        As many tensors [(V,) C, *out_shape[1:]] as `out_shape` has slices.
     """
     scale, offset = mapping
     places = [np.clip(scale[a] * np.arange(out_shape[a]) + offset[a], 0, shape[a] - 1) for a in range(3)]
-    out = np.empty(out_shape, dtype=np.uint8)
     held: dict[int, Tensor] = {}
     incoming = enumerate(slices)
-    for index, place in enumerate(places[0]):
+    for place in places[0]:
         low, share = int(place), float(place - int(place))
         high = low + (share > 1e-6)
         while high not in held:
             number, newest = next(incoming)
             held = {key: value for key, value in held.items() if key >= low} | {number: newest}
         blended = held[low] if high == low else torch.lerp(held[low], held[high], share)
-        out[index] = resized(resized(blended, places[1], 1), places[2], 2).argmax(0).to(torch.uint8).cpu().numpy()
-    return out
+        yield resized(resized(blended, places[1], -2), places[2], -1)
 
 
 def resized(plane: Tensor, places: np.ndarray, axis: int) -> Tensor:
     """Linear interpolation of a tensor along one axis at fractional indices; the tensor itself where they are its own.
 
     Args:
-        plane: [C, H, W].
+        plane: [..., H, W].
         places: in [0, size - 1], rising.
-        axis: 1 or 2.
+        axis: -2 or -1.
     """
     if len(places) == plane.shape[axis] and np.allclose(places, np.arange(len(places)), atol=1e-6):
         return plane
     low = torch.from_numpy(np.floor(places).astype(np.int64)).to(plane.device)
     share = torch.from_numpy((places - np.floor(places)).astype(np.float32)).to(plane.device)
     high = (low + 1).clamp(max=plane.shape[axis] - 1)
-    share = share.view([-1 if a == axis else 1 for a in range(3)])
+    share = share.view((-1, 1) if axis == -2 else (-1,))
     return torch.lerp(plane.index_select(axis, low), plane.index_select(axis, high), share)

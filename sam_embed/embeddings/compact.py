@@ -36,11 +36,13 @@ class Storage:
         form: one of FORMS.
         pca_step: of pca, rounding along principal axes of unit vectors; a score's error grows with it
         max_bytes: of pca, bytes per fine voxel above which its steps widen
+        max_coarse_bytes: the same per coarse voxel
     """
 
     form: str = field(default="pca", metadata={"flag": False})
     pca_step: float = 0.15
     max_bytes: float = 18.0
+    max_coarse_bytes: float = field(default=float("inf"), metadata={"flag": False})
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -71,7 +73,9 @@ def pack(maps: dict[str, Tensor], storage: Storage) -> tuple[Parts, str]:
         voxels = Voxels(maps[name].contiguous(), _stored_voxels(name, body))
         is_coarse = name == "coarse"
         limits = (
-            (min(COARSE_STEP, storage.pca_step), float("inf")) if is_coarse else (storage.pca_step, storage.max_bytes)
+            (min(COARSE_STEP, storage.pca_step), storage.max_coarse_bytes)
+            if is_coarse
+            else (storage.pca_step, storage.max_bytes)
         )
         encoded = encode_pca(voxels, *limits)
         parts |= {f"{name}.{part}": tensor.contiguous() for part, tensor in encoded.items()}

@@ -7,6 +7,7 @@ Reading a file runs no code; it is written aside and renamed, so that a file tha
 
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,9 +83,8 @@ def embedded_cases(embed_dir: str | Path) -> list[str]:
     return sorted(path.name.removesuffix(SUFFIX) for path in Path(embed_dir).glob(f"*{SUFFIX}"))
 
 
-def save_embedding(embed_dir: str | Path, embedding: Embedding, storage: Storage = FP16) -> Path:
-    """Write one case's file aside and rename it."""
-    path = embedding_path(embed_dir, embedding.name)
+def as_parts(embedding: Embedding, storage: Storage = FP16) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An embedding as tensors by name and a header of plain text; `from_parts` reads them."""
     parts, described = embedding.tensors(), ""
     if storage.form != FP16.form:
         parts, described = pack(parts, storage)
@@ -98,8 +98,36 @@ def save_embedding(embed_dir: str | Path, embedding: Embedding, storage: Storage
     }
     if described:
         header["compact"] = described
-    contiguous = {name: tensor.contiguous() for name, tensor in parts.items()}
-    write_bytes(path, save(contiguous, metadata=header))
+    return {name: tensor.contiguous() for name, tensor in parts.items()}, header
+
+
+def from_parts(parts: Mapping[str, Tensor], header: Mapping[str, str]) -> Embedding:
+    """The embedding of `as_parts`, decoded to half precision.
+
+    Raises:
+        ValueError: parts that do not fit their header, or another format.
+    """
+    if header.get("format") not in (FORMAT, COMPACT_FORMAT):
+        raise ValueError(f"format {header.get('format')!r}, expected {FORMAT!r} or {COMPACT_FORMAT!r}")
+    tensors = unpack(dict(parts), header["compact"]) if header["format"] == COMPACT_FORMAT else parts
+    return Embedding(
+        name=header["name"],
+        fine=tensors["fine"],
+        coarse=tensors["coarse"],
+        fine_affine=np.array(json.loads(header["fine_affine"])),
+        coarse_affine=np.array(json.loads(header["coarse_affine"])),
+        semantic=tensors.get("semantic"),
+        body=tensors.get("body"),
+        fingerprint=header["fingerprint"],
+        source=header.get("source", ""),
+    )
+
+
+def save_embedding(embed_dir: str | Path, embedding: Embedding, storage: Storage = FP16) -> Path:
+    """Write one case's file aside and rename it."""
+    path = embedding_path(embed_dir, embedding.name)
+    parts, header = as_parts(embedding, storage)
+    write_bytes(path, save(parts, metadata=header))
     return path
 
 
@@ -144,23 +172,9 @@ def load_embedding(embed_dir: str | Path, name: str) -> Embedding:
         with safe_open(path, framework="pt") as stored:
             header = stored.metadata() or {}
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
-        if header.get("format") == COMPACT_FORMAT:
-            tensors = unpack(tensors, header["compact"])
+        return from_parts(tensors, header)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: damaged embedding file ({error}); delete it and embed the case again") from error
-    if header.get("format") not in (FORMAT, COMPACT_FORMAT):
-        raise ValueError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r} or {COMPACT_FORMAT!r}")
-    return Embedding(
-        name=header["name"],
-        fine=tensors["fine"],
-        coarse=tensors["coarse"],
-        fine_affine=np.array(json.loads(header["fine_affine"])),
-        coarse_affine=np.array(json.loads(header["coarse_affine"])),
-        semantic=tensors.get("semantic"),
-        body=tensors.get("body"),
-        fingerprint=header["fingerprint"],
-        source=header.get("source", ""),
-    )
 
 
 class EmbeddingCache:

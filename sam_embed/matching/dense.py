@@ -13,6 +13,7 @@ steps, on two grids of nodes that lie `spacing_mm` and twice that apart:
 How well a node's own most similar place agrees with the map, averaged over its neighbourhood, says how far to trust it.
 """
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,18 +89,33 @@ class DenseMap:
 
 def make_nodes(embedding: Embedding, spacing_mm: float) -> Nodes:
     """Sample an embedding about every `spacing_mm`: every so many of its fine voxels, at least every one."""
-    step = np.maximum(1, np.rint(spacing_mm / np.array(embedding.fine_spacing_mm))).astype(int)
-    fine_shape = np.array(embedding.fine.shape[1:])
-    first = (fine_shape - 1) % step // 2  # what remains is shared by both ends
-    axes = [np.arange(start, size, every) for start, size, every in zip(first, fine_shape, step)]
+    axes, affine = _node_axes(embedding, spacing_mm)
     shape = tuple(map(len, axes))
-    affine = embedding.fine_affine @ np.diag([*step, 1.0])
-    affine[:3, 3] = index_to_world(embedding.fine_affine, first)
     points_mm = index_to_world(embedding.fine_affine, np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3))
     parts = [part for part in query_vectors(embedding, points_mm) if part is not None]
     vectors = torch.cat(parts, dim=1) / len(parts) ** 0.5
     body = np.ones(shape, bool) if embedding.body is None else embedding.body.cpu().numpy()[np.ix_(*axes)]
     return Nodes(shape, affine, vectors, body)
+
+
+def thinned(embedding: Embedding, spacing_mm: float) -> Embedding:
+    """Only those fine voxels that `make_nodes` samples: dense matching at this spacing needs no others."""
+    axes, affine = _node_axes(embedding, spacing_mm)
+    kept = tuple(slice(axis.start, axis.stop, axis.step) for axis in axes)
+    own = {"fine": embedding.fine, "semantic": embedding.semantic}
+    parts = {name: part[(slice(None), *kept)].contiguous() for name, part in own.items() if part is not None}
+    body = None if embedding.body is None else embedding.body[kept].contiguous()
+    return dataclasses.replace(embedding, **parts, body=body, fine_affine=affine)
+
+
+def _node_axes(embedding: Embedding, spacing_mm: float) -> tuple[list[range], np.ndarray]:
+    """The fine indices along (D, H, W) that are nodes, and the nodes' affine."""
+    step = np.maximum(1, np.rint(spacing_mm / np.array(embedding.fine_spacing_mm))).astype(int)
+    fine_shape = np.array(embedding.fine.shape[1:])
+    first = (fine_shape - 1) % step // 2  # what remains is shared by both ends
+    affine = embedding.fine_affine @ np.diag([*step, 1.0])
+    affine[:3, 3] = index_to_world(embedding.fine_affine, first)
+    return [range(*map(int, ends)) for ends in zip(first, fine_shape, step)], affine
 
 
 @torch.no_grad()
@@ -131,6 +147,24 @@ def map_nodes(scan: Nodes, reference: Nodes) -> DenseMap:
     ).reshape(*scan.shape, 3)
     displacement, trust = _refine(scan, reference, displacement, radius=2)
     return DenseMap(scan.affine, (scan.points_mm + displacement).astype(np.float32), trust.astype(np.float32))
+
+
+def score_at_places(scan: Nodes, reference: Nodes, places_mm: np.ndarray) -> np.ndarray:
+    """Similarity [d, h, w] of each node of the scan to the reference's node nearest to its place [d, h, w, 3]."""
+    index = np.rint(world_to_index(reference.affine, places_mm.reshape(-1, 3))).astype(np.int64)
+    index = np.clip(index, 0, np.array(reference.shape) - 1)
+    rows = torch.from_numpy(np.ravel_multi_index(tuple(index.T), reference.shape))
+    score = torch.einsum("nc,nc->n", scan.vectors, reference.vectors.index_select(0, rows))
+    return score.numpy().reshape(scan.shape)
+
+
+def cycle_of_maps_mm(found: DenseMap, back: DenseMap) -> np.ndarray:
+    """How far from each node [d, h, w] its place is mapped back to, mm; `back` maps the other volume to the scan."""
+    index = world_to_index(back.affine, found.places_mm.reshape(-1, 3)).T
+    returned = [map_coordinates(back.places_mm[..., axis], index, order=1, mode="nearest") for axis in range(3)]
+    nodes = np.stack(np.meshgrid(*map(np.arange, found.trust.shape), indexing="ij"), axis=-1)
+    start_mm = index_to_world(found.affine, nodes).reshape(-1, 3)
+    return np.linalg.norm(np.stack(returned, axis=-1) - start_mm, axis=-1).reshape(found.trust.shape)
 
 
 def _smooth(values: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -1,0 +1,232 @@
+"""Labelled cases that a segmenter remembers: what best.pth holds of them, and what they say about a new scan.
+
+A remembered case is its SAM embedding, thinned to the nodes of dense matching and coded, and its labels at 3 mm:
+less than 1 MB. A new scan is embedded by the same SAM, the labels of every remembered case are carried to it
+(`sam_embed.matching.carry`), and together they are a prior (`engine.segmentation.prior`). A case never remembers
+itself: neither under its name nor, by its voxels, under another one.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.ct.geometry import resample
+from datasets.ct.images import CT
+from datasets.ct.nifti import Volume
+from datasets.store.format import checksum_of
+from engine.segmentation.prior import Prior, Votes, prior_of
+from engine.segmentation.setup import Preprocessing
+from sam_embed.checkpoint import load_embedder
+from sam_embed.embeddings.compact import Storage
+from sam_embed.embeddings.embed import embed_volume, for_inference
+from sam_embed.embeddings.embedding_store import Embedding, as_parts, from_parts
+from sam_embed.matching.carry import NODE_MM, VOTE_MM, Reference, coarser_grid, count_votes
+from sam_embed.matching.dense import thinned
+from sam_embed.network import AnatomicalEmbedder
+
+# Bytes of a case, which with its labels (some 50 000) stay below 1 MB.
+MAP_BYTES = {"fine": 600_000, "coarse": 150_000}
+MOST_BYTES = Storage.max_bytes  # per voxel; more is of no use
+WEIGHT, BLUR_MM = 3.0, 6.0  # where nothing is learnt; measured with a network on a grid of 6 mm
+
+
+@dataclass(frozen=True)
+class RecallOptions:
+    """Whether and how a network's memory is used; its fields are flags.
+
+    Attributes:
+        memory: use the labelled cases that best.pth remembers, if it does; false = the network alone
+        sam_checkpoint: weights of the SAM that the memory was made with; empty = the path noted in best.pth
+    """
+
+    memory: bool = True
+    sam_checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryOptions(RecallOptions):
+    """What a finetuning run remembers; its fields are flags.
+
+    Attributes:
+        memory: remember labelled cases in best.pth, and let them help in validation, evaluation and prediction
+        sam_checkpoint: SAM's weights (scripts/train_sam.py, or the authors' SAM.pth), with which cases are matched
+        memory_cases: remember the first so many training cases; 0 = all (each takes seconds of every prediction)
+        memory_weight: of the carried labels' log-probabilities, beside the network's; unset = learnt by leaving out one
+            remembered case after the other, of a single case 3
+        memory_blur_mm: blur of the carried labels (sigma, mm); unset = learnt likewise, of a single case 6
+    """
+
+    memory: bool = False
+    memory_cases: int = 4
+    memory_weight: float | None = None
+    memory_blur_mm: float | None = None
+
+
+def check_can_remember(preprocessing: Preprocessing) -> None:
+    """Raise ValueError for networks that cannot have a memory: SAM matches CT volumes."""
+    if preprocessing.images != CT:
+        raise ValueError("--memory true: SAM matches CT, and these cases are radiographs; expected --memory false")
+    if preprocessing.spatial_dims != 3:
+        raise ValueError("--memory true: expected a 3-D network, received slices (--roi_z 1); use --memory false")
+
+
+class Sam:
+    """A SAM network that embeds whole scans for the memory.
+
+    Args:
+        checkpoint_file: its weights.
+        device: where it runs.
+    """
+
+    def __init__(self, checkpoint_file: str | Path, device: torch.device) -> None:
+        network, self.info = load_embedder(checkpoint_file)
+        self.path = str(Path(checkpoint_file).resolve())
+        self._network: AnatomicalEmbedder = for_inference(network).to(device)
+
+    def embed(self, ct: Volume, name: str) -> Embedding:
+        """The embedding of a CT at the nodes of dense matching; its source is a digest of the voxels."""
+        embedding = embed_volume(self._network, ct, self.info, name=name)
+        source = f"voxels:{checksum_of(np.ascontiguousarray(ct.array).data)}"
+        return dataclasses.replace(thinned(embedding, NODE_MM), source=source)
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What best.pth holds: tensors and plain values.
+
+    Attributes:
+        cases: of each its embedding ("parts", "header"), and its channels ("label", compressed, "shape", "affine").
+        sam: "path" and "fingerprint" of the SAM that made the embeddings.
+        num_classes: channels of the network.
+        weight, blur_mm: of the prior.
+        is_learnt: whether these were learnt by leaving cases out.
+    """
+
+    cases: list[dict]
+    sam: dict[str, str]
+    num_classes: int
+    weight: float = WEIGHT
+    blur_mm: float = BLUR_MM
+    is_learnt: bool = False
+
+    def as_dict(self) -> dict:
+        """For checkpoints."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def names(self) -> list[str]:
+        return [case["header"]["name"] for case in self.cases]
+
+    def describe(self) -> str:
+        """For people: what is remembered, and with which strength it speaks."""
+        shown = ", ".join(self.names[:4]) + (", ..." if len(self.names) > 4 else "")
+        how = "learnt by leaving cases out" if self.is_learnt else "as set"
+        number = f"{len(self.names)} labelled case{'s' if len(self.names) > 1 else ''}"
+        return f"memory: {number} ({shown}), weight {self.weight:g}, blur {self.blur_mm:g} mm ({how})"
+
+
+class Recall:
+    """A memory in use: its cases decoded, and the SAM that embeds new scans."""
+
+    def __init__(self, memory: Memory, sam: Sam) -> None:
+        self.memory, self.sam = memory, sam
+        self._references = [reference_of(case) for case in memory.cases]
+
+    def embed(self, ct: Volume, name: str) -> Embedding:
+        """A new scan, for `prior`."""
+        return self.sam.embed(ct, name)
+
+    def prior(self, scan: Embedding, shape: Sequence[int], affine: np.ndarray) -> Prior | None:
+        """What all remembered cases but the scan itself say; None where there is no other, or no patient in the scan.
+
+        Args:
+            shape, affine: the network's grid.
+        """
+        others = [reference for reference in self._references if not is_same_case(reference.embedding, scan)]
+        if not others or not scan.body.any():
+            return None
+        votes = carried_votes(scan, others, *coarser_grid(shape, affine, VOTE_MM))
+        return prior_of(votes, self.memory.num_classes, self.memory.weight, self.memory.blur_mm, len(others))
+
+
+def carried_votes(scan: Embedding, references: Sequence[Reference], shape: Sequence[int], affine: np.ndarray) -> Votes:
+    """The labels of references, carried to a grid of the scan; several are weighed by score, spread and cycle error."""
+    counts, classes, reach = count_votes(scan, references, shape, affine, is_mutual=len(references) > 1)
+    return Votes(counts, classes.tolist(), reach, affine)
+
+
+def is_same_case(one: Embedding, other: Embedding) -> bool:
+    """Whether two embeddings are of one case: by name, or by its voxels."""
+    return one.name == other.name or one.source == other.source
+
+
+def remember(scan: Embedding, label: Volume) -> dict:
+    """A case as `Memory` holds it.
+
+    Args:
+        scan: of `Sam.embed`.
+        label: channels, uint8 [D, H, W], on any grid.
+    """
+    most = {
+        "fine": MAP_BYTES["fine"] / max(1, int(scan.body.sum())),
+        "coarse": MAP_BYTES["coarse"] / scan.coarse[0].numel(),
+    }
+    most = {name: max(1.0, min(MOST_BYTES, number)) for name, number in most.items()}
+    parts, header = as_parts(scan, Storage(max_bytes=most["fine"], max_coarse_bytes=most["coarse"]))
+    array, affine = resample(label.array, label.affine, np.maximum(label.spacing_mm, VOTE_MM), order=0)
+    packed = zlib.compress(np.ascontiguousarray(array, dtype=np.uint8).tobytes(), level=9)
+    return {
+        "parts": parts,
+        "header": header,
+        "label": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
+        "shape": list(array.shape),
+        "affine": affine.tolist(),
+    }
+
+
+def reference_of(case: dict) -> Reference:
+    """The case of `remember`, to carry labels from."""
+    label: Tensor = case["label"]
+    array = np.frombuffer(zlib.decompress(label.numpy().tobytes()), np.uint8).reshape(case["shape"])
+    return Reference(from_parts(case["parts"], case["header"]), array, np.array(case["affine"]))
+
+
+def make_memory(
+    scans: Iterable[tuple[Embedding, Volume]], sam: Sam, num_classes: int, options: MemoryOptions
+) -> Memory:
+    """A memory of labelled cases."""
+    cases = [remember(scan, label) for scan, label in scans]
+    memory = Memory(cases, {"path": sam.path, "fingerprint": sam.info.fingerprint}, num_classes)
+    given = {"weight": options.memory_weight, "blur_mm": options.memory_blur_mm}
+    return dataclasses.replace(memory, **{name: float(value) for name, value in given.items() if value is not None})
+
+
+def open_recall(stored: dict, checkpoint_file: str | Path, sam_checkpoint: str, device: torch.device) -> Recall:
+    """The memory of a checkpoint, with its SAM.
+
+    Args:
+        stored: of `Memory.as_dict`.
+        checkpoint_file: that holds it, for messages.
+        sam_checkpoint: SAM's weights; empty = the path noted in the memory.
+
+    Raises:
+        ValueError: no such file, or another SAM than the memory's.
+    """
+    memory = Memory(**stored)
+    path, wanted = sam_checkpoint or memory.sam["path"], memory.sam["fingerprint"]
+    advice = "Name it with --sam_checkpoint, or use the network alone with --memory false"
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file. {checkpoint_file} remembers cases with SAM {wanted}. {advice}")
+    sam = Sam(path, device)
+    if sam.info.fingerprint != wanted:
+        raise ValueError(
+            f"{path} is SAM {sam.info.fingerprint}, and {checkpoint_file} remembers cases with SAM {wanted} "
+            f"({memory.sam['path']}). {advice}"
+        )
+    return Recall(memory, sam)

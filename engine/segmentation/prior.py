@@ -1,0 +1,120 @@
+"""Carried labels as a prior: what a memory adds to a network's log-probabilities.
+
+Labels of remembered cases, carried to a scan, say where an organ should lie, about as exactly as anatomy can be
+matched. So they are blurred, a share of the probability is spread over all classes, because the match may be wrong,
+and a multiple of the logarithm is added to the network's log-probabilities. Places that no remembered case shows get
+the same for all classes, which changes nothing.
+
+Letters: C classes, d h w voxels on which votes are counted, D H W voxels of the network's grid.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from datasets.ct.geometry import mask_box, spacing_of
+from engine.segmentation.sliding_window import Size3, axis_map, restored_slices
+
+SPREAD = 0.1  # share of the probability that goes to all classes alike
+BLUR_REACH = 4  # sigmas after which the Gaussian ends
+
+
+@dataclass(frozen=True, eq=False)
+class Votes:
+    """Labels carried to a grid, by class.
+
+    Attributes:
+        counts: float32 [K, d, h, w], 0 or more, of the classes that were voted for.
+        classes: the K classes.
+        reach: [d, h, w], more than 0 where a remembered case shows the place.
+        affine: [4, 4], index (d, h, w) -> world mm.
+    """
+
+    counts: np.ndarray
+    classes: Sequence[int]
+    reach: np.ndarray
+    affine: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """Probabilities of the classes at every place of a scan.
+
+    Attributes:
+        odds: float16 [C, d, h, w], probability times C; 1 for all classes where nothing is known.
+        affine: [4, 4], index (d, h, w) -> world mm.
+        weight: of its logarithm.
+        num_cases: remembered cases that it was made from.
+    """
+
+    odds: Tensor
+    affine: np.ndarray
+    weight: float
+    num_cases: int
+
+    @property
+    def known_share(self) -> float:
+        """Share of the places of which something is known, 0 to 1."""
+        return float((self.odds != 1).any(dim=0).float().mean())
+
+    def slices(self, shape: Size3, affine: np.ndarray) -> Iterator[Tensor]:
+        """What is added to the log-probabilities of every slice [C, H, W] of a grid over the same box."""
+        mapping = axis_map(self.affine, affine)
+        planes = (plane.float() for plane in self.odds.unbind(1))
+        for odds in restored_slices(planes, tuple(self.odds.shape[1:]), mapping, shape):
+            yield odds.log().mul_(self.weight)
+
+
+def prior_of(votes: Votes, num_classes: int, weight: float, blur_mm: float, num_cases: int) -> Prior:
+    """Votes as a prior.
+
+    Args:
+        num_classes: C.
+        weight: of the logarithm, 0 or more.
+        blur_mm: sigma of the Gaussian blur, mm; 0 = none.
+    """
+    odds = torch.from_numpy(class_shares(votes, num_classes, blur_mm)).mul_((1 - SPREAD) * num_classes).add_(SPREAD)
+    return Prior(odds.half(), votes.affine, weight, num_cases)
+
+
+def class_shares(votes: Votes, num_classes: int, blur_mm: float) -> np.ndarray:
+    """Blurred votes as float32 [C, d, h, w] that sum to 1; the same for all classes where nobody voted."""
+    sigma = blur_mm / np.array(spacing_of(votes.affine))
+    total = gaussian_filter(votes.counts.sum(axis=0), sigma, mode="constant", truncate=BLUR_REACH)
+    silent = (votes.reach == 0) | (total <= 0)
+    total[silent] = 1
+    shares = np.zeros((num_classes, *total.shape), dtype=np.float32)
+    for count, channel in zip(votes.counts, votes.classes):
+        if channel != 0 and count.any():
+            start, stop = mask_box(count > 0)
+            margin = np.ceil(BLUR_REACH * sigma).astype(int) + 1
+            box = tuple(map(slice, np.maximum(start - margin, 0), stop + margin))
+            blurred = gaussian_filter(count[box], sigma, mode="constant", truncate=BLUR_REACH)
+            shares[channel][box] = blurred / total[box]
+    np.subtract(1, shares[1:].sum(axis=0), out=shares[0])
+    np.maximum(shares[0], 0, out=shares[0])
+    shares[:, silent] = 1 / num_classes
+    return shares
+
+
+def fuse(
+    slices: Iterator[Tensor], prior: Prior, shape: Size3, affine: np.ndarray, keep_plain: bool
+) -> Iterator[Tensor]:
+    """Add a prior to a network's probabilities.
+
+    Args:
+        slices: of the network, D tensors [C, H, W].
+        shape, affine: of the network's grid.
+        keep_plain: give both versions, with the prior and without.
+
+    Yields:
+        D tensors of probabilities [C, H, W], or [2, C, H, W].
+    """
+    least = torch.finfo(torch.float32).tiny
+    for plain, added in zip(slices, prior.slices(shape, affine)):
+        fused = plain.clamp_min(least).log_().add_(added.to(plain.device)).softmax(0)
+        yield torch.stack([fused, plain]) if keep_plain else fused
