@@ -1,5 +1,6 @@
 """Patients whose embedding is known: a place is embedded by its position in a common atlas, so matches are exact."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ ATLAS_LANDMARKS_MM = {
     "bladder": [0, 15, -640],
     "spine": [0, -55, -600],
 }
+
+
+ORGANS = {1: ((-40, 10, -550), 38.0), 4: ((55, -20, -570), 26.0)}  # value: centre and radius, atlas mm
 
 
 def patient_map(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,6 +57,31 @@ def patient_volume(seed: int) -> Volume:
 
 def patient_landmarks(seed: int) -> dict[str, np.ndarray]:
     return {name: to_patient(seed, place) for name, place in ATLAS_LANDMARKS_MM.items()}
+
+
+def atlas_labels(seed: int, shape=SHAPE, affine=AFFINE) -> np.ndarray:
+    """Two round organs of the common atlas, as a patient shows them."""
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    place = to_atlas(seed, index_to_world(affine, index))
+    labels = np.zeros(shape, np.uint8)
+    for value, (centre, radius) in ORGANS.items():
+        labels[np.linalg.norm(place - centre, axis=-1) < radius] = value
+    return labels
+
+
+def dice(found: np.ndarray, truth: np.ndarray) -> float:
+    return 2 * (found & truth).sum() / (found.sum() + truth.sum())
+
+
+def with_noise(embedding: Embedding, amount: float, seed: int) -> Embedding:
+    """Every vector is disturbed, so that single matches scatter."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(values: torch.Tensor) -> torch.Tensor:
+        noisy = values.float() + amount * torch.randn(values.shape, generator=generator)
+        return torch.nn.functional.normalize(noisy, dim=0).half()
+
+    return dataclasses.replace(embedding, fine=disturb(embedding.fine), coarse=disturb(embedding.coarse))
 
 
 def patient_embedding(seed: int) -> Embedding:

@@ -7,43 +7,25 @@ import pytest
 import torch
 
 from datasets.ct.geometry import index_to_world
-from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import Reference, carry_labels, count_votes
 from sam_embed.matching.dense import dense_map, make_nodes
-from tests.sam_fakes import AFFINE, SHAPE, patient_embedding, to_atlas, to_patient
+from tests.sam_fakes import (
+    AFFINE,
+    ORGANS,
+    SHAPE,
+    atlas_labels,
+    dice,
+    patient_embedding,
+    to_atlas,
+    to_patient,
+    with_noise,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-ORGANS = {1: ((-40, 10, -550), 38.0), 4: ((55, -20, -570), 26.0)}  # value: centre and radius, atlas mm
-
-
-def atlas_labels(seed: int, shape=SHAPE, affine=AFFINE) -> np.ndarray:
-    """Two round organs of the common atlas, as a patient shows them."""
-    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
-    place = to_atlas(seed, index_to_world(affine, index))
-    labels = np.zeros(shape, np.uint8)
-    for value, (centre, radius) in ORGANS.items():
-        labels[np.linalg.norm(place - centre, axis=-1) < radius] = value
-    return labels
 
 
 def reference(seed: int) -> Reference:
     return Reference(patient_embedding(seed), atlas_labels(seed), AFFINE)
-
-
-def dice(found: np.ndarray, truth: np.ndarray) -> float:
-    return 2 * (found & truth).sum() / (found.sum() + truth.sum())
-
-
-def with_noise(embedding: Embedding, amount: float, seed: int) -> Embedding:
-    """Every vector is disturbed, so that single matches scatter."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def disturb(values: torch.Tensor) -> torch.Tensor:
-        noisy = values.float() + amount * torch.randn(values.shape, generator=generator)
-        return torch.nn.functional.normalize(noisy, dim=0).half()
-
-    return dataclasses.replace(embedding, fine=disturb(embedding.fine), coarse=disturb(embedding.coarse))
 
 
 @pytest.mark.parametrize("noise, limit_mm", [(0.0, 4.0), (0.2, 5.0)])
