@@ -57,13 +57,13 @@ from engine.segmentation.evaluation import (
     ct_reader,
     evaluate,
     file_cases,
-    label_of,
     labelled_cases,
     stored_cases,
 )
 from engine.segmentation.flags import GROUPS, FinetuneOptions, check_continuation
 from engine.segmentation.loop import BEST, FinetuneRun, finetune, holds_best
-from engine.segmentation.memory import Memory, Recall, RecallOptions, Sam, check_can_remember, make_memory
+from engine.segmentation.memory import Memory, Recall, RecallOptions, Sam, check_can_remember
+from engine.segmentation.remembering import learn_memory, remember_cases
 from engine.segmentation.report import TABLE
 from engine.segmentation.segmenter import Segmenter, open_segmenter
 from engine.segmentation.setup import KIND, Setup, plain_spacing, resolve_setup
@@ -289,7 +289,7 @@ def start_and_train(plan: Plan, info: RunInfo, world: World) -> bool:
     store = open_store(plan, world)
     sam = Sam(options.sam_checkpoint, world.device) if options.memory else None
     if sam is not None:
-        description["memory"] = main_decides(world, lambda: stored_memory(plan, store, sam, resumed))
+        description["memory"] = memory_of(plan, store, sam, resumed, world)
     run, started = start_run(plan, description, resumed, world)
     if resumed is None and options.resume == "none":
         distributed.wait_for_all(world)  # --weights may be one of those
@@ -307,20 +307,20 @@ def start_and_train(plan: Plan, info: RunInfo, world: World) -> bool:
         log.say(recall.memory.describe())
     is_complete = train(plan, store, run, recall, world, log)
     log.close()
-    if is_complete and options.evaluate:
-        with exiting_when_asked():  # the same command evaluates again
+    with exiting_when_asked():  # the same command learns and evaluates again
+        if is_complete and options.memory:
+            main_decides(world, lambda: learn_memory(store, options, world.device))
+        if is_complete and options.evaluate:
             evaluate_best(plan, store, world)
     return is_complete
 
 
-def stored_memory(plan: Plan, store: VolumeStore, sam: Sam, resumed: tuple[dict, Path] | None) -> dict:
-    """What the run remembers: as the checkpoint has it that it goes on from, or made from the first training cases."""
-    if resumed is not None and "memory" in resumed[0]:
+def memory_of(plan: Plan, store: VolumeStore, sam: Sam, resumed: tuple[dict, Path] | None, world: World) -> dict:
+    """What the run remembers, for its checkpoints: as the one has it that it goes on from, or made on rank 0."""
+    if resumed is not None:
         return resumed[0]["memory"]
-    cases = plan.training[: plan.options.memory_cases or None]
-    read = ct_reader(cases, store)
-    scans = ((sam.embed(read(case.name), case.name), label_of(case, store, plan.classes)) for case in cases)
-    return make_memory(scans, sam, len(plan.classes), plan.options).as_dict()
+    made = main_decides(world, lambda: remember_cases(plan.training, store, plan.classes, sam, plan.options))
+    return made.as_dict()
 
 
 def train(plan: Plan, store: VolumeStore, run: FinetuneRun, recall: Recall | None, world: World, log) -> bool:

@@ -251,12 +251,17 @@ def holds_best(output_dir: str | Path, checkpoint_file: str | Path) -> bool:
 
 
 def write_best(run: FinetuneRun, output_dir: str | Path) -> None:
+    """Write `best.pth` of this moment."""
+    replace_best(run.usable() | {"best_dice": run.best_dice}, output_dir)
+
+
+def replace_best(state: dict, output_dir: str | Path) -> None:
     """Write `best.pth`: aside first, so that a usable one exists at every moment."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / (BEST + ".tmp")
     try:
-        write_synced(run.usable() | {"best_dice": run.best_dice}, aside)
+        write_synced(state, aside)
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
         raise CheckpointError(f"{folder / BEST} cannot be written ({error}); free some space, run again") from error

@@ -126,7 +126,7 @@ class Memory:
     def describe(self) -> str:
         """For people: what is remembered, and with which strength it speaks."""
         shown = ", ".join(self.names[:4]) + (", ..." if len(self.names) > 4 else "")
-        how = "learnt by leaving cases out" if self.is_learnt else "as set"
+        how = "learnt by leaving cases out" if self.is_learnt else "set, not learnt"
         number = f"{len(self.names)} labelled case{'s' if len(self.names) > 1 else ''}"
         return f"memory: {number} ({shown}), weight {self.weight:g}, blur {self.blur_mm:g} mm ({how})"
 
@@ -136,11 +136,19 @@ class Recall:
 
     def __init__(self, memory: Memory, sam: Sam) -> None:
         self.memory, self.sam = memory, sam
-        self._references = [reference_of(case) for case in memory.cases]
+        self.references = [reference_of(case) for case in memory.cases]
 
     def embed(self, ct: Volume, name: str) -> Embedding:
         """A new scan, for `prior`."""
         return self.sam.embed(ct, name)
+
+    @property
+    def names(self) -> list[str]:
+        return self.memory.names
+
+    def reference_of(self, name: str) -> Reference:
+        """A remembered case."""
+        return self.references[self.names.index(name)]
 
     def prior(self, scan: Embedding, shape: Sequence[int], affine: np.ndarray) -> Prior | None:
         """What all remembered cases but the scan itself say; None where there is no other, or no patient in the scan.
@@ -148,17 +156,22 @@ class Recall:
         Args:
             shape, affine: the network's grid.
         """
-        others = [reference for reference in self._references if not is_same_case(reference.embedding, scan)]
-        if not others or not scan.body.any():
+        votes, num_cases = self.votes(scan, shape, affine)
+        if votes is None:
             return None
-        votes = carried_votes(scan, others, *coarser_grid(shape, affine, VOTE_MM))
-        return prior_of(votes, self.memory.num_classes, self.memory.weight, self.memory.blur_mm, len(others))
+        return prior_of(votes, self.memory.num_classes, self.memory.weight, self.memory.blur_mm, num_cases)
 
+    def votes(self, scan: Embedding, shape: Sequence[int], affine: np.ndarray) -> tuple[Votes | None, int]:
+        """The labels behind `prior`, on a grid of 3 mm or wider over the same box, and how many cases carried them.
 
-def carried_votes(scan: Embedding, references: Sequence[Reference], shape: Sequence[int], affine: np.ndarray) -> Votes:
-    """The labels of references, carried to a grid of the scan; several are weighed by score, spread and cycle error."""
-    counts, classes, reach = count_votes(scan, references, shape, affine, is_mutual=len(references) > 1)
-    return Votes(counts, classes.tolist(), reach, affine)
+        Several cases are weighed by score, spread and cycle error.
+        """
+        others = [reference for reference in self.references if not is_same_case(reference.embedding, scan)]
+        if not others or not scan.body.any():
+            return None, 0
+        grid = coarser_grid(shape, affine, VOTE_MM)
+        counts, classes, reach = count_votes(scan, others, *grid, is_mutual=len(others) > 1)
+        return Votes(counts, classes.tolist(), reach, grid[1]), len(others)
 
 
 def is_same_case(one: Embedding, other: Embedding) -> bool:

@@ -20,6 +20,7 @@ from datasets.ct.geometry import mask_box, spacing_of
 from engine.segmentation.sliding_window import Size3, axis_map, restored_slices
 
 SPREAD = 0.1  # share of the probability that goes to all classes alike
+LEAST_PROBABILITY = torch.finfo(torch.float32).tiny  # whose logarithm is still a number
 BLUR_REACH = 4  # sigmas after which the Gaussian ends
 
 
@@ -114,7 +115,6 @@ def fuse(
     Yields:
         D tensors of probabilities [C, H, W], or [2, C, H, W].
     """
-    least = torch.finfo(torch.float32).tiny
     for plain, added in zip(slices, prior.slices(shape, affine)):
-        fused = plain.clamp_min(least).log_().add_(added.to(plain.device)).softmax(0)
+        fused = plain.clamp_min(LEAST_PROBABILITY).log_().add_(added.to(plain.device)).softmax(0)
         yield torch.stack([fused, plain]) if keep_plain else fused

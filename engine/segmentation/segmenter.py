@@ -19,7 +19,7 @@ from engine.device import pick_precision
 from engine.segmentation.memory import Recall, RecallOptions, open_recall
 from engine.segmentation.prior import Prior, fuse
 from engine.segmentation.setup import KIND, Preprocessing
-from engine.segmentation.sliding_window import WindowOptions, segment_volume
+from engine.segmentation.sliding_window import WindowOptions, probability_slices, segment_volume
 from models.segmenters import SEGMENTERS
 
 
@@ -74,10 +74,6 @@ class Segmenter:
         Returns:
             uint8 [D, H, W]; with `keep_plain` [2, D, H, W]: with the prior, and without.
         """
-        own_range = float(volume.array.min()), float(volume.array.max())
-        low, high = fill_ends((self.preprocessing.hu_min, self.preprocessing.hu_max), own_range)
-        outside = AIR_HU if self.preprocessing.images == CT else int(own_range[0])
-        windows = dataclasses.replace(self.windows, hu_min=low, hu_max=high, outside=outside)
 
         def adjust(slices: Iterator[Tensor]) -> Iterator[Tensor]:
             if prior is not None:
@@ -85,8 +81,27 @@ class Segmenter:
             return (torch.stack([plain, plain]) for plain in slices) if keep_plain else slices
 
         return segment_volume(
-            self.network, volume.array, volume.affine, target.shape, target.affine, windows, self.device, adjust
+            self.network,
+            volume.array,
+            volume.affine,
+            target.shape,
+            target.affine,
+            self._windows_for(volume),
+            self.device,
+            adjust,
         )
+
+    def slices(self, volume: Volume) -> Iterator[Tensor]:
+        """The network's class probabilities [C, H, W] of every slice; `volume` as for `segment`."""
+        hu = torch.from_numpy(np.ascontiguousarray(volume.array))
+        return probability_slices(self.network, hu, self._windows_for(volume), self.device)
+
+    def _windows_for(self, volume: Volume) -> WindowOptions:
+        """The windows with their HU: those of the network, or the ends of a radiograph's own range."""
+        own_range = float(volume.array.min()), float(volume.array.max())
+        low, high = fill_ends((self.preprocessing.hu_min, self.preprocessing.hu_max), own_range)
+        outside = AIR_HU if self.preprocessing.images == CT else int(own_range[0])
+        return dataclasses.replace(self.windows, hu_min=low, hu_max=high, outside=outside)
 
 
 def open_segmenter(
