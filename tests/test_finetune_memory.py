@@ -13,21 +13,14 @@ import scripts.evaluate_segmentation
 import scripts.finetune_segmentation as command
 from engine.checkpoint import LATEST, CheckpointError, load_checkpoint
 from engine.segmentation import remembering
-from engine.segmentation.memory import (
-    Memory,
-    open_recall,
-)
+from engine.segmentation.memory import Memory, Sam, open_recall
 from engine.segmentation.remembering import BLURS_MM, WEIGHTS
 from sam_embed.checkpoint import EmbedderInfo, load_embedder
 from sam_embed.network import AnatomicalEmbedder
 from scripts import predict
 from tests.labelled_corpus import finetune_arguments, labelled_volume, make_labelled_corpus
 from tests.launched import run_ranks
-from tests.sam_fakes import (
-    compact_options,
-    dice,
-    save_embedder,
-)
+from tests.sam_fakes import compact_options, dice, save_embedder
 from tests.tiny_run import log_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,6 +219,11 @@ def test_another_or_a_missing_sam_is_refused(finished, corpus, sam, tmp_path):
     with pytest.raises(ValueError, match="moved.pth: no such file. best.pth remembers"):
         open_recall(stored, "best.pth", "", CPU)
     assert open_recall(stored, "best.pth", str(sam), CPU).memory.names == ["case0", "case1", "case2"]
+
+
+def test_weights_of_something_else_are_no_sam(finished):
+    with pytest.raises(ValueError, match="--sam_checkpoint .*best.pth holds no SAM"):
+        Sam(finished / "best.pth", CPU)
 
 
 def test_a_sam_for_a_network_without_memory_is_refused(finished, corpus, sam, tmp_path):

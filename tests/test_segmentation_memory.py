@@ -207,6 +207,8 @@ def test_a_case_never_remembers_itself():
 def test_a_scan_without_a_patient_is_left_to_the_network():
     empty = dataclasses.replace(patient(3), body=torch.zeros(SHAPE, dtype=torch.bool))
     assert recall_of(1).prior(empty, SHAPE, AFFINE) is None
+    with pytest.raises(ValueError, match="patient3 shows no patient.*--memory"):
+        remember(empty, labels_of(3))
 
 
 def test_of_two_cases_the_better_match_counts_more():

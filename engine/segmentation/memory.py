@@ -22,7 +22,7 @@ from datasets.ct.nifti import Volume
 from datasets.store.format import checksum_of
 from engine.segmentation.prior import Prior, Votes, prior_of
 from engine.segmentation.setup import Preprocessing
-from sam_embed.checkpoint import load_embedder
+from sam_embed.checkpoint import CheckpointError, load_embedder
 from sam_embed.embeddings.compact import Storage
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding, as_parts, from_parts
@@ -82,10 +82,16 @@ class Sam:
     Args:
         checkpoint_file: its weights.
         device: where it runs.
+
+    Raises:
+        ValueError: the file holds no SAM.
     """
 
     def __init__(self, checkpoint_file: str | Path, device: torch.device) -> None:
-        network, self.info = load_embedder(checkpoint_file)
+        try:
+            network, self.info = load_embedder(checkpoint_file)
+        except CheckpointError as error:
+            raise ValueError(f"--sam_checkpoint {checkpoint_file} holds no SAM: {error}") from error
         self.path = str(Path(checkpoint_file).resolve())
         self._network: AnatomicalEmbedder = for_inference(network).to(device)
 
@@ -185,7 +191,15 @@ def remember(scan: Embedding, label: Volume) -> dict:
     Args:
         scan: of `Sam.embed`.
         label: channels, uint8 [D, H, W], on any grid.
+
+    Raises:
+        ValueError: the scan shows no patient.
     """
+    if not scan.body.any():
+        raise ValueError(
+            f"{scan.name} shows no patient, so it cannot be remembered; take it out of the list (--json_list), or "
+            "leave --memory away"
+        )
     most = {
         "fine": MAP_BYTES["fine"] / max(1, int(scan.body.sum())),
         "coarse": MAP_BYTES["coarse"] / scan.coarse[0].numel(),
