@@ -62,7 +62,6 @@ def save_checkpoint(state: dict, output_dir: str | Path, keep_as: str | None = N
         aside.replace(folder / LATEST)
         sync_folder(folder)
     except (OSError, RuntimeError) as error:
-        # torch's zip writer turns a full disk into RuntimeError.
         with contextlib.suppress(OSError):
             for leftover in folder.glob("*.pth.tmp"):
                 leftover.unlink(missing_ok=True)
@@ -79,7 +78,12 @@ def save_checkpoint(state: dict, output_dir: str | Path, keep_as: str | None = N
 def write_synced(state: dict, path: Path) -> None:
     """Write `state` to `path` and wait until the disk has it."""
     with path.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch's zip writer hides why it could not write
+                raise error.__context__ from None
+            raise
         file.flush()
         os.fsync(file.fileno())
 

@@ -137,6 +137,10 @@ class RunLog:
         else:
             self.say(f"[{kind}] step {step}/{self.num_steps}  epoch {epoch}  {text}")
 
+    def has(self, kind: str, step: int) -> bool:
+        """Whether log.txt has a line of this kind and step."""
+        return any((line["kind"], line["step"]) == (kind, step) for _, line in whole_lines(self.path))
+
     def image(self, name: str, image, step: int) -> None:
         """A picture for TensorBoard. `image`: uint8 array [height, width, 3]."""
         self._to_tensorboard(lambda writer: writer.add_image(name, image, step, dataformats="HWC"))
@@ -184,14 +188,18 @@ def keep_lines_before(path: Path, first_step: int) -> None:
     """Drop the lines of a log that a run starting at `first_step` will write again, and a torn last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept = [text for text, line in whole_lines(path) if line["step"] <= first_step and first_step > 0]
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(text + "\n" for text in kept))
+    aside.replace(path)
+
+
+def whole_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """The lines of a log and what they hold, without a torn one; none where there is no log."""
+    for text in path.read_text().splitlines() if path.exists() else []:
         try:
-            step = json.loads(line)["step"]
+            line = json.loads(text)
+            line["kind"], line["step"]
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-        if step <= first_step and first_step > 0:
-            kept.append(line)
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in kept))
-    aside.replace(path)
+        yield text, line

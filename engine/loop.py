@@ -2,7 +2,8 @@
 
     schedules -> forward, backward -> clip -> finite check over ranks -> step -> averages -> log -> save -> look
 
-Pictures, validation and probes come after the checkpoint, so that a run which is ended meanwhile loses nothing.
+Pictures, validation and probes come after the checkpoint, so that a run which is ended meanwhile loses nothing: the
+next one begins with the validation and the probe that its log lacks.
 
 The loop knows no method: it calls one (`models.methods.method.Method`), and the method's networks hide behind it. One
 step is one optimiser step over `num_parts` batches per rank.
@@ -19,7 +20,7 @@ from torch import nn
 from datasets.samples.dataset import CropDataset, describe_batch
 from engine.checkpoint import CheckpointError
 from engine.device import autocast
-from engine.distributed import World, all_max, gather_objects, leave_together, seed_step
+from engine.distributed import World, all_max, gather_objects, leave_together, main_decides, seed_step
 from engine.logging import Clock, Meters, RunLog, SilentLog
 from engine.optim import clip_gradients, set_schedule
 from engine.run import RunState
@@ -102,6 +103,7 @@ def pretrain(
     norms = norm_buffers(method)
     meters, epoch_meters, clock, num_skipped = Meters(), Meters(), Clock(), 0
     with StopRequest() as stop:
+        look_again(run.step, options, hooks, stop, world, log)
         while run.step < options.num_steps:
             # Schedules
             now = values_at(schedules, run.step)
@@ -164,10 +166,7 @@ def pretrain(
                     log.say(f"warning: {warning}")
 
             # Save
-            is_validated, is_probed = (
-                freq > 0 and (is_last or (is_epoch_end and epoch % freq == 0))
-                for freq in (options.val_freq, options.probe_freq)
-            )
+            is_validated, is_probed = (is_looked_at(run.step, options, freq) for freq in looking(options).values())
             is_due = (is_epoch_end and epoch % options.save_freq == 0) or is_validated or is_probed
             if world.is_main and (is_due or is_last or is_asked_to_stop):
                 is_kept = is_epoch_end and options.keep_freq and epoch % options.keep_freq == 0
@@ -193,6 +192,29 @@ def pretrain(
             if is_last:
                 leave_together(world)  # rank 0 may be drawing
     return True
+
+
+def looking(options: LoopOptions) -> dict[str, int]:
+    """Epochs between validations and between probes, by the kind of their log lines."""
+    return {"validation": options.val_freq, "probe": options.probe_freq}
+
+
+def is_looked_at(step: int, options: LoopOptions, freq: int) -> bool:
+    """Whether a look that comes every `freq` epochs (0 = never), and at the end, comes after so many steps."""
+    epoch, num_into_epoch = divmod(step, options.steps_per_epoch)
+    return freq > 0 and (step == options.num_steps or (num_into_epoch == 0 and epoch % freq == 0))
+
+
+def look_again(
+    step: int, options: LoopOptions, hooks: Hooks, stop: StopRequest, world: World, log: RunLog | SilentLog
+) -> None:
+    """Validate and probe where the process before this one was ended between its checkpoint and that."""
+    due = [kind for kind, freq in looking(options).items() if step > 0 and is_looked_at(step, options, freq)]
+    missing = main_decides(world, lambda: [kind for kind in due if not log.has(kind, step)])
+    for kind in missing:
+        if not asked_on_any_rank(stop, world):
+            look = hooks.validate if kind == "validation" else hooks.probe
+            log.record(kind, step, step // options.steps_per_epoch, look())
 
 
 def agreed_checks(losses: list[torch.Tensor], grad_norm: torch.Tensor, stop: StopRequest) -> tuple[bool, bool, bool]:

@@ -417,6 +417,32 @@ def test_a_signal_while_validating_leaves_the_probe_out(tmp_path):
     assert setup.saved == [(3, None), (4, None)]
 
 
+def test_a_look_that_a_killed_run_did_not_get_to_comes_first_in_the_next(tmp_path):
+    looks = {"num_steps": 9, "steps_per_epoch": 3, "val_freq": 1, "probe_freq": 3}
+    killed, order = Setup(tmp_path, **looks), []
+
+    def die_while_validating() -> dict:
+        raise KeyboardInterrupt
+
+    killed.hooks = dataclasses.replace(killed.hooks, validate=die_while_validating)
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    for steps_done, expected in ((3, [3, 6, 9, "probe"]), (9, []), (6, [9, "probe"])):
+        next_one = Setup(tmp_path / "unused", **looks)
+        next_one.run.step = steps_done
+        next_one.log = RunLog(tmp_path, 9, first_step=steps_done, tensorboard=False)
+        order.clear()
+        next_one.hooks = dataclasses.replace(
+            next_one.hooks,
+            validate=lambda run=next_one.run: order.append(run.step) or {"loss": 1.0},
+            probe=lambda: order.append("probe") or {"dice": 0.5},
+        )
+        assert next_one()
+        assert order == expected, steps_done
+        assert [line["step"] for line in log_of(tmp_path, "validation")] == [3, 6, 9]
+        assert [line["step"] for line in log_of(tmp_path, "probe")] == [9]
+
+
 def test_validation_leaves_no_trace(tmp_path, monkeypatch):
     setup = Setup(tmp_path, with_norm=True)
     method, now = setup.method, values_at(setup.schedules, 4)
