@@ -90,7 +90,11 @@ def main(argv: list[str] | None = None) -> None:
     method = check_and_build(flags)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     world = distributed.start(flags.device, flags.dist_timeout_min)
-    with claimed(flags.output_dir, world), explained_out_of_memory(flags, *MEMORY_FLAGS):
+    with (
+        claimed(flags.output_dir, world),
+        explained_out_of_memory(flags, *MEMORY_FLAGS),
+        distributed.explained_lost_rank(world, flags.dist_timeout_min),
+    ):
         is_complete = start_and_train(flags, method, world)
     distributed.stop()
     if not is_complete:

@@ -8,9 +8,10 @@ losses' own reductions touch `torch.distributed`.
 import contextlib
 import inspect
 import os
+import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,6 +25,12 @@ from engine.device import keep_freed_memory, make_cpu_repeatable, pick_device
 from engine.signals import stop_with_torchrun
 
 LONG_WAIT = timedelta(days=2)
+# What gloo says of a rank that is gone or late; its errors have no class of their own.
+GLOO_LOST = re.compile("gloo|connection (closed|reset) by peer|timed out waiting|broken pipe", re.IGNORECASE)
+
+
+class LostRankError(ValueError):
+    """Another rank is gone, or did not come in time."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,28 @@ def leave_together(world: World) -> None:
     """
     with contextlib.suppress(dist.DistNetworkError):
         wait_for_all(world)
+
+
+@contextlib.contextmanager
+def explained_lost_rank(world: World, timeout_min: float) -> Iterator[None]:
+    """Inside the block, an exchange that another rank left or never joined ends in one line, not in a traceback.
+
+    Args:
+        timeout_min: of `start`.
+
+    Raises:
+        LostRankError: in place of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not has_group() or not (isinstance(error, dist.DistError) or GLOO_LOST.search(str(error))):
+            raise
+        reason = str(error).splitlines()[0][:300]
+        raise LostRankError(
+            f"rank {world.rank} waited for another rank in vain ({reason}). What that rank printed last says why; if "
+            f"it was only late, raise --dist_timeout_min {timeout_min:g}. Then start the same command again"
+        ) from error
 
 
 def all_max(values: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,10 @@ def main(argv: list[str] | None = None) -> None:
             print(segmenter.recall.memory.describe())
     predictions_dir = output_dir / "predictions" if flags.save_predictions else None
     load, names = file_cases(cases, segmenter, store, flags.pictures), [case.name for case in cases]
-    with explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"):
+    with (
+        explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"),
+        distributed.explained_lost_rank(world, flags.dist_timeout_min),
+    ):
         judged = evaluate(segmenter, load, names, world, flags.nsd_mm, predictions_dir, progress=len(names) > 1)
     if world.is_main:
         description = {"checkpoint": flags.checkpoint_file, "section": flags.section}

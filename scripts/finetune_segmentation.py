@@ -98,7 +98,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     plan = make_plan(options)
     world = distributed.start(options.device, options.dist_timeout_min)
-    with claimed(options.output_dir, world), explained_out_of_memory(options, *MEMORY_FLAGS):
+    with (
+        claimed(options.output_dir, world),
+        explained_out_of_memory(options, *MEMORY_FLAGS),
+        distributed.explained_lost_rank(world, options.dist_timeout_min),
+    ):
         is_complete = start_and_train(plan, RunInfo.collect(flags), world)
     distributed.stop()
     if not is_complete:

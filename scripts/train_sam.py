@@ -311,7 +311,10 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     world = distributed.start(flags.device, flags.dist_timeout_min)
     try:
-        with claimed(flags.output_dir, world):
+        with (
+            claimed(flags.output_dir, world),
+            distributed.explained_lost_rank(world, flags.dist_timeout_min),
+        ):
             is_complete = run_training(flags, world)
     finally:
         distributed.stop()

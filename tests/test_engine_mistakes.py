@@ -11,7 +11,9 @@ from torch.utils.data import Dataset
 import main_ddp
 import scripts.finetune_segmentation as finetuning
 from datasets.samples.loader import make_pair_loader
+from engine import distributed
 from engine.device import explained_out_of_memory
+from engine.distributed import LostRankError, World
 from engine.flags import FlagError, run_main
 from tests.labelled_corpus import finetune_arguments, make_labelled_corpus
 from tests.launched import smallest
@@ -48,6 +50,31 @@ def test_pretraining_and_finetuning_say_which_flags_cure_it(tmp_path, monkeypatc
     monkeypatch.setattr(finetuning, "finetune", run_out_of_memory)
     with pytest.raises(ValueError, match=r"out of memory.*--batch_size 1, .*lower --batch_size .*--use_checkpoint"):
         finetuning.main(finetune_arguments(labelled, tmp_path / "finetuned"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[x/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:26541"),
+        RuntimeError("Timed out waiting 6000ms for recv operation to complete"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"),
+    ],
+)
+def test_a_rank_that_waited_in_vain_says_which_flag_and_what_to_do(monkeypatch, error):
+    monkeypatch.setattr(distributed, "has_group", lambda: True)
+    with (
+        pytest.raises(LostRankError, match=r"rank 1 waited for another rank in vain \(.*--dist_timeout_min 0\.5"),
+        distributed.explained_lost_rank(World(1, 1, 2), 0.5),
+    ):
+        raise error
+
+
+def test_other_errors_stay_what_they_are(monkeypatch):
+    with pytest.raises(RuntimeError, match="Broken pipe"), distributed.explained_lost_rank(World(), 0.5):
+        raise RuntimeError("Broken pipe")  # there is no other rank
+    monkeypatch.setattr(distributed, "has_group", lambda: True)
+    with pytest.raises(RuntimeError, match="shape"), distributed.explained_lost_rank(World(1, 1, 2), 0.5):
+        raise RuntimeError("shape mismatch")
 
 
 class Dying(Dataset):

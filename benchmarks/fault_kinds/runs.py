@@ -187,6 +187,7 @@ def be_slow(trial: Trial) -> str:
         return f"{LATE_S:g} s late: waited for"
     codes = trial.end(trial.start(trial.on_one_rank(late), dist_timeout_min=SHORT_TIMEOUT_MIN))
     trial.expect(0 not in codes, f"after the timeout the ranks ended with {codes}")
+    trial.expect(trial.said("raise --dist_timeout_min"), "the message does not name --dist_timeout_min")
     return f"{TOO_LATE_S:g} s late, {60 * SHORT_TIMEOUT_MIN:g} s allowed: ended with {codes}"
 
 
@@ -253,6 +254,7 @@ def run_plan(plan: Plan, corpus: Path, folder: Path) -> dict:
     trial.folder.mkdir(parents=True)
     what = KINDS[plan.kind](trial)
     trial.end(trial.start(), (0, 0), what="the resumed run")
+    trial.expect(not trial.said("Traceback (most recent call last)"), "a rank ended with a traceback")
     found = differences(trial.run_dir, reference) if (trial.run_dir / LATEST).exists() else ["no checkpoint"]
     record = {
         "kind": plan.kind,
@@ -264,7 +266,6 @@ def run_plan(plan: Plan, corpus: Path, folder: Path) -> dict:
         "is_equal": not found,
         "differences": found,
         "problems": trial.problems,
-        "has_traceback": trial.said("Traceback (most recent call last)"),
     }
     if record["is_equal"] and not trial.problems:
         shutil.rmtree(trial.folder)
@@ -288,6 +289,7 @@ def lose_rank(trial: Trial, dying: Callable[[], None], other: Callable[[], None]
     codes = trial.end(trial.start(trial.on_one_rank(dying, other)))
     trial.expect(codes[trial.plan.rank] == KILLED, f"rank {trial.plan.rank} should have died, ended with {codes}")
     trial.expect(codes[1 - trial.plan.rank] not in (0, EXIT_INTERRUPTED), f"the other rank ended with {codes}")
+    trial.expect(trial.said("waited for another rank in vain"), "the other rank does not say why it ended")
     return f"the other rank ended with {codes[1 - trial.plan.rank]} after {time.monotonic() - began:.0f} s"
 
 
