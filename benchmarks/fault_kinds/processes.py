@@ -13,7 +13,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 HUNG = "hung"
-PRELOADED = ("main_ddp", "benchmarks.fault_kinds.processes", "torch.utils.tensorboard")
+PRELOADED = (
+    *("main_ddp", "extract_backbone_weights", "scripts.create_json", "scripts.prepare_volumes", "scripts.mine_pairs"),
+    *("scripts.generate_sam_embeddings", "scripts.import_embeddings", "scripts.train_sam", "scripts.predict"),
+    *("scripts.finetune_segmentation", "scripts.make_phantom_dataset"),
+    *("benchmarks.fault_kinds.processes", "torch.utils.tensorboard"),
+)
 
 
 @functools.cache
