@@ -34,7 +34,7 @@ expect three equal input channels:
 
 import torch
 
-from engine.checkpoint import CheckpointError, require
+from engine.checkpoint import CheckpointError, require, require_types
 from engine.flags import add_switch, make_parser, run_main
 from engine.run import load_pretraining
 from engine.weights import (
@@ -55,6 +55,7 @@ from models.pretrained import load_pretrained
 from models.weights_file import WeightsError, WeightsFile
 
 DESCRIBING = ("backbone", "preprocessing", "step", "epoch", "commit", "versions")  # entries of a checkpoint
+TYPES = {"student": dict, "teacher": dict, "backbone": dict, "preprocessing": dict, "step": int}
 NUM_CLASSES = 14  # of the network that weights are compared with; its output layer is not exported
 
 
@@ -148,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     output = weights_file_name(flags.output, flags.format)
     state = load_pretraining(flags.checkpoint)
     require(state, DESCRIBING, flags.checkpoint, "a checkpoint of main_ddp.py")
+    require_types(state, TYPES, flags.checkpoint)
+    require(state["backbone"], ("name", "feature_size", "in_channels"), flags.checkpoint, "a checkpoint of main_ddp.py")
     is_renamed, is_smp = flags.format in layouts.LAYOUTS, flags.format == "smp"
     if is_renamed:
         check_layout(flags, state["backbone"])

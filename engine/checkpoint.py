@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from engine.distributed import World, main_decides, was_restarted
-from models.weights_file import WeightsError, first_line, read_plain
+from models.weights_file import WeightsError, check_finite, first_line, read_plain
 
 LATEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
@@ -114,8 +114,8 @@ def load_checkpoint(path: str | Path, kinds: str | Collection[str] | None = None
         state = read_plain(path)
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
-    wanted = (kinds,) if isinstance(kinds, str) else kinds
-    if wanted is not None and state.get("kind") not in wanted:
+    wanted, kind = (kinds,) if isinstance(kinds, str) else kinds, state.get("kind")
+    if wanted is not None and not (isinstance(kind, str) and kind in wanted):
         found = f"kind {state['kind']!r}" if "kind" in state else f"keys {', '.join(map(str, list(state)[:5]))} ..."
         raise CheckpointError(f"{path}: not a checkpoint of kind {' or '.join(map(repr, wanted))} (found {found})")
     return state
@@ -133,6 +133,18 @@ def require(state: dict, names: Collection[str], path: str | Path, expected: str
     missing = [name for name in names if name not in state]
     if missing:
         raise CheckpointError(f"{path}: holds no {', '.join(map(repr, missing))}; expected {expected}")
+
+
+def require_types(state: dict, types: dict[str, type], path: str | Path) -> None:
+    """Check the types of a checkpoint's entries; those that it lacks are left to `require`.
+
+    Raises:
+        CheckpointError: naming one of another type.
+    """
+    for name, wanted in types.items():
+        if name in state and type(state[name]) is not wanted and not (wanted is dict and isinstance(state[name], dict)):
+            received = textwrap.shorten(repr(state[name]), 80)
+            raise CheckpointError(f"{path}: its {name} is {received}, expected {wanted.__name__}; the file is damaged")
 
 
 def find_resumable(output_dir: str | Path, kind: str) -> tuple[dict, Path] | None:
@@ -234,11 +246,14 @@ def load_strictly(module: torch.nn.Module, state_dict: dict, what: str, path: st
     """`load_state_dict(strict=True)` whose error names the file and the first keys that do not fit.
 
     Raises:
-        CheckpointError: keys are missing, unexpected or of another shape.
+        CheckpointError: keys are missing, unexpected or of another shape, or values are not finite.
     """
     try:
         module.load_state_dict(state_dict, strict=True)
-    except RuntimeError as error:
+        check_finite({name: value for name, value in state_dict.items() if torch.is_tensor(value)}, path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
+    except (RuntimeError, TypeError) as error:
         raise CheckpointError(
             f"{path}: its {what} does not fit the model that the flags describe: {textwrap.shorten(str(error), 600)}. "
             "Check --method, --backbone, --feature_size and the method's flags"

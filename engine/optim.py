@@ -65,8 +65,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     fused kernel refuses running means whose strides differ from their parameter's.
 
     Raises:
-        ValueError: the state belongs to other parameters.
+        ValueError: the state belongs to other parameters, or values are not finite.
+        TypeError, LookupError, AttributeError: it is no optimiser's state.
     """
+    broken = [
+        name
+        for values in state["state"].values()
+        for name, value in values.items()
+        if torch.is_tensor(value) and not torch.isfinite(value).all()
+    ]
+    if broken:
+        raise ValueError(f"{broken[0]} holds values that are not finite")
     ways = [{name: group.get(name) for name in ("fused", "foreach")} for group in optimizer.param_groups]
     if len(state["param_groups"]) != len(ways):
         raise ValueError(f"{len(state['param_groups'])} parameter groups where this run has {len(ways)}")

@@ -284,7 +284,7 @@ def chosen_method(argv: list[str]) -> str:
     settings: dict = {}
     for path in given.config:
         if Path(path).is_file():
-            content = yaml.safe_load(Path(path).read_text())
+            content = read_config(path)
             settings |= content if isinstance(content, dict) else {}
     name = given.method or settings.get("method", DEFAULT_METHOD)
     if name not in METHODS:
@@ -292,6 +292,19 @@ def chosen_method(argv: list[str]) -> str:
     names = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     refuse_flags_of_others(name, names | {name.removeprefix("no_") for name in names} | settings.keys())
     return name
+
+
+def read_config(path: str) -> object:
+    """What a YAML file holds.
+
+    Raises:
+        ValueError: it is no YAML of plain values.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"--config {path}: not a YAML file of flags ({reason})") from error
 
 
 def refuse_flags_of_others(chosen: str, names: set[str]) -> None:

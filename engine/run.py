@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly
+from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly, require, require_types
 from engine.optim import load_optimizer
 from models.methods import METHODS, Method
 
@@ -26,6 +26,11 @@ FREE_FLAGS = {
     *("probe_freq", "probe_json_list", "probe_voxels", "probe_cases"),
     *("num_workers", "device", "dist_timeout_min", "use_checkpoint", "compile", "channels_last", "cudnn_benchmark"),
 }
+
+
+# What a run needs to go on, and what else it reads of a checkpoint
+STATE_TYPES = {"optimizer": dict, "scaler": dict, "step": int}
+DESCRIPTION_TYPES = {"flags": dict, "data": dict, "effective_batch": int, "steps_per_epoch": int}
 
 
 @dataclass
@@ -58,17 +63,20 @@ class RunState:
         Raises:
             CheckpointError: it belongs to another model, or to a run that this one cannot continue.
         """
-        for name, part in self.method.named_children():
-            if name not in state:
-                raise CheckpointError(f"{path}: holds no {name!r}, which this run's --method has")
+        parts = dict(self.method.named_children())
+        require(state, [*parts, *STATE_TYPES], path, f"a checkpoint of --method {self.description.get('kind', '')}")
+        require_types(state, dict.fromkeys(parts, dict) | STATE_TYPES | DESCRIPTION_TYPES, path)
+        if state["step"] < 0:
+            raise CheckpointError(f"{path}: its step is {state['step']}, expected 0 or more; the file is damaged")
+        for name, part in parts.items():
             load_strictly(part, state[name], name, path)
         try:
             load_optimizer(self.optimizer, state["optimizer"])
-        except ValueError as error:
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(f"{path}: its optimiser state does not fit this run ({error})") from error
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.step = int(state["step"])
+        self.step = state["step"]
         warn_of_changed_flags(state.get("flags", {}), self.description.get("flags", {}), path)
         warn_of_changed_steps(state, self.description, path)
         warn_of_changed_data(state, self.description, path)

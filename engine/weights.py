@@ -61,6 +61,8 @@ def extract(
     """
     if key not in state:
         raise CheckpointError(f"{path}: holds no {key!r}; it holds {', '.join(map(str, state))}")
+    if others := [name for name, value in state[key].items() if not torch.is_tensor(value)]:
+        raise CheckpointError(f"{path}: {others[0]!r} of its {key} is no tensor; the file is damaged")
     weights = {
         name.removeprefix(BACKBONE_PREFIX): value.contiguous()
         for name, value in state[key].items()

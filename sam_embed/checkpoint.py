@@ -7,6 +7,7 @@ Published files are a bare state dict, or what mmcv writes: {"meta", "state_dict
 
 import dataclasses
 import hashlib
+import math
 import pickle
 import textwrap
 from collections.abc import Mapping
@@ -51,6 +52,18 @@ class EmbedderInfo:
     source: str = dataclasses.field(default="", metadata={"flag": False})
     fingerprint: str = dataclasses.field(default="", metadata={"flag": False})
 
+    def __post_init__(self) -> None:
+        """Check what volumes are prepared with, and turn a list of lengths, which checkpoints have, into a tuple."""
+        object.__setattr__(self, "spacing_mm", tuple(self.spacing_mm))
+        lengths, values = self.spacing_mm, (self.hu_min, self.hu_max, self.scale_to, self.offset)
+        if len(lengths) != 3 or not all(0 < length < math.inf for length in lengths):
+            raise ValueError(f"--spacing_mm {lengths}: expected three lengths (D H W) above zero, mm")
+        if not all(map(math.isfinite, values)) or self.hu_min >= self.hu_max:
+            raise ValueError(
+                f"--hu_min {self.hu_min}, --hu_max {self.hu_max}, --scale_to {self.scale_to}, --offset {self.offset}: "
+                "expected numbers, and a low end below the high end"
+            )
+
     def preprocessing(self) -> dict:
         """The part that a checkpoint stores, as plain values."""
         stored = dataclasses.asdict(self)
@@ -93,26 +106,37 @@ def load_embedder(checkpoint_file: str | Path) -> tuple[AnatomicalEmbedder, Embe
     is_ours = content.get("kind") == KIND
     # A published file says nothing about itself; only UAE-S has a semantic head.
     published = {"semantic": any(name.startswith("semantic_head.") for name in state_dict)}
-    options = content["options"] if is_ours else published
-    network = AnatomicalEmbedder(**options)
+    network = _network_of(content.get("options") if is_ours else published, checkpoint_file)
     try:
         network.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
         problems = textwrap.shorten(str(error), 600)
         raise CheckpointError(f"{checkpoint_file}: does not fit the SAM network ({problems})") from error
-    preprocessing = dict(content.get("preprocessing", {})) if is_ours else {}
-    if "spacing_mm" in preprocessing:
-        preprocessing["spacing_mm"] = tuple(preprocessing["spacing_mm"])
+    if broken := [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]:
+        raise CheckpointError(f"{checkpoint_file}: {broken[0]} holds values that are not finite (--checkpoint_file)")
+    preprocessing = content.get("preprocessing", {}) if is_ours else {}
+    if not isinstance(preprocessing, Mapping):
+        raise CheckpointError(f"{checkpoint_file}: its preprocessing is {preprocessing!r:.80}, expected named values")
     axcodes = preprocessing.get("axcodes", CANONICAL_AXCODES)
     if axcodes != CANONICAL_AXCODES:
         raise CheckpointError(
             f"{checkpoint_file}: trained on volumes in axis order {axcodes}, expected {CANONICAL_AXCODES} "
             "(--checkpoint_file)"
         )
-    info = EmbedderInfo(
-        **preprocessing, source=Path(checkpoint_file).name, fingerprint=weights_fingerprint(network.state_dict())
-    )
+    identity = {"source": Path(checkpoint_file).name, "fingerprint": weights_fingerprint(network.state_dict())}
+    try:
+        info = EmbedderInfo(**preprocessing, **identity)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint_file}: its preprocessing cannot be used ({error})") from error
     return network.eval(), info
+
+
+def _network_of(options: object, source: str | Path) -> AnatomicalEmbedder:
+    """The network that a checkpoint's options describe."""
+    try:
+        return AnatomicalEmbedder(**options)
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        raise CheckpointError(f"{source}: its options describe no SAM network ({error})") from error
 
 
 def _load_plain(path: Path) -> dict:

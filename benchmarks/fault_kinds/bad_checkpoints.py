@@ -13,7 +13,7 @@ from engine.checkpoint import LATEST
 Change = Callable[[dict, random.Random], object]  # a good checkpoint -> what is saved in its place
 NO_TEXT = (None, 5, [], {}, 1.5)
 NO_MAPPING = (None, 5, "text", [1, 2], torch.zeros(3))
-NO_STEP = (None, "5", 1.5, -1, float("nan"), [1], 10**30, torch.zeros(3))
+NO_STEP = (None, "5", 1.5, -1, float("nan"), [1], torch.zeros(3))
 
 
 def with_entry(name: str, values: tuple) -> Change:

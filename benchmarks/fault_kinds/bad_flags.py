@@ -11,7 +11,7 @@ from benchmarks.fault_kinds.attempt import Attempt, Faults, Good
 from benchmarks.results import words
 from models.methods import METHODS
 
-OUTPUTS = {"main_ddp": "output_dir", "scripts.mine_pairs": "output_dir", "scripts.create_json": "output"}
+MAY_BE_NEGATIVE = ("--seed",)  # some commands take any whole number
 
 
 def commands(good: Good, folder: Path) -> dict[str, tuple[str, ...]]:
@@ -40,6 +40,8 @@ def options_with(parser: jsonargparse.ArgumentParser, kinds: tuple[type, ...]) -
     found = []
     for action in parser._actions:
         kind = getattr(action, "type", None) or getattr(action, "_typehint", None)
+        if isinstance(action, jsonargparse.ActionYesNo):
+            kind = bool
         kinds_of = {kind, *getattr(kind, "__args__", ())}
         if action.option_strings and not action.choices and kinds_of & set(kinds) and str not in kinds_of:
             found.append(action.option_strings[0])
@@ -51,22 +53,18 @@ def parser_of(module: str, good: Good) -> jsonargparse.ArgumentParser:
     return importlib.import_module(module).make_flags()
 
 
-def one_flag(kinds: tuple[type, ...], values: tuple[str, ...]) -> Callable[[Good, Path, random.Random], Attempt]:
+def one_flag(
+    kinds: tuple[type, ...], values: tuple[str, ...], without: tuple[str, ...] = ()
+) -> Callable[[Good, Path, random.Random], Attempt]:
     """Any entry point, one of its flags of these types, one of these values."""
 
     def make(good: Good, folder: Path, rng: random.Random) -> Attempt:
         given = commands(good, folder)
         module = rng.choice([name for name in given if options_with(parser_of(name, good), kinds)])
-        flag = rng.choice(options_with(parser_of(module, good), kinds))
+        flag = rng.choice([name for name in options_with(parser_of(module, good), kinds) if name not in without])
         return Attempt(module, (*given[module], f"{flag}={rng.choice(values)}"), (flag, flag.removeprefix("--")))
 
     return make
-
-
-def below_zero(good: Good, folder: Path, rng: random.Random) -> Attempt:
-    """A count or a share below zero."""
-    attempt = one_flag((int,), ("-1", "-3", "-99999"))(good, folder, rng)
-    return attempt
 
 
 def unknown_flag(good: Good, folder: Path, rng: random.Random) -> Attempt:
@@ -209,7 +207,7 @@ FAULTS: Faults = {
     "not a number": one_flag((float,), ("nan",)),
     "infinite": one_flag((float,), ("inf", "-inf", "1e400")),
     "nothing for a number": one_flag((int, float), ("",)),
-    "below zero": below_zero,
+    "below zero": one_flag((int,), ("-1", "-3", "-99999"), without=MAY_BE_NEGATIVE),
     "maybe": one_flag((bool,), ("maybe", "2", "")),
     "unknown flag": unknown_flag,
     "other choice": other_choice,

@@ -89,7 +89,7 @@ def list_attempt(good: Good, folder: Path, rng: random.Random, content: bytes) -
     """prepare_volumes.py with a new store, or main_ddp.py with a store in its folder."""
     path, data_dir = folder / "list.json", good.folder / "small"
     path.write_bytes(content)
-    names = (str(path), "nowhere", "/etc/passwd", "/dev/zero")
+    names = (str(path), "nowhere", "/etc/passwd", "/dev/zero", "a.label")
     if rng.random() < 0.5:
         given = good.storing_words(folder / "store", data_dir, path)
         return Attempt(

@@ -134,6 +134,12 @@ def code_in_embedding(good: Good, folder: Path, rng: random.Random) -> Attempt:
     return importing(good, folder, (folder / "pickles/small0.pkl").read_bytes(), marker=marker)
 
 
+def code_in_folder(good: Good, folder: Path, rng: random.Random) -> Attempt:
+    """A run's own checkpoint carries code."""
+    marker = hostile_file(folder / "checkpoint.pth", rng)
+    return Attempt("main_ddp", good.training_words(folder), (str(folder / "checkpoint.pth"),), None, marker)
+
+
 def code_in(
     make: Callable[[Good, Path, Path], tuple[str, tuple[str, ...]]],
 ) -> Callable[[Good, Path, random.Random], Attempt]:
@@ -229,9 +235,7 @@ FAULTS: Faults = {
     "code in --checkpoint_file": code_in(
         lambda good, folder, path: ("main_ddp", good.training_words(folder / "run", checkpoint_file=path))
     ),
-    "code in a run's folder": code_in(
-        lambda good, folder, path: ("main_ddp", good.training_words(path.rename(folder / "checkpoint.pth").parent))
-    ),
+    "code in a run's folder": code_in_folder,
     "code in what is extracted": code_in(
         lambda good, folder, path: ("extract_backbone_weights", (str(path), str(folder / "out.pth")))
     ),

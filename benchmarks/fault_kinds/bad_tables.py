@@ -69,6 +69,13 @@ def with_values(field: str, values: tuple) -> Callable[[np.ndarray, random.Rando
     return change
 
 
+def moved(rows: np.ndarray, rng: random.Random) -> np.ndarray:
+    """All points of a case somewhere else."""
+    rows = rows.copy()
+    rows["query_mm"][rows["query_case"] == rng.choice(rows["query_case"])] += rng.choice((1e3, -1e4, 1e7))
+    return rows
+
+
 def lost_file(folder: Path, rng: random.Random) -> None:
     (folder / rng.choice((ROWS_FILE, HEADER_FILE))).unlink()
 
@@ -111,7 +118,7 @@ TABLE_CHANGES: dict[str, Change] = {
     "point not finite": other_array(with_values("query_mm", NOT_FINITE)),
     "match not finite": other_array(with_values("key_mm", NOT_FINITE)),
     "score not finite": other_array(with_values("score", NOT_FINITE)),
-    "point far outside": other_array(with_values("query_mm", (1e7, -1e30))),
+    "points outside of their volumes": other_array(moved),
     "a file is missing": lost_file,
     "key is missing": header_with(without_key),
     "header is no object": header_with(lambda header, rng: rng.choice(([header], 5, None, "x"))),

@@ -79,9 +79,17 @@ def judge(attempt: Attempt, code: int | str, printed: str) -> str:
     if "Traceback (most recent call last)" in printed:
         return "traceback"
     if code == 0:
-        return "right" if attempt.is_right is not None and attempt.is_right(printed) else "silent"
+        return "right" if is_taken_right(attempt, printed) else "silent"
     is_named = any(name in printed for name in attempt.names)
     return "refused" if is_named and len(message_lines(printed.splitlines())) <= MOST_LINES else "unclear message"
+
+
+def is_taken_right(attempt: Attempt, printed: str) -> bool:
+    """Whether a command that refused nothing took its input for what it is, and wrote what can be read."""
+    try:
+        return attempt.is_right is not None and attempt.is_right(printed)
+    except (ValueError, OSError, LookupError):
+        return False
 
 
 def message_lines(lines: Sequence[str]) -> list[str]:

@@ -330,7 +330,7 @@ def read_json_list(json_list: str | Path) -> dict:
         content = json.loads(Path(json_list).read_text())
     except FileNotFoundError as error:
         raise DataListError(f"{json_list}: no such data list. Write one with scripts/create_json.py.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataListError(f"{json_list}: not a JSON data list ({error})") from error
     if not isinstance(content, dict):
         raise DataListError(

@@ -59,7 +59,7 @@ def read_header(folder: Path) -> dict:
             )
     try:
         header = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); {MINE_AGAIN}") from error
     missing = sorted(set(HEADER_TYPES) - set(header)) if isinstance(header, dict) else sorted(HEADER_TYPES)
     if missing:
@@ -108,6 +108,9 @@ def map_rows(path: Path) -> np.ndarray:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: not readable as a NumPy array ({error}); {MINE_AGAIN}") from error
+    if not isinstance(rows, np.ndarray):
+        rows.close()
+        raise ValueError(f"{path}: holds an archive of arrays (.npz), expected one array (.npy); {MINE_AGAIN}")
     if rows.dtype not in (ROW_DTYPE, OLD_ROW_DTYPE) or rows.ndim != 1:
         raise ValueError(
             f"{path}: expected a 1-D array with the fields {', '.join(ROW_DTYPE.names)}, got {rows.dtype} of shape "

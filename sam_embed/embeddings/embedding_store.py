@@ -2,10 +2,12 @@
 
 One file per case, `<embed_dir>/<case>.safetensors`: half-precision tensors, or the small codes of
 `sam_embed.embeddings.compact`, and a JSON header. Files of all forms may lie in one folder: loading decodes them.
-Reading a file runs no code; it is written aside and renamed, so that a file that exists is whole.
+Reading a file runs no code; it is written aside and renamed, so that a file that exists is whole, and the checksum in
+its header shows damage that came later.
 """
 
 import json
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -23,6 +26,7 @@ from sam_embed.embeddings.compact import FP16, Storage, pack, unpack
 SUFFIX = ".safetensors"
 FORMAT = "sam_embed.embedding.1"
 COMPACT_FORMAT = "sam_embed.embedding.2"
+EMBED_AGAIN = "delete it and embed the case again (scripts/generate_sam_embeddings.py)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,24 +102,28 @@ def as_parts(embedding: Embedding, storage: Storage = FP16) -> tuple[dict[str, T
     }
     if described:
         header["compact"] = described
-    return {name: tensor.contiguous() for name, tensor in parts.items()}, header
+    contiguous = {name: tensor.contiguous() for name, tensor in parts.items()}
+    return contiguous, header | {"crc32": checksum_of_tensors(contiguous)}
 
 
 def from_parts(parts: Mapping[str, Tensor], header: Mapping[str, str]) -> Embedding:
     """The embedding of `as_parts`, decoded to half precision.
 
     Raises:
-        ValueError: parts that do not fit their header, or another format.
+        ValueError: another format, or tensors that are not those that were written.
+        KeyError: a part is missing.
     """
     if header.get("format") not in (FORMAT, COMPACT_FORMAT):
         raise ValueError(f"format {header.get('format')!r}, expected {FORMAT!r} or {COMPACT_FORMAT!r}")
+    if "crc32" in header and header["crc32"] != checksum_of_tensors(parts):  # older files have none
+        raise ValueError("its checksum differs")
     tensors = unpack(dict(parts), header["compact"]) if header["format"] == COMPACT_FORMAT else parts
     return Embedding(
         name=header["name"],
         fine=tensors["fine"],
         coarse=tensors["coarse"],
-        fine_affine=np.array(json.loads(header["fine_affine"])),
-        coarse_affine=np.array(json.loads(header["coarse_affine"])),
+        fine_affine=np.array(json.loads(header["fine_affine"]), dtype=np.float64),
+        coarse_affine=np.array(json.loads(header["coarse_affine"]), dtype=np.float64),
         semantic=tensors.get("semantic"),
         body=tensors.get("body"),
         fingerprint=header["fingerprint"],
@@ -172,9 +180,42 @@ def load_embedding(embed_dir: str | Path, name: str) -> Embedding:
         with safe_open(path, framework="pt") as stored:
             header = stored.metadata() or {}
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
-        return from_parts(tensors, header)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: damaged embedding file ({error}); delete it and embed the case again") from error
+        embedding = from_parts(tensors, header)
+        _check(embedding, name)
+    except KeyError as error:
+        raise ValueError(f"{path}: lacks {error}; {EMBED_AGAIN}") from error
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
+        raise ValueError(f"{path}: damaged embedding file ({error}); {EMBED_AGAIN}") from error
+    return embedding
+
+
+def checksum_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of contiguous tensors, in the order of their names, as 8 hexadecimal digits."""
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), checksum)
+    return f"{checksum:08x}"
+
+
+def _check(embedding: Embedding, name: str) -> None:
+    """Raise ValueError unless it is the embedding of this case, and its parts fit together."""
+    if embedding.name != name:
+        raise ValueError(f"it is the embedding of {embedding.name!r}")
+    maps = {key: getattr(embedding, key) for key in ("fine", "coarse", "semantic")}
+    for key, vectors in maps.items():
+        if vectors is None:
+            continue
+        if vectors.ndim != 4 or vectors.numel() == 0 or not vectors.is_floating_point():
+            raise ValueError(f"{key} is {vectors.dtype} of shape {list(vectors.shape)}, expected floats [C, d, h, w]")
+        if not torch.isfinite(vectors).all():
+            raise ValueError(f"{key} holds values that are not finite")
+    is_like_fine = embedding.semantic is None or embedding.semantic.shape == embedding.fine.shape
+    is_body_like_fine = embedding.body is None or embedding.body.shape == embedding.fine.shape[1:]
+    if len(embedding.fine) != len(embedding.coarse) or not (is_like_fine and is_body_like_fine):
+        raise ValueError(f"shapes {[list(tensor.shape) for tensor in embedding.tensors().values()]} do not fit")
+    for affine in (embedding.fine_affine, embedding.coarse_affine):
+        if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.linalg.det(affine) == 0:
+            raise ValueError(f"affine {affine.tolist()} places no voxels in the world")
 
 
 class EmbeddingCache:
