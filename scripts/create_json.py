@@ -38,7 +38,7 @@ from datasets.lists.data_list import Case, DataListError, find_cases, write_data
 from datasets.lists.label_classes import LabelClasses, read_classes
 from datasets.lists.list_file import read_list_file
 from datasets.lists.splits import split_cases
-from engine.flags import make_parser, run_main
+from engine.flags import FlagChecks, make_parser, run_main
 
 FLARE22_LABELS = LabelClasses.built_in("flare22").names
 NUM_NAMES_SHOWN = 3
@@ -185,8 +185,11 @@ def split(cases: Sequence[Case], held_out: set[str] | None, flags) -> tuple[list
     return [case for case in cases if case.name not in held_out], [case for case in cases if case.name in held_out]
 
 
-def check_split_flags(flags) -> None:
-    """Raise DataListError for two ways of holding cases out."""
+def check_flags(flags) -> None:
+    """Raise ValueError for a number of threads below zero, or two ways of holding cases out."""
+    checks = FlagChecks(flags)
+    checks.expect(flags.num_workers >= 0, "num_workers", "0 or more")
+    checks.finish()
     if flags.validation_list_file and not flags.list_file:
         raise DataListError("--validation_list_file needs --list_file, the pictures to train with")
     if flags.validation_list_file and (flags.num_validation is not None or flags.validation_fraction):
@@ -197,7 +200,7 @@ def check_split_flags(flags) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
-    check_split_flags(flags)
+    check_flags(flags)
     listed, held_out, missing = find(flags)
     found = with_groups(choose(listed, flags.cases, flags.data_dir), flags.group_regex)
     split(found, held_out, flags)  # complain before the long check

@@ -19,7 +19,7 @@ import jsonargparse
 
 from datasets.lists.data_list import load_sections
 from datasets.store.volumes import StoreError, build_store, parse_spacing, spacing_text
-from engine.flags import RunInfo, add_switch, available_cpus, make_parser, run_main
+from engine.flags import FlagChecks, RunInfo, add_switch, available_cpus, make_parser, run_main
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
@@ -44,6 +44,9 @@ def make_flags() -> jsonargparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
+    checks = FlagChecks(flags)
+    checks.expect(flags.num_workers >= 0, "num_workers", "0 or more")
+    checks.finish()
     spacing_mm = parse_spacing(flags.spacing_mm)
     # Missing files are left to the build, which names them all.
     cases = load_sections(flags.json_list, flags.data_dir, flags.sections, must_exist=False)

@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +62,7 @@ CHANGES: dict[str, Change] = {
     "name is too long": in_entry("name", ("a" * 300, "a" * 5000)),
     "name of a label": in_entry("name", ("a.label",)),
     "label is no path": in_entry("label", (5, 1.5, True, ["a"], {"a": 1})),
+    "no name": in_entry("name", (None, "", [], {}, 0, False)),
     "label is missing": in_entry("label", ("nowhere.nii.gz", "list.json")),
     "group is no text": in_entry("group", (5, ["a"], {"a": 1}, None)),
     "one name, two images": lambda content, rng: (
@@ -105,7 +105,7 @@ def list_attempt(good: Good, folder: Path, rng: random.Random, content: bytes) -
 
 
 def is_honoured(path: Path, data_dir: Path, store_dir: Path, printed: str) -> bool:
-    """Whether every entry is either stored from its own image, or named with a reason."""
+    """Whether every entry is either stored from its own image, or left out by name."""
     try:
         content = json.loads(path.read_text())
         sections = [content["training"], content.get("validation", [])]
@@ -114,11 +114,14 @@ def is_honoured(path: Path, data_dir: Path, store_dir: Path, printed: str) -> bo
     except (ValueError, TypeError, KeyError, AttributeError):
         return False
     store = VolumeStore(store_dir)
-    sources = Counter(Path(store.record(name).source).resolve() for name in store.names)
-    stored = [(data_dir / image).resolve() in sources for image in images]
-    counts = Counter(images[: len(sections[0])])
-    is_single = all(count == 1 for count in counts.values()) or len({e.get("name") for e in entries}) == len(entries)
-    return is_single and all(is_stored or image in printed for is_stored, image in zip(stored, images))
+    sources = {Path(store.record(name).source).resolve() for name in store.names}
+    left_out = [line for line in printed.splitlines() if line.startswith(("left out", "failed"))]
+
+    def is_named(entry: dict) -> bool:
+        return any(str(entry.get(key)) in line for line in left_out for key in ("image", "name"))
+
+    is_single = len(set(images[: len(sections[0])])) == len(sections[0])
+    return is_single and all((data_dir / e["image"]).resolve() in sources or is_named(e) for e in entries)
 
 
 def changed_list(change: Change) -> Callable[[Good, Path, random.Random], Attempt]:

@@ -239,6 +239,7 @@ def make_reference(method: str, corpus: Path, folder: Path) -> Path:
     run_dir = folder / method
     if not (folder / f"{method}.done").exists():
         shutil.rmtree(run_dir, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
         codes = wait_for(start_ranks(toy_flags(method, corpus, run_dir), folder / f"{method}.txt"), LIMIT_S)
         if codes != [0, 0]:
             raise RuntimeError(f"the undisturbed run of {method} ended with {codes}; see {folder / f'{method}.txt'}")

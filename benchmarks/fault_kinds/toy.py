@@ -1,15 +1,18 @@
-"""A corpus and networks small enough for hundreds of runs: five coarse phantoms, crops of 32 x 32 x 16 voxels."""
+"""A corpus and networks small enough for hundreds of runs: six bodies of smooth texture, crops of 32 x 32 x 16 voxels."""
 
 import shutil
 from pathlib import Path
 
-from benchmarks.corpus import make_rows, make_store, write_phantoms
+import numpy as np
+
+from benchmarks.corpus import make_rows, make_store
 from benchmarks.results import words
-from datasets.lists.data_list import write_data_list
+from datasets.ct.nifti import write_nifti
+from datasets.lists.data_list import Case, write_data_list
 from datasets.samples.correspondences import CorrespondenceTable
 
 NUM_TRAINING, NUM_VALIDATION = 4, 2
-SPACING_MM = 4.0
+SHAPE, SPACING_MM = (56, 44, 44), 4.0
 NUM_STEPS, STEPS_PER_EPOCH = 12, 3
 COMMON = {
     **{"backbone": "unet", "feature_size": 6, "roi_z": 32, "roi_y": 32, "roi_x": 16, "batch_size": 2},
@@ -30,18 +33,31 @@ METHOD_FLAGS = {
 
 
 def make_toy_corpus(folder: Path) -> Path:
-    """Phantoms, `list.json`, `store` and `embeddings` (a table) in a folder; kept where they are complete."""
+    """CT files, `list.json`, `store` and `embeddings` (a table) in a folder; kept where they are complete."""
     if (folder / "complete").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    cases = write_phantoms(folder, NUM_TRAINING + NUM_VALIDATION, "abdomen", coarsen=4.0)
+    cases = [write_body(folder, number) for number in range(NUM_TRAINING + NUM_VALIDATION)]
     write_data_list(folder / "list.json", folder, cases[:NUM_TRAINING], cases[NUM_TRAINING:])
     store = make_store(cases, folder / "store", spacing_mm=(SPACING_MM,) * 3)
     sources = {name: store.record(name).identity for name in store.names}
     CorrespondenceTable.write(folder / "embeddings", store.names, make_rows(store, 50), {}, sources)
     (folder / "complete").touch()
     return folder
+
+
+def write_body(folder: Path, number: int) -> Case:
+    """An ellipsoid of waves and noise in air."""
+    rng = np.random.default_rng(number)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, side) for side in SHAPE), indexing="ij"))
+    waves = sum(np.sin(rng.uniform(3, 9) * along + rng.uniform(0, 6)) for along in grid)
+    hu = np.where((grid**2).sum(axis=0) < 1.2, 40 + 60 * waves + rng.normal(0, 10, SHAPE), -1000)
+    affine = SPACING_MM * np.eye(4)[[2, 1, 0, 3]]
+    affine[3, 3] = 1
+    case = Case(f"Case_{number:05d}", folder / f"Case_{number:05d}.nii.gz")
+    write_nifti(case.image, hu.round().astype(np.int16), affine)
+    return case
 
 
 def toy_flags(method: str, corpus: Path, output_dir: Path, **changed: object) -> tuple[str, ...]:

@@ -31,6 +31,8 @@ IMAGE_FOLDERS = (*IMAGE_STEMS, "imgs", "volumes", "scans")
 IMAGE_START = re.compile(rf"(?:{'|'.join(IMAGE_STEMS)})(?:[-_. ]+(?=.)|(?=\d))", re.IGNORECASE)
 LABEL_START = re.compile(rf"(?:{'|'.join(LABEL_STEMS)})(?:[-_. ]+(?=.)|(?=\d))", re.IGNORECASE)
 
+MAX_NAME_BYTES = 180  # file systems take 255, endings included
+
 
 class DataListError(ValueError):
     """A data folder or data list that cannot be used; the message names it and says what to change."""
@@ -60,7 +62,9 @@ class Case:
 
 def is_file_name(name: object) -> bool:
     """Whether a case may be called so: its files then lie in the folder that they are meant for."""
-    return isinstance(name, str) and bool(name) and not name.startswith(".") and Path(name).name == name
+    if not isinstance(name, str) or "\0" in name or len(name.encode(errors="replace")) > MAX_NAME_BYTES:
+        return False
+    return bool(name) and not name.startswith(".") and Path(name).name == name
 
 
 def kind_of_cases(cases: Sequence[Case]) -> str:
@@ -346,20 +350,22 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
     for entry, (key, received) in zip(plain, entries):
         if not isinstance(entry.get("image"), str):
             raise DataListError(f"{json_list}: an entry of {key!r} has no 'image' path: {received!r}")
-    unnamed = [entry["image"] for entry in plain if "name" not in entry]
+    unnamed = [entry["image"] for entry in plain if entry.get("name") in (None, "")]
     unnamed = list(dict.fromkeys(unnamed))  # an image may stand in two sections
     given = dict(zip(unnamed, unique_names(unnamed)))
     cases, image_of, groups = [], {}, defaultdict(set)
     for entry, (key, _) in zip(plain, entries):
-        label = entry.get("label")
-        name = entry.get("name") or given[entry["image"]]
+        label, name = entry.get("label"), entry.get("name")
+        name = given[entry["image"]] if name in (None, "") else name
         if not is_file_name(name):
             raise DataListError(
-                f"{json_list}: the entry of {entry['image']} is called {name!r}, which cannot be the name of its files "
-                "(text without / or a leading .)"
+                f"{json_list}: the entry of {entry['image']} is called {name!r:.80}, which cannot be the name of its "
+                f"files (text without / or a leading ., of at most {MAX_NAME_BYTES} bytes)"
             )
         if image_of.setdefault(name, entry["image"]) != entry["image"]:
             raise DataListError(f"{json_list}: {image_of[name]} and {entry['image']} are both called {name!r}")
+        if not isinstance(label, str | None):
+            raise DataListError(f"{json_list}: the label of {name} is {label!r}, expected a path")
         if not isinstance(group := entry.get("group", ""), str):
             raise DataListError(f"{json_list}: the group of {name} is {group!r}, expected text")
         groups[key].add(group)
@@ -372,6 +378,6 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
             "patients apart",
             stacklevel=3,
         )
-    if len({case.name for case in cases}) < len(cases):
+    if min(len({case.name for case in cases}), len({case.image for case in cases})) < len(cases):
         raise DataListError(f"{json_list}: two entries of {section!r} have the same name or image")
     return cases
