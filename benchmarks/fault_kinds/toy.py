@@ -1,4 +1,4 @@
-"""A corpus and networks small enough for hundreds of runs: six bodies of smooth texture, crops of 32 x 32 x 16 voxels."""
+"""A corpus and networks small enough for hundreds of runs: six bodies of waves, crops of 32 x 32 x 16 voxels."""
 
 import shutil
 from pathlib import Path
