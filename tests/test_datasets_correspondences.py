@@ -102,6 +102,8 @@ def test_header_and_rows_of_two_tables_are_not_joined(tmp_path):
         (lambda folder: np.save(folder / ROWS_FILE, np.zeros((3, 3))), "expected a 1-D array with the fields"),
         (lambda folder: (folder / ROWS_FILE).write_bytes((folder / ROWS_FILE).read_bytes()[:-100]), "not readable"),
         (lambda folder: (folder / HEADER_FILE).write_text("{"), "not readable as JSON"),
+        (lambda folder: (folder / HEADER_FILE).write_text("[" * 200_000), "not readable as JSON"),
+        (lambda folder: np.savez((folder / ROWS_FILE).open("wb"), rows=np.zeros(3)), "an archive of arrays"),
         (lambda folder: (folder / HEADER_FILE).write_text('{"num_rows": 3}'), "lacks case_names"),
         (lambda folder: edit_header(folder, case_names=NAMES[:3]), "do not fit together"),
         (

@@ -228,6 +228,11 @@ def test_foreign_lists_with_plain_strings(tmp_path):
         ('{"training": [{"label": "a.nii"}]}', "no 'image'"),
         ('{"training": [3]}', "no 'image'"),
         ('{"training": ["a.nii", "a.nii"]}', "same name"),
+        ('{"training": ["a.nii", {"image": "a.nii", "name": "again"}]}', "same name or image"),
+        ('{"training": [{"image": "a.nii", "label": 5}]}', "the label of a is 5, expected a path"),
+        ('{"training": [{"image": "a.nii", "name": []}]}', "which cannot be the name"),
+        (f'{{"training": [{{"image": "a.nii", "name": "{"a" * 300}"}}]}}', "which cannot be the name .* at most 180"),
+        ('{"training": ' + "[" * 200_000, "not a JSON"),
         (
             '{"training": [{"image": "a.nii", "name": "x"}], "test": [{"image": "b.nii", "name": "x"}]}',
             "b.nii and a.nii are both called 'x'",
@@ -258,6 +263,13 @@ def test_a_patient_on_both_sides_of_a_list_is_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [case.group for case in listed("two")] == ["two"]
+
+
+@pytest.mark.parametrize("name", ["", None])
+def test_an_empty_name_is_none(tmp_path, name):
+    touch(tmp_path, "a.nii")
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.nii", "name": name}]}))
+    assert [case.name for case in load_data_list(tmp_path / "list.json", tmp_path)] == ["a"]
 
 
 def test_groups_round_trip_and_must_be_text(tmp_path):

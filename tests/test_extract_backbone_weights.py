@@ -106,6 +106,22 @@ def test_a_checkpoint_that_lacks_an_entry_names_it(checkpoint, tmp_path, name):
         extract(tmp_path / "cut.pth", tmp_path / "out.pth")
 
 
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"teacher": None}, "its teacher is None, expected dict"),
+        ({"backbone": "unet"}, "its backbone is 'unet', expected dict"),
+        ({"backbone": {"name": "unet"}}, "holds no 'feature_size', 'in_channels'"),
+        ({"preprocessing": [1]}, r"its preprocessing is \[1\], expected dict"),
+        ({"teacher": {"backbone.network.a": "text"}}, "'backbone.network.a' of its teacher is no tensor"),
+    ],
+)
+def test_a_checkpoint_whose_entries_are_of_a_wrong_type_is_refused(checkpoint, tmp_path, changed, message):
+    torch.save(torch.load(checkpoint, weights_only=True) | changed, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=f"odd.pth: {message}"):
+        extract(tmp_path / "odd.pth", tmp_path / "out.pth")
+
+
 def test_description_travels_with_the_weights(checkpoint, tmp_path):
     extract(checkpoint, tmp_path / "alice.pth")
     extract(checkpoint, tmp_path / "alice.safetensors")

@@ -75,6 +75,15 @@ def test_command_line_wins_over_the_config(tmp_path):
     assert (flags.batch_size, flags.lr) == (3, 0.25)
 
 
+@pytest.mark.parametrize(
+    "content", [b"lr: : 2\n", b"lr: !!python/object/apply:os.getcwd []\n", b"\xff\xfe\0", b"[" * 50_000]
+)
+def test_a_config_that_is_no_yaml_of_plain_values_is_refused(tmp_path, content):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"--config .*run.yaml: not a YAML file of flags"):
+        main_ddp.main(["--config", str(tmp_path / "run.yaml")])
+
+
 @pytest.mark.parametrize("text", ["batch_sice: 3\n", "batch_size: three\n", "pairing: by_name\n"])
 def test_unknown_keys_and_wrong_values_in_a_config_are_refused(tmp_path, text, capsys):
     (tmp_path / "run.yaml").write_text(text)

@@ -5,6 +5,7 @@ import shutil
 import warnings
 
 import pytest
+import torch
 
 import main_ddp
 from datasets.samples.correspondences import CorrespondenceTable
@@ -73,6 +74,36 @@ def test_a_refused_run_leaves_the_record_of_the_one_before(corpus, run):
     with pytest.raises(CheckpointError, match="does not fit"):
         main_ddp.main(smallest(corpus, run, **SHORT | {"feature_size": 12}))
     assert (run / "run.json").read_bytes() == before
+
+
+def poison(state: dict) -> None:
+    next(iter(state["student"].values())).view(-1)[0] = float("nan")
+
+
+def poison_moments(state: dict) -> None:
+    next(iter(state["optimizer"]["state"].values()))["exp_avg"].fill_(float("inf"))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (poison, "checkpoint.pth: 1 of .* tensors hold values that are not finite"),
+        (poison_moments, "optimiser state does not fit this run .exp_avg holds values that are not finite"),
+        (lambda state: state.update(step=[1]), r"its step is \[1\], expected int"),
+        (lambda state: state.update(step=-1), "its step is -1, expected 0 or more"),
+        (lambda state: state.update(flags=5), "its flags is 5, expected dict"),
+        (lambda state: state.update(student=None), "its student is None, expected dict"),
+        (lambda state: state.update(kind=["alice"]), "not a checkpoint of kind 'alice'"),
+        (lambda state: state.update(optimizer={}), "optimiser state does not fit this run"),
+        (lambda state: state.pop("scaler"), "holds no 'scaler'; expected a checkpoint of --method alice"),
+    ],
+)
+def test_a_checkpoint_that_says_something_impossible_is_refused(corpus, run, damage, message):
+    state = load_checkpoint(run / LATEST)
+    damage(state)
+    torch.save(state, run / LATEST)
+    with pytest.raises(CheckpointError, match=message):
+        go_on(corpus, run, resume=run / LATEST)
 
 
 @pytest.mark.parametrize("epochs", [2, 1])

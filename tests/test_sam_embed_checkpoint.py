@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sam_embed.checkpoint import CheckpointError, EmbedderInfo, load_embedder
+from sam_embed.checkpoint import CheckpointError, EmbedderInfo, embedder_checkpoint, load_embedder
 from sam_embed.network import AnatomicalEmbedder
 from tests.sam_fakes import compact_options, save_embedder
 
@@ -65,6 +65,31 @@ def test_wrong_weights_are_listed(tmp_path):
     assert "wrong.pth" in message
     assert 'Missing key(s) in state_dict: "backbone.conv1.conv.weight"' in message and '"fc.weight"' in message
     assert "size mismatch for neck.fpn_convs.0.conv.bias" in message
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"options": None}, "its options describe no SAM network"),
+        ({"options": {"wide": 8}}, "its options describe no SAM network"),
+        ({"preprocessing": 5}, "its preprocessing is 5"),
+        ({"preprocessing": {"spacing_mm": [2.0]}}, "its preprocessing cannot be used .--spacing_mm"),
+        ({"preprocessing": {"hu_min": float("nan")}}, "its preprocessing cannot be used .--hu_min nan"),
+        ({"preprocessing": {"spacing": 2}}, "its preprocessing cannot be used"),
+    ],
+)
+def test_a_checkpoint_that_describes_nothing_usable_is_refused(tmp_path, changed, message):
+    torch.save(embedder_checkpoint(small_network(), EmbedderInfo()) | changed, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=f"odd.pth: {message}"):
+        load_embedder(tmp_path / "odd.pth")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    network = small_network()
+    next(network.parameters()).data.view(-1)[0] = float("inf")
+    torch.save(embedder_checkpoint(network, EmbedderInfo()), tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match="odd.pth: .*backbone.conv1.conv.weight holds values that are not finite"):
+        load_embedder(tmp_path / "odd.pth")
 
 
 class Code:

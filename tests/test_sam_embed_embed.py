@@ -1,5 +1,7 @@
 """Embedding whole volumes: slabs equal the whole, affines are right, fast copies agree, files come back."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from datasets.ct.nifti import Volume
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.embed import embed_tensor, embed_volume, for_inference, output_affine
 from sam_embed.embeddings.embedding_store import (
+    Embedding,
     EmbeddingCache,
     embedded_cases,
     embedding_path,
@@ -117,6 +120,30 @@ def test_output_affine_tells_where_outputs_look(layout):
         assert abs(centre.item() - place[axis]) < 0.15
 
 
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"name": "other"}, "it is the embedding of 'other'"),
+        ({"fine": torch.full((4, 4, 4, 4), float("nan"))}, "fine holds values that are not finite"),
+        ({"fine": torch.ones(4, 4, 4)}, "fine is torch.float32 of shape .*, expected floats"),
+        ({"coarse": torch.ones(4, 2, 2, 2, dtype=torch.int32)}, "coarse is torch.int32"),
+        ({"coarse": torch.ones(3, 2, 2, 2)}, "do not fit"),
+        ({"body": torch.ones(4, 4, 3, dtype=torch.bool)}, "do not fit"),
+        ({"fine_affine": np.zeros((4, 4))}, "places no voxels in the world"),
+        ({"coarse_affine": np.eye(3)}, "places no voxels in the world"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(tmp_path, changed, message):
+    maps = {"fine": torch.ones(4, 4, 4, 4), "coarse": torch.ones(4, 2, 2, 2)}
+    good = Embedding("case", **maps, fine_affine=np.eye(4), coarse_affine=np.diag([2.0, 2, 2, 1]))
+    save_embedding(tmp_path, good)
+    assert load_embedding(tmp_path, "case").name == "case"
+    path = save_embedding(tmp_path, dataclasses.replace(good, **changed))
+    path.rename(embedding_path(tmp_path, "case"))
+    with pytest.raises(ValueError, match=f"case.safetensors: .*{message}"):
+        load_embedding(tmp_path, "case")
+
+
 def test_files_come_back_and_damage_is_named(tmp_path):
     network = fill_by_name(AnatomicalEmbedder(**LAYOUTS["semantic"])).eval()
     info = EmbedderInfo(spacing_mm=(4.0, 4.0, 4.0), fingerprint="abc")
@@ -131,6 +158,11 @@ def test_files_come_back_and_damage_is_named(tmp_path):
     assert loaded.fingerprint == stored_header(tmp_path, "case_1")["fingerprint"] == "abc"
     assert loaded.fine_spacing_mm == pytest.approx((8, 8, 8)) and embedded_cases(tmp_path) == ["case_1"]
     path = embedding_path(tmp_path, "case_1")
+    changed = bytearray(path.read_bytes())
+    changed[-5] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match="case_1.safetensors: .*its checksum differs"):
+        load_embedding(tmp_path, "case_1")
     path.write_bytes(path.read_bytes()[:100])
     assert stored_header(tmp_path, "case_1") == {}
     for name in ("case_1", "absent"):
