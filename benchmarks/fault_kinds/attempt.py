@@ -18,7 +18,7 @@ from datasets.lists.data_list import Case, write_data_list
 from sam_embed.checkpoint import EmbedderInfo, embedder_checkpoint
 from sam_embed.network import AnatomicalEmbedder
 
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 ONE_STEP = {"epochs": 1, "steps_per_epoch": 1, "warmup_epochs": 0, "val_freq": 0, "keep_freq": 0}
 METHOD = "alice"  # of the good checkpoint
 SAM_OPTIONS = {"width": 8, "embed_dim": 8}

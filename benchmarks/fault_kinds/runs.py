@@ -171,7 +171,8 @@ def die_in_validation(trial: Trial) -> str:
 
 def die_in_saving(trial: Trial) -> str:
     """Rank 0 dies at some moment of a save."""
-    number, moment = trial.plan.step // STEPS_PER_EPOCH, trial.plan.choose(in_ranks.SAVING_MOMENTS)
+    number = max(1, trial.plan.step // STEPS_PER_EPOCH)  # the first save, 0, renames no older file
+    moment = trial.plan.choose(in_ranks.SAVING_MOMENTS)
     ranks = trial.start((partial(in_ranks.die_in_saving, number, moment), None))
     codes = trial.end(ranks)
     trial.expect(codes[0] == KILLED, f"rank 0 ended with {codes[0]}")
