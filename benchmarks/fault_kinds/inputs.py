@@ -37,14 +37,14 @@ class Drawn:
 
 
 def draw_inputs(num_inputs: int, seed: int) -> list[Drawn]:
-    """Families in turn, the faults of each in turn and in random order."""
-    rng = random.Random(seed)
-    orders = {kind: rng.sample(list(faults), len(faults)) for kind, faults in FAMILIES.items()}
+    """Families in turn, the faults of each in turn and in random order; a new fault changes its own family only."""
+    rngs = {kind: random.Random(f"{seed} {kind}") for kind in FAMILIES}
+    orders = {kind: rngs[kind].sample(list(faults), len(faults)) for kind, faults in FAMILIES.items()}
     drawn = []
     for number in range(num_inputs):
         kind = list(FAMILIES)[number % len(FAMILIES)]
         order = orders[kind]
-        drawn.append(Drawn(number, kind, order[number // len(FAMILIES) % len(order)], rng.randrange(2**32)))
+        drawn.append(Drawn(number, kind, order[number // len(FAMILIES) % len(order)], rngs[kind].randrange(2**32)))
     return drawn
 
 
