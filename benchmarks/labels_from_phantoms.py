@@ -131,7 +131,8 @@ def judge(weights: Path, cases: Sequence[Case], scan: Volume, truth: Volume) -> 
     """Dice of each organ that the real scan shows, and their mean."""
     network, info = load_embedder(weights / "checkpoint_best.pth")
     embedding = embed_volume(for_inference(network), scan, info, name=ABDOMEN)
-    carried = carry_labels(embedding, Phantoms(cases, weights / "embeddings"), truth.shape, truth.affine)
+    phantoms = Phantoms(cases, weights / "embeddings")
+    carried = carry_labels(embedding, phantoms, truth.shape, truth.affine, hu=scan.array)
     names = ("background", *FLARE22)
     scores = score_case(ABDOMEN, carried.labels.astype(np.uint8), truth.array, truth.spacing_mm, names, 0.0)
     found = {score.organ: score.dice for score in scores if score.truth_ml > 0}

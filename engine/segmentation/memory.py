@@ -176,7 +176,7 @@ class Recall:
         if not others or not scan.body.any():
             return None, 0
         grid = coarser_grid(shape, affine, VOTE_MM)
-        counts, classes, reach = count_votes(scan, others, *grid, is_mutual=len(others) > 1)
+        counts, classes, reach = count_votes(scan, others, *grid)
         return Votes(counts, classes.tolist(), reach, grid[1]), len(others)
 
 

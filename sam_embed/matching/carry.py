@@ -1,12 +1,15 @@
 """Carrying labels from labelled scans to a new one: dense maps to several references, and a weighted vote.
 
 Every reference is mapped to the scan (`sam_embed.matching.dense`), its labels are read at the mapped places, and the
-references vote with their trust. A place that the map puts outside of a reference gets no vote from it. Maps are found
-on a grid of about 8 mm, votes are counted on the caller's grid or on one of about 3 mm and interpolated from there, so
-that time and memory grow little with the size of the scan. No files, no network: embeddings, label maps and affines.
+references vote with their trust. Among several references, one that looks more like the scan at a place than the
+others, and from which the map leads back to the place, weighs more there. A place that the map puts outside of a
+reference gets no vote from it. Votes may be sharpened by the scan's own intensities (`sam_embed.matching.intensity`).
+
+Maps are found on a grid of about 8 mm, votes are counted on the caller's grid or on one of about 3 mm and interpolated
+from there, so that time and memory grow little with the size of the scan. No files, no network: embeddings, label maps
+and affines.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,13 +28,14 @@ from sam_embed.matching.dense import (
     map_nodes,
     score_at_places,
 )
+from sam_embed.matching.intensity import sharpened, shrunk
 from sam_embed.matching.match import check_same_network
 from sam_embed.matching.search import linear_weights
 
 NODE_MM = 8.0
 VOTE_MM = 3.0
-# Of votes that are weighed mutually: a similarity lower by this, or a cycle error of this, counts about half.
-SCORE_SCALE = 0.1
+# Among several references: a similarity lower by 0.7 times the first, or a cycle error of the second, counts half.
+SCORE_SCALE = 0.05
 CYCLE_SCALE_MM = 12.0
 BACKGROUND = 0
 
@@ -56,7 +60,7 @@ class Carried(NamedTuple):
 
     Attributes:
         labels: [D, H, W], uint8 where the values fit and int32 otherwise; 0 where background won or nobody voted.
-        confidence: float32 [D, H, W], 0 to 1: the votes for this label, weighted by trust, over the references.
+        confidence: float32 [D, H, W], 0 to 1: the trusted votes for this label.
     """
 
     labels: np.ndarray
@@ -70,6 +74,7 @@ def carry_labels(
     affine: np.ndarray,
     node_mm: float = NODE_MM,
     vote_mm: float = VOTE_MM,
+    hu: np.ndarray | None = None,
 ) -> Carried:
     """Label a scan by references.
 
@@ -79,12 +84,20 @@ def carry_labels(
         shape, affine: the grid to label, (D, H, W) and index -> world mm of the scan; in any orientation.
         node_mm: distance of the nodes that are matched, mm.
         vote_mm: votes are counted on voxels of at least this size, mm, and interpolated to the grid.
+        hu: intensities of the scan on the grid to label, HU; they sharpen the votes. None = votes alone.
 
     Raises:
-        ValueError: no reference, embeddings by different weights, or labels that are no three-dimensional integers.
+        ValueError: no reference, embeddings by different weights, labels that are no three-dimensional integers, or
+            intensities on another grid.
     """
-    votes, values, _ = count_votes(scan, references, *coarser_grid(shape, affine, vote_mm), node_mm)
-    return _winners(votes, values, tuple(int(size) for size in shape))
+    shape = tuple(int(size) for size in shape)
+    if hu is not None and hu.shape != shape:
+        raise ValueError(f"intensities of shape {hu.shape} do not fit the grid to label, {shape}")
+    vote_shape, vote_affine = coarser_grid(shape, affine, vote_mm)
+    votes, values, _ = count_votes(scan, references, vote_shape, vote_affine, node_mm)
+    if hu is not None:
+        votes = sharpened(votes, shrunk(hu, vote_shape), spacing_of(vote_affine))
+    return _winners(votes, values, shape)
 
 
 def count_votes(
@@ -93,17 +106,15 @@ def count_votes(
     shape: Sequence[int],
     affine: np.ndarray,
     node_mm: float = NODE_MM,
-    is_mutual: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The votes of references for every label at every voxel of a grid.
 
     Args:
         as for `carry_labels`.
-        is_mutual: references that are more similar at a place than others, and from which the place is mapped back to
-            where it came from, weigh more. Takes twice the time; for few references.
 
     Returns:
-        votes: float32 [K, D, H, W], mean over references of trust where this label was read, 0 to 1;
+        votes: float32 [K, D, H, W], trust of the references where this label was read, 0 to 1; mean over the
+            references, weighed by `_agreement` where there are several;
         values: the K labels that were read anywhere, ascending, 0 first;
         reach: float32 [D, H, W], share of the references that reach a voxel.
     """
@@ -112,52 +123,52 @@ def count_votes(
     shape = tuple(int(size) for size in shape)
     num_voxels = int(np.prod(shape))
     votes = {BACKGROUND: np.zeros(num_voxels, dtype=np.float32)}
-    reach = np.zeros(num_voxels, dtype=np.float32)
+    reach, total = (np.zeros(num_voxels, dtype=np.float32) for _ in range(2))
     nodes = make_nodes(scan, node_mm)
     for reference in references:
         _check_labels(reference)
         check_same_network(scan, reference.embedding)
         theirs = make_nodes(reference.embedding, node_mm)
         found = map_nodes(nodes, theirs)
-        if is_mutual:
-            found = dataclasses.replace(found, trust=_mutual_trust(nodes, theirs, found))
-        places_mm, trust = sample_map(found, shape, affine)
+        agreement = _agreement(nodes, theirs, found) if len(references) > 1 else np.ones_like(found.trust)
+        places_mm, trust, weight = sample_map(found, agreement, shape, affine)
         label, exists = _labels_at(reference, places_mm)
         reach += exists
+        total += weight
         for value in np.unique(label[exists]).tolist():
             if value not in votes:
                 votes[value] = np.zeros(num_voxels, dtype=np.float32)
-            votes[value] += np.where(exists & (label == value), trust, 0)
+            votes[value] += np.where(exists & (label == value), weight * trust, 0)
     values = np.array(sorted(votes))
-    share = np.float32(1 / len(references))
     counted = np.stack([votes[value].reshape(shape) for value in values.tolist()])
-    return counted * share, values, (reach * share).reshape(shape)
+    return counted / total.reshape(shape), values, (reach / np.float32(len(references))).reshape(shape)
 
 
-def sample_map(found: DenseMap, shape: tuple[int, int, int], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolate a dense map to a grid of the scan.
+def sample_map(
+    found: DenseMap, layer: np.ndarray, shape: tuple[int, int, int], affine: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Interpolate a dense map, and a further layer [d, h, w] on its nodes, to a grid of the scan.
 
     Returns:
-        Places float32 [N, 3], world mm in the other volume, and trust float32 [N], for all N = D * H * W voxels.
+        Places float32 [N, 3], world mm in the other volume; trust and layer float32 [N]; for all N = D * H * W voxels.
     """
     index = torch.from_numpy(np.linalg.inv(found.affine) @ np.asarray(affine, dtype=np.float64)).float()
     axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in shape), indexing="ij")
     nodes = torch.stack([sum(index[row, k] * axes[k] for k in range(3)) + index[row, 3] for row in range(3)], dim=-1)
     size = torch.tensor(found.trust.shape, dtype=torch.float32)
     nodes = (2 * nodes + 1) / size - 1  # grid_sample's coordinates: -1 and 1 are the outer faces of the outer nodes
-    maps = np.concatenate([found.places_mm, found.trust[..., None]], axis=-1)
+    maps = np.concatenate([found.places_mm, found.trust[..., None], layer[..., None]], axis=-1)
     maps = torch.from_numpy(np.moveaxis(maps, -1, 0).copy())[None]
     sampled = F.grid_sample(maps, nodes.flip(-1)[None], mode="bilinear", padding_mode="border", align_corners=False)
     sampled = sampled[0].flatten(1).numpy()
-    return sampled[:3].T, sampled[3]
+    return sampled[:3].T, sampled[3], sampled[4]
 
 
-def _mutual_trust(scan: Nodes, reference: Nodes, found: DenseMap) -> np.ndarray:
-    """The map's trust [d, h, w] times what score and cycle error say for it."""
-    score = score_at_places(scan, reference, found.places_mm)
+def _agreement(scan: Nodes, reference: Nodes, found: DenseMap) -> np.ndarray:
+    """Weight of a reference among others at every node [d, h, w], more than 0: by score and cycle error."""
+    score = np.clip(score_at_places(scan, reference, found.places_mm), -1, 1)
     cycle_mm = cycle_of_maps_mm(found, map_nodes(reference, scan))
-    agreement = np.exp((np.minimum(score, 1) - 1) / SCORE_SCALE) / (1 + (cycle_mm / CYCLE_SCALE_MM) ** 2)
-    return (found.trust * agreement).astype(np.float32)
+    return (np.exp((score - 1) / SCORE_SCALE) / (1 + (cycle_mm / CYCLE_SCALE_MM) ** 2)).astype(np.float32)
 
 
 def _check_labels(reference: Reference) -> None:
