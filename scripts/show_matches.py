@@ -22,7 +22,6 @@ import jsonargparse
 import numpy as np
 import torch
 
-from datasets.ct.geometry import index_to_world
 from datasets.ct.nifti import Volume, read_ct
 from datasets.store.files import write_text
 from datasets.store.volumes import VolumeStore
@@ -32,7 +31,7 @@ from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.judging.match_figure import draw_match, save_figure
-from sam_embed.matching.match import cycle_error_mm, inside, match_points, similarity_map
+from sam_embed.matching.match import cycle_error_mm, describe_box, inside, match_points, similarity_map
 from sam_embed.matching.mine import MiningOptions, draw_points, lies_in_body
 
 
@@ -90,11 +89,9 @@ def check_inside(query: Embedding, points_mm: np.ndarray) -> None:
     """Raise for points [N, 3] beyond the patient's bounding box."""
     outside = points_mm[~inside(query, points_mm)]
     if len(outside):
-        corners = index_to_world(query.fine_affine, [[0, 0, 0], np.array(query.fine.shape[1:]) - 1])
-        low, high = np.sort(corners, axis=0).round().astype(int).tolist()
         raise ValueError(
             f"--points {','.join(f'{value:g}' for value in outside[0])}: lies outside of the patient in {query.name}, "
-            f"who fills x {low[0]}..{high[0]}, y {low[1]}..{high[1]}, z {low[2]}..{high[2]} mm"
+            f"who fills {describe_box(query)}"
         )
 
 

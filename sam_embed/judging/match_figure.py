@@ -78,7 +78,8 @@ def _overlay_similarity(
     )
 
 
-def _cross(axes: Axes, volume: Volume, plane: str, point_mm: np.ndarray, colour: str) -> None:
+def mark_place(axes: Axes, volume: Volume, plane: str, point_mm: np.ndarray, colour: str) -> None:
+    """Draw a ring and a cross of lines at a world point [3] on a view drawn by `show_plane`."""
     across, down = place_on(volume, plane, point_mm)
     axes.axvline(across, color=colour, lw=0.6, alpha=0.6)
     axes.axhline(down, color=colour, lw=0.6, alpha=0.6)
@@ -110,9 +111,9 @@ def draw_match(
         for row, (volume, place) in enumerate(((query, point_mm), (key, match_mm), (key, match_mm))):
             show_plane(grid[row, column], volume, plane, place)
         _overlay_similarity(grid[2, column], key, plane, similarity, similarity_affine, match_mm)
-        _cross(grid[0, column], query, plane, point_mm, "#4cc9f0")
-        _cross(grid[1, column], key, plane, match_mm, "#ffd166")
-        _cross(grid[2, column], key, plane, match_mm, "white")
+        mark_place(grid[0, column], query, plane, point_mm, "#4cc9f0")
+        mark_place(grid[1, column], key, plane, match_mm, "#ffd166")
+        mark_place(grid[2, column], key, plane, match_mm, "white")
         grid[0, column].set_title(plane, color=TEXT, fontsize=11)
     names = [Path(volume.path).name for volume in (query, key)]
     for row, label in enumerate((f"point in {names[0]}", f"match in {names[1]}", f"similarity in {names[1]}")):

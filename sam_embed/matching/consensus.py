@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.match import match_points
+from sam_embed.matching.match import Matches, match_points, score_at
 
 NUM_ROUNDS = 8  # of re-weighting
 SCALE_FLOOR_MM = 2.0  # residuals up to here are all right: matches are no better than a fraction of a voxel
@@ -49,6 +49,23 @@ def consensus(query: Embedding, key: Embedding, points_mm: np.ndarray, radius_mm
     offsets = np.concatenate([np.zeros((1, 3)), CORNERS * radius_mm])
     found = match_points(query, key, (points_mm[:, None] + offsets).reshape(-1, 3), **matching)
     return fit_local_maps(offsets, found.points_mm.reshape(len(points_mm), len(offsets), 3))
+
+
+def match_with_neighbours(
+    query: Embedding, key: Embedding, points_mm: np.ndarray, radius_mm: float, **matching
+) -> tuple[Matches, np.ndarray]:
+    """Match points where their neighbourhoods put them.
+
+    Args:
+        as for `consensus`, but that with a radius of 0 each point is matched by itself.
+
+    Returns:
+        The matches, and their spread float64 [N], mm; NaN where it was not measured.
+    """
+    if not radius_mm:
+        return match_points(query, key, points_mm, **matching), np.full(len(points_mm), np.nan)
+    agreed = consensus(query, key, points_mm, radius_mm, **matching)
+    return Matches(agreed.points_mm, score_at(query, key, points_mm, agreed.points_mm)), agreed.spread_mm
 
 
 def fit_local_maps(offsets: np.ndarray, places_mm: np.ndarray) -> Consensus:

@@ -46,6 +46,13 @@ def inside(embedding: Embedding, points_mm: np.ndarray) -> np.ndarray:
     return np.all((index >= -0.5) & (index <= np.array(embedding.fine.shape[1:]) - 0.5), axis=-1)
 
 
+def describe_box(embedding: Embedding) -> str:
+    """The embedded (body) box in words: "x -88..91, y ..., z ... mm"."""
+    corners = index_to_world(embedding.fine_affine, [[0, 0, 0], np.array(embedding.fine.shape[1:]) - 1])
+    low, high = np.sort(corners, axis=0).round().astype(int).tolist()
+    return ", ".join(f"{axis} {first}..{last}" for axis, first, last in zip("xyz", low, high)) + " mm"
+
+
 def sample_vectors(values: Tensor, index: np.ndarray) -> Tensor:
     """Vectors at fractional indices, trilinearly interpolated and made unit length.
 

@@ -21,8 +21,8 @@ from datasets.ct.geometry import index_to_world, world_to_index
 from datasets.samples.correspondence_files import ROW_DTYPE
 from datasets.samples.correspondences import ANY_MM, within
 from sam_embed.embeddings.embedding_store import Embedding, EmbeddingCache
-from sam_embed.matching.consensus import consensus
-from sam_embed.matching.match import Matches, cycle_error_mm, match_points, on_device, score_at
+from sam_embed.matching.consensus import match_with_neighbours
+from sam_embed.matching.match import Matches, cycle_error_mm, on_device
 
 NUM_CANDIDATES = 16  # per point: the farthest of so many random places from the points already drawn is taken
 GPU_MEMORY_MB = 2048.0  # a GPU is fast with large products, a CPU with small ones
@@ -144,13 +144,7 @@ def mine_case(
 def _mine_pair(query: Embedding, key: Embedding, points_mm: np.ndarray, options: MiningOptions) -> np.ndarray:
     """Rows of one pair of cases, without the cases' numbers."""
     matching = {} if query.fine.device.type == "cpu" else {"memory_mb": GPU_MEMORY_MB}
-    if options.consensus_mm:
-        agreed = consensus(query, key, points_mm, options.consensus_mm, **matching)
-        matches = Matches(agreed.points_mm, score_at(query, key, points_mm, agreed.points_mm))
-        spread_mm = agreed.spread_mm
-    else:
-        matches = match_points(query, key, points_mm, **matching)
-        spread_mm = np.full(len(points_mm), np.nan)
+    matches, spread_mm = match_with_neighbours(query, key, points_mm, options.consensus_mm, **matching)
     # Scores and places of unmatched points are NaN, so that both are False.
     kept = (matches.score >= options.min_score) & lies_in_body(key, matches.points_mm)
     kept &= within(spread_mm, options.max_spread_mm)
