@@ -105,6 +105,17 @@ def patient_embedding(seed: int) -> Embedding:
     )
 
 
+def lower_part(seed: int, num_slices: int) -> Embedding:
+    """A patient's embedding without what lies above."""
+    whole = patient_embedding(seed)
+    return dataclasses.replace(
+        whole,
+        fine=whole.fine[:, :num_slices],
+        coarse=whole.coarse[:, : num_slices // 2],
+        body=whole.body[:num_slices],
+    )
+
+
 def compact_options(width: int = 24, embed_dim: int = 64, norm: str = "batch") -> dict:
     """Options of a small network for coarse isotropic grids (4 to 6 mm) and few training minutes.
 

@@ -1,25 +1,13 @@
 """Following points: places in another patient, verdicts by the thresholds, and what the other scan does not show."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from datasets.ct.geometry import index_to_world
 from datasets.lists.points import NamedPoints
 from datasets.samples.correspondences import ANY_MM
-from sam_embed.matching.dense import make_nodes
 from sam_embed.matching.follow import DOUBTFUL, OUTSIDE, TRUSTED, FollowOptions, check_inside, follow_points
-from sam_embed.matching.shown import NEAR_MM, NODE_MM, is_shown
-from tests.sam_fakes import (
-    AFFINE,
-    ATLAS_LANDMARKS_MM,
-    SHAPE,
-    patient_embedding,
-    patient_landmarks,
-    to_atlas,
-    to_patient,
-)
+from tests.sam_fakes import AFFINE, ATLAS_LANDMARKS_MM, SHAPE, lower_part, patient_embedding, patient_landmarks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,17 +16,6 @@ NAMES = tuple(ATLAS_LANDMARKS_MM)
 
 def landmarks(seed: int) -> np.ndarray:
     return np.array([patient_landmarks(seed)[name] for name in NAMES])
-
-
-def lower_part(seed: int, num_slices: int):
-    """A patient's embedding without what lies above."""
-    whole = patient_embedding(seed)
-    return dataclasses.replace(
-        whole,
-        fine=whole.fine[:, :num_slices],
-        coarse=whole.coarse[:, : num_slices // 2],
-        body=whole.body[:num_slices],
-    )
 
 
 @pytest.mark.parametrize("consensus_mm", [20.0, 0.0])
@@ -57,17 +34,6 @@ def test_each_threshold_makes_points_doubtful(strict):
     found = follow_points(patient_embedding(1), patient_embedding(2), few, FollowOptions(**strict))
     assert found.verdict.tolist() == [DOUBTFUL] * 2
     assert np.linalg.norm(found.points_mm - landmarks(2)[:2], axis=1).max() < 4
-
-
-@pytest.mark.parametrize("num_slices", [24, 10])
-def test_the_shown_part_ends_where_the_other_scan_ends(num_slices):
-    """Points of the whole body, near the end too."""
-    scan, other = patient_embedding(1), lower_part(2, num_slices)
-    points_mm = index_to_world(AFFINE, np.argwhere(scan.body.numpy()))
-    top_mm = index_to_world(AFFINE, [num_slices - 0.5, 0, 0])[2]
-    above_mm = to_patient(2, to_atlas(1, points_mm))[:, 2] - top_mm
-    shown = is_shown(make_nodes(scan, NODE_MM), make_nodes(other, NODE_MM), points_mm)
-    assert shown[above_mm < 0].all() and not shown[above_mm > NEAR_MM + 8].any()
 
 
 def test_what_the_key_does_not_show_is_outside():

@@ -13,6 +13,8 @@ import numpy as np
 from datasets.ct.geometry import CANONICAL_AXCODES, to_canonical
 from datasets.ct.nifti import CTReadError, write_image
 
+CONFIDENCE_STEPS = 128  # a power of 2: the header's float32 then holds the step exactly, and 1 is read as 1
+
 
 @dataclass(frozen=True)
 class FileGrid:
@@ -63,9 +65,25 @@ def write_label_like(path: str | Path, labels: np.ndarray, grid: FileGrid) -> No
     Raises:
         ValueError: another suffix than .nii or .nii.gz, or labels of another volume.
     """
-    image = nib.Nifti1Image(np.ascontiguousarray(grid.from_canonical(labels)), grid.affine)
+    write_image(path, _image_on(grid, labels))
+
+
+def write_confidence_like(path: str | Path, confidence: np.ndarray, grid: FileGrid) -> None:
+    """Write a canonical map [D, H, W] of shares from 0 to 1 on a file's own grid, in steps of 1/128 (a byte a voxel).
+
+    Raises:
+        ValueError: as `write_label_like`.
+    """
+    image = _image_on(grid, np.rint(confidence * CONFIDENCE_STEPS).astype(np.uint8))
+    image.header.set_slope_inter(1 / CONFIDENCE_STEPS, 0)
+    write_image(path, image)
+
+
+def _image_on(grid: FileGrid, array: np.ndarray) -> nib.Nifti1Image:
+    """A canonical array [D, H, W] as an image with a file's axes and place."""
+    image = nib.Nifti1Image(np.ascontiguousarray(grid.from_canonical(array)), grid.affine)
     image.header.set_xyzt_units("mm")
     code = grid.world_code or 1
     image.set_sform(grid.affine, code)
     image.set_qform(grid.affine, code)
-    write_image(path, image)
+    return image

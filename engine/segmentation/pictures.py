@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from datasets.ct.intensity import window_hu
+from datasets.ct.nifti import Volume
 from datasets.ct.planes import PLANES, cut_plane, pixel_aspect
 
 OPACITY = 0.55
@@ -109,6 +110,35 @@ def painted(grey: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.nda
 def save_overlay(path: str | Path, views: list[tuple[str, CaseView]], names: tuple[str, ...]) -> None:
     """Write an overlay figure as PNG; the folder is made."""
     figure = overlay_figure(views, names)
+    FigureCanvasAgg(figure)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def save_carried(
+    path: str | Path, volume: Volume, labels: np.ndarray, confidence: np.ndarray, names: tuple[str, ...]
+) -> None:
+    """Write a picture of labels that were carried to a scan: image, labels and confidence in two planes, as PNG.
+
+    Args:
+        volume: int16 HU [D, H, W].
+        labels: uint8 channels [D, H, W].
+        confidence: float32 [D, H, W], 0 (black) to 1.
+        names: of the channels, background first.
+    """
+    view = case_view(volume.array, labels, confidence, volume.spacing_mm)
+    colours = channel_colours(len(names))
+    figure = Figure(figsize=(3 * len(view) * PANEL_INCHES, row_height(view) + 0.6), layout="constrained")
+    panels = iter(figure.subplots(1, 3 * len(view)))
+    for plane, (grey, cut, sure, aspect) in view.items():
+        grey = grey[..., None].repeat(3, -1)
+        for name, picture in (("image", grey), ("labels", painted(grey, cut, colours)), ("confidence", sure)):
+            axis = next(panels)
+            axis.imshow(picture, aspect=aspect, interpolation="nearest", cmap="inferno", vmin=0, vmax=1)
+            axis.set_title(f"{plane}: {name}", fontsize=8, pad=2)
+            axis.set(xticks=[], yticks=[])
+    handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours)][1:31]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 * LEGEND_COLUMNS, fontsize=7)
     FigureCanvasAgg(figure)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

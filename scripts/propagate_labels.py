@@ -1,0 +1,237 @@
+"""Carry the labels of one or more labelled CT to any number of unlabelled ones, without training a segmenter.
+
+    python scripts/propagate_labels.py --checkpoint_file SAM.pth --reference a.nii.gz b.nii.gz \\
+        --labels a_label.nii.gz b_label.nii.gz --images folder_of_ct --output_dir carried
+    torchrun --nproc_per_node=8 scripts/propagate_labels.py --checkpoint_file SAM.pth --reference a.nii.gz \\
+        --labels a_label.nii.gz --images c.nii.gz d.nii.gz --output_dir carried --data_list carried/list.json
+
+For every image, on its own voxels:
+
+    NAME_label.nii.gz        the references' label values; 0 is background, and what no reference shows
+    NAME_confidence.nii.gz   0 to 1, the trusted share of the references that vote for this label; 0 = not shown
+    NAME.png                 an axial and a coronal plane: the image, its labels, their confidence
+
+Several references vote. May be stopped and run again: finished images are skipped, unless --overwrite is given. The
+files of an image are written aside and then renamed, the labels last.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from datasets.ct.file_grid import read_file_grid, write_confidence_like, write_label_like
+from datasets.ct.images import CT, kind_of
+from datasets.ct.nifti import read_ct, read_label, read_label_of
+from datasets.lists.data_list import Case, DataListError, find_cases, unique_names, write_data_list
+from datasets.lists.label_classes import LabelClasses
+from engine import distributed
+from engine.flags import RunInfo, add_switch, flags_as_dict, make_parser, run_main
+from engine.segmentation.pictures import save_carried
+from sam_embed.checkpoint import load_embedder
+from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
+from sam_embed.matching.carry import Reference
+from sam_embed.matching.shown import carry_shown_labels
+
+DECIDING = ("checkpoint_file", "reference", "labels")  # flags that labels in one folder must share
+RUN_FILE = "run.json"
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this command."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--checkpoint_file", type=str, required=True, help="weights of the embedding network")
+    data = parser.add_argument_group("data")
+    data.add_argument("--reference", type=str, nargs="+", required=True, help="labelled CT, one or more files")
+    data.add_argument("--labels", type=str, nargs="+", required=True, help="their label maps, in the same order")
+    data.add_argument("--images", type=str, nargs="+", required=True, help="CT to label: files, or folders of them")
+    data.add_argument("--output_dir", type=str, required=True, help="folder of the results; made if missing")
+    list_help = "data list (JSON) of the labelled images, for finetuning with --data_dir OUTPUT_DIR"
+    data.add_argument("--data_list", type=str | None, default=None, help=list_help)
+    add_switch(data, "--overwrite", False, "label images again that are finished")
+    run = parser.add_argument_group("run")
+    run.add_argument("--memory_mb", type=float, default=1024.0, help="working memory of the embedding, MB")
+    run.add_argument("--precision", type=str, default="fp32", choices=list(PRECISIONS), help="bf16 suits GPUs")
+    run.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
+    return parser
+
+
+def check_references(flags: jsonargparse.Namespace) -> None:
+    """Check that references and labels are files, as many of one as of the other.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if len(flags.reference) != len(flags.labels):
+        raise ValueError(
+            f"--reference names {len(flags.reference)} files and --labels {len(flags.labels)}; expected one label map "
+            "for each reference, in the same order"
+        )
+    for flag, paths in (("--reference", flags.reference), ("--labels", flags.labels)):
+        for path in paths:
+            if not Path(path).is_file():
+                raise ValueError(f"{flag} {path}: no such file")
+
+
+def find_images(words: list[str], output_dir: str) -> dict[str, Path]:
+    """Name -> file of each image: the files themselves, and every CT below the folders.
+
+    Raises:
+        ValueError: neither file nor folder, a folder without CT or with the output in it, a radiograph, or two images
+            of one name.
+    """
+    files = []
+    for word in words:
+        path = Path(word)
+        if not path.exists():
+            raise ValueError(f"--images {word}: no such file or folder")
+        if Path(output_dir).resolve().is_relative_to(path.resolve()):
+            raise ValueError(
+                f"--output_dir {output_dir} lies in --images {word}, where results would be taken for images later; "
+                "choose another folder"
+            )
+        try:
+            files += [case.image for case in find_cases(path)] if path.is_dir() else [path]
+        except DataListError as error:
+            raise ValueError(f"--images {word}: {error}") from error
+    for file in files:
+        if kind_of(file) != CT:
+            raise ValueError(f"--images {file}: expected CT, .nii or .nii.gz")
+    return dict(zip(unique_names([file.as_posix() for file in files]), files))
+
+
+def claim_folder(flags: jsonargparse.Namespace) -> None:
+    """Write run.json, unless the folder holds labels that were carried from other references.
+
+    Raises:
+        ValueError: it does.
+    """
+    record = Path(flags.output_dir) / RUN_FILE
+    if record.is_file() and not flags.overwrite:
+        before, now = json.loads(record.read_text())["flags"], flags_as_dict(flags)
+        differing = [f"--{name} {before.get(name)}" for name in DECIDING if before.get(name) != now[name]]
+        if differing:
+            raise ValueError(
+                f"{flags.output_dir}: holds labels made with {', '.join(differing)}. Choose another --output_dir, or "
+                "pass --overwrite to replace them"
+            )
+    RunInfo.collect(flags).write(flags.output_dir, RUN_FILE)
+
+
+def results_of(output_dir: str, name: str) -> dict[str, Path]:
+    """The files of an image by what they hold."""
+    endings = {"picture": ".png", "confidence": "_confidence.nii.gz", "label": "_label.nii.gz"}
+    return {what: Path(output_dir) / f"{name}{ending}" for what, ending in endings.items()}
+
+
+def classes_of(paths: list[str]) -> LabelClasses:
+    """All label values of some label maps, each named by its number.
+
+    Raises:
+        ValueError: a file is no label map, they hold nothing but 0, or more than 255 values.
+    """
+    values = {value for path in paths for value in np.unique(read_label(path).array).tolist()} - {0}
+    if not values:
+        raise ValueError(f"--labels {' '.join(paths)}: every voxel is 0; expected label maps with organs")
+    return LabelClasses((0, *sorted(values)), ("background", *(f"label {value}" for value in sorted(values))))
+
+
+class Propagator:
+    """Carries labels from fixed references to one scan at a time.
+
+    Args:
+        flags: of this command.
+        classes: of the references.
+        device: where scans are embedded.
+    """
+
+    def __init__(self, flags: jsonargparse.Namespace, classes: LabelClasses, device: torch.device) -> None:
+        self.classes = classes
+        network, self.info = load_embedder(flags.checkpoint_file)
+        self.network = for_inference(network, flags.precision).to(device)
+        self.memory_mb = flags.memory_mb
+        self.references = [self._reference(*paths) for paths in zip(flags.reference, flags.labels)]
+
+    def _reference(self, image: str, label: str) -> Reference:
+        volume = read_ct(image)
+        labels = read_label_of(volume, label)
+        return Reference(
+            embed_volume(self.network, volume, self.info, self.memory_mb, image), labels.array, labels.affine
+        )
+
+    def label(self, name: str, image: Path, results: dict[str, Path]) -> None:
+        """Write the results of one image; its labels come last, so that they say that it is finished."""
+        results["label"].unlink(missing_ok=True)
+        volume, grid = read_ct(image), read_file_grid(image)
+        scan = embed_volume(self.network, volume, self.info, self.memory_mb, name)
+        labels, confidence = carry_shown_labels(scan, self.references, volume.shape, volume.affine)
+        channels = self.classes.to_classes(labels)
+        save_carried(results["picture"], volume, channels, confidence, self.classes.names)
+        write_confidence_like(results["confidence"], confidence, grid)
+        write_label_like(results["label"], self.classes.to_values(channels), grid)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    check_references(flags)
+    images, classes = find_images(flags.images, flags.output_dir), classes_of(flags.labels)
+    world = distributed.start(flags.device)
+    distributed.main_decides(world, lambda: claim_folder(flags))
+    results = {name: results_of(flags.output_dir, name) for name in images}
+    share = list(images)[world.rank :: world.size]
+    finished = [name for name in share if all(path.is_file() for path in results[name].values())]
+    todo = [name for name in share if flags.overwrite or name not in finished]
+    failed = {}
+    if todo:
+        propagator = Propagator(flags, classes, world.device)
+        bar = tqdm(todo, desc="labelling", unit="scan", disable=not world.is_main)
+        for name in bar:
+            bar.set_postfix_str(name)
+            try:
+                propagator.label(name, images[name], results[name])
+            except (ValueError, RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
+                failed[name] = str(error) or type(error).__name__
+    distributed.wait_for_all(world)
+    parts = distributed.gather_objects((len(share) - len(todo), failed))
+    if world.is_main:
+        failed = {name: reason for _, part in parts for name, reason in part.items()}
+        report(flags, classes, images, results, sum(num_skipped for num_skipped, _ in parts), failed)
+    distributed.stop()
+
+
+def report(
+    flags: jsonargparse.Namespace,
+    classes: LabelClasses,
+    images: dict[str, Path],
+    results: dict[str, dict[str, Path]],
+    num_skipped: int,
+    failed: dict[str, str],
+) -> None:
+    """Print what was done, and write the data list.
+
+    Raises:
+        ValueError: no image could be labelled.
+    """
+    for name, reason in failed.items():
+        print(f"failed {name}: {reason}", file=sys.stderr)
+    labelled = [name for name in images if name not in failed]
+    num_new = len(labelled) - num_skipped
+    print(f"{flags.output_dir}: {num_new} labelled, {num_skipped} were finished, {len(failed)} failed")
+    if not labelled:
+        raise ValueError(f"{flags.output_dir}: no image could be labelled; the reasons are above")
+    if flags.data_list:
+        cases = [Case(name, images[name].resolve(), results[name]["label"]) for name in labelled]
+        labels = {str(value): name for value, name in zip(classes.values, classes.names)}
+        write_data_list(flags.data_list, flags.output_dir, cases, labels=labels)
+        print(f"wrote {flags.data_list}")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    run_main(main)

@@ -1,0 +1,132 @@
+"""Labels carried by the command: on the images' own voxels, resumed, shared among ranks, mistakes by name."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.ct.geometry import index_to_world
+from datasets.ct.nifti import write_nifti
+from datasets.lists.data_list import load_data_list
+from engine.distributed import World
+from sam_embed.checkpoint import EmbedderInfo
+from sam_embed.network import AnatomicalEmbedder
+from scripts import propagate_labels
+from tests.sam_fakes import AFFINE, SHAPE, compact_options, patient_volume, save_embedder, to_atlas
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ORGANS = {2: ((-30, 10, -560), 35.0), 7: ((45, -20, -570), 30.0)}  # value: centre and radius, atlas mm
+
+
+def labels_of(seed: int) -> np.ndarray:
+    index = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)
+    place = to_atlas(seed, index_to_world(AFFINE, index))
+    labels = np.zeros(SHAPE, np.uint8)
+    for value, (centre, radius) in ORGANS.items():
+        labels[np.linalg.norm(place - centre, axis=-1) < radius] = value
+    return labels
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A labelled patient; as images the same scan turned, and another; and an untrained network."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for seed in range(2):
+        volume = patient_volume(seed)
+        write_nifti(folder / f"patient{seed}.nii.gz", volume.array, volume.affine)
+        write_nifti(folder / f"patient{seed}_label.nii.gz", labels_of(seed), volume.affine)
+    (folder / "images").mkdir()
+    nib.save(nib.as_closest_canonical(nib.load(folder / "patient0.nii.gz")), folder / "images" / "same_0000.nii.gz")
+    (folder / "images" / "other_0000.nii.gz").write_bytes((folder / "patient1.nii.gz").read_bytes())
+    torch.manual_seed(0)
+    network = AnatomicalEmbedder(**compact_options(width=8, embed_dim=16)).eval()
+    save_embedder(folder / "sam.pth", network, EmbedderInfo(spacing_mm=(8.0, 8.0, 8.0)))
+    return folder
+
+
+def command(corpus, output, references=("patient0",), images=("images",), labels=None) -> list[str]:
+    words = ["--checkpoint_file", str(corpus / "sam.pth"), "--device=cpu", "--output_dir", str(output)]
+    files = [str(corpus / f"{name}.nii.gz") for name in references]
+    labels = [str(corpus / f"{name}_label.nii.gz") for name in (references if labels is None else labels)]
+    return [*words, "--reference", *files, "--labels", *labels, "--images", *(str(corpus / name) for name in images)]
+
+
+def test_labels_lie_on_the_images_own_voxels_and_are_listed(corpus, tmp_path, capsys):
+    data_list = tmp_path / "out" / "list.json"
+    propagate_labels.main([*command(corpus, tmp_path / "out"), "--data_list", str(data_list)])
+    image = nib.load(corpus / "images" / "same_0000.nii.gz")
+    label, confidence = (nib.load(tmp_path / "out" / f"same_{what}.nii.gz") for what in ("label", "confidence"))
+    truth = np.asarray(nib.as_closest_canonical(nib.load(corpus / "patient0_label.nii.gz")).dataobj)
+    found, sure = np.asarray(label.dataobj), confidence.get_fdata()
+    for made in (label, confidence):
+        assert made.shape == image.shape and made.get_data_dtype() == np.uint8
+        np.testing.assert_allclose(made.affine, image.affine, atol=1e-4)
+    assert set(np.unique(found)) == {0, *ORGANS}
+    for value in ORGANS:  # the reference's own scan
+        assert 2 * ((found == value) & (truth == value)).sum() / ((found == value).sum() + (truth == value).sum()) > 0.8
+    assert sure[found > 0].min() > 0.5 and 0.9 < sure.max() <= 1 and sure[0, 0, 0] == 0
+    assert min(Image.open(tmp_path / "out" / "other.png").size) > 200
+    cases = load_data_list(data_list, tmp_path / "out")
+    assert [case.name for case in cases] == ["other", "same"]
+    assert cases[1].label.name == "same_label.nii.gz" and cases[1].image.name == "same_0000.nii.gz"
+    assert json.loads(data_list.read_text())["labels"] == {"0": "background", "2": "label 2", "7": "label 7"}
+    assert "2 labelled, 0 were finished, 0 failed" in capsys.readouterr().out
+
+
+def test_finished_images_are_skipped_and_other_references_refused(corpus, tmp_path, capsys):
+    words = command(corpus, tmp_path, images=["images/same_0000.nii.gz"])
+    propagate_labels.main(words)
+    label = tmp_path / "same_label.nii.gz"
+    first = label.stat().st_mtime_ns
+    propagate_labels.main(words)
+    assert label.stat().st_mtime_ns == first and "0 labelled, 1 were finished" in capsys.readouterr().out
+    (tmp_path / "same_confidence.nii.gz").unlink()
+    propagate_labels.main(words)
+    second = label.stat().st_mtime_ns
+    assert second > first
+    propagate_labels.main([*words, "--overwrite"])
+    assert label.stat().st_mtime_ns > second
+    with pytest.raises(ValueError, match="holds labels made with --reference .*patient0.* pass --overwrite"):
+        propagate_labels.main(command(corpus, tmp_path, ["patient1"], ["images/same_0000.nii.gz"]))
+
+
+def test_each_rank_takes_its_share_and_broken_images_are_named(corpus, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes((corpus / "patient1.nii.gz").read_bytes()[:500])
+    words = command(
+        corpus, tmp_path / "out", images=["images/same_0000.nii.gz", "images/other_0000.nii.gz", str(broken)]
+    )
+    for rank, expected in ((1, {"other"}), (0, {"other", "same"})):
+        monkeypatch.setattr(propagate_labels.distributed, "start", lambda device, rank=rank: World(rank, rank, 2))
+        propagate_labels.main(words)
+        assert {path.name.split("_")[0] for path in (tmp_path / "out").glob("*_label.nii.gz")} == expected
+    assert "failed broken: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"references": ["patient0", "patient1"], "labels": ["patient0"]}, "--reference names 2 files and --labels 1"),
+        ({"labels": ["nobody"]}, "--labels .*nobody_label.nii.gz: no such file"),
+        ({"images": ["nowhere"]}, "--images .*nowhere: no such file or folder"),
+        ({"images": ["sam.png"]}, "--images .*sam.png: expected CT"),
+        ({"images": ["empty"]}, "--images .*empty: .*no images found"),
+        ({"images": [""]}, "--output_dir .* lies in --images"),
+    ],
+)
+def test_mistakes_are_named(changes, complaint, corpus):
+    (corpus / "sam.png").touch()
+    (corpus / "empty").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=complaint):
+        propagate_labels.main(command(corpus, corpus / "out", **changes))
+    assert not (corpus / "out").exists()
+
+
+def test_labels_without_organs_are_refused(corpus, tmp_path):
+    write_nifti(corpus / "none_label.nii.gz", np.zeros(SHAPE, np.uint8), AFFINE)
+    with pytest.raises(ValueError, match="none_label.nii.gz: every voxel is 0"):
+        propagate_labels.main(command(corpus, tmp_path, labels=["none"]))
