@@ -36,8 +36,7 @@ from engine.flags import RunInfo, add_switch, flags_as_dict, make_parser, run_ma
 from engine.segmentation.pictures import save_carried
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
-from sam_embed.matching.carry import Reference
-from sam_embed.matching.shown import carry_shown_labels
+from sam_embed.matching.carry import Reference, carry_labels
 
 DECIDING = ("checkpoint_file", "reference", "labels")  # flags that labels in one folder must share
 RUN_FILE = "run.json"
@@ -170,7 +169,7 @@ class Propagator:
         results["label"].unlink(missing_ok=True)
         volume, grid = read_ct(image), read_file_grid(image)
         scan = embed_volume(self.network, volume, self.info, self.memory_mb, name)
-        labels, confidence = carry_shown_labels(scan, self.references, volume.shape, volume.affine)
+        labels, confidence = carry_labels(scan, self.references, volume.shape, volume.affine, hu=volume.array)
         channels = self.classes.to_classes(labels)
         save_carried(results["picture"], volume, channels, confidence, self.classes.names)
         write_confidence_like(results["confidence"], confidence, grid)

@@ -2,8 +2,9 @@
 
 Every reference is mapped to the scan (`sam_embed.matching.dense`), its labels are read at the mapped places, and the
 references vote with their trust. Among several references, one that looks more like the scan at a place than the
-others, and from which the map leads back to the place, weighs more there. A place that the map puts outside of a
-reference gets no vote from it. Votes may be sharpened by the scan's own intensities (`sam_embed.matching.intensity`).
+others, and from which the map leads back to the place, weighs more there. A place that a reference does not show, or
+whose labels end before it, gets no vote from it. The scan's own intensities may sharpen the votes
+(`sam_embed.matching.intensity`).
 
 Maps are found on a grid of about 8 mm, votes are counted on the caller's grid or on one of about 3 mm and interpolated
 from there, so that time and memory grow little with the size of the scan. No files, no network: embeddings, label maps
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial import cKDTree
 
 from datasets.ct.geometry import mask_box, spacing_of, world_to_index
 from sam_embed.embeddings.embedding_store import Embedding
@@ -37,6 +39,7 @@ VOTE_MM = 3.0
 # Among several references: a similarity lower by 0.7 times the first, or a cycle error of the second, counts half.
 SCORE_SCALE = 0.05
 CYCLE_SCALE_MM = 12.0
+NEAR_MM = 16.0  # two nodes: mapped places lie about a node apart, more where the scan's patient is larger
 BACKGROUND = 0
 
 
@@ -130,9 +133,12 @@ def count_votes(
         check_same_network(scan, reference.embedding)
         theirs = make_nodes(reference.embedding, node_mm)
         found = map_nodes(nodes, theirs)
-        agreement = _agreement(nodes, theirs, found) if len(references) > 1 else np.ones_like(found.trust)
-        places_mm, trust, weight = sample_map(found, agreement, shape, affine)
+        back = map_nodes(theirs, nodes)
+        agreement = _agreement(nodes, theirs, found, back) if len(references) > 1 else np.ones_like(found.trust)
+        layers = np.stack([found.trust, agreement, is_shown(nodes, theirs, back)], axis=-1)
+        places_mm, trust, weight, shown = sample_map(found, layers, shape, affine)
         label, exists = _labels_at(reference, places_mm)
+        exists &= shown > 0.5
         reach += exists
         total += weight
         for value in np.unique(label[exists]).tolist():
@@ -145,29 +151,43 @@ def count_votes(
 
 
 def sample_map(
-    found: DenseMap, layer: np.ndarray, shape: tuple[int, int, int], affine: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Interpolate a dense map, and a further layer [d, h, w] on its nodes, to a grid of the scan.
+    found: DenseMap, layers: np.ndarray, shape: tuple[int, int, int], affine: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Interpolate a dense map, and further layers [d, h, w, L] on its nodes, to a grid of the scan.
 
     Returns:
-        Places float32 [N, 3], world mm in the other volume; trust and layer float32 [N]; for all N = D * H * W voxels.
+        Places float32 [N, 3], world mm in the other volume, and the L layers float32 [N]; for all N = D * H * W voxels.
     """
     index = torch.from_numpy(np.linalg.inv(found.affine) @ np.asarray(affine, dtype=np.float64)).float()
     axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in shape), indexing="ij")
     nodes = torch.stack([sum(index[row, k] * axes[k] for k in range(3)) + index[row, 3] for row in range(3)], dim=-1)
     size = torch.tensor(found.trust.shape, dtype=torch.float32)
     nodes = (2 * nodes + 1) / size - 1  # grid_sample's coordinates: -1 and 1 are the outer faces of the outer nodes
-    maps = np.concatenate([found.places_mm, found.trust[..., None], layer[..., None]], axis=-1)
+    maps = np.concatenate([found.places_mm, layers], axis=-1, dtype=np.float32)
     maps = torch.from_numpy(np.moveaxis(maps, -1, 0).copy())[None]
     sampled = F.grid_sample(maps, nodes.flip(-1)[None], mode="bilinear", padding_mode="border", align_corners=False)
     sampled = sampled[0].flatten(1).numpy()
-    return sampled[:3].T, sampled[3], sampled[4]
+    return sampled[:3].T, *sampled[3:]
 
 
-def _agreement(scan: Nodes, reference: Nodes, found: DenseMap) -> np.ndarray:
+def is_shown(scan: Nodes, reference: Nodes, back: DenseMap) -> np.ndarray:
+    """bool [d, h, w]: whether a place of the reference's body is mapped to within 16 mm of each node of the scan.
+
+    The map from scan to reference cannot tell: it finds a most similar place for everything, and moves what lies beyond
+    the reference's ends onto those ends.
+
+    Args:
+        back: maps the reference to the scan.
+    """
+    tree = cKDTree(back.places_mm[reference.body])
+    distance_mm, _ = tree.query(scan.points_mm.reshape(-1, 3), distance_upper_bound=NEAR_MM)
+    return np.isfinite(distance_mm).reshape(scan.shape)
+
+
+def _agreement(scan: Nodes, reference: Nodes, found: DenseMap, back: DenseMap) -> np.ndarray:
     """Weight of a reference among others at every node [d, h, w], more than 0: by score and cycle error."""
     score = np.clip(score_at_places(scan, reference, found.places_mm), -1, 1)
-    cycle_mm = cycle_of_maps_mm(found, map_nodes(reference, scan))
+    cycle_mm = cycle_of_maps_mm(found, back)
     return (np.exp((score - 1) / SCORE_SCALE) / (1 + (cycle_mm / CYCLE_SCALE_MM) ** 2)).astype(np.float32)
 
 

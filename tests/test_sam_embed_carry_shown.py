@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from datasets.ct.geometry import index_to_world
-from sam_embed.matching.carry import Reference
-from sam_embed.matching.dense import make_nodes
-from sam_embed.matching.shown import NEAR_MM, NODE_MM, carry_shown_labels, is_shown
+from sam_embed.matching.carry import NEAR_MM, NODE_MM, Reference, carry_labels, is_shown
+from sam_embed.matching.dense import make_nodes, map_nodes
 from tests.sam_fakes import AFFINE, SHAPE, lower_part, patient_embedding, to_atlas, to_patient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,9 +23,9 @@ def above_mm(points_mm: np.ndarray, num_slices: int) -> np.ndarray:
 def test_the_shown_part_ends_where_the_other_scan_ends(num_slices):
     """Points of the whole body, near the end too."""
     scan, other = patient_embedding(1), lower_part(2, num_slices)
-    points_mm = index_to_world(AFFINE, np.argwhere(scan.body.numpy()))
-    above = above_mm(points_mm, num_slices)
-    shown = is_shown(make_nodes(scan, NODE_MM), make_nodes(other, NODE_MM), points_mm)
+    nodes, others = make_nodes(scan, NODE_MM), make_nodes(other, NODE_MM)
+    above = above_mm(nodes.points_mm[nodes.body], num_slices)
+    shown = is_shown(nodes, others, map_nodes(others, nodes))[nodes.body]
     assert shown[above < 0].all() and not shown[above > NEAR_MM + 8].any()
 
 
@@ -42,7 +41,7 @@ def test_labels_end_where_the_reference_ends():
     reference = Reference(lower_part(2, num_slices), rod(2)[:num_slices], AFFINE)
     affine = AFFINE @ np.diag([0.5, 0.5, 0.5, 1.0])  # twice as fine as the embedding
     shape = tuple(2 * size for size in SHAPE)
-    alone = carry_shown_labels(patient_embedding(1), [reference], shape, affine)
+    alone = carry_labels(patient_embedding(1), [reference], shape, affine)
     points_mm = index_to_world(affine, np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1))
     above, truth = above_mm(points_mm, num_slices), rod(1).repeat(2, 0).repeat(2, 1).repeat(2, 2)
     hidden = above > NEAR_MM + 2 * NODE_MM
@@ -53,5 +52,5 @@ def test_labels_end_where_the_reference_ends():
     found, truth = alone.labels[seen] == 3, truth[seen] == 3
     assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.8
     whole = dataclasses.replace(reference, embedding=patient_embedding(3), labels=rod(3))
-    both = carry_shown_labels(patient_embedding(1), [reference, whole], shape, affine)
+    both = carry_labels(patient_embedding(1), [reference, whole], shape, affine)
     assert (both.labels[hidden & body] == 3).any()
