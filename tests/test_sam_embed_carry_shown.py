@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from datasets.ct.geometry import index_to_world
-from sam_embed.matching.carry import NEAR_MM, NODE_MM, Reference, carry_labels, is_shown
-from sam_embed.matching.dense import make_nodes, map_nodes
+from sam_embed.matching.carry import NODE_MM, Reference, carry_labels
+from sam_embed.matching.dense import NEAR_MM, is_shown, make_nodes, map_nodes
 from tests.sam_fakes import AFFINE, SHAPE, lower_part, patient_embedding, to_atlas, to_patient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +25,7 @@ def test_the_shown_part_ends_where_the_other_scan_ends(num_slices):
     scan, other = patient_embedding(1), lower_part(2, num_slices)
     nodes, others = make_nodes(scan, NODE_MM), make_nodes(other, NODE_MM)
     above = above_mm(nodes.points_mm[nodes.body], num_slices)
-    shown = is_shown(nodes, others, map_nodes(others, nodes))[nodes.body]
+    shown = is_shown(others, map_nodes(others, nodes), nodes.points_mm[nodes.body])
     assert shown[above < 0].all() and not shown[above > NEAR_MM + 8].any()
 
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.spatial import cKDTree
 
 from datasets.ct.geometry import mask_box, spacing_of, world_to_index
 from sam_embed.embeddings.embedding_store import Embedding
@@ -26,6 +25,7 @@ from sam_embed.matching.dense import (
     DenseMap,
     Nodes,
     cycle_of_maps_mm,
+    is_shown,
     make_nodes,
     map_nodes,
     score_at_places,
@@ -39,7 +39,6 @@ VOTE_MM = 3.0
 # Among several references: a similarity lower by 0.7 times the first, or a cycle error of the second, counts half.
 SCORE_SCALE = 0.05
 CYCLE_SCALE_MM = 12.0
-NEAR_MM = 16.0  # two nodes: mapped places lie about a node apart, more where the scan's patient is larger
 BACKGROUND = 0
 
 
@@ -135,7 +134,7 @@ def count_votes(
         found = map_nodes(nodes, theirs)
         back = map_nodes(theirs, nodes)
         agreement = _agreement(nodes, theirs, found, back) if len(references) > 1 else np.ones_like(found.trust)
-        layers = np.stack([found.trust, agreement, is_shown(nodes, theirs, back)], axis=-1)
+        layers = np.stack([found.trust, agreement, is_shown(theirs, back, nodes.points_mm)], axis=-1)
         places_mm, trust, weight, shown = sample_map(found, layers, shape, affine)
         label, exists = _labels_at(reference, places_mm)
         exists &= shown > 0.5
@@ -168,20 +167,6 @@ def sample_map(
     sampled = F.grid_sample(maps, nodes.flip(-1)[None], mode="bilinear", padding_mode="border", align_corners=False)
     sampled = sampled[0].flatten(1).numpy()
     return sampled[:3].T, *sampled[3:]
-
-
-def is_shown(scan: Nodes, reference: Nodes, back: DenseMap) -> np.ndarray:
-    """bool [d, h, w]: whether a place of the reference's body is mapped to within 16 mm of each node of the scan.
-
-    The map from scan to reference cannot tell: it finds a most similar place for everything, and moves what lies beyond
-    the reference's ends onto those ends.
-
-    Args:
-        back: maps the reference to the scan.
-    """
-    tree = cKDTree(back.places_mm[reference.body])
-    distance_mm, _ = tree.query(scan.points_mm.reshape(-1, 3), distance_upper_bound=NEAR_MM)
-    return np.isfinite(distance_mm).reshape(scan.shape)
 
 
 def _agreement(scan: Nodes, reference: Nodes, found: DenseMap, back: DenseMap) -> np.ndarray:

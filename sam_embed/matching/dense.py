@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from datasets.ct.geometry import index_to_world, world_to_index
@@ -35,6 +36,7 @@ CYCLE_SCALE_MM = 24.0  # matches that come back farther from where they started 
 SMOOTH_NODES = 1.5  # sigma of the smoothing of displacements, in nodes of the grid at hand
 CLOSENESS = (0.003, 0.01, 0.03, 0.1)  # per squared node, against similarities; of Heinrich's rounds the first ones
 LEAST_WEIGHT = 1e-3  # of the largest one: less around a node is nothing
+NEAR_MM = 16.0  # two nodes: mapped places lie about a node apart, more where the scan's patient is larger
 TRUST_SCALE_MM = 12.0  # a node whose own most similar place lies as far from the map is half trusted
 BYTES_PER_BLOCK = 2**26
 
@@ -165,6 +167,20 @@ def cycle_of_maps_mm(found: DenseMap, back: DenseMap) -> np.ndarray:
     nodes = np.stack(np.meshgrid(*map(np.arange, found.trust.shape), indexing="ij"), axis=-1)
     start_mm = index_to_world(found.affine, nodes).reshape(-1, 3)
     return np.linalg.norm(np.stack(returned, axis=-1) - start_mm, axis=-1).reshape(found.trust.shape)
+
+
+def is_shown(reference: Nodes, back: DenseMap, points_mm: np.ndarray) -> np.ndarray:
+    """Whether the reference shows a place of the scan: bool [...] for points [..., 3], world mm in the scan.
+
+    It does where a place of its body is mapped to within 16 mm. The map from scan to reference cannot tell: it finds a
+    most similar place for everything, and moves what lies beyond the reference's ends onto those ends.
+
+    Args:
+        back: maps the reference to the scan.
+    """
+    tree = cKDTree(back.places_mm[reference.body])
+    distance_mm, _ = tree.query(points_mm.reshape(-1, 3), distance_upper_bound=NEAR_MM)
+    return np.isfinite(distance_mm).reshape(points_mm.shape[:-1])
 
 
 def _smooth(values: np.ndarray, weight: np.ndarray) -> np.ndarray:

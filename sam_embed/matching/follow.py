@@ -2,7 +2,7 @@
 
 Each point is matched together with its neighbours (`sam_embed.matching.consensus`), and back. Score, cycle error and
 spread decide whether the match is trusted. A point whose match is not trusted may have no right place at all: the other
-scan may not show that part of the body (`sam_embed.matching.shown`).
+scan may not show that part of the body.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from datasets.lists.points import NamedPoints
 from datasets.samples.correspondences import ANY_MM, within
 from datasets.samples.pairings import PairingOptions
 from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.matching.carry import NODE_MM
 from sam_embed.matching.consensus import match_with_neighbours
-from sam_embed.matching.dense import make_nodes
+from sam_embed.matching.dense import is_shown, make_nodes, map_nodes
 from sam_embed.matching.match import cycle_error_mm, describe_box, inside
 from sam_embed.matching.mine import MiningOptions, lies_in_body
-from sam_embed.matching.shown import NODE_MM, is_shown
 
 TRUSTED, DOUBTFUL, OUTSIDE = "trusted", "doubtful", "outside"
 
@@ -94,7 +94,8 @@ def follow_points(
     is_trusted &= within(cycle_mm, options.max_cycle_mm) & within(spread_mm, options.max_spread_mm)
     is_outside = ~inside(key, matches.points_mm)
     if not is_trusted.all():
-        is_outside |= ~is_trusted & ~is_shown(make_nodes(query, NODE_MM), make_nodes(key, NODE_MM), points_mm)
+        theirs = make_nodes(key, NODE_MM)
+        is_outside |= ~is_trusted & ~is_shown(theirs, map_nodes(theirs, make_nodes(query, NODE_MM)), points_mm)
     verdict = np.where(is_outside, OUTSIDE, np.where(is_trusted, TRUSTED, DOUBTFUL))
     places_mm = np.where(is_outside[:, None], np.nan, matches.points_mm)
     return Followed(places_mm, matches.score, cycle_mm, spread_mm, verdict)
