@@ -265,6 +265,15 @@ def test_a_patient_on_both_sides_of_a_list_is_named(tmp_path):
         assert [case.group for case in listed("two")] == ["two"]
 
 
+@pytest.mark.parametrize("broken", ["training", "validation"])
+def test_sections_are_lists(tmp_path, broken):
+    touch(tmp_path, "a.nii")
+    content = {"training": [{"image": "a.nii"}], "validation": []} | {broken: {"image": "a.nii"}}
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    with pytest.raises(DataListError, match=f"list.json: '{broken}' is a dict, expected a list of cases"):
+        load_data_list(tmp_path / "list.json", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["", None])
 def test_an_empty_name_is_none(tmp_path, name):
     touch(tmp_path, "a.nii")

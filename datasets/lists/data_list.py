@@ -186,6 +186,9 @@ def load_data_list(
     """
     json_list, data_dir = Path(json_list), Path(data_dir)
     content = read_json_list(json_list)
+    for key in {"training", "validation", section} & content.keys():
+        if not isinstance(content[key], list):
+            raise DataListError(f"{json_list}: {key!r} is a {type(content[key]).__name__}, expected a list of cases")
     sections = {key: value for key, value in content.items() if isinstance(value, list)}
     if section not in sections and section != "validation":
         raise DataListError(f"{json_list}: no section {section!r}; it has {', '.join(sorted(sections)) or 'none'}")
