@@ -20,6 +20,7 @@ from benchmarks.pretrain_step import NOW
 from benchmarks.results import benchmark_parser, command, table
 from engine.device import autocast
 from models.backbones import BACKBONES
+from models.layers.window_attention import use_fast_window_attention
 from models.methods.alice import Alice
 from models.methods.method import Method
 
@@ -67,6 +68,7 @@ def run(flags: jsonargparse.Namespace) -> dict:
     for name, case in CASES.items():
         case = dataclasses.replace(case, backbone=flags.backbone)
         method = case.make(roi, feature_size, use_checkpoint=False, is_quick=flags.quick)
+        use_fast_window_attention(method, "monai")  # in one piece: thousands of small ones take long to walk through
         voxels = case.num_samples * case.num_crops * math.prod(roi)
         found[name] = {
             "num_crops": case.num_crops,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.ct.images import RADIOGRAPH
-from datasets.lists.data_list import Case, load_data_list
+from datasets.lists.data_list import Case, DataListError, load_data_list
 from datasets.lists.label_classes import read_classes
 from datasets.samples.anatomy import AnatomyPoints
 from datasets.samples.correspondences import CorrespondenceTable
@@ -56,6 +56,8 @@ def open_data(flags, method: Method | type[Method], world: World) -> Data:
         section: load_data_list(flags.json_list, flags.data_dir, section, must_exist=False)
         for section in ("training", "validation")
     }
+    if not cases["training"]:
+        raise DataListError(f"--json_list {flags.json_list}: no cases in 'training', so there is nothing to train with")
     store_dir = Path(flags.store_dir or Path(flags.output_dir) / "store")
     probed = probe_cases(flags)
     if world.is_main:

@@ -52,6 +52,13 @@ def test_pretraining_and_finetuning_say_which_flags_cure_it(tmp_path, monkeypatc
         finetuning.main(finetune_arguments(labelled, tmp_path / "finetuned"))
 
 
+def test_a_list_without_cases_is_named(tmp_path):
+    corpus = add_store_and_table(make_corpus(tmp_path))
+    (tmp_path / "empty.json").write_text('{"training": []}')
+    with pytest.raises(ValueError, match=r"--json_list .*empty.json: no cases in 'training'"):
+        main_ddp.main([*smallest(corpus, tmp_path / "run"), "--json_list", str(tmp_path / "empty.json")])
+
+
 @pytest.mark.parametrize(
     "error",
     [
