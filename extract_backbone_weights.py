@@ -123,6 +123,12 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3 | N
         raise CheckpointError(f"{path}: does not fit {built}: none of its keys fits by name and shape") from error
     if report.misshapen or report.unexpected:
         raise CheckpointError(f"does not fit {built}: {report.describe()}")
+    encoder = encoder_keys(name, backbone["feature_size"], roi, spatial_dims)
+    if lacking := [key for key in report.missing if key in encoder]:
+        raise CheckpointError(
+            f"{path}: damaged: of the {len(encoder)} entries of its encoder {len(lacking)} are missing, first "
+            f"{lacking[0]}"
+        )
     counts = {part: report.counts(prefixes) for part, prefixes in parts.items()}
     shares = ", ".join(f"{part} {matched}/{wanted}" for part, (matched, wanted) in counts.items())
     message = f"{built}: {shares} keys matched"
@@ -131,6 +137,12 @@ def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3 | N
         modules = sorted({key.split(".")[0] for key in report.missing if key.startswith(parts["encoder"])})
         message += f" ({', '.join(modules)} not trained by this run's objectives)"
     return message
+
+
+def encoder_keys(name: str, feature_size: int, roi: Size3 | None, spatial_dims: int) -> set[str]:
+    """Names that every run of a backbone trains: those of its encoder without skip blocks."""
+    any_roi = (1, 96, 96) if spatial_dims == 2 else (96, 96, 96)
+    return set(BACKBONES[name](feature_size, roi or any_roi, None, False, with_masks=False).network.state_dict())
 
 
 def check_layout(flags, backbone: dict) -> None:

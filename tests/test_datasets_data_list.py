@@ -265,6 +265,12 @@ def test_a_patient_on_both_sides_of_a_list_is_named(tmp_path):
         assert [case.group for case in listed("two")] == ["two"]
 
 
+def test_a_path_with_a_zero_byte_is_none(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a\0b.nii.gz"}]}))
+    with pytest.raises(DataListError, match="list.json: an entry of 'training' has no 'image' path"):
+        load_data_list(tmp_path / "list.json", tmp_path, must_exist=False)
+
+
 @pytest.mark.parametrize("broken", ["training", "validation"])
 def test_sections_are_lists(tmp_path, broken):
     touch(tmp_path, "a.nii")

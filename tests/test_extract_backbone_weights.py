@@ -97,6 +97,15 @@ def test_weights_that_are_not_finite_are_no_result(checkpoint, tmp_path, key, na
         start_from(build(), tmp_path / "broken.pth")
 
 
+def test_an_encoder_with_a_hole_is_refused(checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)
+    del state["teacher"]["backbone.network.swinViT.patch_embed.proj.weight"]
+    torch.save(state, tmp_path / "hole.pth")
+    with pytest.raises(CheckpointError, match=r"hole.pth: damaged: .* 1 are missing, first swinViT.patch_embed.proj"):
+        extract(tmp_path / "hole.pth", tmp_path / "out.pth", "--checkpoint_key", "teacher")
+    assert not (tmp_path / "out.pth").exists()
+
+
 @pytest.mark.parametrize("name", ["epoch", "backbone"])
 def test_a_checkpoint_that_lacks_an_entry_names_it(checkpoint, tmp_path, name):
     state = torch.load(checkpoint, weights_only=True)

@@ -198,7 +198,8 @@ def bad_config(good: Good, folder: Path, rng: random.Random) -> Attempt:
     key = content.split(b":")[0].decode(errors="replace").strip()
     line = good.training_words(folder / "run")
     line = [word for at, word in enumerate(line) if f"--{key}" not in (word, line[at - 1])]
-    return Attempt("main_ddp", ("--config", str(config), *line), (str(config), "recipe.yaml", f"--{key}", f"'{key}'"))
+    named = (f"--{key}", f"'{key}'", f'"{key}"')
+    return Attempt("main_ddp", ("--config", str(config), *line), (str(config), "recipe.yaml", *named))
 
 
 FAULTS: Faults = {

@@ -351,7 +351,7 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
     entries = [(key, entry) for key in sorted(sections) for entry in sections[key]]
     plain = [entry if isinstance(entry, dict) else {"image": entry} for _, entry in entries]
     for entry, (key, received) in zip(plain, entries):
-        if not isinstance(entry.get("image"), str):
+        if not isinstance(entry.get("image"), str) or "\0" in entry["image"]:
             raise DataListError(f"{json_list}: an entry of {key!r} has no 'image' path: {received!r}")
     unnamed = [entry["image"] for entry in plain if entry.get("name") in (None, "")]
     unnamed = list(dict.fromkeys(unnamed))  # an image may stand in two sections
