@@ -80,10 +80,10 @@ def embed_tensor(network: AnatomicalEmbedder, volume: Tensor, memory_mb: float =
     """The outputs of `network(volume)` for one volume [1, 1, D, H, W], as float16 [C, d, h, w] on the CPU.
 
     Raises:
-        ValueError: `memory_mb` is not above 0, or a network that cannot be cut needs more.
+        ValueError: `memory_mb` is no size, or a network that cannot be cut needs more.
     """
-    if not memory_mb > 0:
-        raise ValueError(f"--memory_mb {memory_mb:g}: expected more than 0")
+    if not 0 < memory_mb < math.inf:
+        raise ValueError(f"--memory_mb {memory_mb:g}: expected a size in MB, more than 0")
     if network.training:
         raise ValueError("embedding needs the network in evaluation mode: call network.eval() first")
     if network.options.norm != "batch":
@@ -142,7 +142,7 @@ def _run_stage(stage: _Stage, x: Tensor, memory_mb: float) -> Tensor:
     """Run a stage [1, C, D, H, W] -> [1, C', D', H', W'] slab by slab."""
     depth = x.shape[2]
     bytes_per_slice = LIVE_MAPS * max(stage.width, x.shape[1]) * x[0, 0, 0].numel() * x.element_size()
-    num_slices = int(min(memory_mb * 2**20 / bytes_per_slice, depth + 2 * stage.halo)) - 2 * stage.halo
+    num_slices = int(memory_mb * 2**20 / bytes_per_slice) - 2 * stage.halo
     num_slices = max(stage.depth_stride, num_slices // stage.depth_stride * stage.depth_stride)
     if num_slices >= depth:
         return stage.run(x)
