@@ -59,12 +59,12 @@ def patient_landmarks(seed: int) -> dict[str, np.ndarray]:
     return {name: to_patient(seed, place) for name, place in ATLAS_LANDMARKS_MM.items()}
 
 
-def atlas_labels(seed: int, shape=SHAPE, affine=AFFINE) -> np.ndarray:
-    """Two round organs of the common atlas, as a patient shows them."""
+def atlas_labels(seed: int, shape=SHAPE, affine=AFFINE, organs=ORGANS) -> np.ndarray:
+    """Round organs of the common atlas (label: centre and radius, mm), as a patient shows them."""
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
     place = to_atlas(seed, index_to_world(affine, index))
     labels = np.zeros(shape, np.uint8)
-    for value, (centre, radius) in ORGANS.items():
+    for value, (centre, radius) in organs.items():
         labels[np.linalg.norm(place - centre, axis=-1) < radius] = value
     return labels
 

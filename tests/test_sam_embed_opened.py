@@ -10,9 +10,14 @@ import torch
 
 from sam_embed.embeddings.body_coordinates import BodyCoordinates
 from sam_embed.embeddings.compact import FP16, Storage
-from sam_embed.embeddings.embedding_store import embedded_cases, embedding_path, load_embedding, save_embedding
+from sam_embed.embeddings.embedding_store import (
+    EmbedDirError,
+    embedded_cases,
+    embedding_path,
+    load_embedding,
+    save_embedding,
+)
 from sam_embed.embeddings.opened import (
-    OpenedError,
     OpenedVectors,
     check_embeddings,
     num_channels,
@@ -115,19 +120,19 @@ def test_no_file_stays_open_and_no_memory_is_kept(embed_dir):
 
 
 def test_missing_mixed_and_strange_embeddings_are_refused_by_name(tmp_path):
-    with pytest.raises(OpenedError, match="--embed_dir .* holds no embedding of these 4 cases"):
+    with pytest.raises(EmbedDirError, match="--embed_dir .* holds no embedding of these 4 cases"):
         num_channels(tmp_path, NAMES)
     for seed in range(2):
         save_embedding(tmp_path, dataclasses.replace(patient_embedding(seed), source=f"store:{seed}:0:DIGEST{seed}"))
     identities = {f"patient{seed}": f"store:other:1:DIGEST{seed}" for seed in range(2)}
     assert check_embeddings(tmp_path, identities) == "atlas", "the same files, stored at another spacing"
     assert check_embeddings(tmp_path, dict.fromkeys(identities, "store:9:9")) == "atlas", "an older store says no file"
-    with pytest.raises(OpenedError, match="1 of 3 cases have no embedding, first patient7.*--embed_dir"):
+    with pytest.raises(EmbedDirError, match="1 of 3 cases have no embedding, first patient7.*--embed_dir"):
         check_embeddings(tmp_path, identities | {"patient7": ""})
-    with pytest.raises(OpenedError, match="1 of 2 cases were embedded from other files.*--store_dir, first patient1"):
+    with pytest.raises(EmbedDirError, match="1 of 2 cases were embedded from other files.*--store_dir, first patient1"):
         check_embeddings(tmp_path, identities | {"patient1": "store:other:1:ANOTHER"})
     save_embedding(tmp_path, dataclasses.replace(patient_embedding(1), fingerprint="another"))
-    with pytest.raises(OpenedError, match="different weights.*another: patient1"):
+    with pytest.raises(EmbedDirError, match="different weights.*another: patient1"):
         check_embeddings(tmp_path, identities)
 
 

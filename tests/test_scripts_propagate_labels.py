@@ -8,27 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.ct.geometry import index_to_world
 from datasets.ct.nifti import write_nifti
 from datasets.lists.data_list import load_data_list
 from engine.distributed import World
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.network import AnatomicalEmbedder
 from scripts import propagate_labels
-from tests.sam_fakes import AFFINE, SHAPE, compact_options, patient_volume, save_embedder, to_atlas
+from tests.sam_fakes import AFFINE, SHAPE, atlas_labels, compact_options, patient_volume, save_embedder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ORGANS = {2: ((-30, 10, -560), 35.0), 7: ((45, -20, -570), 30.0)}  # value: centre and radius, atlas mm
-
-
-def labels_of(seed: int) -> np.ndarray:
-    index = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)
-    place = to_atlas(seed, index_to_world(AFFINE, index))
-    labels = np.zeros(SHAPE, np.uint8)
-    for value, (centre, radius) in ORGANS.items():
-        labels[np.linalg.norm(place - centre, axis=-1) < radius] = value
-    return labels
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +28,7 @@ def corpus(tmp_path_factory):
     for seed in range(2):
         volume = patient_volume(seed)
         write_nifti(folder / f"patient{seed}.nii.gz", volume.array, volume.affine)
-        write_nifti(folder / f"patient{seed}_label.nii.gz", labels_of(seed), volume.affine)
+        write_nifti(folder / f"patient{seed}_label.nii.gz", atlas_labels(seed, organs=ORGANS), volume.affine)
     (folder / "images").mkdir()
     nib.save(nib.as_closest_canonical(nib.load(folder / "patient0.nii.gz")), folder / "images" / "same_0000.nii.gz")
     (folder / "images" / "other_0000.nii.gz").write_bytes((folder / "patient1.nii.gz").read_bytes())

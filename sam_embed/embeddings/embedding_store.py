@@ -9,7 +9,7 @@ its header shows damage that came later.
 import json
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,12 @@ from sam_embed.embeddings.compact import FP16, Storage, pack, unpack
 SUFFIX = ".safetensors"
 FORMAT = "sam_embed.embedding.1"
 COMPACT_FORMAT = "sam_embed.embedding.2"
+NUM_NAMED = 5  # cases that a message names
 EMBED_AGAIN = "delete it and embed the case again (scripts/generate_sam_embeddings.py)"
+
+
+class EmbedDirError(ValueError):
+    """A folder of embeddings that a run cannot use; the message names cases and the flag."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +170,34 @@ def stored_header(embed_dir: str | Path, name: str) -> dict[str, str]:
             return stored.metadata() or {}
     except (FileNotFoundError, SafetensorError):
         return {}
+
+
+def common_weights(embed_dir: str | Path, headers: Mapping[str, Mapping[str, str]]) -> str:
+    """The fingerprint of the weights behind some cases' embeddings, given the `stored_header` of each.
+
+    Raises:
+        EmbedDirError: cases without an embedding, or embeddings of several SAMs.
+    """
+    by_weights: dict[str | None, list[str]] = {}
+    for name, header in headers.items():
+        by_weights.setdefault(header.get("fingerprint"), []).append(name)
+    if missing := by_weights.get(None):
+        raise EmbedDirError(
+            f"--embed_dir {embed_dir}: {len(missing)} of {len(headers)} cases have no embedding, first "
+            f"{named(missing)}; run scripts/generate_sam_embeddings.py with this --embed_dir"
+        )
+    if len(by_weights) > 1:
+        listed = "; ".join(f"{weights}: {named(cases)}" for weights, cases in by_weights.items())
+        raise EmbedDirError(
+            f"--embed_dir {embed_dir}: embeddings of different weights ({listed}); embed all cases with one "
+            "--checkpoint_file (scripts/generate_sam_embeddings.py)"
+        )
+    return next(iter(by_weights))
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    return ", ".join(names[:NUM_NAMED]) + (", ..." if len(names) > NUM_NAMED else "")
 
 
 def load_embedding(embed_dir: str | Path, name: str) -> Embedding:

@@ -27,17 +27,20 @@ from tqdm import tqdm
 from datasets.ct.geometry import index_to_world
 from datasets.store.files import write_bytes
 from datasets.store.format import is_same_volume
-from sam_embed.embeddings.embedding_store import SUFFIX, embedding_path, load_embedding, stored_header
+from sam_embed.embeddings.embedding_store import (
+    SUFFIX,
+    EmbedDirError,
+    common_weights,
+    embedding_path,
+    load_embedding,
+    named,
+    stored_header,
+)
 
 FOLDER = "opened"
 FORMAT = "sam_embed.opened.1"
 LARGEST_CODE = 127
-NUM_NAMED = 5  # cases that a message names
 PART_TYPES = {"row_of": np.int32, "rows": np.int8, "coarse": np.int8}
-
-
-class OpenedError(ValueError):
-    """Embeddings that a run cannot read vectors from; the message names cases and the flag."""
 
 
 def opened_path(embed_dir: str | Path, name: str) -> Path:
@@ -52,42 +55,24 @@ def check_embeddings(embed_dir: str | Path, identities: Mapping[str, str]) -> st
         identities: case -> identity of its volume now (`CaseRecord.identity`).
 
     Raises:
-        OpenedError: cases without an embedding, embeddings of several SAMs, or of other files than the volumes.
+        EmbedDirError: cases without an embedding, embeddings of several SAMs, or of other files than the volumes.
     """
     headers = {name: stored_header(embed_dir, name) for name in identities}
-    if missing := [name for name, header in headers.items() if "fingerprint" not in header]:
-        raise OpenedError(
-            f"--embed_dir {embed_dir}: {len(missing)} of {len(headers)} cases have no embedding, first "
-            f"{named(missing)}; run scripts/generate_sam_embeddings.py with this --embed_dir"
-        )
-    by_weights: dict[str, list[str]] = {}
-    for name, header in headers.items():
-        by_weights.setdefault(header["fingerprint"], []).append(name)
-    if len(by_weights) > 1:
-        listed = "; ".join(f"{weights}: {named(cases)}" for weights, cases in by_weights.items())
-        raise OpenedError(
-            f"--embed_dir {embed_dir}: embeddings of different weights ({listed}); embed all cases with one "
-            "--checkpoint_file (scripts/generate_sam_embeddings.py)"
-        )
+    weights = common_weights(embed_dir, headers)
     sources = {name: header.get("source", "") for name, header in headers.items()}
     if moved := [name for name, source in sources.items() if is_same_volume(source, identities[name]) is False]:
-        raise OpenedError(
+        raise EmbedDirError(
             f"--embed_dir {embed_dir}: {len(moved)} of {len(headers)} cases were embedded from other files than those "
             f"of --store_dir, first {named(moved)}; embed them again (scripts/generate_sam_embeddings.py)"
         )
-    return next(iter(by_weights))
-
-
-def named(names: Sequence[str]) -> str:
-    """The first few of some names."""
-    return ", ".join(names[:NUM_NAMED]) + (", ..." if len(names) > NUM_NAMED else "")
+    return weights
 
 
 def num_channels(embed_dir: str | Path, names: Sequence[str]) -> int:
     """Channels of the vectors that `OpenedVectors` reads: fine and coarse joined, as the first embedded case has them.
 
     Raises:
-        OpenedError: none of the cases has a usable embedding.
+        EmbedDirError: none of the cases has a usable embedding.
     """
     for name in names:
         if not stored_header(embed_dir, name):
@@ -96,7 +81,7 @@ def num_channels(embed_dir: str | Path, names: Sequence[str]) -> int:
         compact = header["__metadata__"].get("compact")
         maps = json.loads(compact)["maps"] if compact else header
         return maps["fine"]["shape"][0] + maps["coarse"]["shape"][0]
-    raise OpenedError(
+    raise EmbedDirError(
         f"--embed_dir {embed_dir} holds no embedding of these {len(names)} cases (--json_list); run "
         "scripts/generate_sam_embeddings.py with this --embed_dir"
     )

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from datasets.samples.correspondence_files import FORMAT_VERSION
 from datasets.samples.correspondences import CorrespondenceTable
 from datasets.store.files import write_bytes
-from sam_embed.embeddings.embedding_store import EmbeddingCache, stored_header
+from sam_embed.embeddings.embedding_store import EmbeddingCache, common_weights, stored_header
 from sam_embed.matching.mine import MiningOptions, circles_of, mine_case, partners_on
 
 SHARD_FOLDER = "mined"
@@ -92,7 +92,7 @@ def mine_corpus(
     if len(names) < 2:
         raise ValueError(f"{embed_dir}: mining needs at least 2 embedded cases, found {len(names)} (--embed_dir)")
     headers = {name: stored_header(embed_dir, name) for name in names}
-    fingerprint = _one_fingerprint(embed_dir, headers)
+    fingerprint = common_weights(embed_dir, headers)
     sources = {name: header.get("source", "") for name, header in headers.items()}
     settings = {**dataclasses.asdict(options), "fingerprint": fingerprint, "format": FORMAT_VERSION}
     shards = _shards_on_circles(names, sections, patient_of, options, Path(output_dir), settings, sources)
@@ -160,22 +160,6 @@ def _finished_table(output_dir: str | Path, digest: str) -> CorrespondenceTable 
     except ValueError:  # none, or a damaged one
         return None
     return table if table.provenance.get("digest") == digest else None
-
-
-def _one_fingerprint(embed_dir: str | Path, headers: Mapping[str, Mapping[str, str]]) -> str:
-    """The weights behind all embeddings, or a complaint about mixed ones."""
-    by_fingerprint: dict[str | None, list[str]] = {}
-    for name, header in headers.items():
-        by_fingerprint.setdefault(header.get("fingerprint"), []).append(name)
-    if None in by_fingerprint:
-        raise ValueError(
-            f"{embed_dir}: {len(by_fingerprint[None])} of {len(headers)} cases have no usable embedding, first "
-            f"{', '.join(by_fingerprint[None][:3])}; run scripts/generate_sam_embeddings.py"
-        )
-    if len(by_fingerprint) > 1:
-        listed = "; ".join(f"{key}: {', '.join(cases[:3])}" for key, cases in by_fingerprint.items())
-        raise ValueError(f"{embed_dir}: embeddings of different weights ({listed}); embed all with one checkpoint")
-    return next(iter(by_fingerprint))
 
 
 def _wait_for(files: list[Path]) -> None:
