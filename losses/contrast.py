@@ -40,8 +40,7 @@ class KeyQueue(nn.Module):
 
     def no_negatives(self, cases: Tensor) -> Tensor:
         """Which slots are no negatives of a sample: bool [B, size] for the samples' own cases, int64 [B, V]."""
-        is_own = (self.owners[:, None] == cases[:, None, :]).any(-1)  # [B, size]
-        return is_own | (self.owners == EMPTY)
+        return owned_by(cases, self.owners) | (self.owners == EMPTY)
 
     @torch.no_grad()
     def collect(self, keys: Tensor, owners: Tensor) -> None:
@@ -64,6 +63,11 @@ class KeyQueue(nn.Module):
     def forget(self) -> None:
         """Drop what was collected since the last `apply`."""
         self._pending = []
+
+
+def owned_by(cases: Tensor, owners: Tensor) -> Tensor:
+    """Which keys, of the cases `owners` int64 [K], show one of a sample's own cases, int64 [B, V]: bool [B, K]."""
+    return (owners[:, None] == cases[:, None, :]).any(-1)
 
 
 def joined(rows: Tensor) -> Tensor:

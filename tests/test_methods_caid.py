@@ -411,6 +411,43 @@ def test_two_ranks_hold_the_same_queue_in_the_order_of_the_samples(tmp_path) -> 
     torch.testing.assert_close(queues[0]["keys"], method.queue.keys)
 
 
+def run_rank_without_queue(rank: int, folder: str) -> None:
+    """One of two samples, of two ranks' batch; each rank's loss and its gradients' mean over ranks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    method, batch = small_method(queue_size=0), small_batch(4)
+    total, _ = method({name: value[2 * rank : 2 * rank + 2] for name, value in batch.items()}, {"step": 0})
+    total.backward()
+    gradients = [parameter.grad for parameter in method.student.parameters()]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    torch.save((total.detach(), [gradient / 2 for gradient in gradients]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_without_a_queue_two_ranks_equal_one_process(tmp_path) -> None:
+    run_ranks(run_rank_without_queue, (str(tmp_path),))
+    losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)))
+    method = small_method(queue_size=0)
+    total, terms = method(small_batch(4), {"step": 0})
+    total.backward()
+    torch.testing.assert_close(sum(losses) / 2, total.detach())
+    for name_and_value, gradient in zip(method.student.named_parameters(), gradients[0], strict=True):
+        torch.testing.assert_close(name_and_value[1].grad, gradient, rtol=1e-4, atol=1e-6)
+    assert terms["loss_nce"] > 1 and "queue_filled" not in terms
+
+
+def test_without_a_queue_the_steps_other_volumes_are_the_negatives() -> None:
+    """By hand: of four samples, two of one volume, a row has three or two negatives, all orthogonal to it."""
+    method, cases = small_method(queue_size=0, caid_temp=1.0), torch.tensor([[0, 0], [1, 1], [2, 2], [2, 2]])
+    corners = torch.eye(8)
+    _, terms = method.compare(corners[:4], corners[:4], None, corners, cases)
+    rows_with = {negatives: math.log(math.e + negatives) - 1 for negatives in (3, 2)}
+    assert float(terms["loss_nce"]) == pytest.approx((2 * rows_with[3] + 2 * rows_with[2]) / 4, abs=1e-6)
+    method.after_step({"step": 0}, was_skipped=False)
+    assert not len(method.queue.keys)
+
+
 # Options
 
 
@@ -449,7 +486,7 @@ def test_one_sample_a_step_works() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value", [("queue_size", 0), ("caid_dim", 0), ("caid_temp", 0.0), ("lambda_restore", 0.0)]
+    "name, value", [("queue_size", -1), ("caid_dim", 0), ("caid_temp", 0.0), ("lambda_restore", 0.0)]
 )
 def test_impossible_settings_are_refused_by_name(name, value) -> None:
     with pytest.raises(ValueError, match=f"--{name} {value}"):

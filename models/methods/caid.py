@@ -6,7 +6,7 @@ al., 2020). From the maps of Q a decoder restores Q as it was before it was dist
     student   backbone.encode(Q) -> mean over the deepest map -> head -> q, length 1
               backbone.decode    -> sigmoid -> restored Q
     teacher   backbone.encode(K) -> mean over the deepest map -> head -> k, length 1; a moving average of the student
-    queue     the last k of all ranks, and whose volumes they are
+    queue     the last k of all ranks, and whose volumes they are; with --queue_size 0 the k of this step
 
     loss = loss_nce + lambda_restore * loss_restore
     loss_nce      InfoNCE of q.k among q.queue (losses/contrast.py), with the queue from before this step
@@ -18,6 +18,10 @@ Where this differs from the published code, on purpose: the target is mirrored w
 or of the sample's own volumes are no negatives; validation changes neither teacher nor queue, and sees the same samples
 every time; the input is distorted and the crop restored by two flags of their own. While the queue fills, loss_nce
 rises for want of negatives before: it says nothing of which checkpoint is best.
+
+--queue_size 0 takes the step's other keys, of all ranks, as negatives (MoCo v3, Chen et al., ICCV 2021). In short runs
+the teacher moves fast, and it is then enough for a network to tell the keys of this step from older ones; its features
+become one point. Keys of one step have one age. Each part of an accumulated step is compared by itself.
 
 Where the backbone has batch norms (`sees_batch`), the teacher's take the statistics of its own batches, as published.
 In place of the published shuffling of keys they are synchronised over ranks (--sync_batchnorm).
@@ -35,7 +39,7 @@ from torch import Tensor, nn
 
 from datasets.samples.distort import DistortOptions
 from losses.collapse import feature_spread
-from losses.contrast import KeyQueue, contrast_logits, contrast_loss, directions
+from losses.contrast import KeyQueue, contrast_logits, contrast_loss, directions, joined, owned_by
 from losses.reconstruction import reconstruction_error
 from models.backbones.interface import Backbone, MakeBackbone, pool_tokens
 from models.layers.batch_norm import has_batch_norms
@@ -50,7 +54,8 @@ class CaidOptions(DistortOptions):
         caid_restore: restore the query's crop; false = instance discrimination alone, without decoder
         caid_corrupt: distort the views; false = intensity augmentation alone
         lambda_restore: weight of loss_restore
-        queue_size: keys of earlier steps to compare with; best well below the number of volumes (published: 65536)
+        queue_size: keys of earlier steps to compare with, best well below the number of volumes (published: 65536); 0 =
+            with the other samples of the step
         caid_dim: width of the compared features
         caid_temp: temperature of the comparison
         momentum_teacher: EMA momentum of the teacher, constant
@@ -65,9 +70,9 @@ class CaidOptions(DistortOptions):
     momentum_teacher: float = 0.999
 
     def __post_init__(self) -> None:
-        for name in ("queue_size", "caid_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
+        for name, least in (("queue_size", 0), ("caid_dim", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected {least} or more")
         for name in ("lambda_restore", "caid_temp"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected more than 0")
@@ -137,9 +142,9 @@ class CAiD(Method):
             cases: int64 [B, 2].
         """
         queries, keys = directions(queries), directions(keys)
-        left_out = self.queue.no_negatives(cases)
-        logits = contrast_logits(queries, keys, self.queue.keys, self.options.caid_temp, left_out)
-        if self.training:
+        negatives, left_out = self.negatives(keys, cases)
+        logits = contrast_logits(queries, keys, negatives, self.options.caid_temp, left_out)
+        if self.training and self.options.queue_size:
             self.queue.collect(keys, cases[:, 1])
         total = loss_nce = contrast_loss(logits)
         terms = {"loss_nce": loss_nce.detach()}
@@ -148,10 +153,21 @@ class CAiD(Method):
             total = loss_nce + self.options.lambda_restore * loss_restore
             terms["loss_restore"] = loss_restore.detach()
         terms["top1"] = (logits.argmax(1) == 0).float().mean()
-        terms["queue_filled"] = self.queue.share_filled
+        if self.options.queue_size:
+            terms["queue_filled"] = self.queue.share_filled
         if len(queries) > 1:
             terms["feature_std"] = feature_spread(queries)
         return total, terms
+
+    def negatives(self, keys: Tensor, cases: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries are compared with, [K, caid_dim], and which of it is no negative of a sample, bool [B, K].
+
+        Args:
+            as for `compare`; keys of length 1.
+        """
+        if self.options.queue_size:
+            return self.queue.keys, self.queue.no_negatives(cases)
+        return joined(keys), owned_by(cases, joined(cases[:, 1]))
 
     def after_step(self, now: Now, was_skipped: bool) -> None:
         """Move the teacher and put the keys into the queue; after a skipped step neither happens."""
