@@ -1,12 +1,14 @@
 """Reading and writing the network's weights: our own checkpoints and the published files, without running their code.
 
 Our format is a dictionary of tensors and plain values: `kind` = "sam_embed", `state_dict`, `options` (of the
-constructor), `preprocessing` (see `EmbedderInfo`) and whatever the training adds (step, optimiser, commit, ...).
+constructor), `preprocessing` (see `EmbedderInfo`) and whatever the training adds (step, optimiser, commit, ...). A
+.safetensors holds the weights alone, in half precision, and the rest as text in its header.
 Published files are a bare state dict, or what mmcv writes: {"meta", "state_dict", ...}, names perhaps behind `module.`.
 """
 
 import dataclasses
 import hashlib
+import json
 import math
 import pickle
 import textwrap
@@ -15,12 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from datasets.ct.geometry import CANONICAL_AXCODES
+from datasets.store.files import write_bytes
 from sam_embed.network import AnatomicalEmbedder
 
 KIND = "sam_embed"
+SHIPPED = Path(__file__).resolve().parents[1] / "weights" / "sam_phantom.safetensors"  # comes with the repository
 PREFIXES = ("module.", "model.")
 
 
@@ -91,11 +97,32 @@ def embedder_checkpoint(network: AnatomicalEmbedder, info: EmbedderInfo, **extra
     }
 
 
-def load_embedder(checkpoint_file: str | Path) -> tuple[AnatomicalEmbedder, EmbedderInfo]:
-    """Build the network that a file's weights fit, on the CPU and in evaluation mode.
+def write_small(path: str | Path, network: AnatomicalEmbedder, info: EmbedderInfo, card: Mapping) -> None:
+    """Write the weights alone in half precision, a quarter of a checkpoint that can resume.
 
     Args:
-        checkpoint_file: our own checkpoint, a bare published state dict, or an mmcv file of SAM or UAE-S.
+        path: ends in .safetensors.
+        card: what else is known of the weights, plain values.
+
+    Raises:
+        CheckpointError: a weight that half precision cannot hold, or another suffix.
+    """
+    if Path(path).suffix != SHIPPED.suffix:
+        raise CheckpointError(f"{path}: expected a name that ends in {SHIPPED.suffix} (--output)")
+    weights = network.state_dict()
+    halved = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    if lost := [name for name, value in halved.items() if not torch.isfinite(value).all()]:
+        raise CheckpointError(f"{path}: half precision does not hold the values of {lost[0]}")
+    described = embedder_checkpoint(network, info, card=dict(card))
+    texts = {name: json.dumps(value) for name, value in described.items() if name != "state_dict"}
+    write_bytes(path, save({name: value.contiguous() for name, value in halved.items()}, metadata=texts))
+
+
+def load_embedder(checkpoint_file: str | Path) -> tuple[AnatomicalEmbedder, EmbedderInfo]:
+    """Build the network that a file's weights fit, on the CPU, in float32 and in evaluation mode.
+
+    Args:
+        checkpoint_file: our checkpoint or .safetensors, a bare published state dict, or an mmcv file of SAM or UAE-S.
 
     Raises:
         CheckpointError: no such file, not loadable without running code, names and shapes that do not fit, or a network
@@ -142,6 +169,8 @@ def _network_of(options: object, source: str | Path) -> AnatomicalEmbedder:
 def _load_plain(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint (--checkpoint_file)")
+    if path.suffix == SHIPPED.suffix:
+        return _load_small(path)
     try:
         # mmcv's meta may hold numpy numbers (a best score).
         with torch.serialization.safe_globals(numpy_globals()):
@@ -152,6 +181,17 @@ def _load_plain(path: Path) -> dict:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights")
     return dict(content)
+
+
+def _load_small(path: Path) -> dict:
+    """The content of a .safetensors by `write_small`, under the names of a checkpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            described = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as weights of a SAM network ({error})") from error
+    return {**described, "state_dict": weights}
 
 
 def numpy_globals() -> list:

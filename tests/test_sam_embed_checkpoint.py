@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sam_embed.checkpoint import CheckpointError, EmbedderInfo, embedder_checkpoint, load_embedder
+from sam_embed.checkpoint import CheckpointError, EmbedderInfo, embedder_checkpoint, load_embedder, write_small
 from sam_embed.network import AnatomicalEmbedder
 from tests.sam_fakes import compact_options, save_embedder
 
@@ -113,3 +113,31 @@ def test_other_files_are_refused_by_name(tmp_path, content, capsys):
     with pytest.raises(CheckpointError, match=r"bad\.pth"):
         load_embedder(path)
     assert "must not run" not in capsys.readouterr().out
+
+
+def test_a_small_file_holds_the_weights_in_half_precision_and_says_what_they_are(tmp_path):
+    network, info = small_network(), EmbedderInfo(spacing_mm=(4.0, 4.0, 4.0), hu_max=600.0)
+    save_embedder(tmp_path / "sam.pth", network, info)
+    write_small(tmp_path / "sam.safetensors", network, info, {"steps": 3})
+    loaded, found = load_embedder(tmp_path / "sam.safetensors")
+    assert loaded.options == network.options and found.preprocessing() == info.preprocessing() and not loaded.training
+    for name, tensor in network.state_dict().items():
+        kept = loaded.state_dict()[name]
+        assert kept.dtype == tensor.dtype and torch.equal(kept, tensor.half().to(tensor.dtype))
+    again, copied = load_embedder(tmp_path / "sam.safetensors")
+    assert copied.fingerprint == found.fingerprint != load_embedder(tmp_path / "sam.pth")[1].fingerprint
+    assert (tmp_path / "sam.safetensors").stat().st_size < 0.6 * (tmp_path / "sam.pth").stat().st_size
+
+
+def test_a_small_file_that_is_damaged_or_cannot_hold_the_weights_is_refused(tmp_path):
+    network, path = small_network(), tmp_path / "sam.safetensors"
+    write_small(path, network, EmbedderInfo(), {})
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="sam.safetensors: not readable as weights of a SAM network"):
+        load_embedder(path)
+    with pytest.raises(CheckpointError, match="sam.pth: expected a name that ends in .safetensors"):
+        write_small(tmp_path / "sam.pth", network, EmbedderInfo(), {})
+    with torch.no_grad():
+        next(network.parameters()).fill_(1e6)
+    with pytest.raises(CheckpointError, match="half precision does not hold"):
+        write_small(path, network, EmbedderInfo(), {})

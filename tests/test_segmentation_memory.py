@@ -14,8 +14,6 @@ from engine.segmentation.memory import (
     Recall,
     Sam,
     make_memory,
-    reference_of,
-    remember,
 )
 from engine.segmentation.prior import SPREAD, Votes, class_shares, fuse, prior_of
 from engine.segmentation.remembering import BLURS_MM, WEIGHTS, learn_strength, left_out_dice
@@ -26,6 +24,7 @@ from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import count_votes
 from sam_embed.matching.dense import make_nodes, thinned
+from sam_embed.matching.kept import kept, load_references, reference_of, save_references
 from tests.sam_fakes import (
     AFFINE,
     SHAPE,
@@ -54,7 +53,7 @@ def labels_of(seed: int) -> Volume:
 
 
 def memory_of(*seeds: int, **changed) -> Memory:
-    cases = [remember(patient(seed), labels_of(seed)) for seed in seeds]
+    cases = [kept(patient(seed), labels_of(seed)) for seed in seeds]
     return dataclasses.replace(Memory(cases, {"path": "sam.pth", "fingerprint": "atlas"}, NUM_CLASSES), **changed)
 
 
@@ -163,7 +162,7 @@ def test_a_large_case_takes_less_than_a_megabyte(tmp_path):
     scan = Embedding("large", fine, coarse, affine, affine @ np.diag([1.0, 4, 4, 1]), body=body, fingerprint="x")
     index = np.stack(np.meshgrid(*(np.arange(4 * side) for side in shape), indexing="ij"), axis=-1)
     label = (np.sin(index / [9, 7, 11]).prod(-1) > 0.6).astype(np.uint8) * 7
-    case = remember(scan, Volume(label, np.diag([2.0, 2.0, 2.0, 1.0]), ""))
+    case = kept(scan, Volume(label, np.diag([2.0, 2.0, 2.0, 1.0]), ""))
     torch.save(case, tmp_path / "case.pth")
     assert (tmp_path / "case.pth").stat().st_size < 1e6
 
@@ -207,14 +206,38 @@ def test_a_case_never_remembers_itself():
 def test_a_scan_without_a_patient_is_left_to_the_network():
     empty = dataclasses.replace(patient(3), body=torch.zeros(SHAPE, dtype=torch.bool))
     assert recall_of(1).prior(empty, SHAPE, AFFINE) is None
-    with pytest.raises(ValueError, match="patient3 shows no patient.*--memory"):
-        remember(empty, labels_of(3))
+    with pytest.raises(ValueError, match="patient3 shows no patient"):
+        kept(empty, labels_of(3))
+
+
+def test_a_file_of_references_holds_what_was_kept(tmp_path):
+    cases = [kept(patient(seed), labels_of(seed)) for seed in (1, 2)]
+    save_references(tmp_path / "references.safetensors", cases, {"generator": 2})
+    found, facts = load_references(tmp_path / "references.safetensors")
+    assert facts == {"generator": 2} and len(found) == 2
+    for case, reference in zip(cases, found):
+        wanted = reference_of(case)
+        assert reference.embedding.name == wanted.embedding.name
+        assert torch.equal(reference.embedding.fine, wanted.embedding.fine)
+        assert np.array_equal(reference.labels, wanted.labels) and np.array_equal(reference.affine, wanted.affine)
+
+
+def test_a_damaged_file_of_references_is_named(tmp_path):
+    path = tmp_path / "references.safetensors"
+    save_references(path, [kept(patient(1), labels_of(1))], {})
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="references.safetensors: not readable as labelled references"):
+        load_references(path)
+    with pytest.raises(ValueError, match="none.safetensors: not readable"):
+        load_references(tmp_path / "none.safetensors")
 
 
 def test_of_two_cases_the_better_match_counts_more():
     """The worse case is embedded with noise, and its labels are wrong, so that its votes can be told apart."""
     noisy = with_noise(patient_embedding(3), 0.4, seed=0)
-    good, bad = (reference_of(remember(patient(2), labels_of(2))), reference_of(remember(noisy, labels_of(3))))
+    good, bad = (reference_of(kept(patient(2), labels_of(2))), reference_of(kept(noisy, labels_of(3))))
     bad = dataclasses.replace(bad, labels=np.where(bad.labels == 1, 4, bad.labels))
     truth = atlas_labels(1) == 1
     shares = []

@@ -1,38 +1,32 @@
 """Labelled cases that a segmenter remembers: what best.pth holds of them, and what they say about a new scan.
 
-A remembered case is its SAM embedding, thinned to the nodes of dense matching and coded, and its labels at 3 mm:
-less than 1 MB. A new scan is embedded by the same SAM, the labels of every remembered case are carried to it
-(`sam_embed.matching.carry`), and together they are a prior (`engine.segmentation.prior`). A case never remembers
-itself: neither under its name nor, by its voxels, under another one.
+A remembered case is a reference kept small (`sam_embed.matching.kept`). A new scan is embedded by the same SAM, the
+labels of every remembered case are carried to it (`sam_embed.matching.carry`), and together they are a prior
+(`engine.segmentation.prior`). A case never remembers itself: neither under its name nor, by its voxels, under another
+one.
 """
 
 import dataclasses
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from datasets.ct.geometry import resample
 from datasets.ct.images import CT
 from datasets.ct.nifti import Volume
 from datasets.store.format import checksum_of
 from engine.segmentation.prior import Prior, Votes, prior_of
 from engine.segmentation.setup import Preprocessing
 from sam_embed.checkpoint import CheckpointError, load_embedder
-from sam_embed.embeddings.compact import Storage
 from sam_embed.embeddings.embed import embed_volume, for_inference
-from sam_embed.embeddings.embedding_store import Embedding, as_parts, from_parts
+from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import NODE_MM, VOTE_MM, Reference, coarser_grid, count_votes
 from sam_embed.matching.dense import thinned
+from sam_embed.matching.kept import kept, reference_of
 from sam_embed.network import AnatomicalEmbedder
 
-# Bytes of a case, which with its labels (some 50 000) stay below 1 MB.
-MAP_BYTES = {"fine": 600_000, "coarse": 150_000}
-MOST_BYTES = Storage.max_bytes  # per voxel; more is of no use
 WEIGHT, BLUR_MM = 3.0, 6.0  # where nothing is learnt; measured with a network on a grid of 6 mm
 
 
@@ -107,7 +101,7 @@ class Memory:
     """What best.pth holds: tensors and plain values.
 
     Attributes:
-        cases: of each its embedding ("parts", "header"), and its channels ("label", compressed, "shape", "affine").
+        cases: of `sam_embed.matching.kept.kept`.
         sam: "path" and "fingerprint" of the SAM that made the embeddings.
         num_classes: channels of the network.
         weight, blur_mm: of the prior.
@@ -185,50 +179,11 @@ def is_same_case(one: Embedding, other: Embedding) -> bool:
     return one.name == other.name or one.source == other.source
 
 
-def remember(scan: Embedding, label: Volume) -> dict:
-    """A case as `Memory` holds it.
-
-    Args:
-        scan: of `Sam.embed`.
-        label: channels, uint8 [D, H, W], on any grid.
-
-    Raises:
-        ValueError: the scan shows no patient.
-    """
-    if not scan.body.any():
-        raise ValueError(
-            f"{scan.name} shows no patient, so it cannot be remembered; take it out of the list (--json_list), or "
-            "leave --memory away"
-        )
-    most = {
-        "fine": MAP_BYTES["fine"] / max(1, int(scan.body.sum())),
-        "coarse": MAP_BYTES["coarse"] / scan.coarse[0].numel(),
-    }
-    most = {name: max(1.0, min(MOST_BYTES, number)) for name, number in most.items()}
-    parts, header = as_parts(scan, Storage(max_bytes=most["fine"], max_coarse_bytes=most["coarse"]))
-    array, affine = resample(label.array, label.affine, np.maximum(label.spacing_mm, VOTE_MM), order=0)
-    packed = zlib.compress(np.ascontiguousarray(array, dtype=np.uint8).tobytes(), level=9)
-    return {
-        "parts": parts,
-        "header": header,
-        "label": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
-        "shape": list(array.shape),
-        "affine": affine.tolist(),
-    }
-
-
-def reference_of(case: dict) -> Reference:
-    """The case of `remember`, to carry labels from."""
-    label: Tensor = case["label"]
-    array = np.frombuffer(zlib.decompress(label.numpy().tobytes()), np.uint8).reshape(case["shape"])
-    return Reference(from_parts(case["parts"], case["header"]), array, np.array(case["affine"]))
-
-
 def make_memory(
     scans: Iterable[tuple[Embedding, Volume]], sam: Sam, num_classes: int, options: MemoryOptions
 ) -> Memory:
     """A memory of labelled cases."""
-    cases = [remember(scan, label) for scan, label in scans]
+    cases = [kept(scan, label) for scan, label in scans]
     memory = Memory(cases, {"path": sam.path, "fingerprint": sam.info.fingerprint}, num_classes)
     given = {"weight": options.memory_weight, "blur_mm": options.memory_blur_mm}
     return dataclasses.replace(memory, **{name: float(value) for name, value in given.items() if value is not None})

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Makes the weights that come with the repository, from phantoms to card: weights/sam_phantom.safetensors and .md. Two hours on
+# two CPU cores. May be stopped and run again: what is done is kept, and the training goes on.
+#   bash scripts/make_weights.sh                      folder of the work: results/weights
+#   WEIGHTS_DIR=/tmp/weights bash scripts/make_weights.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+source scripts/stage.sh
+
+out="${WEIGHTS_DIR:-results/weights}"
+mkdir -p "$out"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
+data=(--data_dir "$out/data" --json_list "$out/data.json")
+
+stage "phantom CT" python scripts/make_phantom_dataset.py --out_dir "$out/data" --num_unlabelled 0 --num_labelled 84 --seed 300
+stage "data list" python scripts/create_json.py --data_dir "$out/data" --output "$out/data.json" --cases labelled --num_validation 20
+stage "volume store" python scripts/prepare_volumes.py "${data[@]}" --store_dir "$out/store" --spacing_mm 4
+stage "train SAM" --own "$out/sam" python scripts/train_sam.py --config configs/sam_phantom.yaml "${data[@]}" \
+    --store_dir "$out/store" --output_dir "$out/sam"
+stage "evaluate matching" python scripts/evaluate_matching.py --checkpoint_file "$out/sam/checkpoint_best.pth" "${data[@]}" \
+    --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" --output "$out/matching.json"
+stage "pack" python scripts/pack_sam.py --checkpoint_file "$out/sam/checkpoint_best.pth" --matching "$out/matching.json" \
+    --data_text "phantoms of this repository's generator 2 (seed 300), some with pathology and artefacts" \
+    --output weights/sam_phantom.safetensors
