@@ -35,6 +35,17 @@ class CheckpointError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class EmbedderOptions:
+    """Which SAM network is used; its field is a flag.
+
+    Attributes:
+        checkpoint_file: weights of the embedding network; unset = those that come with the repository
+    """
+
+    checkpoint_file: str = str(SHIPPED)
+
+
+@dataclasses.dataclass(frozen=True)
 class EmbedderInfo:
     """How volumes must be prepared for a network; the defaults are what the published checkpoint saw.
 

@@ -22,7 +22,7 @@ import torch
 from engine.device import pick_device
 from engine.flags import RunInfo, add_options, add_switch, make_parser, options_of, run_main
 from sam_embed.case_source import CaseOptions, open_cases
-from sam_embed.checkpoint import load_embedder
+from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.compact import FORMS, Storage
 from sam_embed.embeddings.corpus import embed_corpus
 from sam_embed.embeddings.embed import PRECISIONS, for_inference
@@ -32,7 +32,7 @@ from sam_embed.embeddings.embedding_store import stored_form
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoint_file", type=str, required=True, help="weights of the embedding network")
+    add_options(parser, EmbedderOptions)
     data = parser.add_argument_group("data")
     add_options(data, CaseOptions)
     data.add_argument("--embed_dir", type=str, required=True, help="folder of the embeddings; made if missing")

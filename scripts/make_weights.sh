@@ -23,3 +23,4 @@ stage "evaluate matching" python scripts/evaluate_matching.py --checkpoint_file 
 stage "pack" python scripts/pack_sam.py --checkpoint_file "$out/sam/checkpoint_best.pth" --matching "$out/matching.json" \
     --data_text "phantoms of this repository's generator 2 (seed 300), some with pathology and artefacts" \
     --output weights/sam_phantom.safetensors
+stage "pack references" python scripts/pack_references.py "${data[@]}"

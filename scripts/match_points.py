@@ -33,7 +33,7 @@ from datasets.lists.data_list import unique_names
 from datasets.lists.points import CSV_SUFFIX, NamedPoints, read_points, suffix_of, write_markups, write_table
 from engine.device import pick_device
 from engine.flags import RunInfo, add_options, make_parser, options_of, run_main
-from sam_embed.checkpoint import load_embedder
+from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
 from sam_embed.judging.follow_figure import MOST_ROWS, draw_followed
 from sam_embed.matching.follow import Followed, FollowOptions, check_inside, follow_points
@@ -45,7 +45,7 @@ PICTURE_SUFFIX = ".png"
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoint_file", type=str, required=True, help="weights of the embedding network")
+    add_options(parser, EmbedderOptions)
     parser.add_argument("--query", type=str, required=True, help="CT that the points belong to, .nii or .nii.gz")
     parser.add_argument("--points", type=str, required=True, help="points in it: .csv or .mrk.json")
     parser.add_argument("--key", type=str, nargs="+", required=True, help="CT to find them in, one or more files")

@@ -1,7 +1,8 @@
 """Carry the labels of one or more labelled CT to any number of unlabelled ones, without training a segmenter.
 
-    python scripts/propagate_labels.py --checkpoint_file SAM.pth --reference a.nii.gz b.nii.gz \\
-        --labels a_label.nii.gz b_label.nii.gz --images folder_of_ct --output_dir carried
+    python scripts/propagate_labels.py --reference a.nii.gz b.nii.gz --labels a_label.nii.gz b_label.nii.gz \\
+        --images folder_of_ct --output_dir carried
+    python scripts/propagate_labels.py --reference phantoms --images ct.nii.gz --output_dir organs
     torchrun --nproc_per_node=8 scripts/propagate_labels.py --checkpoint_file SAM.pth --reference a.nii.gz \\
         --labels a_label.nii.gz --images c.nii.gz d.nii.gz --output_dir carried --data_list carried/list.json
 
@@ -11,8 +12,10 @@ For every image, on its own voxels:
     NAME_confidence.nii.gz   0 to 1, the trusted share of the references that vote for this label; 0 = not shown
     NAME.png                 an axial and a coronal plane: the image, its labels, their confidence
 
-Several references vote. May be stopped and run again: finished images are skipped, unless --overwrite is given. The
-files of an image are written aside and then renamed, the labels last.
+Several references vote. The word `phantoms` stands for labelled phantoms that come with the repository, so that nobody
+must have drawn a label (FLARE22's values; organs that phantoms do not find on real CT stay empty). For research, not
+for clinical use. May be stopped and run again: finished images are skipped, unless --overwrite is given. The files of
+an image are written aside and then renamed, the labels last.
 """
 
 import json
@@ -30,14 +33,16 @@ from datasets.ct.file_grid import read_file_grid, write_confidence_like, write_l
 from datasets.ct.images import CT, kind_of
 from datasets.ct.nifti import read_ct, read_label, read_label_of
 from datasets.lists.data_list import Case, DataListError, find_cases, unique_names, write_data_list
-from datasets.lists.label_classes import LabelClasses
+from datasets.lists.label_classes import FLARE22, LabelClasses
 from engine import distributed
-from engine.flags import RunInfo, add_switch, flags_as_dict, make_parser, run_main
+from engine.flags import RunInfo, add_options, add_switch, flags_as_dict, make_parser, run_main
 from engine.segmentation.pictures import save_carried
-from sam_embed.checkpoint import load_embedder
+from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
 from sam_embed.matching.carry import Reference, carry_labels
+from sam_embed.matching.kept import SHIPPED_REFERENCES, load_references
 
+PHANTOMS = "phantoms"
 DECIDING = ("checkpoint_file", "reference", "labels")  # flags that labels in one folder must share
 RUN_FILE = "run.json"
 
@@ -45,10 +50,12 @@ RUN_FILE = "run.json"
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoint_file", type=str, required=True, help="weights of the embedding network")
+    add_options(parser, EmbedderOptions)
     data = parser.add_argument_group("data")
-    data.add_argument("--reference", type=str, nargs="+", required=True, help="labelled CT, one or more files")
-    data.add_argument("--labels", type=str, nargs="+", required=True, help="their label maps, in the same order")
+    reference_help = f"labelled CT, one or more files; or the word {PHANTOMS}"
+    data.add_argument("--reference", type=str, nargs="+", required=True, help=reference_help)
+    labels_help = f"their label maps, in the same order; none with {PHANTOMS}"
+    data.add_argument("--labels", type=str, nargs="+", default=[], help=labels_help)
     data.add_argument("--images", type=str, nargs="+", required=True, help="CT to label: files, or folders of them")
     data.add_argument("--output_dir", type=str, required=True, help="folder of the results; made if missing")
     list_help = "data list (JSON) of the labelled images, for finetuning with --data_dir OUTPUT_DIR"
@@ -62,11 +69,15 @@ def make_flags() -> jsonargparse.ArgumentParser:
 
 
 def check_references(flags: jsonargparse.Namespace) -> None:
-    """Check that references and labels are files, as many of one as of the other.
+    """Check that references and labels are files, as many of one as of the other, or the phantoms alone.
 
     Raises:
         ValueError: they are not.
     """
+    if PHANTOMS in flags.reference:
+        if len(flags.reference) > 1 or flags.labels:
+            raise ValueError(f"--reference {PHANTOMS} stands alone and without --labels: phantoms bring their own")
+        return
     if len(flags.reference) != len(flags.labels):
         raise ValueError(
             f"--reference names {len(flags.reference)} files and --labels {len(flags.labels)}; expected one label map "
@@ -141,21 +152,45 @@ def classes_of(paths: list[str]) -> LabelClasses:
     return LabelClasses((0, *sorted(values)), ("background", *(f"label {value}" for value in sorted(values))))
 
 
+def open_phantoms() -> tuple[list[Reference], LabelClasses]:
+    """The phantoms that come with the repository, and the classes of the organs that they may name."""
+    references, facts = load_references(SHIPPED_REFERENCES)
+    values = [FLARE22.index(organ) + 1 for organ in facts["organs"]]
+    return references, LabelClasses((0, *values), ("background", *facts["organs"]))
+
+
 class Propagator:
     """Carries labels from fixed references to one scan at a time.
 
     Args:
         flags: of this command.
-        classes: of the references.
+        classes: of the references; other labels of theirs are left out.
         device: where scans are embedded.
+        references: ready ones; None = the files that the flags name.
+
+    Raises:
+        ValueError: ready references of another SAM.
     """
 
-    def __init__(self, flags: jsonargparse.Namespace, classes: LabelClasses, device: torch.device) -> None:
+    def __init__(
+        self,
+        flags: jsonargparse.Namespace,
+        classes: LabelClasses,
+        device: torch.device,
+        references: list[Reference] | None = None,
+    ) -> None:
         self.classes = classes
         network, self.info = load_embedder(flags.checkpoint_file)
         self.network = for_inference(network, flags.precision).to(device)
         self.memory_mb = flags.memory_mb
-        self.references = [self._reference(*paths) for paths in zip(flags.reference, flags.labels)]
+        if references is None:
+            references = [self._reference(*paths) for paths in zip(flags.reference, flags.labels)]
+        elif (theirs := references[0].embedding.fingerprint) != self.info.fingerprint:
+            raise ValueError(
+                f"{flags.checkpoint_file} is SAM {self.info.fingerprint}, and the phantoms were embedded with SAM "
+                f"{theirs}; leave --checkpoint_file away with --reference {PHANTOMS}"
+            )
+        self.references = references
 
     def _reference(self, image: str, label: str) -> Reference:
         volume = read_ct(image)
@@ -171,6 +206,7 @@ class Propagator:
         scan = embed_volume(self.network, volume, self.info, self.memory_mb, name)
         labels, confidence = carry_labels(scan, self.references, volume.shape, volume.affine, hu=volume.array)
         channels = self.classes.to_classes(labels)
+        confidence[(labels != 0) & (channels == 0)] = 0  # an organ that is left out
         save_carried(results["picture"], volume, channels, confidence, self.classes.names)
         write_confidence_like(results["confidence"], confidence, grid)
         write_label_like(results["label"], self.classes.to_values(channels), grid)
@@ -179,7 +215,8 @@ class Propagator:
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     check_references(flags)
-    images, classes = find_images(flags.images, flags.output_dir), classes_of(flags.labels)
+    images = find_images(flags.images, flags.output_dir)
+    references, classes = open_phantoms() if PHANTOMS in flags.reference else (None, classes_of(flags.labels))
     world = distributed.start(flags.device)
     distributed.main_decides(world, lambda: claim_folder(flags))
     results = {name: results_of(flags.output_dir, name) for name in images}
@@ -188,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     todo = [name for name in share if flags.overwrite or name not in finished]
     failed = {}
     if todo:
-        propagator = Propagator(flags, classes, world.device)
+        propagator = Propagator(flags, classes, world.device, references)
         bar = tqdm(todo, desc="labelling", unit="scan", disable=not world.is_main)
         for name in bar:
             bar.set_postfix_str(name)

@@ -26,8 +26,8 @@ from datasets.ct.nifti import Volume, read_ct
 from datasets.store.files import write_text
 from datasets.store.volumes import VolumeStore
 from engine.device import pick_device
-from engine.flags import RunInfo, make_parser, run_main
-from sam_embed.checkpoint import load_embedder
+from engine.flags import RunInfo, add_options, make_parser, run_main
+from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.judging.match_figure import draw_match, save_figure
@@ -38,7 +38,7 @@ from sam_embed.matching.mine import MiningOptions, draw_points, lies_in_body
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoint_file", type=str, required=True, help="weights of the embedding network")
+    add_options(parser, EmbedderOptions)
     parser.add_argument("--query", type=str, required=True, help="CT with the points: file or case name")
     parser.add_argument("--key", type=str, required=True, help="CT to find them in: likewise")
     parser.add_argument("--store_dir", type=str | None, default=None, help="volume store that case names belong to")

@@ -13,7 +13,7 @@ from datasets.lists.data_list import load_data_list
 from engine.distributed import World
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.network import AnatomicalEmbedder
-from scripts import propagate_labels
+from scripts import pack_references, propagate_labels
 from tests.sam_fakes import AFFINE, SHAPE, atlas_labels, compact_options, patient_volume, save_embedder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,3 +120,51 @@ def test_labels_without_organs_are_refused(corpus, tmp_path):
     write_nifti(corpus / "none_label.nii.gz", np.zeros(SHAPE, np.uint8), AFFINE)
     with pytest.raises(ValueError, match="none_label.nii.gz: every voxel is 0"):
         propagate_labels.main(command(corpus, tmp_path, labels=["none"]))
+
+
+@pytest.fixture
+def phantoms(corpus, tmp_path, monkeypatch):
+    """References as those that ship: two labelled patients, of whose two organs one may be named (2: right kidney)."""
+    listed = {
+        "training": [{"image": f"patient{seed}.nii.gz", "label": f"patient{seed}_label.nii.gz"} for seed in range(2)]
+    }
+    (corpus / "list.json").write_text(json.dumps(listed))
+    output = tmp_path / "references.safetensors"
+    words = ["--checkpoint_file", str(corpus / "sam.pth"), "--data_dir", str(corpus), "--num_cases", "2"]
+    words += ["--json_list", str(corpus / "list.json"), "--output", str(output)]
+    pack_references.main([*words, "--organs", "right kidney"])
+    monkeypatch.setattr(propagate_labels, "SHIPPED_REFERENCES", output)
+    return words
+
+
+def phantom_command(corpus, output, sam="sam.pth") -> list[str]:
+    words = ["--checkpoint_file", str(corpus / sam), "--device=cpu", "--output_dir", str(output)]
+    return [*words, "--reference", "phantoms", "--images", str(corpus / "images" / "same_0000.nii.gz")]
+
+
+def test_phantoms_need_no_labels_and_name_only_what_they_find(corpus, phantoms, tmp_path):
+    data_list = tmp_path / "out" / "list.json"
+    propagate_labels.main([*phantom_command(corpus, tmp_path / "out"), "--data_list", str(data_list)])
+    found, confidence = (
+        np.asarray(nib.load(tmp_path / "out" / f"same_{what}.nii.gz").dataobj) for what in ("label", "confidence")
+    )
+    truth = np.asarray(nib.as_closest_canonical(nib.load(corpus / "patient0_label.nii.gz")).dataobj)
+    assert set(np.unique(found)) == {0, 2}  # the other organ, 7, is left out
+    assert 2 * ((found == 2) & (truth == 2)).sum() / ((found == 2).sum() + (truth == 2).sum()) > 0.6
+    assert np.median(confidence[truth == 7]) == 0
+    assert json.loads(data_list.read_text())["labels"] == {"0": "background", "2": "right kidney"}
+
+
+def test_phantoms_of_another_network_and_phantoms_with_labels_are_refused(corpus, phantoms, tmp_path):
+    torch.manual_seed(1)
+    network = AnatomicalEmbedder(**compact_options(width=8, embed_dim=16)).eval()
+    save_embedder(corpus / "other_sam.pth", network, EmbedderInfo(spacing_mm=(8.0, 8.0, 8.0)))
+    with pytest.raises(ValueError, match="other_sam.pth is SAM .* leave --checkpoint_file away"):
+        propagate_labels.main(phantom_command(corpus, tmp_path / "out", "other_sam.pth"))
+    with pytest.raises(ValueError, match="--reference phantoms stands alone"):
+        propagate_labels.main([*phantom_command(corpus, tmp_path / "out2"), "--labels", "a.nii.gz"])
+
+
+def test_too_few_cases_to_pack_are_told(corpus, phantoms):
+    with pytest.raises(ValueError, match="section training holds 2 labelled cases, expected --num_cases 3"):
+        pack_references.main([*phantoms, "--num_cases", "3"])
