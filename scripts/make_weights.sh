@@ -16,7 +16,7 @@ data=(--data_dir "$out/data" --json_list "$out/data.json")
 stage "phantom CT" python scripts/make_phantom_dataset.py --out_dir "$out/data" --num_unlabelled 0 --num_labelled 84 --seed 300
 stage "data list" python scripts/create_json.py --data_dir "$out/data" --output "$out/data.json" --cases labelled --num_validation 20
 stage "volume store" python scripts/prepare_volumes.py "${data[@]}" --store_dir "$out/store" --spacing_mm 4
-stage "train SAM" --own "$out/sam" python scripts/train_sam.py --config configs/sam_phantom.yaml "${data[@]}" \
+stage "train SAM" --own "$out/sam" python scripts/train_sam.py --config configs/sam_phantom.yaml --val_cases 0 "${data[@]}" \
     --store_dir "$out/store" --output_dir "$out/sam"
 stage "evaluate matching" python scripts/evaluate_matching.py --checkpoint_file "$out/sam/checkpoint_best.pth" "${data[@]}" \
     --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" --output "$out/matching.json"

@@ -17,13 +17,9 @@ stage "phantom CT" python scripts/make_phantom_dataset.py --out_dir "$out/data" 
 stage "data list" python scripts/create_json.py --data_dir "$out/data" --output "$out/data.json" --cases unlabelled --num_validation 6
 stage "volume store" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/data.json" \
     --store_dir "$out/store" --spacing_mm 3 3 3
-stage "train SAM" --own "$out/sam" python scripts/train_sam.py --config configs/sam_quickstart.yaml --data_dir "$out/data" \
-    --json_list "$out/data.json" --store_dir "$out/store" --output_dir "$out/sam"
-stage "embed" python scripts/generate_sam_embeddings.py --checkpoint_file "$out/sam/checkpoint_best.pth" --store_dir "$out/store" \
-    --embed_dir "$out/embeddings"
-stage "evaluate matching" python scripts/evaluate_matching.py --checkpoint_file "$out/sam/checkpoint_best.pth" --store_dir "$out/store" \
-    --json_list "$out/data.json" --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" \
-    --output "$out/matching.json"
+stage "embed" python scripts/generate_sam_embeddings.py --store_dir "$out/store" --embed_dir "$out/embeddings"
+stage "evaluate matching" python scripts/evaluate_matching.py --store_dir "$out/store" --json_list "$out/data.json" \
+    --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" --output "$out/matching.json"
 stage "mine pairs" python scripts/mine_pairs.py --embed_dir "$out/embeddings" --json_list "$out/data.json" \
     --num_points 64 --num_partners 8
 stage "pretrain Alice" --own "$out/alice" python main_ddp.py --config configs/quickstart.yaml --data_dir "$out/data" \
@@ -44,5 +40,8 @@ budget=(--config configs/finetune_quickstart.yaml --backbone unet --feature_size
     --num_labelled 1 --resume none --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm")
 stage "finetune scratch" python scripts/finetune_segmentation.py "${budget[@]}" --weights none --output_dir "$out/finetune_scratch"
 stage "finetune Alice" python scripts/finetune_segmentation.py "${budget[@]}" --weights "$out/alice_unet.safetensors" \
-    --freeze_encoder_steps 200 --output_dir "$out/finetune_alice"   # new layers first, then all
+    --freeze_encoder_steps 200 --memory true --output_dir "$out/finetune_alice"   # new layers first, then all
+stage "judge without memory" python scripts/evaluate_segmentation.py --checkpoint_file "$out/finetune_alice/best.pth" \
+    --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm" --memory false --no_pictures \
+    --overlap 0.25 --window_batch 8 --output_dir "$out/finetune_alice/evaluation_alone"
 python scripts/quickstart_report.py --quickstart_dir "$out"

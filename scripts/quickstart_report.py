@@ -35,7 +35,12 @@ from sam_embed.judging.trust import Thresholds
 MATCHERS = {"sam": "SAM", "body_box": "body box", "body_affine": "affine fit"}
 LOSSES = ("loss", "loss_cls", "loss_tokens", "loss_recon")
 NUM_SHEET_PAIRS = 5
-FINETUNED = {"scratch": "from scratch", "alice": "pretrained"}
+# Title, finetuning run, and the folder of its evaluation.
+FINETUNED = {
+    "scratch": ("from scratch", "finetune_scratch", EVALUATION),
+    "alice": ("pretrained", "finetune_alice", "evaluation_alone"),
+    "alice_memory": ("and with memory", "finetune_alice", EVALUATION),
+}
 PICTURES = ("matched_landmarks", "paired_crops", "reconstruction", "segmentation")
 
 
@@ -80,14 +85,14 @@ def summarise(folder: Path, pairs: CropDataset) -> dict:
         "matching": json.loads((folder / "matching.json").read_text()),
         "pairs": pairs.statistics(),
         "losses": read_losses(folder / "alice" / "log.txt"),
-        "finetuning": {name: read_finetuning(folder / f"finetune_{name}") for name in FINETUNED},
+        "finetuning": {name: read_finetuning(folder / run, judged) for name, (_, run, judged) in FINETUNED.items()},
     }
 
 
-def read_finetuning(folder: Path) -> dict:
-    """Budget and outcome of one finetuning run: mean Dice and NSD (0 to 1) over held-out patients and organs."""
+def read_finetuning(folder: Path, judged: str) -> dict:
+    """Budget of a finetuning run, and one evaluation: mean Dice and NSD (0 to 1) over held-out patients and organs."""
     flags = json.loads((folder / "run.json").read_text())["flags"]
-    results = json.loads((folder / EVALUATION / SUMMARY).read_text())
+    results = json.loads((folder / judged / SUMMARY).read_text())
     return {
         "num_labelled": flags["num_labelled"],
         "steps": flags["steps"],
@@ -137,9 +142,9 @@ def describe_finetuning(runs: dict[str, dict]) -> list[str]:
         f"{run['num_labelled']}-shot segmentation, {run['steps']} steps, {run['num_cases']} held-out patients, "
         "one seed (benchmarks/compare_pretraining.py compares properly)"
     ]
-    lines += [f"{'':<12} {'Dice (%)':>8} {'NSD (%)':>8}"]
-    for name, title in FINETUNED.items():
-        lines.append(f"{title:<12} {100 * runs[name]['dice']:>8.1f} {100 * runs[name]['nsd']:>8.1f}")
+    lines += [f"{'':<16} {'Dice (%)':>8} {'NSD (%)':>8}"]
+    for name, (title, *_) in FINETUNED.items():
+        lines.append(f"{title:<16} {100 * runs[name]['dice']:>8.1f} {100 * runs[name]['nsd']:>8.1f}")
     return lines
 
 

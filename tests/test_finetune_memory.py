@@ -151,8 +151,8 @@ def test_strength_is_learnt_once_and_kept_in_the_best_weights(corpus, sam, tmp_p
 
 
 def test_flags_that_cannot_be_are_named(corpus, sam, tmp_path):
-    with pytest.raises(ValueError, match="--memory True, --sam_checkpoint : expected the file of SAM's weights"):
-        command.main(finetune_arguments(corpus, tmp_path, memory="true"))
+    with pytest.raises(ValueError, match="--memory True, --sam_checkpoint gone.pth: expected the file of SAM's"):
+        command.main(finetune_arguments(corpus, tmp_path, memory="true", sam_checkpoint="gone.pth"))
     with pytest.raises(ValueError, match="--memory true: expected a 3-D network"):
         command.main(finetune_arguments(corpus, tmp_path, **with_memory(sam, roi_z=1)))
 

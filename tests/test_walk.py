@@ -55,8 +55,12 @@ def walked(tmp_path_factory):
     extracted = f"{out}/alice_unet/checkpoint.pth {out}/alice_unet.safetensors"
     run("extract_backbone_weights", f"{extracted} --checkpoint_key student")
     finetuned = f"--data_dir {out}/data --json_list {out}/labelled.json --store_dir {out}/store {SMALL_FINETUNING}"
-    for name, weights in (("scratch", "none"), ("alice", f"{out}/alice_unet.safetensors")):
-        run("scripts.finetune_segmentation", f"{finetuned} --weights {weights} --output_dir {out}/finetune_{name}")
+    remembering = f"--memory true --sam_checkpoint {out}/sam/checkpoint_best.pth"
+    for name, start in (("scratch", "none"), ("alice", f"{out}/alice_unet.safetensors {remembering}")):
+        run("scripts.finetune_segmentation", f"{finetuned} --weights {start} --output_dir {out}/finetune_{name}")
+    judged = f"--checkpoint_file {out}/finetune_alice/best.pth --data_dir {out}/data --json_list {out}/labelled.json"
+    alone = f"--memory false --no_pictures --overlap 0 --output_dir {out}/finetune_alice/evaluation_alone"
+    run("scripts.evaluate_segmentation", f"{judged} --store_dir {out}/store {alone}")
     (out / "stages").mkdir()
     (out / "stages" / "all.json").write_text(json.dumps({"name": "all", "key": "0", "started": 0.0, "seconds": 1.0}))
     run("scripts.quickstart_report", f"--quickstart_dir {out}")
@@ -79,14 +83,14 @@ def test_summary_holds_every_part(walked):
 
 
 def test_quickstart_finetunes_twice_alike():
-    """Scratch and pretrained differ in the weights, the folder, and that loaded weights stand still at first."""
+    """Scratch and pretrained differ in weights, memory, folder, and that loaded weights stand still at first."""
     script = (REPOSITORY / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
     lines = [line for line in script.splitlines() if "finetune_segmentation.py" in line]
     assert len(lines) == 2
     words = [line.split("finetune_segmentation.py")[1].partition("#")[0].split() for line in lines]
     assert all(one[0] == '"${budget[@]}"' for one in words)
     assert words[0][1::2] == ["--weights", "--output_dir"] and words[0][2] == "none"
-    assert words[1][1::2] == ["--weights", "--freeze_encoder_steps", "--output_dir"]
+    assert words[1][1::2] == ["--weights", "--freeze_encoder_steps", "--memory", "--output_dir"]
     budget = re.search(r"budget=\((.*?)\)", script, flags=re.DOTALL).group(1).replace('"$out', '"OUT').replace('"', "")
     flags = importlib.import_module("scripts.finetune_segmentation").make_flags().parse_args(budget.split())
     assert flags.num_labelled == 1 and flags.val_freq == 0 and flags.class_weights == "rare"
@@ -139,7 +143,7 @@ def test_quickstart_stages_that_resume_own_their_folders():
     script = (REPOSITORY / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
     lines = [line for line in script.splitlines() if re.search(r"^stage .*(train_sam|main_ddp)\.py", line)]
     owned = [re.search(r'--own ("\S+") python .*--output_dir ("\S+")', line).groups() for line in lines]
-    assert len(owned) == 3 and all(own == written for own, written in owned)
+    assert len(owned) == 2 and all(own == written for own, written in owned)
 
 
 @pytest.mark.parametrize("name", PICTURES)

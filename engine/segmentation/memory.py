@@ -19,7 +19,7 @@ from datasets.ct.nifti import Volume
 from datasets.store.format import checksum_of
 from engine.segmentation.prior import Prior, Votes, prior_of
 from engine.segmentation.setup import Preprocessing
-from sam_embed.checkpoint import CheckpointError, load_embedder
+from sam_embed.checkpoint import SHIPPED, CheckpointError, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import NODE_MM, VOTE_MM, Reference, coarser_grid, count_votes
@@ -36,7 +36,8 @@ class RecallOptions:
 
     Attributes:
         memory: use the labelled cases that best.pth remembers, if it does; false = the network alone
-        sam_checkpoint: weights of the SAM that the memory was made with; empty = the path noted in best.pth
+        sam_checkpoint: weights of the SAM that the memory was made with; empty = the path noted in best.pth, or, where
+            that is gone, the weights that come with the repository
     """
 
     memory: bool = True
@@ -49,7 +50,7 @@ class MemoryOptions(RecallOptions):
 
     Attributes:
         memory: remember labelled cases in best.pth, and let them help in validation, evaluation and prediction
-        sam_checkpoint: SAM's weights (scripts/train_sam.py, or the authors' SAM.pth), with which cases are matched
+        sam_checkpoint: SAM's weights, with which cases are matched; unset = those that come with the repository
         memory_cases: remember the first so many training cases; 0 = all (each takes seconds of every prediction)
         memory_weight: of the carried labels' log-probabilities, beside the network's; unset = learnt by leaving out one
             remembered case after the other, of a single case 3
@@ -57,6 +58,7 @@ class MemoryOptions(RecallOptions):
     """
 
     memory: bool = False
+    sam_checkpoint: str = str(SHIPPED)
     memory_cases: int = 4
     memory_weight: float | None = None
     memory_blur_mm: float | None = None
@@ -201,7 +203,8 @@ def open_recall(stored: dict, checkpoint_file: str | Path, sam_checkpoint: str, 
         ValueError: no such file, or another SAM than the memory's.
     """
     memory = Memory(**stored)
-    path, wanted = sam_checkpoint or memory.sam["path"], memory.sam["fingerprint"]
+    noted, wanted = memory.sam["path"], memory.sam["fingerprint"]
+    path = sam_checkpoint or (noted if Path(noted).is_file() or not SHIPPED.is_file() else str(SHIPPED))
     advice = "Name it with --sam_checkpoint, or use the network alone with --memory false"
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file. {checkpoint_file} remembers cases with SAM {wanted}. {advice}")
