@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from datasets.ct.images import CT
-from datasets.ct.nifti import Volume, read_ct
+from datasets.ct.nifti import CTReadError, Volume, read_ct
 from datasets.lists.data_list import find_cases, load_sections
 from datasets.store.format import check_kind
+from datasets.store.sources import stamp_of
 from datasets.store.volumes import VolumeStore
 
 SECTIONS = ("training", "validation")
@@ -66,10 +67,9 @@ def open_cases(options: CaseOptions, rank: int = 0) -> CaseSource:
 
     def identity(name: str) -> str:
         try:
-            stat = image_of[name].stat()
-        except OSError:
+            return f"file:{stamp_of([image_of[name]])}"
+        except CTReadError:
             return ""
-        return f"file:{stat.st_size}:{stat.st_mtime_ns}"
 
     return CaseSource(list(image_of), lambda name: read_ct(image_of[name]), identity)
 

@@ -28,6 +28,7 @@ import jsonargparse
 import torch
 from tqdm import tqdm
 
+from datasets.ct.formats import EXPECTED
 from datasets.ct.nifti import read_ct
 from datasets.lists.data_list import unique_names
 from datasets.lists.points import CSV_SUFFIX, NamedPoints, read_points, suffix_of, write_markups, write_table
@@ -46,7 +47,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
     parser = make_parser(__doc__)
     add_options(parser, EmbedderOptions)
-    parser.add_argument("--query", type=str, required=True, help="CT that the points belong to, .nii or .nii.gz")
+    parser.add_argument("--query", type=str, required=True, help=f"CT of the points, {EXPECTED}")
     parser.add_argument("--points", type=str, required=True, help="points in it: .csv or .mrk.json")
     parser.add_argument("--key", type=str, nargs="+", required=True, help="CT to find them in, one or more files")
     parser.add_argument("--output", type=str, required=True, help="where they are: .csv or .mrk.json")
@@ -67,8 +68,8 @@ def check_files(flags: jsonargparse.Namespace) -> None:
     """
     for flag, paths in (("--query", [flags.query]), ("--key", flags.key)):
         for path in paths:
-            if not Path(path).is_file():
-                raise ValueError(f"{flag} {path}: no such file")
+            if not Path(path).exists():
+                raise ValueError(f"{flag} {path}: no such file or folder")
     suffix_of(flags.output)
     if flags.figure and not flags.figure.endswith(PICTURE_SUFFIX):
         raise ValueError(f"--figure {flags.figure}: expected a name ending in {PICTURE_SUFFIX}")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from datasets.ct.formats import EXPECTED, NIFTI_SUFFIXES
 from datasets.ct.images import CT, kind_of, read_image, write_labels_like
 from datasets.ct.intensity import NO_AIR_HU, few_whole_values
 from datasets.ct.nifti import Volume
@@ -34,8 +35,8 @@ from engine.segmentation.sliding_window import WindowOptions
 def make_flags():
     """The flags of this command."""
     parser = make_parser(__doc__)
-    parser.add_argument("image", type=str, help="CT to segment, .nii or .nii.gz, or radiograph, .png")
-    parser.add_argument("output", type=str, help="label map to write, of the same kind")
+    parser.add_argument("image", type=str, help=f"CT to segment ({EXPECTED}), or radiograph, .png")
+    parser.add_argument("output", type=str, help="label map to write: .nii or .nii.gz of CT, .png of a radiograph")
     parser.add_argument("--checkpoint_file", type=str, required=True, help="best.pth of a finetuning run")
     add_options(parser, WindowOptions, {"window_batch": 1})
     add_options(parser, RecallOptions)
@@ -45,7 +46,7 @@ def make_flags():
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
-    suffixes = (".nii", ".nii.gz") if kind_of(flags.image) == CT else (SUFFIX,)
+    suffixes = NIFTI_SUFFIXES if kind_of(flags.image) == CT else (SUFFIX,)
     if not flags.output.endswith(suffixes):
         raise ValueError(f"{flags.output}: expected a name ending in {' or '.join(suffixes)}")
     if Path(flags.output).exists() and Path(flags.image).exists() and Path(flags.output).samefile(flags.image):

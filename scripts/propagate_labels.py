@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.ct.file_grid import read_file_grid, write_confidence_like, write_label_like
+from datasets.ct.formats import EXPECTED
 from datasets.ct.images import CT, kind_of
 from datasets.ct.nifti import read_ct, read_label, read_label_of
 from datasets.lists.data_list import Case, DataListError, find_cases, unique_names, write_data_list
@@ -69,7 +70,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
 
 
 def check_references(flags: jsonargparse.Namespace) -> None:
-    """Check that references and labels are files, as many of one as of the other, or the phantoms alone.
+    """Check that references and labels exist, as many of one as of the other, or that the phantoms stand alone.
 
     Raises:
         ValueError: they are not.
@@ -85,8 +86,8 @@ def check_references(flags: jsonargparse.Namespace) -> None:
         )
     for flag, paths in (("--reference", flags.reference), ("--labels", flags.labels)):
         for path in paths:
-            if not Path(path).is_file():
-                raise ValueError(f"{flag} {path}: no such file")
+            if not Path(path).exists():
+                raise ValueError(f"{flag} {path}: no such file or folder")
 
 
 def find_images(words: list[str], output_dir: str) -> dict[str, Path]:
@@ -112,7 +113,7 @@ def find_images(words: list[str], output_dir: str) -> dict[str, Path]:
             raise ValueError(f"--images {word}: {error}") from error
     for file in files:
         if kind_of(file) != CT:
-            raise ValueError(f"--images {file}: expected CT, .nii or .nii.gz")
+            raise ValueError(f"--images {file}: expected CT, {EXPECTED}")
     return dict(zip(unique_names([file.as_posix() for file in files]), files))
 
 

@@ -6,9 +6,9 @@
     python scripts/show_matches.py --checkpoint_file SAM.pth --store_dir store --query FLARE22_Tr_0001 \\
         --key Case_00001 --output_dir pictures
 
---query and --key are NIfTI files or, with --store_dir, names of its cases. Points are world mm (RAS+: x to the
-right, y to the front, z to the head, as nibabel gives them); without any, a few are spread over the body. One PNG a
-point, and matches.json with all numbers.
+--query and --key are CT files or DICOM folders, or, with --store_dir, names of its cases. Points are world mm (RAS+: x
+to the right, y to the front, z to the head, as nibabel gives them); without any, a few are spread over the body. One
+PNG a point, and matches.json with all numbers.
 """
 
 import json
@@ -77,7 +77,7 @@ def open_volume(text: str, store: VolumeStore | None, flag: str) -> Volume:
     """
     if store is not None and text in store.names:
         return store.read(text)
-    if Path(text).is_file():
+    if Path(text).exists():
         return read_ct(text)
     first = ", ".join(store.names[:3]) if store is not None else ""
     cases = f"nor a case of the store (its {len(store.names)}: {first}, ...)" if store is not None else ""

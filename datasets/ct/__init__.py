@@ -1,1 +1,1 @@
-"""Volumes as files: NIfTI, geometry, the grid of a file."""
+"""Volumes as files: formats, geometry, the grid of a file."""

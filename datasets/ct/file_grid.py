@@ -1,4 +1,4 @@
-"""The voxel grid of a NIfTI file as it is on disk: does a label lie on it, and writing label maps that do.
+"""The voxel grid of a CT file as it is on disk: does a label lie on it, and writing label maps that do.
 
 Inside the project volumes are canonical; a user's viewer and scripts want a prediction with the input file's own axis
 order, shape and affine.
@@ -10,9 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from datasets.ct.formats import is_nifti, read_grid
 from datasets.ct.geometry import CANONICAL_AXCODES, to_canonical
 from datasets.ct.nifti import CTReadError, write_image
 
+SCANNER = 1  # NIfTI's code of a world that the scanner defines
 CONFIDENCE_STEPS = 128  # a power of 2: the header's float32 then holds the step exactly, and 1 is read as 1
 
 
@@ -49,8 +51,10 @@ def read_file_grid(path: str | Path) -> FileGrid:
     """The grid of an image file, from its header.
 
     Raises:
-        CTReadError: not a readable NIfTI file.
+        CTReadError: not a readable NIfTI file, or as `formats.read_grid`.
     """
+    if not is_nifti(path):
+        return FileGrid(*read_grid(path), SCANNER)
     try:
         image = nib.load(path)
         world_code = int(image.header["sform_code"]) or int(image.header["qform_code"])
@@ -83,7 +87,7 @@ def _image_on(grid: FileGrid, array: np.ndarray) -> nib.Nifti1Image:
     """A canonical array [D, H, W] as an image with a file's axes and place."""
     image = nib.Nifti1Image(np.ascontiguousarray(grid.from_canonical(array)), grid.affine)
     image.header.set_xyzt_units("mm")
-    code = grid.world_code or 1
+    code = grid.world_code or SCANNER
     image.set_sform(grid.affine, code)
     image.set_qform(grid.affine, code)
     return image

@@ -1,4 +1,4 @@
-"""Reading an image and its labels by what the file is, and writing labels: NIfTI is CT, PNG is a radiograph."""
+"""Reading an image and its labels by what the file is, and writing labels: PNG is a radiograph, all else CT."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def read_labels_of(image: Volume, path: str | Path) -> Volume:
 
 
 def write_labels_like(path: str | Path, labels: np.ndarray, like: str | Path) -> None:
-    """Write label values [D, H, W] on the voxels of a file: NIfTI beside NIfTI, a grey PNG beside PNG.
+    """Write label values [D, H, W] on the voxels of a file: a grey PNG beside PNG, NIfTI beside any CT.
 
     Raises:
         ValueError: another suffix than that kind has, or labels of another volume.

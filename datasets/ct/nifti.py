@@ -1,4 +1,4 @@
-"""Reading and writing CT as NIfTI: one canonical orientation, int16 HU, and errors that name the file and the reason.
+"""Reading CT and labels, and writing NIfTI: one canonical orientation, int16 HU, errors that name file and reason.
 
 Files come in any orientation, integer or float, with or without scl_slope, padded with -3024 outside the field of view.
 What comes out is always [D, H, W] in "SPL" (see `datasets.ct.geometry`), clamped to [-1024, 3071] HU.
@@ -7,7 +7,6 @@ What comes out is always [D, H, W] in "SPL" (see `datasets.ct.geometry`), clampe
 import gzip
 import logging
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +14,15 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from datasets.ct.file_checks import CTReadError, check_extent
+from datasets.ct.formats import NIFTI_SUFFIXES, read_voxels
 from datasets.ct.geometry import index_to_world, spacing_of, to_canonical
-from datasets.ct.nifti_header import CTReadError, check_extent, checked_affine, read_header, three_axes
 from datasets.store.files import write_bytes
 
 HU_MIN, HU_MAX = -1024, 3071
 # Metal fills less of a CT than this share; a CT spans more HU. What breaks either is in other units.
 MOST_ABOVE = 0.01
 LEAST_SPAN = 20
-GZIP_MAGIC = b"\x1f\x8b"
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class Volume:
 
 
 def read_ct(path: str | Path) -> Volume:
-    """Read one CT volume from `.nii` or `.nii.gz`.
+    """Read one CT volume from `.nii`, `.nii.gz`, `.mha`, `.mhd`, `.nrrd` or the folder of a DICOM series.
 
     Returns:
         int16 HU [D, H, W], clamped to [-1024, 3071] (so that padding with -3024 becomes air).
@@ -61,11 +60,12 @@ def read_ct(path: str | Path) -> Volume:
     NaN that reaches from the volume's border inwards is padding and becomes air, with a note.
 
     Raises:
-        CTReadError: missing, truncated or damaged file, not NIfTI, not 3-D (a trailing axis of length 1 is dropped),
-            zero spacing, singular affine, a size that no patient has, no voxels, one value throughout, voxels that are
-            not finite, or values in other units, which would be cut off or rounded away.
+        CTReadError: missing, truncated or damaged file, another format, not 3-D (a trailing axis of length 1 is
+            dropped), zero spacing, singular affine, a size that no patient has, no voxels, one value throughout, voxels
+            that are not finite, or values in other units, which would be cut off or rounded away; for a DICOM folder
+            also what `dicom.open_series` refuses.
     """
-    raw, affine = _read_voxels(path)
+    raw, affine = read_voxels(path)
     raw = _with_air_for_nan(raw, path)
     low, high = _finite_range(raw, path)
     if low == high:
@@ -95,7 +95,7 @@ def read_label(path: str | Path) -> Volume:
     Raises:
         CTReadError: as `read_ct`, and for values that are no labels; a map of zeros is fine.
     """
-    raw, affine = _read_voxels(path)
+    raw, affine = read_voxels(path)
     low, high = _finite_range(raw, path)
     if low < 0 or high > np.iinfo(np.int16).max:
         raise CTReadError(f"{path}: label values run from {low:g} to {high:g}, expected 0 to 32767")
@@ -165,53 +165,10 @@ def write_image(path: str | Path, image: nib.Nifti1Image) -> None:
         ValueError: another suffix than .nii or .nii.gz.
     """
     path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
+    if not path.name.endswith(NIFTI_SUFFIXES):
         raise ValueError(f"{path}: expected a name ending in .nii or .nii.gz")
     content = image.to_bytes()
     write_bytes(path, gzip.compress(content, compresslevel=5, mtime=0) if path.name.endswith(".gz") else content)
-
-
-def _read_voxels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """The scaled voxels [X, Y, Z] in file order and the checked affine."""
-    content = _read_bytes(Path(path))
-    header = read_header(content, path)
-    shape = three_axes(header.get_data_shape(), path)
-    affine = checked_affine(header, shape, path)
-    dtype = header.get_data_dtype()
-    if dtype.kind not in "iuf":
-        raise CTReadError(f"{path}: voxel type {dtype} is not a real number; expected integers or floats")
-    offset, num_bytes = int(header.get_data_offset()), math.prod(shape) * dtype.itemsize
-    if offset < 0:
-        raise CTReadError(f"{path}: damaged NIfTI header (vox_offset is {offset}, expected the voxels' first byte)")
-    if len(content) < offset + num_bytes:
-        raise CTReadError(
-            f"{path}: truncated; shape {shape} of {dtype} needs {offset + num_bytes} bytes, received {len(content)}"
-        )
-    raw = np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
-    slope, intercept = header.get_slope_inter()
-    if slope is not None and (slope, intercept) != (1, 0):
-        # float32 is exact for every HU; 64 bits are kept where the file itself has more than 24 bits of mantissa.
-        num_bits = np.finfo(dtype).nmant if dtype.kind == "f" else 8 * dtype.itemsize
-        wide = np.float64 if num_bits > 24 else np.float32
-        raw = raw.astype(wide) * wide(slope) + wide(intercept)
-    return raw, affine
-
-
-def _read_bytes(path: Path) -> bytes:
-    """The file's content, decompressed if it is gzip whatever its name; gzip's own checksum is checked."""
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise CTReadError(f"{path}: expected a file ending in .nii or .nii.gz")
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content.startswith(GZIP_MAGIC) else content
-    except FileNotFoundError as error:
-        raise CTReadError(f"{path}: no such file") from error
-    except EOFError as error:
-        raise CTReadError(f"{path}: truncated; the compressed stream ends early ({len(content)} bytes)") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise CTReadError(f"{path}: damaged gzip file ({error})") from error
-    except OSError as error:
-        raise CTReadError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _with_air_for_nan(raw: np.ndarray, path: str | Path) -> np.ndarray:

@@ -13,20 +13,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from datasets.ct.file_checks import CTReadError, check_affine
 from datasets.ct.geometry import index_to_world, spacing_of
 
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
-SPACING_RANGE_MM = (0.05, 20.0)
-# The longest side of a CT of a patient, or of a part of one.
-EXTENT_RANGE_MM = (5.0, 3000.0)
 SPACING_TOLERANCE = 0.01  # by which pixdim and the affine may differ before it is said
-TILT_DEGREES = 1.0  # likewise for axes that are not at right angles
 
 logger = logging.getLogger(__name__)
-
-
-class CTReadError(ValueError):
-    """A file that cannot be used as CT or label; the message names the file, what it holds and what was expected."""
 
 
 def read_header(content: bytes, path: str | Path) -> nib.Nifti1Header:
@@ -53,18 +46,6 @@ def read_header(content: bytes, path: str | Path) -> nib.Nifti1Header:
     raise CTReadError(f"{path}: not a NIfTI file; the header does not say n+1 or n+2")
 
 
-def three_axes(shape: tuple[int, ...], path: str | Path) -> tuple[int, int, int]:
-    """The shape without trailing axes of length 1 beyond the third."""
-    kept = tuple(int(size) for size in shape)
-    while len(kept) > 3 and kept[-1] == 1:
-        kept = kept[:-1]
-    if len(kept) != 3:
-        raise CTReadError(f"{path}: shape {tuple(shape)} is {len(kept)}-D, expected one 3-D volume")
-    if min(kept) < 1:
-        raise CTReadError(f"{path}: shape {kept} holds no voxels")
-    return kept
-
-
 def checked_affine(header: nib.Nifti1Header, shape: tuple[int, int, int], path: str | Path) -> np.ndarray:
     """The affine in mm, if it can place voxels in the world.
 
@@ -80,29 +61,10 @@ def checked_affine(header: nib.Nifti1Header, shape: tuple[int, int, int], path: 
         raise CTReadError(f"{path}: unusable orientation in the header ({error})") from error
     mm_per_unit = _mm_per_unit(header)
     affine[:3] *= mm_per_unit
-    spacing = spacing_of(affine)
-    if not np.isfinite(affine).all():
-        raise CTReadError(f"{path}: the affine is not finite: {affine.tolist()}")
-    if min(spacing) < 1e-6:
-        raise CTReadError(f"{path}: the affine has a voxel spacing of zero: {spacing} mm")
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
-        raise CTReadError(f"{path}: singular affine, two axes point the same way: {affine[:3, :3].tolist()}")
+    check_affine(affine, path)
     for note in _notes(header, affine, np.abs(pixdim) * mm_per_unit, mm_per_unit, shape):
         logger.warning("%s: %s", path, note)
     return affine
-
-
-def check_extent(affine: np.ndarray, shape: tuple[int, int, int], path: str | Path) -> None:
-    """Raise CTReadError where voxels or volume have a size that no CT of a patient has: wrong units, most likely."""
-    spacing = np.array(spacing_of(affine))
-    extent = (spacing * shape).max()
-    (low, high), (shortest, longest) = SPACING_RANGE_MM, EXTENT_RANGE_MM
-    if spacing.min() < low or spacing.max() > high or not shortest <= extent <= longest:
-        sizes = " x ".join(f"{value:.3g}" for value in spacing)
-        raise CTReadError(
-            f"{path}: voxels of {sizes} mm and a longest side of {extent:.3g} mm, expected {low:g} to {high:g} mm and "
-            f"{shortest:g} to {longest:g} mm; are the header's units right?"
-        )
 
 
 def _mm_per_unit(header: nib.Nifti1Header) -> float:
@@ -116,7 +78,7 @@ def _mm_per_unit(header: nib.Nifti1Header) -> float:
 def _notes(
     header: nib.Nifti1Header, affine: np.ndarray, pixdim_mm: np.ndarray, mm_per_unit: float, shape: tuple[int, int, int]
 ) -> list[str]:
-    """What a reader of the same file by other rules would see otherwise, and what networks will see sheared."""
+    """What a reader of the same file by other rules would see otherwise."""
     notes, spacing = [], np.array(spacing_of(affine))
     if np.abs(pixdim_mm / spacing - 1).max() > SPACING_TOLERANCE:
         values = ", ".join(f"{value:.4g}" for value in pixdim_mm), ", ".join(f"{value:.4g}" for value in spacing)
@@ -131,12 +93,4 @@ def _notes(
                 f"sform and qform differ by up to {apart_mm:.3g} mm; the sform counts. Labels made by software that "
                 "follows the qform (ITK may) lie elsewhere"
             )
-    directions = affine[:3, :3] / spacing
-    cosine = np.abs(directions.T @ directions - np.eye(3)).max()
-    if cosine > math.sin(math.radians(TILT_DEGREES)):
-        degrees = math.degrees(math.asin(min(cosine, 1.0)))
-        notes.append(
-            f"its axes are sheared by {degrees:.0f} degrees (a tilted gantry): places in mm stay right, but networks "
-            "see a sheared patient; resample it (dcm2niix does) before it is stored"
-        )
     return notes

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from datasets.ct import formats
 from datasets.ct.nifti import CTReadError
 from datasets.lists.data_list import Case
 from datasets.store.arrays import check_file, files_of
@@ -11,22 +12,28 @@ from datasets.store.format import LABEL, CaseRecord, StoreError, case_file, chec
 
 
 def sources_of(case: Case) -> list[Path]:
-    """The files that a case is made of, the image first."""
+    """What a case is made of, the image first: files, or folders of a DICOM series."""
     return [path for path in (case.image, case.label) if path is not None]
 
 
 def stamp_of(sources: Sequence[Path]) -> str:
-    """Size and time of each file, a word each: another word means another content."""
+    """Size and time of each source, a word each: another word means another content.
+
+    Of a source in several files: their sizes together, and the latest time.
+    """
     try:
-        stats = [path.stat() for path in sources]
+        parts = [[file.stat() for file in formats.files_of(path)] for path in sources]
     except OSError as error:
         raise CTReadError(f"{error.filename}: {error.strerror}") from error
-    return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+    return " ".join(
+        f"{sum(stat.st_size for stat in stats)}:{max((stat.st_mtime_ns for stat in stats), default=0)}"
+        for stats in parts
+    )
 
 
 def digest_of(sources: Sequence[Path]) -> str:
-    """BLAKE2b of each file, a word each."""
-    return " ".join(checksum_of(path.read_bytes()) for path in sources)
+    """BLAKE2b of each source, a word each; several files count as one after the other."""
+    return " ".join(checksum_of(b"".join(file.read_bytes() for file in formats.files_of(path))) for path in sources)
 
 
 def is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
@@ -80,7 +87,7 @@ def is_of_another_file(case: Case, record: CaseRecord) -> bool:
 
 def has_another_size(case: Case, record: CaseRecord) -> bool:
     """Whether the image's size in bytes differs from that of the file the case was stored from."""
-    return str(case.image.stat().st_size) != record.source_stamp.split(":")[0]
+    return stamp_of([case.image]).split(":")[0] != record.source_stamp.split(":")[0]
 
 
 def clash_message(case: Case, record: CaseRecord) -> str:

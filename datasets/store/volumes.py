@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.ct.file_checks import SPACING_RANGE_MM
 from datasets.ct.images import CT, RADIOGRAPH
 from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
 from datasets.ct.nifti import Volume
-from datasets.ct.nifti_header import SPACING_RANGE_MM
 from datasets.lists.data_list import Case, kind_of_cases
 from datasets.store.arrays import read_region
 from datasets.store.build import BuildReport, build_store

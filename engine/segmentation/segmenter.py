@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datasets.ct.formats import EXPECTED
 from datasets.ct.geometry import resample
 from datasets.ct.images import CT, RADIOGRAPH, kind_of
 from datasets.ct.intensity import AIR_HU, fill_ends
@@ -52,7 +53,7 @@ class Segmenter:
     def check_image(self, path: str | Path) -> None:
         """Raise ValueError where a file is not of the kind of images that the network was finetuned on."""
         if kind_of(path) != self.preprocessing.images:
-            names = {CT: "CT (.nii, .nii.gz)", RADIOGRAPH: "radiographs (.png)"}
+            names = {CT: f"CT ({EXPECTED})", RADIOGRAPH: "radiographs (.png)"}
             raise ValueError(f"{path}: the network (--checkpoint_file) segments {names[self.preprocessing.images]}")
 
     def on_own_grid(self, volume: Volume) -> Volume:
