@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from datasets.ct.images import CT
 from datasets.ct.nifti import CTReadError, Volume, read_ct
-from datasets.lists.data_list import find_cases, load_sections
+from datasets.lists.data_list import load_sections
+from datasets.lists.search import find_cases
 from datasets.store.format import check_kind
 from datasets.store.sources import stamp_of
 from datasets.store.volumes import VolumeStore

@@ -9,8 +9,9 @@
     python scripts/create_json.py --data_dir CT-RATE --output ct_rate.json --group_regex '(train_[0-9]+)_'
 
 Understood are the FLARE22 layout, nnU-Net and Decathlon folders, one folder per case with a ct.nii.gz, and any other
-folder of .nii and .nii.gz files. A folder of .png files holds radiographs, their masks named or placed like the labels
-of CT; a list file names one in each line.
+folder of .nii, .nii.gz, .mha, .mhd and .nrrd files. A folder with the slices of one DICOM series is one CT. What was
+seen and not taken is counted by kind. A folder of .png files holds radiographs, their masks named or placed like the
+labels of CT; a list file names one in each line.
 
 Files that cannot be used are named on stderr with the reason, kept under "unreadable" in the list, and left out of both
 sections; a CT whose label cannot be used is listed without it (pretraining needs none), unless --cases labelled asks
@@ -34,9 +35,10 @@ from tqdm import tqdm
 from datasets.ct.images import CT, kind_of, read_image, read_labels_of
 from datasets.ct.intensity import NO_AIR_HU, few_whole_values
 from datasets.ct.nifti import CTReadError
-from datasets.lists.data_list import Case, DataListError, find_cases, write_data_list
+from datasets.lists.data_list import Case, DataListError, write_data_list
 from datasets.lists.label_classes import LabelClasses, read_classes
 from datasets.lists.list_file import read_list_file
+from datasets.lists.search import search
 from datasets.lists.splits import split_cases
 from engine.flags import FlagChecks, make_parser, run_main
 
@@ -144,7 +146,10 @@ def label_names(cases: Sequence[Case], data_dir: str) -> dict[str, str]:
 def find(flags) -> tuple[list[Case], set[str] | None, dict[str, str]]:
     """All cases, names of those that a list holds out (None: to be drawn), and file -> why a listed one is missing."""
     if not flags.list_file:
-        return find_cases(flags.data_dir), None, {}
+        found = search(flags.data_dir)
+        if kinds := found.describe_not_taken():
+            print(f"{flags.data_dir}: not taken: {kinds}")
+        return found.cases, None, {}
     cases, held_out, missing = [], None, {}
     for list_file in filter(None, (flags.list_file, flags.validation_list_file)):
         listed = read_list_file(list_file, flags.data_dir)

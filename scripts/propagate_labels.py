@@ -33,8 +33,9 @@ from datasets.ct.file_grid import read_file_grid, write_confidence_like, write_l
 from datasets.ct.formats import EXPECTED
 from datasets.ct.images import CT, kind_of
 from datasets.ct.nifti import read_ct, read_label, read_label_of
-from datasets.lists.data_list import Case, DataListError, find_cases, unique_names, write_data_list
+from datasets.lists.data_list import Case, DataListError, unique_names, write_data_list
 from datasets.lists.label_classes import FLARE22, LabelClasses
+from datasets.lists.search import find_cases
 from engine import distributed
 from engine.flags import RunInfo, add_options, add_switch, flags_as_dict, make_parser, run_main
 from engine.segmentation.pictures import save_carried

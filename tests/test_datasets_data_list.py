@@ -14,12 +14,12 @@ from datasets.ct.nifti import read_ct
 from datasets.lists.data_list import (
     Case,
     DataListError,
-    find_cases,
     load_data_list,
     load_sections,
     unique_names,
     write_data_list,
 )
+from datasets.lists.search import find_cases
 from datasets.lists.splits import split_cases
 from datasets.store.volumes import build_store
 from scripts import create_json

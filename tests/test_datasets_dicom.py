@@ -70,7 +70,7 @@ def test_what_is_no_dicom_is_left_out_and_counted(tmp_path, caplog):
     os.mkfifo(folder / "pipe")
     (folder / "sub").mkdir()
     np.testing.assert_array_equal(read_ct(folder).array, plain.array)
-    assert "series: 3 of 11 files are no DICOM and left out" in caplog.text
+    assert "series: 4 of 12 files are no DICOM and left out" in caplog.text
     assert len(files_of(folder)) == 8
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from datasets.ct.radiograph import read_mask_of, read_radiograph
-from datasets.lists.data_list import find_cases
 from datasets.lists.label_classes import read_classes
+from datasets.lists.search import find_cases
 from datasets.phantom.radiographs import (
     LUNGS,
     MU_WATER_PER_MM,

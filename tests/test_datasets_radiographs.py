@@ -10,7 +10,8 @@ from PIL import Image
 from datasets.ct.images import CT, RADIOGRAPH
 from datasets.ct.nifti import CTReadError, write_nifti
 from datasets.ct.radiograph import read_mask_of, read_radiograph, write_grey
-from datasets.lists.data_list import Case, DataListError, find_cases, kind_of_cases
+from datasets.lists.data_list import Case, DataListError, kind_of_cases
+from datasets.lists.search import find_cases
 from datasets.samples.augment import AugmentOptions
 from datasets.samples.crops import CropOptions
 from datasets.store.format import CaseRecord, read_settings

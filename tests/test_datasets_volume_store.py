@@ -17,7 +17,8 @@ import pytest
 
 from datasets.ct.geometry import resample
 from datasets.ct.nifti import read_ct, read_label
-from datasets.lists.data_list import Case, find_cases, write_data_list
+from datasets.lists.data_list import Case, write_data_list
+from datasets.lists.search import find_cases
 from datasets.store.arrays import check_file, compress, files_of, read_region
 from datasets.store.files import FileWriteError, exclusive
 from datasets.store.format import write_index
@@ -514,7 +515,7 @@ def test_an_outdated_or_broken_index_does_no_harm(store):
 
 BUILD = """
 import sys
-from datasets.lists.data_list import find_cases
+from datasets.lists.search import find_cases
 from datasets.store.volumes import build_store
 if __name__ == "__main__":
     print("ready", flush=True)

@@ -8,7 +8,8 @@ import torch
 
 import main_ddp
 from datasets.ct.nifti import write_nifti
-from datasets.lists.data_list import Case, find_cases, write_data_list
+from datasets.lists.data_list import Case, write_data_list
+from datasets.lists.search import find_cases
 from datasets.store.volumes import StoreError, VolumeStore, fill_store
 from engine.checkpoint import LATEST
 from tests.fakes import spl_affine

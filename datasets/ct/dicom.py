@@ -71,14 +71,14 @@ class Series:
 
 def dicom_files(folder: str | Path) -> tuple[list[Path], int]:
     """The DICOM files directly in a folder, by name, and how many others there are; hidden ones do not count."""
-    files = sorted(file for file in Path(folder).iterdir() if file.is_file() and not file.name.startswith("."))
+    files = sorted(file for file in Path(folder).iterdir() if not file.name.startswith(".") and not file.is_dir())
     found = [file for file in files if is_dicom(file)]
     return found, len(files) - len(found)
 
 
 def is_dicom(file: Path) -> bool:
     """Whether a file has DICOM's marker, and is no DICOMDIR."""
-    if file.name.upper() == INDEX_FILE:
+    if file.name.upper() == INDEX_FILE or not file.is_file():  # opening a pipe would wait
         return False
     try:
         with file.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""Which cases there are: finding CT or radiographs in the layouts people have, and Decathlon data lists (JSON).
+"""Decathlon data lists (JSON): which cases there are.
 
 A list has `training` and `validation` sections of {"image": ..., "label": ..., "name": ..., "group": ...}, paths
 relative to the data folder; MONAI reads it too. Scans of one patient have the same "group". In unlabelled lists an
@@ -6,137 +6,17 @@ entry may also be just the image's path.
 """
 
 import json
-import os
-import re
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.ct.images import CT, RADIOGRAPH, kind_of
+from datasets.ct.images import CT, RADIOGRAPH
+from datasets.lists.cases import MAX_NAME_BYTES, Case, DataListError, is_file_name, kind_of_cases
+from datasets.lists.names import unique_names
 from datasets.store.files import write_text
 
-SUFFIXES = (".nii.gz", ".nii")
-PICTURE_SUFFIXES = (".png",)
 MODALITIES = {CT: "CT", RADIOGRAPH: "X-ray"}
-CHANNEL_SUFFIX = "_0000"  # nnU-Net and FLARE name the first channel of an image so, and the label without it
-# File names that say what a file is, not whose: the case is then named after its folder.
-IMAGE_STEMS = ("ct", "image", "imaging", "img", "volume", "scan")
-LABEL_STEMS = ("label", "labels", "seg", "segmentation", "mask")
-LABEL_ENDINGS = tuple(f"{joint}{stem}" for stem in LABEL_STEMS for joint in "_-.")
-LABEL_FOLDERS = ("seg", "segs", "segmentation", "segmentations", "mask", "masks", "annotations", "gt")
-IMAGE_FOLDERS = (*IMAGE_STEMS, "imgs", "volumes", "scans")
-# Numbered by kind, as `volume-0` and `segmentation-0` (LiTS), `labels-1` (CT-ORG) or `img0001` and `label0001` (BTCV).
-IMAGE_START = re.compile(rf"(?:{'|'.join(IMAGE_STEMS)})(?:[-_. ]+(?=.)|(?=\d))", re.IGNORECASE)
-LABEL_START = re.compile(rf"(?:{'|'.join(LABEL_STEMS)})(?:[-_. ]+(?=.)|(?=\d))", re.IGNORECASE)
-
-MAX_NAME_BYTES = 180  # file systems take 255, endings included
-
-
-class DataListError(ValueError):
-    """A data folder or data list that cannot be used; the message names it and says what to change."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One CT or radiograph.
-
-    Attributes:
-        name: unique in its list.
-        image: its file.
-        label: its label file, if there is one.
-        group: the patient. Scans of one group stay on one side of a split and are no pairs. Empty = one of its own.
-    """
-
-    name: str
-    image: Path
-    label: Path | None = None
-    group: str = ""
-
-    @property
-    def patient(self) -> str:
-        """The group, or else the name: equal for scans of one patient."""
-        return self.group or self.name
-
-
-def is_file_name(name: object) -> bool:
-    """Whether a case may be called so: its files then lie in the folder that they are meant for."""
-    if not isinstance(name, str) or "\0" in name or len(name.encode(errors="replace")) > MAX_NAME_BYTES:
-        return False
-    return bool(name) and not name.startswith(".") and Path(name).name == name
-
-
-def kind_of_cases(cases: Sequence[Case]) -> str:
-    """CT or RADIOGRAPH, by the files' names; CT where there are none.
-
-    Raises:
-        DataListError: some are one and some the other.
-    """
-    first = {kind_of(case.image): case for case in reversed(cases)}
-    if len(first) > 1:
-        raise DataListError(
-            f"{first[CT].image} is a CT and {first[RADIOGRAPH].image} a radiograph; give each kind its own data list"
-        )
-    return next(iter(first), CT)
-
-
-def find_cases(data_dir: str | Path) -> list[Case]:
-    """All CT volumes below a folder, or all radiographs where there is no CT, sorted by name.
-
-    Understood are FLARE22 / nnU-Net / Decathlon folders (`images*/X_0000.nii.gz` or `X.nii.gz`, the label `X.nii.gz` in
-    a folder that has "label", "seg" or the like as a word of its name), one folder per case (`<case>/ct.nii.gz`,
-    `<case>/label.nii.gz`; other NIfTI files beside a `ct.nii.gz` are not images), and any other tree of `.nii` and
-    `.nii.gz` files, where `X_label`, `X_seg` or `label_X` is the label of `X`, and `segmentation-0` or `label0` that of
-    `volume-0` or `img0`. Names starting with a dot are skipped. Radiographs are `.png` files in the same layouts;
-    beside NIfTI files they count as previews and are left out.
-
-    Raises:
-        DataListError: the folder is missing or holds no image, or a case has two labels.
-    """
-    data_dir = Path(data_dir)
-    if not data_dir.is_dir():
-        raise DataListError(f"{data_dir}: no such folder (--data_dir)")
-    files = sorted(_files(data_dir, SUFFIXES)) or sorted(_files(data_dir, PICTURE_SUFFIXES))
-    images, labels = _sort_files(files, data_dir)
-    if not images:
-        raise DataListError(
-            f"{data_dir}: no images found below it. Expected .nii, .nii.gz or .png files that are not named like "
-            f"labels, and outside of folders named label*, {', '.join(LABEL_FOLDERS)} ({len(labels)} label files were "
-            "seen). Is --data_dir right?"
-        )
-    by_stem, by_number = defaultdict(list), defaultdict(list)
-    for label in labels:
-        number = _without_start(label, LABEL_START)
-        for stem in {_subject(label), _without_ending(label), number}:
-            by_stem[stem].append(label)
-        if number != _plain_stem(label):
-            by_number[number].append(label)
-    names = unique_names([image.relative_to(data_dir).as_posix() for image in images])
-    cases = []
-    for name, image in zip(names, images):
-        label = _label_of(image, by_stem[_subject(image)], data_dir)
-        if label is None and (number := _without_start(image, IMAGE_START)) != _plain_stem(image):
-            label = _label_of(image, by_number[number], data_dir)
-        cases.append(Case(name, image, label))
-    return sorted(cases, key=lambda case: case.name)
-
-
-def unique_names(paths: Sequence[str]) -> list[str]:
-    """Case names of image paths (relative, with `/`): the file's stem, or its folder for `ct.nii.gz` and the like.
-
-    Where two would be the same, the folders above are put in front, as in `siteA__case1`.
-    """
-    subjects = [_subject(Path(path)) for path in paths]
-    counts = Counter(subject.lower() for subject in subjects)  # to some file systems upper and lower case are the same
-    names = [
-        subject if counts[subject.lower()] == 1 else "__".join(_stem(path).lstrip("./").split("/"))
-        for path, subject in zip(paths, subjects)
-    ]
-    twice = sorted(name for name, count in Counter(name.lower() for name in names).items() if count > 1)
-    if twice:
-        raise DataListError(f"several images are called {', '.join(twice[:5])}; rename one or keep one format of it")
-    return names
 
 
 def write_data_list(
@@ -213,108 +93,6 @@ def load_sections(
     if not cases:
         raise DataListError(f"{json_list}: no cases in {', '.join(sections)} (--sections)")
     return cases
-
-
-def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterable[Path]:
-    """All files below a folder that end so, following links to folders but no hidden names; no folder twice."""
-    visited = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        stat = Path(parent).stat()
-        if (stat.st_dev, stat.st_ino) in visited:  # a link to a folder above, or beside
-            folders.clear()
-            continue
-        visited.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in files if name.endswith(suffixes) and not name.startswith("."))
-
-
-def _sort_files(files: Sequence[Path], data_dir: Path) -> tuple[list[Path], list[Path]]:
-    """Images and labels; what lies beside a `ct.nii.gz` and is neither is dropped."""
-    case_folders = {file.parent for file in files if _plain_stem(file).lower() in IMAGE_STEMS}
-    subjects = {(file.parent, _plain_stem(file)) for file in files}
-    images, labels = [], []
-    for file in files:
-        stem = _plain_stem(file).lower()
-        beside_image = _without_ending(file) != _plain_stem(file) and (file.parent, _without_ending(file)) in subjects
-        if stem in LABEL_STEMS or LABEL_START.match(stem) or beside_image or _label_folder(file, data_dir):
-            labels.append(file)
-        elif file.parent not in case_folders or stem in IMAGE_STEMS:
-            images.append(file)
-    return images, labels
-
-
-def _label_folder(file: Path, data_dir: Path) -> Path | None:
-    """The folder of labels that a file lies in: the outermost below `data_dir` that is named like one."""
-    folders = file.relative_to(data_dir).parents[:-1]  # the nearest first
-    for position, folder in reversed(list(enumerate(folders))):
-        named_so = folder.name.lower() in LABEL_FOLDERS or _starts_like_label(folder.name.lower())
-        # `liver_segmentation/imagesTr/X` and `ct_with_labels/volume-0` only speak of labels.
-        speaks_of_labels = any(word in LABEL_FOLDERS or _starts_like_label(word) for word in _words(folder.name))
-        if named_so or (speaks_of_labels and not _says_image(file, [nearer.name for nearer in folders[:position]])):
-            return data_dir / folder
-    return None
-
-
-def _starts_like_label(word: str) -> bool:
-    return word.startswith("label") and not word.startswith(("labelled", "labeled"))
-
-
-def _says_image(file: Path, folder_names: Sequence[str]) -> bool:
-    """Whether a file's own name, or one of these folders', says that it is an image."""
-    stem = _plain_stem(file)
-    if _without_ending(file) != stem:
-        return False
-    if _stem(file.name) != stem or stem.lower() in IMAGE_STEMS or IMAGE_START.match(stem):
-        return True
-    return any(word in IMAGE_FOLDERS or word.startswith("images") for name in folder_names for word in _words(name))
-
-
-def _words(name: str) -> list[str]:
-    return re.findall("[a-z]+", name.lower())
-
-
-def _label_of(image: Path, named_alike: Sequence[Path], data_dir: Path) -> Path | None:
-    """The label of an image among those named like it: one from the same part of the tree, the nearest."""
-    candidates = [label for label in named_alike if ((_label_folder(label, data_dir) or label).parent) in image.parents]
-    if not candidates:
-        return None
-    shared = [len(os.path.commonpath([image, label])) for label in candidates]
-    best = [label for label, length in zip(candidates, shared) if length == max(shared)]
-    if len(best) > 1:
-        raise DataListError(f"{image}: has several labels: {', '.join(map(str, best))}; move all but one elsewhere")
-    return best[0]
-
-
-def _subject(file: Path) -> str:
-    """Whose file it is: its stem without channel number, or its folder where the stem says only what it is."""
-    stem = _plain_stem(file)
-    if stem.lower() in IMAGE_STEMS + LABEL_STEMS and file.parent.name:
-        return file.parent.name
-    return stem
-
-
-def _without_ending(file: Path) -> str:
-    """The stem of `X_label.nii.gz` without what says that it is a label."""
-    stem = _plain_stem(file)
-    ending = next((ending for ending in LABEL_ENDINGS if stem.lower().endswith(ending)), "")
-    return stem[: len(stem) - len(ending)]
-
-
-def _without_start(file: Path, start: re.Pattern) -> str:
-    """The stem of `volume-0.nii` without the word that says what it is."""
-    stem = _plain_stem(file)
-    found = start.match(stem)
-    return stem[found.end() :] if found else stem
-
-
-def _plain_stem(file: Path) -> str:
-    return _stem(file.name).removesuffix(CHANNEL_SUFFIX)
-
-
-def _stem(name: str) -> str:
-    for suffix in SUFFIXES + PICTURE_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
 
 
 def _entry(case: Case, data_dir: Path) -> dict[str, str]:
