@@ -37,6 +37,7 @@ EMPTY_FOLDERS = "empty folders"
 BESIDE_IMAGE = "volumes beside a ct, image or the like"
 LONE_LABELS = "labels without an image"
 ORGAN_MASKS = "masks beside a ct (of single organs? scripts/merge_organs.py joins them)"
+JOINED_MASKS = "masks beside a ct that has a label"
 NUM_KINDS_SHOWN = 8
 
 
@@ -97,9 +98,11 @@ def search(data_dir: str | Path) -> Found:
             "right?"
         )
     label_of = _match_labels(images, labels, data_dir)
+    labelled_folders = {image.parent for image in label_of}
     for label in set(labels) - set(label_of.values()):
         folder = _label_folder(label, data_dir)
-        not_taken[ORGAN_MASKS if folder and folder.parent in case_folders else LONE_LABELS] += 1
+        masks = JOINED_MASKS if folder and folder.parent in labelled_folders else ORGAN_MASKS
+        not_taken[masks if folder and folder.parent in case_folders else LONE_LABELS] += 1
     # A folder of slices may be searched itself; it then lies at "." of itself.
     relative = [data_dir.resolve().name if image == data_dir else _relative(image, data_dir) for image in images]
     cases = [Case(name, image, label_of.get(image)) for name, image in zip(unique_names(relative), images)]
