@@ -8,6 +8,7 @@ import torch
 from engine.checkpoint import CheckpointError
 from engine.segmentation import segmenter
 from scripts import predict
+from tests.itk_writer import write_itk, write_series
 from tests.labelled_corpus import HU, SHAPE, SPACING_MM, labelled_volume
 
 
@@ -72,6 +73,24 @@ def test_output_lies_on_the_inputs_own_voxels(codes, checkpoint, tmp_path, capsy
         assert 2 * both / ((found == value).sum() + (expected == value).sum()) > lowest, value
     told = capsys.readouterr().out
     assert "liver:" in told and " x ".join(map(str, reversed(SHAPE))) + " voxels (D, H, W)" in told
+
+
+@pytest.mark.parametrize("name", ["image.mha", "image.nrrd", "series"])
+def test_other_formats_give_the_labels_of_nifti(name, checkpoint, tmp_path):
+    array, affine = labelled_volume(0)[0], np.diag([*SPACING_MM, 1.0])
+    image = tmp_path / name
+    write_series(image, array, affine) if name == "series" else write_itk(image, array, affine)
+    nib.save(nib.Nifti1Image(array, affine), tmp_path / "image.nii.gz")
+    made = []
+    for path in (image, tmp_path / "image.nii.gz"):
+        out = tmp_path / f"{path.name}_out.nii.gz"
+        words = ["--checkpoint_file", str(checkpoint), "--device", "cpu", "--overlap", "0"]
+        predict.main([str(path), str(out), *words])
+        made.append(nib.load(out))
+    np.testing.assert_allclose(made[0].affine, made[1].affine, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(made[0].dataobj), np.asarray(made[1].dataobj))
+    with pytest.raises(ValueError, match="out.mha: expected a name ending in .nii"):
+        predict.main([str(image), str(tmp_path / "out.mha"), *words])
 
 
 def test_small_and_long_volumes(checkpoint, tmp_path):
