@@ -1,7 +1,9 @@
 """Folders of DICOM slices: HU and places as in NIfTI, and errors for folders that hold no even, straight CT stack."""
 
 import itertools
+import locale
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
@@ -204,3 +206,13 @@ def test_places_that_are_rounded_are_even(tmp_path):
         tmp_path / "series", hounsfield(), AFFINE, position_of=lambda number, place: np.round(place, 1) + [0, 0, 0.01]
     )
     assert read_ct(folder).spacing_mm[0] == pytest.approx(2.5, abs=0.02)
+
+
+def test_text_files_read_afterwards_are_still_in_the_users_encoding(tmp_path):
+    """GDCM leaves the C locale behind, also where several threads read."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    folders = [write_series(tmp_path / f"{number}", np.zeros((5, 6, 7), np.int16), AFFINE) for number in range(4)]
+    locale.setlocale(locale.LC_CTYPE, before)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read_ct, folders))
+    assert locale.setlocale(locale.LC_CTYPE) == before

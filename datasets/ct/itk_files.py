@@ -3,6 +3,7 @@
 ITK's world is LPS+ (x to the left, y to the back); affines are turned to RAS+ here.
 """
 
+import locale
 import math
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import SimpleITK
 
 NRRD_SUFFIX = ".nrrd"
+USERS_LOCALE = locale.setlocale(locale.LC_CTYPE)  # once, since threads that read side by side would see each other's
 REAL_TYPE = re.compile(r"(\d+)-bit (?:signed integer|unsigned integer|float)")
 MOST_SHRUNK = 1100  # deflate packs at most 1032 bytes into one
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
@@ -113,13 +115,18 @@ def open_reader(path: Path, image_io: str) -> "SimpleITK.ImageFileReader":
 
 
 def attempt(read: Callable[[], Any], path: str | Path) -> Any:
-    """What `read` returns; ITK's errors become a CTReadError that names the file."""
+    """What `read` returns; ITK's errors become a CTReadError that names the file.
+
+    ITK's DICOM library leaves the C locale behind, in which Python opens text files as ASCII; the user's is put back.
+    """
     try:
         return read()
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         reason = next((line for line in reversed(lines) if line and not line.startswith("Reason:")), "no reason given")
         raise CTReadError(f"{path}: truncated, damaged or not of its format ({reason})") from error
+    finally:
+        locale.setlocale(locale.LC_CTYPE, USERS_LOCALE)
 
 
 def ras_affine(steps_lps: np.ndarray, origin_lps: np.ndarray) -> np.ndarray:
