@@ -11,6 +11,7 @@ import pytest
 
 from datasets.ct.file_grid import read_file_grid
 from datasets.ct.formats import files_of
+from datasets.ct.itk_files import USERS_LOCALE
 from datasets.ct.nifti import CTReadError, read_ct, read_label_of
 from datasets.lists.data_list import Case
 from datasets.store.volumes import VolumeStore, build_store
@@ -210,9 +211,7 @@ def test_places_that_are_rounded_are_even(tmp_path):
 
 def test_text_files_read_afterwards_are_still_in_the_users_encoding(tmp_path):
     """GDCM leaves the C locale behind, also where several threads read."""
-    before = locale.setlocale(locale.LC_CTYPE)
     folders = [write_series(tmp_path / f"{number}", np.zeros((5, 6, 7), np.int16), AFFINE) for number in range(4)]
-    locale.setlocale(locale.LC_CTYPE, before)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read_ct, folders))
-    assert locale.setlocale(locale.LC_CTYPE) == before
+    assert locale.setlocale(locale.LC_CTYPE) == USERS_LOCALE
