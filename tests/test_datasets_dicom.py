@@ -210,8 +210,8 @@ def test_places_that_are_rounded_are_even(tmp_path):
 
 
 def test_text_files_read_afterwards_are_still_in_the_users_encoding(tmp_path):
-    """GDCM leaves the C locale behind, also where several threads read."""
-    folders = [write_series(tmp_path / f"{number}", np.zeros((5, 6, 7), np.int16), AFFINE) for number in range(4)]
+    """ITK leaves the C locale behind where several threads read, and Python would then open text files as ASCII."""
+    folders = [write_series(tmp_path / f"{number}", hounsfield(), AFFINE) for number in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read_ct, folders))
     assert locale.setlocale(locale.LC_CTYPE) == USERS_LOCALE

@@ -117,7 +117,8 @@ def open_reader(path: Path, image_io: str) -> "SimpleITK.ImageFileReader":
 def attempt(read: Callable[[], Any], path: str | Path) -> Any:
     """What `read` returns; ITK's errors become a CTReadError that names the file.
 
-    ITK's DICOM library leaves the C locale behind, in which Python opens text files as ASCII; the user's is put back.
+    Where several threads read, ITK may leave the C locale behind, in which Python opens text files as ASCII; the user's
+    is put back.
     """
     try:
         return read()
