@@ -68,8 +68,8 @@ def test_what_is_no_dicom_is_left_out_and_counted(tmp_path, caplog):
     folder = write_series(tmp_path / "series", hounsfield(), AFFINE)
     plain = read_ct(folder)
     assert not caplog.text
-    for name in ("readme.txt", ".hidden", "DICOMDIR", "empty.dcm"):
-        (folder / name).write_bytes(b"" if name == "empty.dcm" else bytes(128) + b"DICM" * (name == "DICOMDIR"))
+    for name in ("readme.txt", ".hidden", "DICOMDIR", "empty"):
+        (folder / name).write_bytes(b"" if name == "empty" else bytes(128) + b"DICM" * (name == "DICOMDIR"))
     os.mkfifo(folder / "pipe")
     (folder / "sub").mkdir()
     np.testing.assert_array_equal(read_ct(folder).array, plain.array)
@@ -166,6 +166,13 @@ def truncated_slice(folder):
     slices[4].write_bytes(slices[4].read_bytes()[:-2000])
 
 
+def lost_slice(folder):
+    """At the end of the stack, where no gap would show it."""
+    write_series(folder, hounsfield(), AFFINE)
+    last = folder / "1.2.3.4_049.dcm"
+    last.write_bytes(last.read_bytes()[:100])
+
+
 def no_dicom(folder):
     folder.mkdir()
     (folder / "a.txt").write_text("a")
@@ -190,6 +197,7 @@ def empty(folder):
         (other_size, r"1.2.3.4_049.dcm: \(5, 5\) pixels.* but 1.2.3.4_000.dcm of the same series has \(6, 7\) pixels"),
         (single_slice, "holds a single DICOM slice, expected a volume"),
         (truncated_slice, r"1.2.3.4_028.dcm: truncated, damaged or not of its format"),
+        (lost_slice, "1.2.3.4_049.dcm: named like a slice, but not DICOM"),
         (no_dicom, r"a folder without DICOM files \(1 others\)"),
         (empty, r"a folder without DICOM files \(0 others\)"),
     ],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import SimpleITK
 
 MARKER, MARKER_AT = b"DICM", 128
+SLICE_SUFFIXES = (".dcm", ".ima")
 INDEX_FILE = "DICOMDIR"  # a table of contents, which has the marker as well
 IMAGE_IO = "GDCMImageIO"
 MODALITY, DESCRIPTION, SERIES = "0008|0060", "0008|103e", "0020|000e"
@@ -69,11 +70,11 @@ class Series:
     affine: np.ndarray
 
 
-def dicom_files(folder: str | Path) -> tuple[list[Path], int]:
-    """The DICOM files directly in a folder, by name, and how many others there are; hidden ones do not count."""
+def dicom_files(folder: str | Path) -> tuple[list[Path], list[Path]]:
+    """The DICOM files directly in a folder, and the others, both by name; hidden ones do not count."""
     files = sorted(file for file in Path(folder).iterdir() if not file.name.startswith(".") and not file.is_dir())
     found = [file for file in files if is_dicom(file)]
-    return found, len(files) - len(found)
+    return found, sorted(set(files) - set(found))
 
 
 def is_dicom(file: Path) -> bool:
@@ -113,18 +114,20 @@ def open_series(folder: str | Path) -> Series:
     Files that are no DICOM are left out, with a note in the log. Subfolders are not searched.
 
     Raises:
-        CTReadError: no DICOM file, a file whose header cannot be read, several series, another modality than CT, slices
-            without a place, of several sizes or directions, or at one place, unequal gaps (a missing slice), a tilted
-            gantry, a single slice, or several frames in a file.
+        CTReadError: no DICOM file, a `.dcm` file that is none, a file whose header cannot be read, several series,
+            another modality than CT, slices without a place, of several sizes or directions, or at one place, unequal
+            gaps (a missing slice), a tilted gantry, a single slice, or several frames in a file.
     """
     try:
-        files, num_others = dicom_files(folder)
+        files, others = dicom_files(folder)
     except OSError as error:
         raise CTReadError(f"{folder}: cannot be read ({error.strerror or error})") from error
     if not files:
-        raise CTReadError(f"{folder}: a folder without DICOM files ({num_others} others); expected one CT series")
-    if num_others:
-        logger.warning("%s: %d of %d files are no DICOM and left out", folder, num_others, num_others + len(files))
+        raise CTReadError(f"{folder}: a folder without DICOM files ({len(others)} others); expected one CT series")
+    if lost := [file for file in others if file.suffix.lower() in SLICE_SUFFIXES]:
+        raise CTReadError(f"{lost[0]}: named like a slice, but not DICOM (it lacks the marker); is it truncated?")
+    if others:
+        logger.warning("%s: %d of %d files are no DICOM and left out", folder, len(others), len(others) + len(files))
     readers = {file: open_reader(file, IMAGE_IO) for file in files}
     _check_one_ct_series(readers.values(), folder)
     slices = [_slice(file, reader) for file, reader in readers.items()]

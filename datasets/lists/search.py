@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets.ct.dicom import is_dicom
+from datasets.ct.dicom import SLICE_SUFFIXES, is_dicom
 from datasets.ct.formats import EXPECTED, is_volume_file
 from datasets.lists.cases import Case, DataListError
 from datasets.lists.names import (
@@ -28,7 +28,6 @@ from datasets.lists.names import (
 LABEL_FOLDERS = ("seg", "segs", "segmentation", "segmentations", "mask", "masks", "annotations", "gt")
 IMAGE_FOLDERS = (*IMAGE_STEMS, "imgs", "volumes", "scans")
 META_DATA = (".raw", ".zraw")  # voxels of the .mhd file of the same name
-SLICE_SUFFIXES = (".dcm", ".ima")
 NUM_PROBED = 8  # files of a folder that are opened to see whether they are DICOM
 
 # Kinds of what is seen and not taken, beside file suffixes.
@@ -117,9 +116,10 @@ def _seen(data_dir: Path) -> tuple[list[Path], list[Path], Counter[str]]:
     """Volume files and folders of DICOM slices, pictures, and how many files of other kinds and empty folders."""
     volumes, pictures, others = [], [], Counter()
     for folder, files, is_empty in _folders(data_dir):
-        here = [file for file in files if is_volume_file(file)]
-        shown = [file for file in files if file.name.endswith(PICTURE_SUFFIXES)]
-        rest = [file for file in files if file not in {*here, *shown} and not _is_meta_data(file, here)]
+        here = {file for file in files if is_volume_file(file)}
+        shown = {file for file in files if file.name.endswith(PICTURE_SUFFIXES)}
+        taken = here | shown
+        rest = [file for file in files if file not in taken and not _is_meta_data(file, here)]
         volumes += here
         pictures += shown
         if all(says_label(file) for file in here) and _holds_slices(rest):
@@ -144,7 +144,7 @@ def _folders(top: Path) -> Iterator[tuple[Path, list[Path], bool]]:
         yield Path(parent), files, not (folders or files)
 
 
-def _is_meta_data(file: Path, volumes: Sequence[Path]) -> bool:
+def _is_meta_data(file: Path, volumes: set[Path]) -> bool:
     return file.suffix in META_DATA and file.with_suffix(".mhd") in volumes
 
 
