@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from engine.checkpoint import CheckpointError
+from engine.run import load_pretraining
 from models.layouts import LAYOUTS
+from models.methods import METHODS
 from models.methods.method import Method, average_towards
 from models.pretrained import LoadReport, load_pretrained, own_head_name
-from models.weights_file import WeightsError, check_finite, read_weights_file
+from models.weights_file import WeightsError, WeightsFile, check_finite, read_weights_file
 
 BACKBONE_PREFIX = "backbone.network."
 HEAD_PREFIX = "head."
@@ -80,6 +82,20 @@ def extract(
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
     return weights
+
+
+def read_encoder(path: str | Path, key: str = "auto") -> WeightsFile:
+    """Weights to encode with, from a file of any kind that we know.
+
+    Args:
+        key: of a pretraining checkpoint, and of a file that holds a student and a teacher, the network to take; "auto"
+            takes a checkpoint's teacher where it has one.
+    """
+    file = read_weights_file(path, key)
+    if file.description.get("kind") not in METHODS:
+        return file
+    state = load_pretraining(path)
+    return WeightsFile(str(path), extract(state, chosen_part(state, key), False, path), file.description)
 
 
 def weights_file_name(path: str | Path, wanted: str = "auto") -> Path:

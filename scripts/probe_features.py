@@ -25,15 +25,13 @@ from datasets.store.files import write_text
 from datasets.store.volumes import VolumeStore, fill_store
 from engine.device import pick_device, pick_precision
 from engine.flags import DeviceOptions, RunInfo, add_options, make_parser, options_of, run_main
-from engine.run import load_pretraining
 from engine.segmentation.setup import Setup, resolve_setup
 from engine.watch.probe import ProbeOptions, probe_encoder
 from engine.watch.probe_report import RANDOM_PREFIX, probe_table, with_random_mean
-from engine.weights import CHECKPOINT_KEYS, chosen_part, extract
+from engine.weights import CHECKPOINT_KEYS, read_encoder
 from models.backbones import BACKBONES
-from models.methods import METHODS
 from models.pretrained import load_pretrained
-from models.weights_file import WeightsFile, read_weights_file
+from models.weights_file import WeightsFile
 
 
 def make_flags():
@@ -117,15 +115,6 @@ def check_flags(flags) -> None:
         raise ValueError("--num_voxels must be 1 or more, --num_random and --seed 0 or more")
     if not flags.output.endswith(".json"):
         raise ValueError(f"--output {flags.output}: expected a name that ends in .json")
-
-
-def read_encoder(path: str, key: str) -> WeightsFile:
-    """Weights from a file of any kind that we know; of a pretraining checkpoint those of the student or teacher."""
-    file = read_weights_file(path, key)
-    if file.description.get("kind") not in METHODS:
-        return file
-    state = load_pretraining(path)
-    return WeightsFile(path, extract(state, chosen_part(state, key), False, path), file.description)
 
 
 def common_setup(flags, files: dict[str, WeightsFile]) -> Setup:

@@ -1,6 +1,5 @@
 """A finetuned network opened for use."""
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.ct.formats import EXPECTED
-from datasets.ct.geometry import resample
 from datasets.ct.images import CT, RADIOGRAPH, kind_of
-from datasets.ct.intensity import AIR_HU, fill_ends
 from datasets.ct.nifti import Volume
 from datasets.lists.label_classes import LabelClasses
 from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly, require
@@ -58,9 +55,7 @@ class Segmenter:
 
     def on_own_grid(self, volume: Volume) -> Volume:
         """HU at the network's spacing, resampled as the volume store does it."""
-        if self.spacing_mm is None:
-            return volume
-        return Volume(*resample(volume.array, volume.affine, self.spacing_mm), volume.path)
+        return self.preprocessing.on_own_grid(volume)
 
     def segment(
         self, volume: Volume, target: Volume, prior: Prior | None = None, keep_plain: bool = False
@@ -87,7 +82,7 @@ class Segmenter:
             volume.affine,
             target.shape,
             target.affine,
-            self._windows_for(volume),
+            self.preprocessing.windows_for(volume, self.windows),
             self.device,
             adjust,
         )
@@ -95,14 +90,7 @@ class Segmenter:
     def slices(self, volume: Volume) -> Iterator[Tensor]:
         """The network's class probabilities [C, H, W] of every slice; `volume` as for `segment`."""
         hu = torch.from_numpy(np.ascontiguousarray(volume.array))
-        return probability_slices(self.network, hu, self._windows_for(volume), self.device)
-
-    def _windows_for(self, volume: Volume) -> WindowOptions:
-        """The windows with their HU: those of the network, or the ends of a radiograph's own range."""
-        own_range = float(volume.array.min()), float(volume.array.max())
-        low, high = fill_ends((self.preprocessing.hu_min, self.preprocessing.hu_max), own_range)
-        outside = AIR_HU if self.preprocessing.images == CT else int(own_range[0])
-        return dataclasses.replace(self.windows, hu_min=low, hu_max=high, outside=outside)
+        return probability_slices(self.network, hu, self.preprocessing.windows_for(volume, self.windows), self.device)
 
 
 def open_segmenter(

@@ -5,12 +5,16 @@ silently. So every value comes from the weights' own description; a flag wins, w
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from datasets.ct.geometry import CANONICAL_AXCODES as AXCODES
+from datasets.ct.geometry import resample
 from datasets.ct.images import CT, RADIOGRAPH
+from datasets.ct.intensity import AIR_HU, fill_ends
+from datasets.ct.nifti import Volume
 from datasets.store.volumes import VolumeStore
+from engine.segmentation.sliding_window import WindowOptions
 from models.backbones.interface import spatial_dims_of
 from models.methods import METHODS
 
@@ -57,6 +61,19 @@ class Preprocessing:
         low = "darkest" if self.hu_min is None else f"{self.hu_min:g}"
         high = "brightest" if self.hu_max is None else f"{self.hu_max:g}"
         return f"{low} to {high} grey of each radiograph"
+
+    def on_own_grid(self, volume: Volume) -> Volume:
+        """The volume at the network's spacing, resampled as the volume store does it."""
+        if self.spacing_mm is None:
+            return volume
+        return Volume(*resample(volume.array, volume.affine, self.spacing_mm), volume.path)
+
+    def windows_for(self, volume: Volume, windows: WindowOptions) -> WindowOptions:
+        """`windows` with what becomes 0 and 1: the network's HU, or the ends of a radiograph's own range."""
+        own_range = float(volume.array.min()), float(volume.array.max())
+        low, high = fill_ends((self.hu_min, self.hu_max), own_range)
+        outside = AIR_HU if self.images == CT else int(own_range[0])
+        return replace(windows, hu_min=low, hu_max=high, outside=outside)
 
     def as_dict(self) -> dict:
         """Plain values under the names that checkpoints use; CT is what is meant where they do not say."""
