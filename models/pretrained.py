@@ -25,6 +25,9 @@ PUBLISHED_HEADS = {
     re.compile(r"^(?:module\.)*(?:encoder_q\.)?fc\.([02]\.(?:weight|bias))$"): r"head.\1",  # CAiD
     re.compile(r"^(?:module\.)*(?:encoder_q\.)?(?:backbone\.)?segmentation_head\."): "backbone.network.out.",  # CAiD
 }
+# The encoder of MONAI's masked image modelling (ssl_pretrained_weights.pth) -> SwinUNETR's: it nests stages once more.
+MASKED_MODELLING = re.compile(r"^encoder\.(?:(patch_embed\.)|(layers[1-4]\.0\.)0\.)")
+VERSION_2 = re.compile(r"^swinViT\.layers[1-4]c\.")  # what SwinUNETR-V2 has and SwinUNETR lacks
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,9 @@ def load_pretrained(
         The report; the model then holds the weights.
 
     Raises:
-        WeightsError: an unreadable file, 2-D weights for a 3-D network or the reverse, less than `min_share` fits, two
-            tensors of the file stand for one weight, or values are not finite; the model is then untouched.
+        WeightsError: an unreadable file, 2-D weights for a 3-D network or the reverse, another version of SwinUNETR,
+            less than `min_share` fits, two tensors of the file stand for one weight, or values are not finite; the
+            model is then untouched.
         ValueError: an unknown part, or a network of which nobody knows what its encoder is.
     """
     file = path if isinstance(path, WeightsFile) else read_weights_file(path)
@@ -112,6 +116,7 @@ def load_pretrained(
         description=file.description,
     )
     check_dimensions(file, {(given[key].ndim - 2, own[key].ndim - 2) for key in found})
+    check_version(report)
     if report.share < min_share or not fitting:
         advice = "Does the network (--backbone, --feature_size) equal the one that the weights are for?"
         encoder = wanted_keys(model, own, "encoder") if part == "whole" and kind_of(model) is not None else []
@@ -138,6 +143,18 @@ def check_dimensions(file: WeightsFile, pairs: set[tuple[int, int]]) -> None:
         crops = "" if roi is None else f" (pretrained with crops of {' x '.join(map(str, roi))} voxels, D H W)"
         need = "2-D weights need --roi_z 1, and 3-D weights need a --roi_z above 1"
         raise WeightsError(f"{file.path}: the weights are {given}-D{crops}, and the network is {wanted}-D; {need}")
+
+
+def check_version(report: LoadReport) -> None:
+    """Raise WeightsError where only one of file and network is SwinUNETR-V2: most of their names agree."""
+    is_file_2 = any(VERSION_2.match(key) for key in report.loaded + report.unexpected)
+    is_network_2 = any(VERSION_2.match(key) for key in report.loaded + report.missing)
+    if is_file_2 == is_network_2 or not any(key.startswith("swinViT.") for key in report.loaded):
+        return
+    versions = {False: "SwinUNETR (--backbone swin_unetr)", True: "SwinUNETR-V2 (--backbone swin_unetr_v2)"}
+    raise WeightsError(
+        f"{report.path}: the weights are of {versions[is_file_2]}, the network is {versions[is_network_2]}"
+    )
 
 
 def wanted_keys(model: nn.Module, own: dict[str, Tensor], part: str) -> list[str]:
@@ -189,6 +206,7 @@ def unwrapped(name: str) -> str:
 
 def published_names(name: str) -> str:
     """The names of MONAI's SwinUNETR for those that older published weights use."""
+    name = MASKED_MODELLING.sub(r"swinViT.\1\2", name)
     return name.replace("swin_vit.", "swinViT.").replace("mlp.fc1.", "mlp.linear1.").replace("mlp.fc2.", "mlp.linear2.")
 
 
