@@ -39,11 +39,13 @@ from engine.flags import add_switch, make_parser, run_main
 from engine.run import load_pretraining
 from engine.weights import (
     CHECKPOINT_KEYS,
+    DESCRIBING,
     FORMATS,
     HEAD_PREFIX,
     SUFFIXES,
     TASK_LAYER_PREFIX,
     chosen_part,
+    describe,
     extract,
     save_weights,
     weights_file_name,
@@ -54,7 +56,6 @@ from models.backbones.interface import Size3, spatial_dims_of
 from models.pretrained import load_pretrained
 from models.weights_file import WeightsError, WeightsFile
 
-DESCRIBING = ("backbone", "preprocessing", "step", "epoch", "commit", "versions")  # entries of a checkpoint
 TYPES = {"student": dict, "teacher": dict, "backbone": dict, "preprocessing": dict, "step": int}
 NUM_CLASSES = 14  # of the network that weights are compared with; its output layer is not exported
 
@@ -87,11 +88,6 @@ def make_flags():
     )
     add_switch(parser, "--with_head", False, "keep the projection head too, under `head.`")
     return parser
-
-
-def describe(state: dict, key: str) -> dict:
-    """What a user of the weights must know, in plain values."""
-    return {"method": state["kind"], "module": key} | {name: state[name] for name in DESCRIBING}
 
 
 def check_match(weights: dict[str, torch.Tensor], backbone: dict, roi: Size3 | None, path: str) -> str:

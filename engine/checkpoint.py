@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from engine.distributed import World, main_decides, was_restarted
-from models.weights_file import WeightsError, check_finite, first_line, read_plain
+from models.hub import local_weights
+from models.weights_file import WeightsError, check_finite, first_line, read_plain, read_weights_file
 
 LATEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
@@ -101,17 +102,18 @@ def load_checkpoint(path: str | Path, kinds: str | Collection[str] | None = None
     """Read one checkpoint onto the CPU, with `weights_only=True`.
 
     Args:
-        path: the file.
+        path: the file, or `hf://owner/name` (see `models.hub`). A .safetensors is a finetuned network as
+            scripts/push_to_hub.py writes it.
         kinds: what its "kind" entry must be, one word or several to choose from; None = any file that holds a dict.
 
     Raises:
         CheckpointError: missing, truncated, corrupt, holding objects that only code can rebuild, or of another kind.
     """
-    path = Path(path)
+    path = local_weights(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
-        state = read_plain(path)
+        state = published_state(path) if path.suffix == ".safetensors" else read_plain(path)
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
     wanted, kind = (kinds,) if isinstance(kinds, str) else kinds, state.get("kind")
@@ -119,6 +121,12 @@ def load_checkpoint(path: str | Path, kinds: str | Collection[str] | None = None
         found = f"kind {state['kind']!r}" if "kind" in state else f"keys {', '.join(map(str, list(state)[:5]))} ..."
         raise CheckpointError(f"{path}: not a checkpoint of kind {' or '.join(map(repr, wanted))} (found {found})")
     return state
+
+
+def published_state(path: Path) -> dict:
+    """The checkpoint that a .safetensors stands for: what its header says, and its tensors under "model"."""
+    file = read_weights_file(path)
+    return file.description | {"model": file.tensors}
 
 
 def require(state: dict, names: Collection[str], path: str | Path, expected: str) -> None:

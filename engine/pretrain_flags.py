@@ -16,6 +16,7 @@ from datasets.samples.pairings import PAIRINGS, PairingOptions
 from engine.flags import DeviceOptions, FlagChecks, FlagError, add_options, add_resume, flag_names, make_parser
 from engine.schedules import peak_lr
 from models.backbones import BACKBONES
+from models.hub import is_on_hub
 from models.methods import METHODS, Method
 
 WEIGHT_DECAY_END = 0.4
@@ -59,7 +60,8 @@ class NetworkOptions:
     Attributes:
         feature_size: channels at stride 2 (multiple of 12; nnformer: of 6)
         use_checkpoint: recompute activations instead of keeping them: less memory, slower
-        checkpoint_file: weights to start from (any of ours, or MONAI names) that fit this encoder; empty = none
+        checkpoint_file: weights to start from (any of ours, published ones, hf://owner/name) that fit this encoder;
+            empty = none
     """
 
     feature_size: int = 48
@@ -324,7 +326,7 @@ def check_paths(flags) -> None:
     if flags.data_dir and not Path(flags.data_dir).is_dir():
         problems.append(f"--data_dir {flags.data_dir} is not a folder")
     for name in ("json_list", "table_file", "checkpoint_file", "probe_json_list"):
-        if getattr(flags, name) and not Path(getattr(flags, name)).is_file():
+        if getattr(flags, name) and not is_on_hub(getattr(flags, name)) and not Path(getattr(flags, name)).is_file():
             problems.append(f"--{name} {getattr(flags, name)}: no such file")
     if flags.resume not in ("auto", "none") and not Path(flags.resume).is_file():
         problems.append(f"--resume {flags.resume}: no such file (expected auto, none or a checkpoint)")

@@ -25,6 +25,7 @@ HEAD_PREFIX = "head."
 TASK_LAYER_PREFIX = "out."
 CHECKPOINT_KEYS = ["auto", "student", "teacher"]  # auto: the teacher where the run has one, else the student
 SUFFIXES = (".pth", ".safetensors")  # the file's suffix decides the container
+DESCRIBING = ("backbone", "preprocessing", "step", "epoch", "commit", "versions")  # entries of a checkpoint
 FORMATS = ("monai", "safetensors", *LAYOUTS)
 
 
@@ -82,6 +83,16 @@ def extract(
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
     return weights
+
+
+def describe(state: dict, key: str) -> dict:
+    """What a user of the weights must know, in plain values.
+
+    Args:
+        state: a loaded checkpoint of pretraining.
+        key: the network that they are taken from, `student` or `teacher`.
+    """
+    return {"method": state["kind"], "module": key} | {name: state[name] for name in DESCRIBING}
 
 
 def read_encoder(path: str | Path, key: str = "auto") -> WeightsFile:

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from models.hub import local_weights
+
 # Where files keep their tensors; the first that is there counts. Our checkpoints hold the student under "student", a
 # finetuned network under "model"; "network_weights" is nnU-Net's name, "net" VoCo's.
 CONTAINERS = ("student", "state_dict", "model", "network_weights", "model_state_dict", "net")
@@ -36,13 +38,15 @@ def read_weights_file(path: str | Path, network: str = "auto") -> WeightsFile:
     """Read .safetensors, .pth or .pt onto the CPU.
 
     Args:
+        path: a file, or `hf://owner/name` (see `models.hub`).
         network: of a file that holds a student and a teacher, the one to take; "auto" takes the student of our
             checkpoints, and of other files all tensors.
 
     Raises:
         WeightsError: missing, damaged, carrying code, or without tensors.
+        HubError: it cannot be had from the hub.
     """
-    path = Path(path)
+    path = local_weights(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file (--weights)")
     found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path, network)

@@ -33,7 +33,7 @@ def make_flags():
     """The flags of this command."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint_file", type=str, default="", help="best.pth of a finetuning run")
+    add("--checkpoint_file", type=str, default="", help="best.pth of a finetuning run, or hf://owner/name")
     add("--data_dir", type=str, default="", help="folder that the data list's paths start from")
     add("--json_list", type=str, default="", help="Decathlon data list with labels")
     add("--store_dir", type=str, default="", help="volume store at the network's spacing, saves time; empty = none")

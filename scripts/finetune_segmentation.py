@@ -249,7 +249,7 @@ def describe_run(plan: Plan, info: RunInfo) -> dict:
         "training_cases": [case.name for case in plan.training],
         "validation_cases": [case.name for case in plan.held_out],
         "contents": {
-            "weights": checksum_of(Path(options.weights).read_bytes()) if plan.weights.tensors else None,
+            "weights": checksum_of(Path(plan.weights.path).read_bytes()) if plan.weights.tensors else None,
             "sam_checkpoint": checksum_of(Path(options.sam_checkpoint).read_bytes()) if options.memory else None,
             # Of what a run takes from the list; other sections and its layout do not count.
             "json_list": checksum_of(json.dumps([content.get(name) for name in ("training", "validation")]).encode()),

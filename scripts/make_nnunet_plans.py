@@ -23,6 +23,7 @@ from datasets.store.files import write_text
 from datasets.store.format import spacing_text
 from engine.flags import REPOSITORY, make_parser, run_main
 from engine.segmentation.setup import AXCODES, resolve_setup
+from models.hub import local_weights
 from models.nnunet import READER
 from models.pretrained import PARTS
 from models.segmenters import SEGMENTERS
@@ -35,7 +36,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--weights", type=str, required=True, help="extracted weights with their description")
+    add("--weights", type=str, required=True, help="extracted weights with their description, or hf://owner/name")
     add("--plans", type=str, required=True, help="nnU-Net's plans of the data set, a JSON file")
     add("--configuration", type=str, default="3d_fullres", help="of these plans, to start from")
     add("--weights_part", type=str, choices=list(PARTS), default="encoder", help="what of the weights is loaded")
@@ -117,7 +118,7 @@ def make_plans(plans: dict, flags: jsonargparse.Namespace, description: dict) ->
         "patch_size": list(wanted.roi),
         "batch_size": flags.batch_size or configuration["batch_size"],
         "median_image_size_in_voxels": [n * old / new for n, old, new in zip(shape, in_file_order, spacing)],
-        "alice": {"weights": str(Path(flags.weights).resolve()), "part": flags.weights_part} | network,
+        "alice": {"weights": str(local_weights(flags.weights).resolve()), "part": flags.weights_part} | network,
     }
     made |= {
         "plans_name": flags.plans_name,

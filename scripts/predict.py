@@ -37,7 +37,9 @@ def make_flags():
     parser = make_parser(__doc__)
     parser.add_argument("image", type=str, help=f"CT to segment ({EXPECTED}), or radiograph, .png")
     parser.add_argument("output", type=str, help="label map to write: .nii or .nii.gz of CT, .png of a radiograph")
-    parser.add_argument("--checkpoint_file", type=str, required=True, help="best.pth of a finetuning run")
+    parser.add_argument(
+        "--checkpoint_file", type=str, required=True, help="best.pth of a finetuning run, or hf://owner/name"
+    )
     add_options(parser, WindowOptions, {"window_batch": 1})
     add_options(parser, RecallOptions)
     add_options(parser, DeviceOptions)

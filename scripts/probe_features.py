@@ -38,7 +38,13 @@ def make_flags():
     """The flags of this command."""
     parser = make_parser(__doc__)
     network = parser.add_argument_group("Networks").add_argument
-    network("--weights", type=str, nargs="*", default=[], help="extracted weights or pretraining checkpoints to probe")
+    network(
+        "--weights",
+        type=str,
+        nargs="*",
+        default=[],
+        help="extracted weights, pretraining checkpoints, published weights or hf://owner/name",
+    )
     network("--checkpoint_key", type=str, choices=CHECKPOINT_KEYS, default="auto", help="of a checkpoint")
     network("--num_random", type=int, default=2, help="randomly initialised networks to probe beside them; 0 = none")
     network("--backbone", type=str, default=None, help="network; unset = the weights', swin_unetr without")

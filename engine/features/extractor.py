@@ -37,7 +37,7 @@ class EncoderOptions:
     """The encoder, and how its input is prepared.
 
     Attributes:
-        weights: extracted weights, a checkpoint of pretraining or finetuning, or published weights
+        weights: extracted weights, a checkpoint of pretraining or finetuning, published weights, or hf://owner/name
         checkpoint_key: which network of a file that holds two; auto = the teacher of our checkpoints where there is one
         min_share: least share of the encoder's keys that must fit, 0 to 1
         backbone: network; unset = the weights', else swin_unetr

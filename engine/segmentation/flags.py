@@ -62,7 +62,7 @@ class NetworkOptions:
     """The network and the weights that it starts from.
 
     Attributes:
-        weights: pretrained weights (.safetensors, .pth); none = from scratch
+        weights: pretrained weights (.safetensors, .pth, hf://owner/name); none = from scratch
         checkpoint_key: which network of a file that holds a student and a teacher; auto = our checkpoints' student
         weights_part: what of them to load; whole = the reconstruction decoder too (student weights)
         min_share: least share of that part's keys that must fit, 0 to 1
