@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 scripts/extract_features.py --weights alice/checkpoint.pth --checkpoint_key teacher \\
         --store_dir store --output_dir features --precision bf16
     python scripts/extract_features.py --weights VoComni_B.pt --backbone swin_unetr_v2 --spacing_mm 1.5 --a_min -175 \\
-        --a_max 250 --data_dir FLARE22 --output_dir features_voco
+        --a_max 250 --axcodes RAS --data_dir FLARE22 --output_dir features_voco
 
 Voxel size, HU window, window size and backbone come from the weights' own description; published weights without one
 need the flags. A case's CASE.json holds the strides, channels, voxel size and affine (index -> world mm) of its maps.

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from datasets.ct.geometry import index_to_world
 from engine.features import FeatureExtractor, load_features
 from engine.features.dense import dense_maps, owned_cells
+from engine.features.orientation import in_axis_order
 from engine.segmentation.setup import Preprocessing
 from engine.segmentation.sliding_window import WindowOptions
 from engine.weights import save_weights
@@ -153,8 +154,43 @@ def test_flags_speak_for_weights_that_do_not_describe_themselves(weights, tmp_pa
     sizes = {"backbone": "unet", "feature_size": 8, "spacing_mm": (2.0,), "a_min": -175, "roi_z": 48}
     extract = load_features(tmp_path / "w.pth", device="cpu", **sizes)
     assert extract.preprocessing == Preprocessing((2.0, 2.0, 2.0), -175.0, 225.0, (48, 96, 96))
+    with pytest.raises(ValueError, match="--axcodes RAS: slices .--roi_z 1. are axial"):
+        load_features(tmp_path / "w.pth", device="cpu", **(sizes | {"axcodes": "RAS", "roi_z": 1}))
     with pytest.warns(UserWarning, match="--a_min -175 differs from the -125"):
         load_features(weights, device="cpu", a_min=-175)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SPL", "IAR"])
+def test_encoders_of_another_axis_order_see_their_own_and_give_ours(codes):
+    """nibabel turns the same arrays."""
+    weight = torch.randn(3, 1, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def encode(windows: torch.Tensor) -> dict[int, torch.Tensor]:
+        return {2: torch.nn.functional.avg_pool3d(torch.conv3d(windows, weight, padding=1), 2)}
+
+    def turned(array: np.ndarray, source: str, target: str) -> np.ndarray:
+        ours, theirs = (nib.orientations.axcodes2ornt(text) for text in (source, target))
+        return nib.orientations.apply_orientation(array, nib.orientations.ornt_transform(ours, theirs)).copy()
+
+    window = np.random.default_rng(0).normal(size=(8, 12, 16)).astype(np.float32)
+    theirs = encode(torch.from_numpy(turned(window, "SPL", codes))[None, None])[2][0]
+    ours = in_axis_order(encode, codes)(torch.from_numpy(window)[None, None])[2][0]
+    assert ours.shape == (3, 4, 6, 8)
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, torch.from_numpy(turned(other.numpy(), codes, "SPL")))
+
+
+@pytest.mark.parametrize("codes", ["RAR", "XYZ", "RA", "rasp"])
+def test_text_that_is_no_axis_order_is_refused(codes, weights):
+    with pytest.raises(ValueError, match=f"--axcodes {codes}: expected one letter each"):
+        load_features(weights, device="cpu", axcodes=codes)
+
+
+def test_axis_order_reaches_the_encoder(weights):
+    """A volume and its turned maps differ from those of the network's own order."""
+    hu = torch.randint(-200, 300, (1, 1, *ROI)).float()
+    ours, theirs = (load_features(weights, device="cpu", axcodes=codes)(hu, (8,)) for codes in ("SPL", "RAS"))
+    assert ours.maps[8].shape == theirs.maps[8].shape and not torch.allclose(ours.maps[8], theirs.maps[8], atol=1e-3)
 
 
 # The command

@@ -17,7 +17,7 @@ from models.methods import METHODS
 from models.methods.voco import VoCo, VoCoOptions, label_floors, partners_of
 from models.pretrained import load_pretrained
 from models.segmenters import SEGMENTERS
-from models.weights_file import read_weights_file
+from models.weights_file import WeightsError, read_weights_file
 from tests.launched import two_ranks
 from tests.tiny_run import add_store_and_table, log_of, make_corpus
 
@@ -281,12 +281,13 @@ def test_published_files_are_gone_on_from_with_their_heads(variant, prefix, tmp_
     assert ("6 beside it (head." in report.describe()) is has_head
 
 
-def test_a_published_encoder_fills_other_networks_as_far_as_they_go(tmp_path):
+def test_a_published_encoder_fills_a_segmenter_of_its_version_only(tmp_path):
     source = small_voco("v2", "swin_unetr_v2", 12, (64, 32, 32))
     torch.save({"state_dict": published_state("v2", source, "module.")}, tmp_path / "voco.pt")
     report = load_pretrained(SEGMENTERS["swin_unetr_v2"].build(1, 4, 12), tmp_path / "voco.pt")
     assert len(report.loaded) == 145 and not report.missing
-    assert len(load_pretrained(SEGMENTERS["swin_unetr"].build(1, 4, 12), tmp_path / "voco.pt").loaded) == 137
+    with pytest.raises(WeightsError, match="weights are of SwinUNETR-V2 .--backbone swin_unetr_v2., the network is"):
+        load_pretrained(SEGMENTERS["swin_unetr"].build(1, 4, 12), tmp_path / "voco.pt")
 
 
 # Whole runs

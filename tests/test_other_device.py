@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from datasets.samples.correspondences import CorrespondenceTable
 from engine.checkpoint import LATEST, load_checkpoint
@@ -68,7 +69,7 @@ def pretraining(out: Path) -> list[tuple[str, list]]:
 
 
 def finetuning(out: Path) -> list[tuple[str, list]]:
-    """Probes, finetuning with its evaluation, and a prediction."""
+    """Probes, features, finetuning with its evaluation, and a prediction."""
     labelled, weights = out / "labelled", out / "student.safetensors"
     listed = [f"--data_dir={labelled}", f"--json_list={labelled / 'list.json'}", f"--store_dir={labelled / 'store'}"]
     changed = {"weights": weights, "feature_size": None, "spacing_mm": None, "freeze_encoder_steps": 2}
@@ -78,6 +79,8 @@ def finetuning(out: Path) -> list[tuple[str, list]]:
         on, finetuned = f"--device={device}", out / f"finetuned_{device}"
         probe = [f"--weights={weights}", *listed, f"--output={out}/probe_{device}.json", "--num_voxels=5", on]
         runs.append(("scripts.probe_features", probe))
+        features = [f"--weights={weights}", *listed, f"--output_dir={out}/features_{device}", "--overlap=0", on]
+        runs.append(("scripts.extract_features", features))
         words = finetune_arguments(labelled, finetuned, **(changed | {"device": device}))
         runs.append(("scripts.finetune_segmentation", words))
         found = [labelled / "images" / "case3_0000.nii.gz", out / f"{device}.nii.gz", on]
@@ -157,6 +160,13 @@ def test_probes_of_weights_equal_the_cpus(ran):
         for probe in ("knn", "linear"):
             found, wanted = (of[probe]["balanced_accuracy"] for of in (theirs[network], scores))
             assert found == pytest.approx(wanted, abs=0.05), network
+
+
+def test_features_equal_the_cpus(ran):
+    files = sorted(path.name for path in (ran / "features_cpu").glob("*.safetensors"))
+    ours, theirs = ([load_file(ran / f"features_{device}" / name)["pooled"] for name in files] for device in DEVICES)
+    assert len(files) == 5
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=2e-4)
 
 
 def test_finetuning_equals_the_cpus(ran):

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.ct.geometry import spacing_of
+from datasets.ct.geometry import CANONICAL_AXCODES, spacing_of
 from datasets.ct.images import CT, read_image
 from datasets.ct.nifti import HU_MAX, HU_MIN, Volume
 from datasets.store.volumes import parse_spacing
 from engine.device import pick_device, pick_precision
 from engine.features.dense import dense_maps
+from engine.features.orientation import check_axcodes, in_axis_order
 from engine.segmentation.setup import Preprocessing, plain_spacing, resolve_setup
 from engine.segmentation.sliding_window import WindowOptions
 from engine.weights import read_encoder
@@ -48,6 +49,7 @@ class EncoderOptions:
         roi_x: window along W, voxels; unset = the weights', else 96
         roi_y: window along H, voxels; unset = the weights', else 96
         roi_z: window along D, voxels; unset = the weights', else 96
+        axcodes: axis order of the arrays that the weights know; published ones mostly RAS. Results stay in ours
     """
 
     weights: str
@@ -61,6 +63,10 @@ class EncoderOptions:
     roi_x: int | None = None
     roi_y: int | None = None
     roi_z: int | None = None
+    axcodes: str = CANONICAL_AXCODES
+
+    def __post_init__(self) -> None:
+        check_axcodes(self.axcodes)
 
     def given(self) -> dict:
         """The values under the names that `resolve_setup` takes."""
@@ -114,6 +120,7 @@ class FeatureExtractor:
         device: where it is.
         report: which of its weights came from the file.
         notes: warnings of `resolve_setup`.
+        axcodes: axis order of the windows that the backbone knows; volumes and maps are in ours.
     """
 
     backbone: Backbone
@@ -122,6 +129,7 @@ class FeatureExtractor:
     device: torch.device
     report: LoadReport
     notes: list[str]
+    axcodes: str = CANONICAL_AXCODES
 
     @property
     def strides(self) -> list[int]:
@@ -146,7 +154,7 @@ class FeatureExtractor:
             volume = read_image(volume)
         volume = self.preprocessing.on_own_grid(volume)
         found = dense_maps(
-            self.backbone.encode,
+            in_axis_order(self.backbone.encode, self.axcodes),
             torch.from_numpy(np.ascontiguousarray(volume.array)),
             sorted(strides) or self.strides,
             self.strides[-1],
@@ -210,11 +218,12 @@ def open_extractor(
     images = file.description.get("preprocessing", {}).get("images", CT)
     setup = resolve_setup(file.description, options.given(), BACKBONES, images=images)
     known = setup.preprocessing
+    if known.spatial_dims == 2 and options.axcodes != CANONICAL_AXCODES:
+        raise ValueError(f"--axcodes {options.axcodes}: slices (--roi_z 1) are axial in our order; leave the flag away")
     backbone = BACKBONES[setup.backbone](setup.feature_size, known.roi, None, False, with_masks=False)
     report = load_pretrained(backbone.network, file, options.min_share)
     windows = WindowOptions(
         known.roi, overlap=overlap, window_batch=window_batch, precision=pick_precision(precision, device)
     )
-    return FeatureExtractor(
-        backbone.to(device).eval().requires_grad_(False), known, windows, device, report, setup.notes
-    )
+    backbone.to(device).eval().requires_grad_(False)
+    return FeatureExtractor(backbone, known, windows, device, report, setup.notes, options.axcodes)

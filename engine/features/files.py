@@ -105,6 +105,7 @@ def settings_of(extractor: FeatureExtractor, options: FileOptions, strides: tupl
     return {
         "weights": extractor.fingerprint(),
         "preprocessing": extractor.preprocessing.as_dict(),
+        "axcodes": extractor.axcodes,
         "overlap": extractor.windows.overlap,
         "precision": extractor.windows.precision,
         "strides": list(strides),
