@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from datasets.store.numpy_pickles import numpy_globals
 from models.hub import local_weights
 
 # Where files keep their tensors; the first that is there counts. Our checkpoints hold the student under "student", a
@@ -103,14 +104,15 @@ def _read_pickled(path: Path, network: str) -> WeightsFile:
 
 
 def read_plain(path: Path) -> dict:
-    """The dict of tensors and plain values in a .pth or .pt file, on the CPU, with its checksums compared.
+    """The dict of tensors, plain and numpy's values in a .pth or .pt file, on the CPU, with its checksums compared.
 
     Raises:
         WeightsError: damaged, holding objects that only code can rebuild, or no dict.
     """
     try:
         check_parts(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(numpy_globals()):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as e:
         raise WeightsError(unreadable(path, e)) from e
     if not isinstance(state, dict):

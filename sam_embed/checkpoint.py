@@ -15,7 +15,6 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from datasets.ct.geometry import CANONICAL_AXCODES
 from datasets.store.files import write_bytes
+from datasets.store.numpy_pickles import numpy_globals
 from sam_embed.network import AnatomicalEmbedder
 
 KIND = "sam_embed"
@@ -203,18 +203,6 @@ def _load_small(path: Path) -> dict:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as weights of a SAM network ({error})") from error
     return {**described, "state_dict": weights}
-
-
-def numpy_globals() -> list:
-    """What `torch.load` must know to read numpy arrays and numbers, under the names of numpy 1 and 2."""
-    reconstruct = np.zeros(1).__reduce__()[0]
-    scalar = np.float64(0).__reduce__()[0]
-    named = [
-        (function, f"{core}.multiarray.{name}")
-        for core in ("numpy.core", "numpy._core")
-        for name, function in (("_reconstruct", reconstruct), ("scalar", scalar))
-    ]
-    return [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU"}, *named]
 
 
 def _state_dict_of(content: dict, source: str | Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Published weights load by their own names: what is taken, what is left, and what is refused. Layouts, not values."""
 
+import numpy as np
 import pytest
 import torch
 from monai.networks.nets import SwinUNETR
@@ -38,7 +39,7 @@ def zeros(*names: str) -> dict[str, Tensor]:
 
 
 def swin_vit_of_monai() -> dict:
-    """model_swinvit.pt: the bare transformer under DDP's prefix, and the heads of three tasks."""
+    """model_swinvit.pt: the bare transformer under DDP's prefix, the heads of three tasks; a score as numpy has it."""
     weights = source("swin_unetr")
     bare = {
         f"module.{older(name.removeprefix('swinViT.'))}": value
@@ -46,7 +47,10 @@ def swin_vit_of_monai() -> dict:
         if name.startswith("swinViT.")
     }
     heads = ("norm", "rotation_head", "contrastive_head", "convTrans3d")
-    return {"epoch": 1, "state_dict": bare | zeros(*(f"module.{n}.{k}" for n in heads for k in ("weight", "bias")))}
+    return {
+        "best_acc": np.float64(0.5),
+        "state_dict": bare | zeros(*(f"module.{n}.{k}" for n in heads for k in ("weight", "bias"))),
+    }
 
 
 def masked_modelling_of_monai() -> dict:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_embed.checkpoint import numpy_globals
+from datasets.store.numpy_pickles import numpy_globals
 
 MAX_ITEMS, MAX_DEPTH = 10_000, 20  # of the lists in a file
 # `torch.save` before its zip format starts with this pickled number.
