@@ -4,6 +4,7 @@
     python extract_backbone_weights.py results/run/checkpoint.pth alice.safetensors --checkpoint_key student --with_head
     python extract_backbone_weights.py results/run/checkpoint.pth alice --format safetensors
     python extract_backbone_weights.py results/caid/checkpoint.pth caid.pth --format torchvision
+    python extract_backbone_weights.py results/resenc/checkpoint.pth resenc_nnunet.pth --format nnunet
 
 The teacher holds the encoder, the student the encoder and, where the method trained one, the decoder. Without
 --checkpoint_key the teacher is taken, or the student of a method that has no teacher. Both come in one layout, with the
@@ -30,6 +31,8 @@ expect three equal input channels:
     import segmentation_models_pytorch as smp
     model = smp.Unet("resnet50", encoder_weights=None)
     model.load_state_dict(torch.load("caid_smp.pth", weights_only=True), strict=False)
+
+A `resenc` also becomes a checkpoint that nnU-Net finetunes from by itself (`--format nnunet`): see scripts/README.md.
 """
 
 import torch
@@ -47,16 +50,21 @@ from engine.weights import (
     chosen_part,
     describe,
     extract,
+    save_described,
     save_weights,
     weights_file_name,
 )
-from models import layouts
+from models import layouts, nnunet_checkpoint
 from models.backbones import BACKBONES, segmentation_network
 from models.backbones.interface import Size3, spatial_dims_of
 from models.pretrained import load_pretrained
 from models.weights_file import WeightsError, WeightsFile
 
 TYPES = {"student": dict, "teacher": dict, "backbone": dict, "preprocessing": dict, "step": int}
+BACKBONE_OF_FORMAT = dict.fromkeys(layouts.LAYOUTS, layouts.BACKBONE) | {
+    nnunet_checkpoint.FORMAT: nnunet_checkpoint.BACKBONE
+}
+FORMATS_WITH_DECODER = ("smp", nnunet_checkpoint.FORMAT)
 NUM_CLASSES = 14  # of the network that weights are compared with; its output layer is not exported
 
 
@@ -75,7 +83,7 @@ def make_flags():
         choices=CHECKPOINT_KEYS,
         default="auto",
         help="student: encoder and decoder; teacher: its moving average, encoder only; auto: the teacher where the run "
-        "has one, else the student (--format smp: the student where it has a decoder)",
+        "has one, else the student (--format smp, nnunet: the student where it has a decoder)",
     )
     parser.add_argument(
         "--format",
@@ -84,7 +92,8 @@ def make_flags():
         default="auto",
         help="names of the weights. monai: the network's own, which are MONAI's; safetensors: the same, in a "
         ".safetensors; torchvision, smp: of torchvision's resnet50 or segmentation_models_pytorch's Unet, for "
-        "resnet50_unet; auto: the network's own. The file's suffix decides between .pth and .safetensors",
+        "resnet50_unet; nnunet: a checkpoint for nnU-Net, with its plan, for resenc; auto: the network's own. The "
+        "file's suffix decides between .pth and .safetensors",
     )
     add_switch(parser, "--with_head", False, "keep the projection head too, under `head.`")
     return parser
@@ -143,12 +152,16 @@ def encoder_keys(name: str, feature_size: int, roi: Size3 | None, spatial_dims: 
 
 def check_layout(flags, backbone: dict) -> None:
     """Raise CheckpointError where the library of --format does not have the checkpoint's network."""
-    if backbone["name"] != layouts.BACKBONE:
+    wanted = BACKBONE_OF_FORMAT.get(flags.format, backbone["name"])
+    if backbone["name"] != wanted:
+        advice = "use --format monai"
+        if flags.format == nnunet_checkpoint.FORMAT:
+            advice += f" and scripts/make_nnunet_plans.py, or pretrain with --backbone {wanted}"
         raise CheckpointError(
-            f"{flags.checkpoint}: --format {flags.format} is for the backbone {layouts.BACKBONE}, but this run's is "
-            f"{backbone['name']}: use --format monai"
+            f"{flags.checkpoint}: --format {flags.format} is for the backbone {wanted}, but this run's is "
+            f"{backbone['name']}: {advice}"
         )
-    if flags.with_head:
+    if flags.with_head and flags.format in BACKBONE_OF_FORMAT:
         raise CheckpointError(f"--with_head: --format {flags.format} has no place for a head; use --format monai")
 
 
@@ -159,15 +172,22 @@ def main(argv: list[str] | None = None) -> None:
     require(state, DESCRIBING, flags.checkpoint, "a checkpoint of main_ddp.py")
     require_types(state, TYPES, flags.checkpoint)
     require(state["backbone"], ("name", "feature_size", "in_channels"), flags.checkpoint, "a checkpoint of main_ddp.py")
-    is_renamed, is_smp = flags.format in layouts.LAYOUTS, flags.format == "smp"
-    if is_renamed:
-        check_layout(flags, state["backbone"])
-    key = chosen_part(state, flags.checkpoint_key, prefers_decoder=is_smp)
-    weights = extract(state, key, flags.with_head, flags.checkpoint, with_task_layer=is_smp)
+    check_layout(flags, state["backbone"])
+    key = chosen_part(state, flags.checkpoint_key, prefers_decoder=flags.format in FORMATS_WITH_DECODER)
+    weights = extract(state, key, flags.with_head, flags.checkpoint, with_task_layer=flags.format == "smp")
     print(check_match(weights, state["backbone"], state["preprocessing"].get("roi"), flags.checkpoint))
-    if is_renamed:
-        weights = layouts.with_names_of(flags.format, weights)
-    save_weights(weights, describe(state, key), output)
+    description = describe(state, key)
+    if flags.format == nnunet_checkpoint.FORMAT:
+        require(state["preprocessing"], ("spacing_mm", "roi"), flags.checkpoint, "a checkpoint of main_ddp.py")
+        if not any(name.startswith("decoder.") for name in weights):
+            print(f"the {key} has no decoder: the file holds nnU-Net's random initial weights there")
+        content = nnunet_checkpoint.nnunet_checkpoint(weights, description)
+        weights = content["network_weights"]
+        save_described(content, description, output)
+    else:
+        if flags.format in layouts.LAYOUTS:
+            weights = layouts.with_names_of(flags.format, weights)
+        save_weights(weights, description, output)
     print(f"wrote {len(weights)} tensors of the {key} (step {state['step']}) to {output}")
 
 

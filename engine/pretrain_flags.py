@@ -58,7 +58,8 @@ class NetworkOptions:
     """The network to pretrain.
 
     Attributes:
-        feature_size: channels at stride 2 (multiple of 12; nnformer: of 6)
+        feature_size: channels at stride 2 (multiple of 12; nnformer: of 6); resenc: of the first stage (32 makes
+            nnU-Net's ResEncL)
         use_checkpoint: recompute activations instead of keeping them: less memory, slower
         checkpoint_file: weights to start from (any of ours, published ones, hf://owner/name) that fit this encoder;
             empty = none

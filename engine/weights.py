@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from engine.checkpoint import CheckpointError
 from engine.run import load_pretraining
+from models import nnunet_checkpoint
 from models.layouts import LAYOUTS
 from models.methods import METHODS
 from models.methods.method import Method, average_towards
@@ -26,7 +27,7 @@ TASK_LAYER_PREFIX = "out."
 CHECKPOINT_KEYS = ["auto", "student", "teacher"]  # auto: the teacher where the run has one, else the student
 SUFFIXES = (".pth", ".safetensors")  # the file's suffix decides the container
 DESCRIBING = ("backbone", "preprocessing", "step", "epoch", "commit", "versions")  # entries of a checkpoint
-FORMATS = ("monai", "safetensors", *LAYOUTS)
+FORMATS = ("monai", "safetensors", *LAYOUTS, nnunet_checkpoint.FORMAT)
 
 
 def chosen_part(state: dict, wanted: str = "auto", prefers_decoder: bool = False) -> str:
@@ -123,6 +124,8 @@ def weights_file_name(path: str | Path, wanted: str = "auto") -> Path:
         raise ValueError(
             f"--format safetensors writes .safetensors, but the file is called {path}: change the name or the format"
         )
+    if wanted == nnunet_checkpoint.FORMAT and path.suffix == ".safetensors":
+        raise ValueError(f"--format {wanted} writes .pth, but the file is called {path}: change the name")
     if path.suffix in SUFFIXES:
         return path
     if wanted == "auto":
@@ -139,18 +142,27 @@ def save_weights(weights: dict[str, torch.Tensor], metadata: dict, path: str | P
         ValueError: another suffix.
     """
     path = weights_file_name(path)
+    copies = {name: value.clone() for name, value in weights.items()}
+    if path.suffix == ".pth":
+        save_described(copies, metadata, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
-    if path.suffix == ".safetensors":
-        # Tied tensors share memory, which safetensors refuses; the header takes text only.
-        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
-        save_file({name: value.clone() for name, value in weights.items()}, aside, metadata=texts)
-    else:
-        torch.save({name: value.clone() for name, value in weights.items()}, aside)
-        described = path.with_name(path.name + ".json")
-        described_aside = described.with_name(described.name + ".tmp")
-        described_aside.write_text(json.dumps(metadata, indent=2) + "\n")
-        described_aside.replace(described)
+    # Tied tensors share memory, which safetensors refuses; the header takes text only.
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+    save_file(copies, aside, metadata=texts)
+    aside.replace(path)
+
+
+def save_described(content: dict, metadata: dict, path: Path) -> None:
+    """Write tensors and plain values by `torch.save`, and the metadata beside them in `<path>.json`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    torch.save(content, aside)
+    described = path.with_name(path.name + ".json")
+    described_aside = described.with_name(described.name + ".tmp")
+    described_aside.write_text(json.dumps(metadata, indent=2) + "\n")
+    described_aside.replace(described)
     aside.replace(path)
 
 

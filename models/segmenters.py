@@ -14,6 +14,7 @@ from torch import nn
 from models.backbones import BACKBONES, segmentation_network
 from models.backbones.interface import Size3
 from models.backbones.nnformer import NNFormer
+from models.backbones.resenc import ResEnc
 from models.backbones.resnet_unet import SliceNetwork
 from models.backbones.unet import UNet
 
@@ -72,6 +73,10 @@ SWIN_UNETR_DEPTHS = {
     **{f"encoder{depth + 1}.": depth for depth in range(1, 4)},
 }
 STAGED_DEPTHS = {"embed.": 0, "encoder.2.": 1, "encoder.4.": 2, "encoder.8.": 3, "encoder.16.": 4}
+RESENC_DEPTHS = {
+    **{"embed.": 0, "encoder.1.": 1, "encoder.2.": 2, "encoder.4.": 3},
+    **{"encoder.8.": 4, "encoder.16.": 5, "encoder.32.": 6},
+}
 RESNET_DEPTHS = {
     **{"encoder.conv1.": 0, "encoder.bn1.": 0},
     **{f"encoder.layer{depth}.": depth for depth in range(1, 5)},
@@ -79,6 +84,7 @@ RESNET_DEPTHS = {
 
 SEGMENTERS = {
     "nnformer": SegmenterKind("nnformer", NNFormer, STAGED_DEPTHS),
+    "resenc": SegmenterKind("resenc", ResEnc, RESENC_DEPTHS),
     "resnet50_unet": SegmenterKind("resnet50_unet", SliceNetwork, RESNET_DEPTHS),
     "swin_unetr": SegmenterKind("swin_unetr", SwinUNETR, SWIN_UNETR_DEPTHS),
     "swin_unetr_v2": SegmenterKind("swin_unetr_v2", SwinUNETR, SWIN_UNETR_DEPTHS),

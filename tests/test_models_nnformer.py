@@ -1,4 +1,4 @@
-"""The staged backbones, nnFormer and U-Net: strides, sizes, masking that hides, export, and modules that are built."""
+"""The staged backbones, nnFormer, U-Net and ResEnc: strides, sizes, masking that hides, export, modules built."""
 
 import copy
 
@@ -12,20 +12,24 @@ from models.backbones.nnformer import NNFormerBackbone
 from models.backbones.unet import NORM
 from models.layers.windows import SwinBlock
 
-SIZE = (32, 16, 32)
-STAGED = ["nnformer", "unet"]
+SIZES = {"nnformer": (32, 16, 32), "unet": (32, 16, 32), "resenc": (64, 32, 32)}
+STAGED = list(SIZES)
+FEATURE_SIZES = {"resenc": 4}  # whose deepest stage is 32 times as wide
+STANDARD_FEATURE_SIZE = 12
 
 
 def make_backbone(name: str, **options) -> torch.nn.Module:
     torch.manual_seed(0)
-    return BACKBONES[name](**({"feature_size": 12, "roi": SIZE} | options))
+    sizes = {"feature_size": FEATURE_SIZES.get(name, STANDARD_FEATURE_SIZE), "roi": SIZES.get(name)}
+    return BACKBONES[name](**(sizes | options))
 
 
-def volumes(batch: int, seed: int = 1) -> torch.Tensor:
-    return torch.rand(batch, 1, *SIZE, generator=torch.Generator().manual_seed(seed))
+def volumes(name: str, seed: int = 1) -> torch.Tensor:
+    return torch.rand(1, 1, *SIZES[name], generator=torch.Generator().manual_seed(seed))
 
 
 def block_mask() -> torch.Tensor:
+    """Blocks of half a crop's depth and width, and of its whole height."""
     masked = torch.zeros(1, 2, 1, 2, dtype=torch.bool)
     masked[0, 0, 0, 1] = True
     return masked
@@ -46,12 +50,12 @@ def test_nnformer_has_the_published_sizes() -> None:
 def test_maps_have_the_announced_shapes(name: str) -> None:
     backbone = make_backbone(name)
     with torch.no_grad():
-        features = backbone.encode(volumes(1), block_mask())
+        features = backbone.encode(volumes(name), block_mask())
         reconstruction, decoded = backbone.decode(features)
-    assert reconstruction.shape == (1, 1, *SIZE)
+    assert reconstruction.shape == (1, 1, *SIZES[name])
     for maps, channels in ((features, backbone.channels), (decoded, backbone.decoder_channels)):
         assert {s: tuple(m.shape) for s, m in maps.items()} == {
-            s: (1, width, *(side // s for side in SIZE)) for s, width in channels.items()
+            s: (1, width, *(side // s for side in SIZES[name])) for s, width in channels.items()
         }
     assert {8, 16} <= set(backbone.channels) and backbone.channels[8] == backbone.decoder_channels[8]
 
@@ -59,8 +63,8 @@ def test_maps_have_the_announced_shapes(name: str) -> None:
 @pytest.mark.parametrize("name", STAGED)
 def test_masked_voxels_reach_no_output_and_visible_ones_do(name: str) -> None:
     backbone, masked = make_backbone(name), block_mask()
-    hidden = upsample_mask(masked, SIZE)
-    x, other = volumes(1), volumes(1, seed=2)
+    hidden = upsample_mask(masked, SIZES[name])
+    x, other = volumes(name), volumes(name, seed=2)
     with torch.no_grad():
         encoded = [backbone.encode(v, masked) for v in (x, torch.where(hidden, other, x), other)]
         outputs = [backbone.decode(features)[0] for features in encoded]
@@ -74,7 +78,7 @@ def test_every_masked_place_holds_the_one_token_and_it_trains(name: str) -> None
     backbone, masked, embedded = make_backbone(name), block_mask(), []
     encode = backbone.network.encode
     backbone.network.encode = lambda x: embedded.append(x) or encode(x)
-    reconstruction, _ = backbone.decode(backbone.encode(volumes(1), masked))
+    reconstruction, _ = backbone.decode(backbone.encode(volumes(name), masked))
     hidden = upsample_mask(masked, tuple(embedded[0].shape[2:]))[0, 0]
     token = backbone.mask_token.flatten()
     assert torch.equal(embedded[0][0][:, hidden], token[:, None].expand(-1, int(hidden.sum())))
@@ -113,7 +117,8 @@ def test_nnformer_tokens_lie_where_their_voxels_lie() -> None:
 def test_exported_weights_fill_a_segmentation_network(name: str) -> None:
     """Under the network's own names, output layer apart; the teacher's are the encoder's part of them."""
     backbone = make_backbone(name, roi=(64, 32, 32))
-    network = segmentation_network(name, in_channels=1, out_channels=5, feature_size=12)
+    feature_size = FEATURE_SIZES.get(name, STANDARD_FEATURE_SIZE)
+    network = segmentation_network(name, in_channels=1, out_channels=5, feature_size=feature_size)
     prefixes = backbone.encoder_key_prefixes + backbone.decoder_key_prefixes
     weights = {key: v for key, v in backbone.network.state_dict().items() if not key.startswith("out.")}
     assert all(key.startswith(prefixes) for key in weights)
@@ -133,18 +138,20 @@ def test_encoder_twin_gives_the_same_maps_without_mask_tokens_or_decoder(name: s
     backbone = make_backbone(name)
     twin = backbone.encoder_twin()
     assert all(key.startswith(("network.embed.", "network.encoder.")) for key in twin.state_dict())
-    ours, theirs = backbone.encode(volumes(1)), twin.encode(volumes(1))
+    ours, theirs = backbone.encode(volumes(name)), twin.encode(volumes(name))
     assert all(torch.equal(ours[stride], theirs[stride]) for stride in backbone.channels)
     assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in backbone.parameters()}
     assert twin.decode(theirs) == (None, {})
 
 
-@pytest.mark.parametrize(("decoder_stride", "built"), [(None, []), (8, [8]), (4, [8, 4])])
+@pytest.mark.parametrize("decoder_stride", [None, 8, 4])
 @pytest.mark.parametrize("name", STAGED)
-def test_builds_no_module_beyond_the_finest_map_needed(name: str, decoder_stride: int | None, built: list) -> None:
+def test_builds_no_module_beyond_the_finest_map_needed(name: str, decoder_stride: int | None) -> None:
+    strides = [16, 8, 4] if name == "resenc" else [8, 4]
+    built = [stride for stride in strides if decoder_stride and stride >= decoder_stride]
     backbone = make_backbone(name, decoder_stride=decoder_stride)
     assert list(backbone.decoder_channels) == built and backbone.network.out is None
-    reconstruction, decoded = backbone.decode(backbone.encode(volumes(1)))
+    reconstruction, decoded = backbone.decode(backbone.encode(volumes(name)))
     assert reconstruction is None and list(decoded) == built
 
 
@@ -153,7 +160,7 @@ def test_activation_checkpointing_keeps_the_numbers(name: str) -> None:
     gradients = []
     for use_checkpoint in (False, True):
         backbone = make_backbone(name, use_checkpoint=use_checkpoint)
-        backbone.decode(backbone.encode(volumes(1), block_mask()))[0].square().mean().backward()
+        backbone.decode(backbone.encode(volumes(name), block_mask()))[0].square().mean().backward()
         gradients.append({key: p.grad for key, p in backbone.named_parameters()})
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, msg=key)
@@ -166,6 +173,9 @@ def test_activation_checkpointing_keeps_the_numbers(name: str) -> None:
         ("unet", {"feature_size": 13}, "--feature_size"),
         ("nnformer", {"roi": (40, 32, 32)}, "--roi_x"),
         ("unet", {"roi": (24, 32, 32)}, "--roi_x"),
+        ("resenc", {"feature_size": 0}, "--feature_size"),
+        ("resenc", {"roi": (48, 64, 64)}, "multiples of 32 .*--roi_x"),
+        ("resenc", {"roi": (32, 32, 32)}, "--roi_x.* at least 64"),
         ("nnformer", {"decoder_stride": 16}, "strides"),
     ],
 )

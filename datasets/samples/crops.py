@@ -18,9 +18,10 @@ class CropOptions:
     """What a crop is: its size, its HU window, and whether its views are augmented.
 
     Attributes:
-        roi_x: crop size along W (towards the patient's left), voxels (multiple of 32 for swin_unetr, else 16)
+        roi_x: crop size along W (towards the patient's left), voxels (multiple of 32 for swin_unetr and resenc, else
+            16)
         roi_y: crop size along H (posterior), voxels
-        roi_z: crop size along D (superior), voxels; 1 = axial slices, for 2-D networks (not unet, nnformer)
+        roi_z: crop size along D (superior), voxels; 1 = axial slices, for 2-D networks (not unet, nnformer, resenc)
         a_min: HU that becomes 0; unset = -125, and the darkest grey of each radiograph
         a_max: HU that becomes 1; unset = 225, and the brightest grey of each radiograph
         augment: intensity augmentation, another one for every view

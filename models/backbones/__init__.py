@@ -3,12 +3,14 @@
 from torch import nn
 
 from models.backbones.nnformer import NNFormerBackbone
+from models.backbones.resenc import ResEncBackbone
 from models.backbones.resnet_unet import ResNetUNetBackbone
 from models.backbones.swin_unetr import SwinUNETRBackbone, SwinUNETRV2Backbone
 from models.backbones.unet import UNetBackbone
 
 BACKBONES = {
     "nnformer": NNFormerBackbone,
+    "resenc": ResEncBackbone,
     "resnet50_unet": ResNetUNetBackbone,
     "swin_unetr": SwinUNETRBackbone,
     "swin_unetr_v2": SwinUNETRV2Backbone,

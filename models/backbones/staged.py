@@ -1,4 +1,4 @@
-"""A network of stages, and the one way to make a Backbone of it: what nnFormer and the U-Net share.
+"""A network of stages, and the one way to make a Backbone of it: what nnFormer, the U-Net and ResEnc share.
 
 A new backbone of this kind writes its blocks and fills in a `StagedNetwork`; masking, the EMA teacher's copy and
 leaving out unused modules come from `StagedBackbone`.
@@ -103,7 +103,7 @@ class StagedBackbone(nn.Module):
     network_class: ClassVar[Callable[[int, int, int, bool], StagedNetwork]]
     roi_multiple: ClassVar[int]
     feature_multiple: ClassVar[int]  # --feature_size must be a multiple of it
-    stage_widths: ClassVar[dict[int, float]]  # stride -> channels, in units of --feature_size
+    stage_widths: ClassVar[dict[int, float]]  # stride -> channels, in units of --feature_size; see `channels_of`
     decoder_strides: ClassVar[tuple[int, ...]]
 
     def __init__(
@@ -118,7 +118,7 @@ class StagedBackbone(nn.Module):
         """Build the network for crops of `roi` (D, H, W) voxels.
 
         Args:
-            feature_size: channels at stride 2.
+            feature_size: channels of one stage, the network says which.
             decoder_stride: finest decoder map that is needed, or None for no decoder; 1 adds the output.
             use_checkpoint: recompute activations in the backward pass instead of keeping them.
             with_masks: whether `encode` will be given masks.
@@ -129,7 +129,7 @@ class StagedBackbone(nn.Module):
         """
         super().__init__()
         self._check_sizes(feature_size, roi, decoder_stride)
-        self.channels = {stride: int(feature_size * width) for stride, width in self.stage_widths.items()}
+        self.channels = self.channels_of(feature_size)
         self.network = self.make_network(1, 1, feature_size, use_checkpoint)
         if with_masks:
             self.mask_voxel = nn.Parameter(torch.zeros(1))
@@ -147,6 +147,11 @@ class StagedBackbone(nn.Module):
         """
         cls._check_spatial_dims(spatial_dims)
         return cls.network_class(in_channels, out_channels, feature_size, use_checkpoint)
+
+    @classmethod
+    def channels_of(cls, feature_size: int) -> dict[int, int]:
+        """Stride -> channels of the encoder's maps."""
+        return {stride: int(feature_size * width) for stride, width in cls.stage_widths.items()}
 
     @property
     def decoder_channels(self) -> dict[int, int]:
