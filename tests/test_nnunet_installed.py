@@ -54,7 +54,7 @@ class NNUNet:
         """The output of a command in the bin folder of its Python."""
         command = [str(Path(PYTHON).parent / words[0]), *words[1:]]
         done = subprocess.run(
-            command, env=self.environment | environment, capture_output=True, text=True, timeout=1200, check=False
+            command, env=self.environment | environment, capture_output=True, text=True, timeout=3600, check=False
         )
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
