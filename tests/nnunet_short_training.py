@@ -1,7 +1,7 @@
 """One of nnU-Net's training commands, cut to ALICE_STEPS steps; it counts the weights of a checkpoint in the network.
 
 Runs in nnU-Net's environment (tests/test_nnunet_installed.py), with the checkpoint's path in ALICE_CHECKPOINT. Without
-steps it ends before the first:
+steps it ends before the first; with steps it leaves out the validation after them, which takes far longer:
 
     python nnunet_short_training.py nnUNetv2_train_pretrained ARGUMENTS OF THAT COMMAND
 """
@@ -49,5 +49,6 @@ def counting(plain: Callable) -> Callable:
 if __name__ == "__main__":
     nnUNetTrainer.__init__ = shortened(nnUNetTrainer.__init__)
     nnUNetTrainer.on_train_start = counting(nnUNetTrainer.on_train_start)
+    nnUNetTrainer.perform_actual_validation = lambda *_: None
     (command,) = entry_points(group="console_scripts", name=sys.argv.pop(1))
     command.load()()

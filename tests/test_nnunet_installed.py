@@ -60,7 +60,7 @@ class NNUNet:
         return done.stdout
 
     def train(self, command: str, *words: str, num_steps: int = 0) -> dict[str, tuple[int, int]]:
-        """Part of the network -> (entries equal to the checkpoint's, all); then steps, and nnU-Net's validation."""
+        """Part of the network -> (entries equal to the checkpoint's, all), at the start of so many steps."""
         script = str(Path(__file__).with_name("nnunet_short_training.py"))
         settings = {"nnUNet_n_proc_DA": "0", "ALICE_STEPS": str(num_steps)}
         printed = self.run("python", script, command, "901", "3d_fullres", "all", *words, "-device", "cpu", **settings)
@@ -128,7 +128,7 @@ def test_the_documents_edit_of_the_plans_keeps_our_window(nnunet, monkeypatch) -
 
 def test_the_documents_edit_of_the_finetuned_file_lets_nnunet_predict(nnunet, tmp_path, monkeypatch) -> None:
     folder = nnunet.results / f"PretrainedTrainer__{PLANS}__3d_fullres" / "fold_all"
-    if not (folder / "validation").exists():
+    if not (folder / "checkpoint_final.pth").exists():
         nnunet.train("nnUNetv2_train_pretrained", "-p", PLANS, "-tr", "PretrainedTrainer", num_steps=2)
     monkeypatch.chdir(folder)
     exec(code_of_the_documents("trainer_name"), {})
