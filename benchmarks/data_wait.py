@@ -8,7 +8,6 @@ processes start and kernels are chosen, does not count. Beside it: what one proc
 a faster GPU would need. On a CPU, whose step takes seconds, the run is shorter.
 """
 
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.corpus import corpus_flags, make_corpus, open_training, write_ph
 from benchmarks.results import Rows, benchmark_parser, command, run_command, table, timed, words
 from engine.device import pick_device
 from engine.flags import REPOSITORY
+from engine.logging import whole_lines
 
 SPACING_MM = (2.0, 1.5, 1.5)
 ROWS_A_CASE = 200
@@ -51,8 +51,21 @@ def run(flags: jsonargparse.Namespace) -> dict:
         ValueError: fewer than 2 cases, or too few steps.
         RuntimeError: the run failed; the message ends with what it said.
     """
-    device = pick_device(flags.device, 0).type
-    for name, value in SIZES[device].items():
+    resolve(flags)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_phantom_corpus(folder, flags.num_cases)
+        run_command("main_ddp", run_words(folder, flags))
+        return figures(folder, flags)
+
+
+def resolve(flags: jsonargparse.Namespace) -> None:
+    """Give the flags that are not given the values of the device, or those of --quick.
+
+    Raises:
+        ValueError: fewer than 2 cases, or too few steps.
+    """
+    for name, value in SIZES[pick_device(flags.device, 0).type].items():
         if getattr(flags, name) is None:
             setattr(flags, name, value)
     if flags.quick:
@@ -60,14 +73,18 @@ def run(flags: jsonargparse.Namespace) -> dict:
             setattr(flags, name, value)
     if flags.num_cases < 2 or flags.num_steps < 2 * PERIODS:
         raise ValueError(f"expected --num_cases of 2 or more and --num_steps of {2 * PERIODS} or more")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        cases = write_phantoms(folder, flags.num_cases, "chest_abdomen_pelvis")
-        make_corpus(cases, folder, ROWS_A_CASE, spacing_mm=SPACING_MM)
-        lines = train(folder, flags)
-        dataset = open_training(run_words(folder, flags))
-        one_process_s = timed(dataset.__getitem__, range(20)).wall_s
-    counted = [line for line in lines if line["kind"] == "train"][1:]
+
+
+def make_phantom_corpus(folder: Path, num_cases: int, coarsen: float = 1.0) -> None:
+    """Phantoms, their store and a table of matches in a folder; `coarsen` is that of `PhantomCase`."""
+    cases = write_phantoms(folder, num_cases, "chest_abdomen_pelvis", coarsen)
+    make_corpus(cases, folder, ROWS_A_CASE, spacing_mm=SPACING_MM)
+
+
+def figures(folder: Path, flags: jsonargparse.Namespace) -> dict:
+    """What the run that ended in this folder says of itself, and what one process can load."""
+    counted = read_log(folder / "run", "train")[1:]
+    one_process_s = timed(open_training(run_words(folder, flags)).__getitem__, range(20)).wall_s
     return {
         "data_wait_share": statistics.mean(line["data_wait_share"] for line in counted),
         "data_wait_most": max(line["data_wait_share"] for line in counted),
@@ -75,7 +92,7 @@ def run(flags: jsonargparse.Namespace) -> dict:
         "one_process_pairs_per_s": 1 / one_process_s,
         "num_periods": len(counted),
         **{name: getattr(flags, name) for name in ("batch_size", "num_workers", "roi", "feature_size", "num_steps")},
-        "device": device,
+        "device": pick_device(flags.device, 0).type,
         "flags": flags.flags,
     }
 
@@ -91,10 +108,9 @@ def run_words(folder: Path, flags: jsonargparse.Namespace) -> tuple[str, ...]:
     return (*words(config=recipe), *flags.flags.split(), *words(**given))
 
 
-def train(folder: Path, flags: jsonargparse.Namespace) -> list[dict]:
-    """The lines of log.txt of a run of main_ddp.py."""
-    run_command("main_ddp", run_words(folder, flags))
-    return [json.loads(line) for line in (folder / "run" / "log.txt").read_text().splitlines()]
+def read_log(run_dir: Path, kind: str) -> list[dict]:
+    """The lines of one kind in a run's log.txt."""
+    return [line for _, line in whole_lines(run_dir / "log.txt") if line["kind"] == kind]
 
 
 def rows(found: dict) -> Rows:

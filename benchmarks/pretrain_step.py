@@ -232,10 +232,11 @@ def training(
     """A function that trains so many further steps on one batch, by the loop that real runs take."""
     run = RunState(method, optimizer, make_scaler(precision, device))
     batches = itertools.repeat(batch)
+    schedules = method.schedules(num_steps=1000, steps_per_epoch=100) | SCHEDULES
 
     def train(num_steps: int) -> None:
         options = LoopOptions(run.step + num_steps, steps_per_epoch=sys.maxsize, precision=precision)
-        pretrain(run, method, CASES, batches, SCHEDULES, options, HOOKS, World(device=device), SilentLog())
+        pretrain(run, method, CASES, batches, schedules, options, HOOKS, World(device=device), SilentLog())
 
     return train
 

@@ -1,9 +1,9 @@
-# Sourced by quickstart.sh and test.sh: finds or makes the Python environment and puts it first on PATH.
+# Sourced by quickstart.sh, test.sh and gpu_check.sh: finds or makes the Python environment and puts it first on PATH.
 #
 # One environment per content of requirements.txt + constraints.txt and Python version, outside the clone and shared by all
 # clones: ${ALICE_ENV_DIR:-~/.cache/alice}/env-HASH. Variables:
 #   ALICE_ENV_DIR   where environments are kept
-#   ALICE_VENV      use this ready environment instead (nothing is installed into it)
+#   ALICE_VENV      use this ready environment instead (nothing is installed into it); current = the python on PATH
 #   PYTHON          the interpreter that makes the environment (default python3; 3.10 or newer)
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -18,11 +18,34 @@ make_environment() { # DIRECTORY
         && touch "$1/complete"
 }
 
+warn_of_missing_packages() {
+    python - "$repository/requirements.txt" <<'END' >&2
+import re, sys
+from importlib import metadata
+
+missing = []
+for line in open(sys.argv[1]):
+    if name := re.match(r"[\w-]+", line):
+        try:
+            metadata.version(name[0])
+        except metadata.PackageNotFoundError:
+            missing.append(name[0])
+if missing:
+    print(f"warning: {sys.executable} lacks packages of requirements.txt: {', '.join(missing)}")
+END
+}
+
 use_environment() {
     PYTHON="${PYTHON:-python3}"
+    if [ "${ALICE_VENV:-}" = current ]; then
+        command -v python >/dev/null || { echo "ALICE_VENV=current, but PATH has no 'python'" >&2; return 1; }
+        warn_of_missing_packages
+        return
+    fi
     if [ -n "${ALICE_VENV:-}" ]; then
         [ -x "$ALICE_VENV/bin/python" ] || { echo "ALICE_VENV=$ALICE_VENV holds no bin/python" >&2; return 1; }
         export PATH="$ALICE_VENV/bin:$PATH"
+        warn_of_missing_packages
         return
     fi
     local version hash directory

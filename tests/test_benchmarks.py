@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import all as all_benchmarks
 from benchmarks import data_wait, matching, pairing, store_building
-from benchmarks.results import HEADER
+from benchmarks.results import HEADER, run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_MATCHING = ["--quick", "--grid", "[32,48,48]", "--num_channels", "8", "--num_points", "12"]
@@ -80,7 +80,7 @@ def test_a_failed_run_is_no_figure():
     words = ["--flags=--no_such_flag=1", "--num_steps=12", "--batch_size=1", "--num_workers=0"]
     flags = data_wait.make_flags().parse_args(words)
     with pytest.raises(RuntimeError, match="main_ddp failed: .*no_such_flag"):
-        data_wait.train(Path("nowhere"), flags)
+        run_command("main_ddp", data_wait.run_words(Path("nowhere"), flags))
 
 
 def test_all_prints_one_table_and_saves_every_figure(tmp_path, capsys):

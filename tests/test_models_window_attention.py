@@ -27,7 +27,7 @@ def make_pair(way: str = "auto") -> tuple[torch.nn.Module, torch.nn.Module]:
 def run(attention: torch.nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
     out = attention(x, mask)
-    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    (out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum().backward()
     return [out, x.grad, *(p.grad for p in attention.parameters())]
 
 
