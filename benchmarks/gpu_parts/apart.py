@@ -18,7 +18,7 @@ from datasets.store.files import write_text
 from engine.device import pick_device
 
 PRELOADED = ("benchmarks.gpu_parts.items", "benchmarks.gpu_parts.methods", "torch.utils.tensorboard")
-GRACE_S = 10.0  # between being asked to end and being ended
+GRACE_S = 8.0  # between being asked to end and being ended
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Item:
 
     Attributes:
         measure: does it; a function of a module, or a `functools.partial` of one. An error is the item's failure.
-        limit_s: seconds that it may take in all, its end included.
+        limit_s: seconds that it may take, its end included.
     """
 
     name: str
@@ -69,8 +69,8 @@ def server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def run_apart(item: Item, folder: Path, is_rehearsal: bool, output_dir: Path) -> dict:
-    """Run an item to its end or its limit.
+def run_apart(item: Item, limit_s: float, folder: Path, is_rehearsal: bool, output_dir: Path) -> dict:
+    """Run an item to its end, or until `limit_s` is over.
 
     An item that is too slow receives SIGTERM, which ends a training with what it has, and SIGKILL `GRACE_S` later, as
     does everything that it has started.
@@ -83,14 +83,16 @@ def run_apart(item: Item, folder: Path, is_rehearsal: bool, output_dir: Path) ->
         `seconds`, `figures`, and `error`: None, or what went wrong.
     """
     figures, log = output_dir / f"{item.name}.json", output_dir / f"{item.name}.log"
-    figures.unlink(missing_ok=True)
-    log.unlink(missing_ok=True)
+    for path in (figures, log):
+        path.unlink(missing_ok=True)
+    if limit_s < 2 * GRACE_S:
+        return {"seconds": 0.0, "figures": {}, "error": "left out, the time of its part is over"}
     started, is_late = time.perf_counter(), False
     given = (item.measure, folder, is_rehearsal, figures, log, multiprocessing.get_start_method())
     process = server().Process(target=_perform, args=given)
     process.start()
     try:
-        process.join(item.limit_s - GRACE_S)
+        process.join(limit_s - GRACE_S)
         if is_late := process.is_alive():
             process.terminate()
             process.join(GRACE_S)
@@ -100,7 +102,7 @@ def run_apart(item: Item, folder: Path, is_rehearsal: bool, output_dir: Path) ->
         process.join()
     error = None
     if is_late:
-        error = f"asked to end after {item.limit_s - GRACE_S:.0f} s"
+        error = f"asked to end after {limit_s - GRACE_S:.0f} s"
     elif process.exitcode:
         error = last_line(log) or f"exit code {process.exitcode}"
     found = json.loads(figures.read_text()) if figures.is_file() else {}

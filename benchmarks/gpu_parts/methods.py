@@ -39,7 +39,7 @@ RUN = {
 }
 # Of these a method takes those that it has.
 OF_METHOD = {"warmup_teacher_temp_epochs": 0, "freeze_last_layer": 0}
-TOY_RUN = {"epochs": 2, "steps_per_epoch": 2, "log_freq": 1, "num_workers": 0, "backbone": "unet", "feature_size": 12}
+TOY_RUN = {"epochs": 2, "steps_per_epoch": 1, "log_freq": 1, "num_workers": 0, "backbone": "unet", "feature_size": 6}
 TOY_OF_METHOD = {
     **{"head_hidden_dim": 32, "head_bottleneck_dim": 8, "out_dim": 16, "casa_heads": 2, "casa_head_dim": 8},
     **{"casa_hidden_dim": 16, "projector_hidden_dim": 32, "projector_dim": 16, "predictor_dim": 8, "voco_dim": 16},
