@@ -13,7 +13,7 @@ import torch
 from benchmarks import gpu_check
 from benchmarks.gpu_parts import apart
 from benchmarks.gpu_parts.apart import Item, Workplace
-from benchmarks.gpu_parts.items import DEFAULT, FP32, NAIVE, step_settings
+from benchmarks.gpu_parts.items import DEFAULT, FP32, NAIVE, TOY_SETTINGS, step_settings
 from benchmarks.gpu_parts.methods import run_figures, step_profile
 from benchmarks.gpu_parts.report import markdown
 from models.methods import METHODS
@@ -104,9 +104,7 @@ def test_a_rehearsal_runs_every_item(tmp_path):
     items = found["items"]
     assert list(items) == [item.name for item in gpu_check.plan(gpu_check.PARTS)]
     assert all(item["error"] is None for item in items.values()) and found["about"]["is_rehearsal"]
-    assert set(items["step"]["figures"]) == {
-        s.name for s in step_settings((64, 32, 32), 1, "fp32") if not s.is_compiled
-    }
+    assert set(items["step"]["figures"]) == set(TOY_SETTINGS) - {"default + --compile"}
     table = (tmp_path / "gpu_check.md").read_text()
     assert "toy sizes, no result" in table and "failed**" not in table
     assert all(wanted in table for wanted in (">= 3x", "<= 0.5x", "< 1 %", "0 failed"))
@@ -149,7 +147,8 @@ def test_the_first_settings_compare_at_equal_precision():
     assert (default.name, default.precision, default.is_naive) == (DEFAULT, "bf16", False) and default.fused_optimizer
     assert {setting.precision for setting in settings if setting.name == FP32} == {"fp32"}
     assert sum(setting.is_compiled for setting in settings) == 1
-    assert len({setting.name for setting in settings}) == len(settings)
+    names = [setting.name for setting in settings]
+    assert len(set(names)) == len(names) and set(TOY_SETTINGS) <= set(names)
 
 
 def test_figures_of_another_commit_or_card_are_not_kept(tmp_path):

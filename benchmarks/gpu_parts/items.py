@@ -15,6 +15,8 @@ PAIRS, ROI = 8, (96, 96, 96)
 TOY_PAIRS, TOY_ROI = 1, (64, 32, 32)
 NUM_STEPS = 6  # timed, of each setting
 NAIVE, DEFAULT, FP32 = "MONAI's form", "default", "MONAI's form, fp32"
+# One for each way through the code
+TOY_SETTINGS = (NAIVE, DEFAULT, "default + both", "default + --use_checkpoint", "default + --compile")
 CASES, TOY_CASES, TOY_COARSEN = 8, 2, 4.0
 WAIT_STEPS, WAIT_WORKERS = 60, 12
 
@@ -97,9 +99,11 @@ def compiled_step(place: Workplace) -> None:
 
 
 def sized_settings(place: Workplace) -> list[Setting]:
-    """The settings at full size or toy size."""
-    roi, num_pairs = (TOY_ROI, TOY_PAIRS) if place.is_rehearsal else (ROI, PAIRS)
-    return step_settings(roi, num_pairs, place.precision)
+    """The settings at full size, or some at toy size."""
+    if not place.is_rehearsal:
+        return step_settings(ROI, PAIRS, place.precision)
+    settings = step_settings(TOY_ROI, TOY_PAIRS, place.precision)
+    return [replace(setting, keep_memory=True) for setting in settings if setting.name in TOY_SETTINGS]
 
 
 def measure_steps(place: Workplace, settings: list[Setting]) -> None:
