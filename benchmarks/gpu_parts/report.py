@@ -6,7 +6,7 @@ from benchmarks import data_wait
 from benchmarks.gpu_parts.items import DEFAULT, NAIVE
 from benchmarks.results import Rows, table
 
-METHOD_HEADER = ("method", "crop, samples a step", "steps", "loss, first -> last", "samples/s", "peak GB", "data wait")
+METHOD_HEADER = ("method", "crop, samples a step", "steps", "loss, first -> last", "samples/s", "memory", "data wait")
 NUM_COLUMNS = 5  # operators of each method
 
 
@@ -74,24 +74,24 @@ def step_rows(items: dict) -> Rows:
 
 def rows_of_setting(name: str, found: dict, naive: dict | None) -> Iterator[tuple[str, str, str, str, str]]:
     """Time and memory: two lines of the default, one of others."""
-    crop = "x".join(map(str, found["roi"]))
-    times, sizes = f"{found['step_ms']:.0f} ms", f"{found['reserved_gb']:.1f} GB"
-    beside_ms, beside_gb, faster, smaller = [f"{NAIVE} did not run"] * 2 + [""] * 2
+    ms, gb = f"{found['step_ms']:.0f} ms", gigabytes(found)
+    beside_ms, beside_gb, faster, smaller = f"{NAIVE} did not run", "", "", ""
     if naive:
-        beside_ms = f"{naive['step_ms']:.0f} ms, {NAIVE}, eager, {naive['precision']}"
-        beside_gb = f"{naive['reserved_gb']:.1f} GB"
-        faster, smaller = (f"{value:.2f}x" for value in ratios(found, naive))
+        beside_ms, beside_gb = f"{naive['step_ms']:.0f} ms, {NAIVE}, eager, {naive['precision']}", gigabytes(naive)
+        faster = f"{naive['step_ms'] / found['step_ms']:.2f}x"
+    if gb and beside_gb:
+        smaller = f"{found['reserved_gb'] / naive['reserved_gb']:.2f}x"
     if name == DEFAULT:
-        what = f"Alice's step, {crop}, {found['num_pairs']} pairs, {found['precision']}"
-        yield what, times, beside_ms, faster, ">= 3x"
-        yield "its memory", sizes, beside_gb, smaller, "<= 0.5x"
+        crop = "x".join(map(str, found["roi"]))
+        yield f"Alice's step, {crop}, {found['num_pairs']} pairs, {found['precision']}", ms, beside_ms, faster, ">= 3x"
+        yield "its memory", gb, beside_gb, smaller, "<= 0.5x"
     else:
-        yield f"step, {name}", f"{times}, {sizes}", "", f"{faster}, {smaller}" if naive else "", ""
+        yield f"step, {name}", ", ".join(filter(None, (ms, gb))), "", ", ".join(filter(None, (faster, smaller))), ""
 
 
-def ratios(found: dict, naive: dict) -> tuple[float, float]:
-    """How many times as fast, and which share of the memory."""
-    return naive["step_ms"] / found["step_ms"], found["reserved_gb"] / naive["reserved_gb"]
+def gigabytes(found: dict) -> str:
+    """The peak of memory, where the system says it."""
+    return f"{found['reserved_gb']:.1f} GB" if found.get("reserved_gb") else ""
 
 
 def wait_rows(items: dict) -> Rows:
@@ -105,14 +105,13 @@ def wait_rows(items: dict) -> Rows:
 
 def method_line(name: str, figures: dict) -> tuple[str, ...]:
     """A line under METHOD_HEADER."""
-    memory = figures.get("reserved_gb")
     return (
         f"`{name}`",
         f"{figures['crop']}, {figures['batch_size']}",
         f"{figures['num_steps']}",
         f"{figures['loss_first']:.4g} -> {figures['loss_last']:.4g}",
         f"{figures['samples_per_s']:.1f}",
-        "" if memory is None else f"{memory:.1f}",
+        gigabytes(figures),
         f"{100 * figures['data_wait_share']:.1f} %",
     )
 
