@@ -37,7 +37,7 @@ RUN = {
     **{"epochs": 10, "steps_per_epoch": 20, "warmup_epochs": 1, "log_freq": 10, "accumulate_steps": 1},
     **{"saveckp_freq": 10, "keep_freq": 0, "val_freq": 0, "picture_freq": 0},
 }
-# Of these a method takes those that it has. CAiD's loss grows while its queue fills, so a short one makes it comparable.
+# Of these a method takes those that it has. CAiD's loss grows while its queue fills, so the queue is short.
 OF_METHOD = {"warmup_teacher_temp_epochs": 0, "freeze_last_layer": 0, "queue_size": 16}
 TOY_RUN = {"epochs": 2, "steps_per_epoch": 1, "log_freq": 1, "num_workers": 0, "backbone": "unet", "feature_size": 6}
 TOY_OF_METHOD = {
