@@ -63,7 +63,12 @@ class Item:
 
 @functools.cache
 def server() -> multiprocessing.context.BaseContext:
-    """Where processes come from: a process with all imports done and CUDA untouched; it starts with the first item."""
+    """Where processes come from: a process with all imports done and CUDA untouched; it starts with the first item.
+
+    A library that asks for CUDA while it is imported would make CUDA unusable in all of them. The variable lets PyTorch
+    answer through NVML, without touching CUDA.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     return context
