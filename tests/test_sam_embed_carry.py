@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import binary_dilation
 
 from datasets.ct.geometry import index_to_world
 from sam_embed.matching.carry import Reference, carry_labels, count_votes
-from sam_embed.matching.dense import dense_map, make_nodes
+from sam_embed.matching.dense import dense_map, make_nodes, map_both_ways, map_nodes
 from tests.sam_fakes import (
     AFFINE,
     ORGANS,
@@ -38,6 +39,24 @@ def test_dense_map_finds_the_true_places(noise, limit_mm):
     miss = np.linalg.norm(found.places_mm - truth, axis=-1)
     assert np.median(miss[nodes.body]) < limit_mm
     assert found.trust.min() >= 0 and found.trust.max() <= 1
+
+
+def test_both_ways_at_once_give_the_two_maps():
+    scan, other = (make_nodes(with_noise(patient_embedding(seed), 0.2, seed), 8.0) for seed in (1, 2))
+    for found, wanted in zip(map_both_ways(scan, other), (map_nodes(scan, other), map_nodes(other, scan)), strict=True):
+        np.testing.assert_array_equal(found.places_mm, wanted.places_mm)
+        np.testing.assert_array_equal(found.trust, wanted.trust)
+        np.testing.assert_array_equal(found.affine, wanted.affine)
+
+
+def test_air_around_the_patient_gets_no_votes():
+    """Maps are extrapolated beyond the body, where the reference's labels (here: all of its voxels) may lie."""
+    scan, full = patient_embedding(1), reference(2)
+    everywhere = dataclasses.replace(full, labels=np.full_like(full.labels, 7))
+    votes, values, reach = count_votes(scan, [everywhere], SHAPE, AFFINE)
+    near = binary_dilation(scan.body.numpy())
+    assert values.tolist() == [0, 7] and (votes[1][scan.body.numpy()] > 0).mean() > 0.9
+    assert not votes[:, ~near].any() and not reach[~near].any() and not near.all()
 
 
 def test_trust_is_lower_where_matches_scatter():

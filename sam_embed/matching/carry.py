@@ -3,8 +3,8 @@
 Every reference is mapped to the scan (`sam_embed.matching.dense`), its labels are read at the mapped places, and the
 references vote with their trust. Among several references, one that looks more like the scan at a place than the
 others, and from which the map leads back to the place, weighs more there. A place that a reference does not show, or
-whose labels end before it, gets no vote from it. The scan's own intensities may sharpen the votes
-(`sam_embed.matching.intensity`).
+whose labels end before it, gets no vote from it. Outside of the scan's body there are no votes at all. The scan's own
+intensities may sharpen them (`sam_embed.matching.intensity`).
 
 Maps are found on a grid of about 8 mm, votes are counted on the caller's grid or on one of about 3 mm and interpolated
 from there, so that time and memory grow little with the size of the scan. No files, no network: embeddings, label maps
@@ -27,7 +27,7 @@ from sam_embed.matching.dense import (
     cycle_of_maps_mm,
     is_shown,
     make_nodes,
-    map_nodes,
+    map_both_ways,
     score_at_places,
 )
 from sam_embed.matching.intensity import sharpened, shrunk
@@ -40,6 +40,7 @@ VOTE_MM = 3.0
 SCORE_SCALE = 0.05
 CYCLE_SCALE_MM = 12.0
 BACKGROUND = 0
+LEAST_BODY = 0.25  # of the nodes around a voxel: beyond, maps are extrapolated
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +132,12 @@ def count_votes(
         _check_labels(reference)
         check_same_network(scan, reference.embedding)
         theirs = make_nodes(reference.embedding, node_mm)
-        found = map_nodes(nodes, theirs)
-        back = map_nodes(theirs, nodes)
+        found, back = map_both_ways(nodes, theirs)
         agreement = _agreement(nodes, theirs, found, back) if len(references) > 1 else np.ones_like(found.trust)
-        layers = np.stack([found.trust, agreement, is_shown(theirs, back, nodes.points_mm)], axis=-1)
-        places_mm, trust, weight, shown = sample_map(found, layers, shape, affine)
+        layers = np.stack([found.trust, agreement, is_shown(theirs, back, nodes.points_mm), nodes.body], axis=-1)
+        places_mm, trust, weight, shown, body = sample_map(found, layers, shape, affine)
         label, exists = _labels_at(reference, places_mm)
-        exists &= shown > 0.5
+        exists &= (shown > 0.5) & (body > LEAST_BODY)
         reach += exists
         total += weight
         for value in np.unique(label[exists]).tolist():

@@ -138,10 +138,43 @@ def dense_map(scan: Embedding, reference: Embedding, spacing_mm: float = 8.0) ->
 @torch.no_grad()
 def map_nodes(scan: Nodes, reference: Nodes) -> DenseMap:
     """As `dense_map`, with nodes that were made before."""
-    if not (scan.body.any() and reference.body.any()):
+    wide, wide_reference = _wide_nodes(scan, reference)
+    return _map(scan, reference, wide, wide_reference, _matches(wide, wide_reference))
+
+
+@torch.no_grad()
+def map_both_ways(scan: Nodes, reference: Nodes) -> tuple[DenseMap, DenseMap]:
+    """The map from scan to reference, and the one from reference to scan; single matches are sought once for both."""
+    wide, wide_reference = _wide_nodes(scan, reference)
+    found, back = _matches(wide, wide_reference)
+    return (
+        _map(scan, reference, wide, wide_reference, (found, back)),
+        _map(reference, scan, wide_reference, wide, (back, found)),
+    )
+
+
+def _wide_nodes(scan: Nodes, reference: Nodes) -> tuple[Nodes, Nodes]:
+    """The wider grids of both.
+
+    Raises:
+        ValueError: one of them has no body.
+    """
+    wide = scan.every_second(), reference.every_second()
+    if not all(nodes.body.any() for nodes in (scan, reference, *wide)):
         raise ValueError("dense matching needs a body in both volumes, and one of the embeddings has none")
-    wide, wide_reference = scan.every_second(), reference.every_second()
-    displacement = _global_displacement(wide, wide_reference)
+    return wide
+
+
+def _matches(scan: Nodes, reference: Nodes) -> tuple[np.ndarray, np.ndarray]:
+    """The most similar body node of the reference for each one of the scan [N], and the reverse [M]."""
+    return _best_of_all(*(nodes.vectors[np.flatnonzero(nodes.body)] for nodes in (scan, reference)))
+
+
+def _map(
+    scan: Nodes, reference: Nodes, wide: Nodes, wide_reference: Nodes, matches: tuple[np.ndarray, np.ndarray]
+) -> DenseMap:
+    """The map from scan to reference, given the matches between the body's nodes of the wider grids, and back."""
+    displacement = _global_displacement(wide, wide_reference, *matches)
     displacement, _ = _refine(wide, wide_reference, displacement, radius=2)
     index = world_to_index(wide.affine, scan.points_mm.reshape(-1, 3)).T
     displacement = np.stack(
@@ -199,10 +232,9 @@ def _smooth(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return mean[tuple(nearest)]
 
 
-def _global_displacement(scan: Nodes, reference: Nodes) -> np.ndarray:
-    """Displacements [d, h, w, 3], mm, of a smooth map through the single matches of the body's nodes."""
+def _global_displacement(scan: Nodes, reference: Nodes, found: np.ndarray, back: np.ndarray) -> np.ndarray:
+    """Displacements [d, h, w, 3], mm, of a smooth map through the single matches of the body's nodes (`_matches`)."""
     rows, keys = np.flatnonzero(scan.body), np.flatnonzero(reference.body)
-    found, back = _best_of_all(scan.vectors[rows], reference.vectors[keys])
     points = scan.points_mm.reshape(-1, 3)[rows]
     places = reference.points_mm.reshape(-1, 3)[keys][found]
     cycle_mm = np.linalg.norm(points[back[found]] - points, axis=1)
