@@ -11,7 +11,9 @@ from there, so that time and memory grow little with the size of the scan. No fi
 and affines.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -128,16 +130,13 @@ def count_votes(
     votes = {BACKGROUND: np.zeros(num_voxels, dtype=np.float32)}
     reach, total = (np.zeros(num_voxels, dtype=np.float32) for _ in range(2))
     nodes = make_nodes(scan, node_mm)
-    for reference in references:
+
+    def asked(reference: Reference) -> Ballot:
         _check_labels(reference)
         check_same_network(scan, reference.embedding)
-        theirs = make_nodes(reference.embedding, node_mm)
-        found, back = map_both_ways(nodes, theirs)
-        agreement = _agreement(nodes, theirs, found, back) if len(references) > 1 else np.ones_like(found.trust)
-        layers = np.stack([found.trust, agreement, is_shown(theirs, back, nodes.points_mm), nodes.body], axis=-1)
-        places_mm, trust, weight, shown, body = sample_map(found, layers, shape, affine)
-        label, exists = _labels_at(reference, places_mm)
-        exists &= (shown > 0.5) & (body > LEAST_BODY)
+        return _ballot(nodes, reference, shape, affine, node_mm, len(references) == 1)
+
+    for label, exists, weight, trust in _in_order(asked, references):
         reach += exists
         total += weight
         for value in np.unique(label[exists]).tolist():
@@ -147,6 +146,41 @@ def count_votes(
     values = np.array(sorted(votes))
     counted = np.stack([votes[value].reshape(shape) for value in values.tolist()])
     return counted / total.reshape(shape), values, (reach / np.float32(len(references))).reshape(shape)
+
+
+class Ballot(NamedTuple):
+    """What one reference says of every voxel of the grid, [N]: its label, whether it has one, its weight and trust."""
+
+    label: np.ndarray
+    exists: np.ndarray
+    weight: np.ndarray
+    trust: np.ndarray
+
+
+def _ballot(
+    nodes: Nodes, reference: Reference, shape: tuple[int, int, int], affine: np.ndarray, node_mm: float, is_alone: bool
+) -> Ballot:
+    """Map the scan's nodes to a reference and read its labels there."""
+    theirs = make_nodes(reference.embedding, node_mm)
+    found, back = map_both_ways(nodes, theirs)
+    agreement = np.ones_like(found.trust) if is_alone else _agreement(nodes, theirs, found, back)
+    layers = np.stack([found.trust, agreement, is_shown(theirs, back, nodes.points_mm), nodes.body], axis=-1)
+    places_mm, trust, weight, shown, body = sample_map(found, layers, shape, affine)
+    label, exists = _labels_at(reference, places_mm)
+    return Ballot(label, exists & (shown > 0.5) & (body > LEAST_BODY), weight, trust)
+
+
+def _in_order(work: Callable[[Reference], Ballot], references: Iterable[Reference]) -> Iterator[Ballot]:
+    """`work` of each reference in their order, in as many threads as PyTorch has; few are held at a time."""
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads) as pool:
+        running: deque[Future[Ballot]] = deque()
+        for reference in references:
+            running.append(pool.submit(work, reference))
+            if len(running) > num_threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 def sample_map(
