@@ -21,6 +21,6 @@ stage "train SAM" --own "$out/sam" python scripts/train_sam.py --config configs/
 stage "evaluate matching" python scripts/evaluate_matching.py --checkpoint_file "$out/sam/checkpoint_best.pth" "${data[@]}" \
     --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" --output "$out/matching.json"
 stage "pack" python scripts/pack_sam.py --checkpoint_file "$out/sam/checkpoint_best.pth" --matching "$out/matching.json" \
-    --data_text "phantoms of this repository's generator 2 (seed 300), some with pathology and artefacts" \
+    --data_text "phantoms of this repository's generator 2 (seed 300), some with unusual anatomy and artefacts" \
     --output weights/sam_phantom.safetensors
 stage "pack references" python scripts/pack_references.py "${data[@]}"

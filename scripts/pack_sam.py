@@ -29,7 +29,7 @@ same place of another patient gets nearly the same one. [Half precision]({file})
 weights: `{fingerprint}`.
 
 - **Data:** {num_cases} {data}. No label and no landmark was used in training.
-- **Training:** {steps} steps of {pairs} pairs of views, commit `{commit}`, {started}:
+- **Training:** {steps} steps of {pairs} pair(s) of views, commit `{commit}`, {started}:
   `{command}`
 - **Input:** CT in HU, brought to {spacing} mm; the commands do it.
 - **Errors** on {judged} held-out cases, {num_matches:,} matched landmarks: median {median_mm:.1f} mm, 90th percentile
