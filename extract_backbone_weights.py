@@ -19,6 +19,8 @@ A .pth holds a plain dict of tensors, with a description beside it (`alice.pth.j
 description states the preprocessing that the weights expect: spacing, HU window, crop, axis codes. Weights of slices
 (--roi_z 1) are for MONAI's network with spatial_dims=2.
 
+A `resenc` also becomes a checkpoint that nnU-Net finetunes from by itself (`--format nnunet`): see scripts/README.md.
+
 A `resnet50_unet` also comes under the names of torchvision (`--format torchvision`, encoder only) and of
 segmentation_models_pytorch (`--format smp`, with decoder and reconstruction layer where the run trained them). Both
 expect three equal input channels:
@@ -31,8 +33,6 @@ expect three equal input channels:
     import segmentation_models_pytorch as smp
     model = smp.Unet("resnet50", encoder_weights=None)
     model.load_state_dict(torch.load("caid_smp.pth", weights_only=True), strict=False)
-
-A `resenc` also becomes a checkpoint that nnU-Net finetunes from by itself (`--format nnunet`): see scripts/README.md.
 """
 
 import torch

@@ -31,7 +31,8 @@ def test_the_card_states_data_training_errors_and_limits(trained, tmp_path, caps
     fingerprint = load_embedder(tmp_path / "weights" / "sam_small.safetensors")[1].fingerprint
     card = (tmp_path / "weights" / "sam_small.md").read_text()
     for fact in (
-        *("# sam_small", "3 scans of one hospital", "1234 steps of 2 pair(s)", "`abc1234`", "4 x 4 x 5 mm", fingerprint),
+        *("# sam_small", "3 scans of one hospital", "1234 steps of 2 pair(s)", "`abc1234`", "4 x 4 x 5 mm"),
+        fingerprint,
         *("20 held-out cases, 4,321 matched landmarks", "median 3.2 mm", "percentile\n  12.6 mm", "87% within 10 mm"),
         "not for clinical use",
     ):
