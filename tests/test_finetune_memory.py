@@ -209,7 +209,7 @@ def test_the_evaluation_command_gives_both_dice(finished, corpus, tmp_path):
         assert ours == theirs, name
 
 
-def test_another_or_a_missing_sam_is_refused(finished, corpus, sam, tmp_path):
+def test_another_or_a_missing_sam_is_refused(finished, corpus, sam, tmp_path, monkeypatch):
     other = save_sam(tmp_path / "other.pth", 1)
     marks = [load_embedder(path)[1].fingerprint for path in (other, sam)]
     with pytest.raises(ValueError, match=f"other.pth is SAM {marks[0]}, and .*best.pth .* SAM {marks[1]}"):
@@ -218,9 +218,15 @@ def test_another_or_a_missing_sam_is_refused(finished, corpus, sam, tmp_path):
         predicted(finished, corpus, tmp_path, "--sam_checkpoint", str(tmp_path / "gone.pth"))
     stored = load_checkpoint(finished / "best.pth")["memory"]
     stored = stored | {"sam": stored["sam"] | {"path": str(tmp_path / "moved.pth")}}
+    monkeypatch.setattr("engine.segmentation.memory.SHIPPED", tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="moved.pth: no such file. best.pth remembers"):
         open_recall(stored, "best.pth", "", CPU)
-    assert open_recall(stored, "best.pth", str(sam), CPU).memory.names == ["case0", "case1", "case2"]
+    monkeypatch.setattr("engine.segmentation.memory.SHIPPED", other)
+    with pytest.raises(ValueError, match="other.pth is SAM .*best.pth remembers .*moved.pth"):
+        open_recall(stored, "best.pth", "", CPU)
+    monkeypatch.setattr("engine.segmentation.memory.SHIPPED", sam)
+    for given in (str(sam), ""):  # where the noted file is gone, the weights that ship are tried
+        assert open_recall(stored, "best.pth", given, CPU).memory.names == ["case0", "case1", "case2"]
 
 
 def test_weights_of_something_else_are_no_sam(finished):
