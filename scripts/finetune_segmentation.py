@@ -42,7 +42,7 @@ from datasets.lists.splits import choose_labelled, split_held_out
 from datasets.samples.labelled import SegmentationAugment, SegmentationCropDataset
 from datasets.samples.loader import make_pair_loader
 from datasets.store.format import checksum_of
-from datasets.store.volumes import VolumeStore, build_store, parse_spacing, spacing_text
+from datasets.store.volumes import VolumeStore, build_store, spacing_text
 from engine import distributed
 from engine.checkpoint import describe_resumed, find_wanted, load_checkpoint, set_aside
 from engine.device import explained_out_of_memory, make_scaler, pick_precision
@@ -66,7 +66,7 @@ from engine.segmentation.memory import Memory, Recall, RecallOptions, Sam, check
 from engine.segmentation.remembering import learn_memory, remember_cases
 from engine.segmentation.report import TABLE
 from engine.segmentation.segmenter import Segmenter, open_segmenter
-from engine.segmentation.setup import KIND, Setup, plain_spacing, resolve_setup
+from engine.segmentation.setup import KIND, Setup, given_by, resolve_setup
 from engine.segmentation.sliding_window import WindowOptions
 from losses.segmentation import make_dice_ce, rare_class_weights
 from models.layers.batch_norm import synchronise_batch_norms
@@ -137,14 +137,7 @@ def make_plan(options: FinetuneOptions) -> Plan:
     classes = read_classes(options.json_list, options.classes)
     setup = resolve_setup(
         weights.description,
-        {
-            "spacing_mm": None if options.spacing_mm is None else plain_spacing(parse_spacing(options.spacing_mm)),
-            "hu_min": options.a_min,
-            "hu_max": options.a_max,
-            "roi": [options.roi_z, options.roi_y, options.roi_x],
-            "name": options.backbone,
-            "feature_size": options.feature_size,
-        },
+        given_by(options),
         SEGMENTERS,
         store_folder(options),
         kind_of_cases(training + held_out),

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jsonargparse
 import torch
 
+from datasets.lists.data_list import read_json_list
 from datasets.store.files import write_text
 from engine.flags import make_parser, run_main
 from sam_embed.checkpoint import EmbedderInfo, load_embedder, write_small
@@ -78,7 +79,7 @@ def facts_of(flags: jsonargparse.Namespace, step: int) -> dict:
             f"{matching_file}: judges {matching.get('checkpoint_file')}, not {flags.checkpoint_file} (--matching)"
         )
     try:
-        listed = read_json(Path(run["flags"]["json_list"]), "--checkpoint_file")
+        listed = read_json_list(run["flags"]["json_list"])
         errors = matching["sam"]
         return {
             "data": flags.data_text,

@@ -20,11 +20,10 @@ from torch import Tensor
 from datasets.ct.geometry import CANONICAL_AXCODES, spacing_of
 from datasets.ct.images import CT, read_image
 from datasets.ct.nifti import HU_MAX, HU_MIN, Volume
-from datasets.store.volumes import parse_spacing
 from engine.device import pick_device, pick_precision
 from engine.features.dense import dense_maps
 from engine.features.orientation import check_axcodes, in_axis_order
-from engine.segmentation.setup import Preprocessing, plain_spacing, resolve_setup
+from engine.segmentation.setup import Preprocessing, given_by, resolve_setup
 from engine.segmentation.sliding_window import WindowOptions
 from engine.weights import read_encoder
 from models.backbones import BACKBONES
@@ -67,17 +66,6 @@ class EncoderOptions:
 
     def __post_init__(self) -> None:
         check_axcodes(self.axcodes)
-
-    def given(self) -> dict:
-        """The values under the names that `resolve_setup` takes."""
-        return {
-            "spacing_mm": None if self.spacing_mm is None else plain_spacing(parse_spacing(self.spacing_mm)),
-            "hu_min": self.a_min,
-            "hu_max": self.a_max,
-            "roi": [self.roi_z, self.roi_y, self.roi_x],
-            "name": self.backbone,
-            "feature_size": self.feature_size,
-        }
 
 
 @dataclass(frozen=True)
@@ -216,7 +204,7 @@ def open_extractor(
     """`load_features` on a given device; its notes are left to the caller."""
     file = read_encoder(options.weights, options.checkpoint_key)
     images = file.description.get("preprocessing", {}).get("images", CT)
-    setup = resolve_setup(file.description, options.given(), BACKBONES, images=images)
+    setup = resolve_setup(file.description, given_by(options), BACKBONES, images=images)
     known = setup.preprocessing
     if known.spatial_dims == 2 and options.axcodes != CANONICAL_AXCODES:
         raise ValueError(f"--axcodes {options.axcodes}: slices (--roi_z 1) are axial in our order; leave the flag away")

@@ -7,13 +7,14 @@ silently. So every value comes from the weights' own description; a flag wins, w
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from datasets.ct.geometry import CANONICAL_AXCODES as AXCODES
 from datasets.ct.geometry import resample
 from datasets.ct.images import CT, RADIOGRAPH
 from datasets.ct.intensity import AIR_HU, fill_ends
 from datasets.ct.nifti import Volume
-from datasets.store.volumes import VolumeStore
+from datasets.store.volumes import VolumeStore, parse_spacing
 from engine.segmentation.sliding_window import WindowOptions
 from models.backbones.interface import spatial_dims_of
 from models.methods import METHODS
@@ -100,6 +101,31 @@ class Setup:
     backbone: str
     feature_size: int
     notes: list[str] = field(default_factory=list, compare=False)
+
+
+class SetupFlags(Protocol):
+    """Flags that say how a network's input is prepared; None where one was not used."""
+
+    spacing_mm: Sequence[float | str] | None
+    a_min: float | None
+    a_max: float | None
+    roi_z: int | None
+    roi_y: int | None
+    roi_x: int | None
+    backbone: str | None
+    feature_size: int | None
+
+
+def given_by(flags: SetupFlags) -> dict:
+    """The values of flags under the names that `resolve_setup` takes."""
+    return {
+        "spacing_mm": None if flags.spacing_mm is None else plain_spacing(parse_spacing(flags.spacing_mm)),
+        "hu_min": flags.a_min,
+        "hu_max": flags.a_max,
+        "roi": [flags.roi_z, flags.roi_y, flags.roi_x],
+        "name": flags.backbone,
+        "feature_size": flags.feature_size,
+    }
 
 
 def resolve_setup(
