@@ -324,9 +324,10 @@ def train(plan: Plan, store: VolumeStore, run: FinetuneRun, recall: Recall | Non
     """Compose data, loss and validation, and run the loop; True when it is complete."""
     options, known = plan.options, plan.setup.preprocessing
     augment = SegmentationAugment() if options.augment else SegmentationAugment.off()
-    names, window = [case.name for case in plan.training], (known.roi, known.hu_min, known.hu_max)
+    names, case_weights = zip(*((case.name, case.weight) for case in plan.training))
+    window = known.roi, known.hu_min, known.hu_max
     dataset = SegmentationCropDataset(
-        store, names, plan.classes, *window, options.foreground_share, augment, options.seed
+        store, names, plan.classes, *window, options.foreground_share, augment, options.seed, case_weights
     )
     steps, is_cuda = {"start_step": run.step, "num_steps": options.steps}, world.device.type == "cuda"
     loader = make_pair_loader(

@@ -12,6 +12,11 @@ For every image, on its own voxels:
     NAME_confidence.nii.gz   0 to 1, the trusted share of the references that vote for this label; 0 = not shown
     NAME.png                 an axial and a coronal plane: the image, its labels, their confidence
 
+With --save_displacement and --warp also, for every reference REF:
+
+    NAME_to_REF_displacement.nii.gz   where the image's places lie in the reference, mm, as ITK and 3D Slicer read it
+    NAME_from_REF.nii.gz              the reference, moved onto the image's voxels
+
 Several references vote. The word `phantoms` stands for labelled phantoms that come with the repository, so that nobody
 must have drawn a label (FLARE22's values; organs that phantoms do not find on real CT stay empty). For research, not
 for clinical use. May be stopped and run again: finished images are skipped, unless --overwrite is given. The files of
@@ -21,18 +26,21 @@ an image are written aside and then renamed, the labels last.
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
+import nibabel as nib
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.ct.file_grid import read_file_grid, write_confidence_like, write_label_like
+from datasets.ct.displacement import warp, write_displacement
+from datasets.ct.file_grid import FileGrid, read_file_grid, write_confidence_like, write_ct_like, write_label_like
 from datasets.ct.formats import EXPECTED
 from datasets.ct.images import CT, kind_of
-from datasets.ct.nifti import read_ct, read_label, read_label_of
+from datasets.ct.nifti import Volume, read_ct, read_label, read_label_of
 from datasets.lists.data_list import Case, DataListError, unique_names, write_data_list
 from datasets.lists.label_classes import FLARE22, LabelClasses
 from datasets.lists.search import find_cases
@@ -41,7 +49,9 @@ from engine.flags import RunInfo, add_options, add_switch, flags_as_dict, make_p
 from engine.segmentation.pictures import save_carried
 from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
+from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import Reference, carry_labels
+from sam_embed.matching.dense import dense_map
 from sam_embed.matching.kept import SHIPPED_REFERENCES, load_references
 
 PHANTOMS = "phantoms"
@@ -63,6 +73,8 @@ def make_flags() -> jsonargparse.ArgumentParser:
     list_help = "data list (JSON) of the labelled images, for finetuning with --data_dir OUTPUT_DIR"
     data.add_argument("--data_list", type=str | None, default=None, help=list_help)
     add_switch(data, "--overwrite", False, "label images again that are finished")
+    add_switch(data, "--save_displacement", False, "write the displacement field to each reference")
+    add_switch(data, "--warp", False, "write each reference moved onto the image's voxels")
     run = parser.add_argument_group("run")
     run.add_argument("--memory_mb", type=float, default=1024.0, help="working memory of the embedding, MB")
     run.add_argument("--precision", type=str, default="fp32", choices=list(PRECISIONS), help="bf16 suits GPUs")
@@ -79,6 +91,11 @@ def check_references(flags: jsonargparse.Namespace) -> None:
     if PHANTOMS in flags.reference:
         if len(flags.reference) > 1 or flags.labels:
             raise ValueError(f"--reference {PHANTOMS} stands alone and without --labels: phantoms bring their own")
+        if flags.warp or flags.save_displacement:
+            raise ValueError(
+                f"--warp and --save_displacement need references of your own: of the {PHANTOMS} only embeddings and "
+                "labels come along"
+            )
         return
     if len(flags.reference) != len(flags.labels):
         raise ValueError(
@@ -136,10 +153,38 @@ def claim_folder(flags: jsonargparse.Namespace) -> None:
     RunInfo.collect(flags).write(flags.output_dir, RUN_FILE)
 
 
-def results_of(output_dir: str, name: str) -> dict[str, Path]:
-    """The files of an image by what they hold."""
-    endings = {"picture": ".png", "confidence": "_confidence.nii.gz", "label": "_label.nii.gz"}
-    return {what: Path(output_dir) / f"{name}{ending}" for what, ending in endings.items()}
+class Registered(NamedTuple):
+    """The files of one image and one reference; None where the flags do not ask for it."""
+
+    displacement: Path | None
+    warped: Path | None
+
+
+class Results(NamedTuple):
+    """The files of one image; `registered` has one entry for each reference, or none at all."""
+
+    registered: list[Registered]
+    picture: Path
+    confidence: Path
+    label: Path
+
+    def are_there(self) -> bool:
+        """Whether all of them exist."""
+        further = [file for files in self.registered for file in files if file is not None]
+        return all(file.is_file() for file in (*further, self.picture, self.confidence, self.label))
+
+
+def results_of(flags: jsonargparse.Namespace, name: str) -> Results:
+    """What is written of an image."""
+    folder, registered = Path(flags.output_dir), []
+    if flags.save_displacement or flags.warp:
+        for reference in unique_names([Path(file).as_posix() for file in flags.reference]):
+            displacement = folder / f"{name}_to_{reference}_displacement.nii.gz" if flags.save_displacement else None
+            registered.append(
+                Registered(displacement, folder / f"{name}_from_{reference}.nii.gz" if flags.warp else None)
+            )
+    own = (folder / f"{name}{ending}" for ending in (".png", "_confidence.nii.gz", "_label.nii.gz"))
+    return Results(registered, *own)
 
 
 def classes_of(paths: list[str]) -> LabelClasses:
@@ -192,7 +237,7 @@ class Propagator:
                 f"{flags.checkpoint_file} is SAM {self.info.fingerprint}, and the phantoms were embedded with SAM "
                 f"{theirs}; leave --checkpoint_file away with --reference {PHANTOMS}"
             )
-        self.references = references
+        self.references, self.files = references, flags.reference
 
     def _reference(self, image: str, label: str) -> Reference:
         volume = read_ct(image)
@@ -201,17 +246,30 @@ class Propagator:
             embed_volume(self.network, volume, self.info, self.memory_mb, image), labels.array, labels.affine
         )
 
-    def label(self, name: str, image: Path, results: dict[str, Path]) -> None:
+    def label(self, name: str, image: Path, results: Results) -> None:
         """Write the results of one image; its labels come last, so that they say that it is finished."""
-        results["label"].unlink(missing_ok=True)
+        results.label.unlink(missing_ok=True)
         volume, grid = read_ct(image), read_file_grid(image)
         scan = embed_volume(self.network, volume, self.info, self.memory_mb, name)
+        for reference, file, files in zip(self.references, self.files, results.registered):
+            self._register(scan, volume, grid, reference, file, files)
         labels, confidence = carry_labels(scan, self.references, volume.shape, volume.affine, hu=volume.array)
         channels = self.classes.to_classes(labels)
         confidence[(labels != 0) & (channels == 0)] = 0  # an organ that is left out
-        save_carried(results["picture"], volume, channels, confidence, self.classes.names)
-        write_confidence_like(results["confidence"], confidence, grid)
-        write_label_like(results["label"], self.classes.to_values(channels), grid)
+        save_carried(results.picture, volume, channels, confidence, self.classes.names)
+        write_confidence_like(results.confidence, confidence, grid)
+        write_label_like(results.label, self.classes.to_values(channels), grid)
+
+    def _register(
+        self, scan: Embedding, volume: Volume, grid: FileGrid, reference: Reference, file: str, files: Registered
+    ) -> None:
+        """Write where a scan's places lie in a reference, and the reference moved onto the scan's voxels."""
+        found = dense_map(scan, reference.embedding)
+        if files.displacement:
+            write_displacement(files.displacement, found.displacement_mm, found.affine)
+        if files.warped:
+            hu = warp(read_ct(file), found.displacement_mm, found.affine, volume.shape, volume.affine)
+            write_ct_like(files.warped, hu, grid)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -221,9 +279,9 @@ def main(argv: list[str] | None = None) -> None:
     references, classes = open_phantoms() if PHANTOMS in flags.reference else (None, classes_of(flags.labels))
     world = distributed.start(flags.device)
     distributed.main_decides(world, lambda: claim_folder(flags))
-    results = {name: results_of(flags.output_dir, name) for name in images}
+    results = {name: results_of(flags, name) for name in images}
     share = list(images)[world.rank :: world.size]
-    finished = [name for name in share if all(path.is_file() for path in results[name].values())]
+    finished = [name for name in share if results[name].are_there()]
     todo = [name for name in share if flags.overwrite or name not in finished]
     failed = {}
     if todo:
@@ -247,7 +305,7 @@ def report(
     flags: jsonargparse.Namespace,
     classes: LabelClasses,
     images: dict[str, Path],
-    results: dict[str, dict[str, Path]],
+    results: dict[str, Results],
     num_skipped: int,
     failed: dict[str, str],
 ) -> None:
@@ -264,10 +322,24 @@ def report(
     if not labelled:
         raise ValueError(f"{flags.output_dir}: no image could be labelled; the reasons are above")
     if flags.data_list:
-        cases = [Case(name, images[name].resolve(), results[name]["label"]) for name in labelled]
+        cases = list_cases(images, results, labelled)
         labels = {str(value): name for value, name in zip(classes.values, classes.names)}
         write_data_list(flags.data_list, flags.output_dir, cases, labels=labels)
-        print(f"wrote {flags.data_list}")
+        left_out = f"; {len(labelled) - len(cases)} images without any label left out" * (len(cases) < len(labelled))
+        print(f"wrote {flags.data_list}{left_out}")
+
+
+def list_cases(images: dict[str, Path], results: dict[str, Results], labelled: list[str]) -> list[Case]:
+    """Cases to finetune with, each weighed by the mean confidence of its labelled voxels; those without any are left
+    out.
+    """
+    cases = []
+    for name in labelled:
+        confidence = np.asarray(nib.load(results[name].confidence).dataobj)
+        sure = confidence[np.asarray(nib.load(results[name].label).dataobj) > 0]
+        if len(sure) and (weight := round(float(sure.mean()), 3)):
+            cases.append(Case(name, images[name].resolve(), results[name].label, weight=weight))
+    return cases
 
 
 if __name__ == "__main__":

@@ -448,3 +448,17 @@ def test_create_json_fails_clearly(tmp_path):
     with pytest.raises(DataListError, match="--num_validation 5"):
         create_json.main([*command, "--num_validation", "5"])
     assert not (tmp_path / "l.json").exists()
+
+
+def test_weights_round_trip_and_must_be_more_than_0(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii")
+    cases = [Case("a", tmp_path / "a.nii", weight=0.25), Case("b", tmp_path / "b.nii")]
+    write_data_list(tmp_path / "list.json", tmp_path, cases)
+    assert load_data_list(tmp_path / "list.json", tmp_path) == cases
+    content = json.loads((tmp_path / "list.json").read_text())
+    assert content["training"][0]["weight"] == 0.25 and "weight" not in content["training"][1]
+    for wrong in (0, -1, True, "1", float("nan"), float("inf"), None):
+        content["training"][0]["weight"] = wrong
+        (tmp_path / "list.json").write_text(json.dumps(content))
+        with pytest.raises(DataListError, match="the weight of a is .*, expected a number more than 0"):
+            load_data_list(tmp_path / "list.json", tmp_path)

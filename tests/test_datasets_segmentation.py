@@ -143,6 +143,18 @@ def test_crops_are_balanced_over_organs_and_not_over_voxels(corpus):
     assert counts[0] == 0 and (counts[1:] > 70).all(), counts
 
 
+def test_cases_are_drawn_as_often_as_their_weights_say(corpus):
+    def draws(weights):
+        dataset = crops(corpus, case_weights=weights, augment=SegmentationAugment.off())
+        return np.bincount([int(dataset[index]["case"]) for index in range(200)], minlength=len(dataset))
+
+    number = len(crops(corpus))
+    alike, weighted = draws([0.5] * number), draws([4.0] + [1.0] * (number - 1))
+    np.testing.assert_array_equal(alike, draws(None))  # equal weights change nothing
+    wanted = 200 * 4 / (number + 3)
+    assert abs(weighted[0] - wanted) < 4 * wanted**0.5 and weighted[0] > 1.5 * weighted[1:].max()
+
+
 def test_voxels_of_every_class_are_counted_over_all_cases(corpus):
     dataset = crops(corpus)
     labels = [dataset.store.read_label(name).array for name in dataset.case_names]

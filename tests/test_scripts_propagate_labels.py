@@ -5,6 +5,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from PIL import Image
 
@@ -62,6 +63,7 @@ def test_labels_lie_on_the_images_own_voxels_and_are_listed(corpus, tmp_path, ca
     assert min(Image.open(tmp_path / "out" / "other.png").size) > 200
     cases = load_data_list(data_list, tmp_path / "out")
     assert [case.name for case in cases] == ["other", "same"]
+    assert cases[1].weight == pytest.approx(sure[found > 0].mean(), abs=2e-3) and 0 < cases[0].weight <= 1
     assert cases[1].label.name == "same_label.nii.gz" and cases[1].image.name == "same_0000.nii.gz"
     assert json.loads(data_list.read_text())["labels"] == {"0": "background", "2": "label 2", "7": "label 7"}
     assert "2 labelled, 0 were finished, 0 failed" in capsys.readouterr().out
@@ -161,6 +163,8 @@ def test_phantoms_of_another_network_and_phantoms_with_labels_are_refused(corpus
     save_embedder(corpus / "other_sam.pth", network, EmbedderInfo(spacing_mm=(8.0, 8.0, 8.0)))
     with pytest.raises(ValueError, match="other_sam.pth is SAM .* leave --checkpoint_file away"):
         propagate_labels.main(phantom_command(corpus, tmp_path / "out", "other_sam.pth"))
+    with pytest.raises(ValueError, match="--warp and --save_displacement need references of your own"):
+        propagate_labels.main([*phantom_command(corpus, tmp_path / "warped"), "--warp"])
     with pytest.raises(ValueError, match="--reference phantoms stands alone"):
         propagate_labels.main([*phantom_command(corpus, tmp_path / "out2"), "--labels", "a.nii.gz"])
 
@@ -168,3 +172,22 @@ def test_phantoms_of_another_network_and_phantoms_with_labels_are_refused(corpus
 def test_too_few_cases_to_pack_are_told(corpus, phantoms):
     with pytest.raises(ValueError, match="section training holds 2 labelled cases, expected --num_cases 3"):
         pack_references.main([*phantoms, "--num_cases", "3"])
+
+
+def test_displacement_and_warp_bring_the_reference_onto_the_image(corpus, tmp_path):
+    words = [*command(corpus, tmp_path / "out", images=["images/same_0000.nii.gz"]), "--save_displacement", "--warp"]
+    propagate_labels.main(words)
+    field = SimpleITK.ReadImage(str(tmp_path / "out" / "same_to_patient0_displacement.nii.gz"))
+    vectors = SimpleITK.GetArrayFromImage(field)
+    assert vectors.shape[-1] == 3 and np.median(np.linalg.norm(vectors, axis=-1)) < 4  # the reference's own scan
+    image, warped = (
+        nib.load(path)
+        for path in (corpus / "images" / "same_0000.nii.gz", tmp_path / "out" / "same_from_patient0.nii.gz")
+    )
+    assert warped.shape == image.shape and warped.get_data_dtype() == np.int16
+    np.testing.assert_allclose(warped.affine, image.affine, atol=1e-4)
+    one, other = (np.clip(volume.get_fdata(), -200, 300) for volume in (image, warped))
+    assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.8
+    (tmp_path / "out" / "same_from_patient0.nii.gz").unlink()
+    propagate_labels.main(words)
+    assert (tmp_path / "out" / "same_from_patient0.nii.gz").is_file()

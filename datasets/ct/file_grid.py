@@ -72,6 +72,15 @@ def write_label_like(path: str | Path, labels: np.ndarray, grid: FileGrid) -> No
     write_image(path, _image_on(grid, labels))
 
 
+def write_ct_like(path: str | Path, hu: np.ndarray, grid: FileGrid) -> None:
+    """Write a canonical CT [D, H, W], int16 HU, on a file's own grid. Whole file or none appears at `path`.
+
+    Raises:
+        ValueError: as `write_label_like`.
+    """
+    write_image(path, _image_on(grid, hu))
+
+
 def write_confidence_like(path: str | Path, confidence: np.ndarray, grid: FileGrid) -> None:
     """Write a canonical map [D, H, W] of shares from 0 to 1 on a file's own grid, in steps of 1/128 (a byte a voxel).
 

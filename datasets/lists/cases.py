@@ -22,12 +22,14 @@ class Case:
         image: its file, or the folder of its DICOM series.
         label: its label file, if there is one.
         group: the patient. Scans of one group stay on one side of a split and are no pairs. Empty = one of its own.
+        weight: how often finetuning draws the case, relative to others; more than 0.
     """
 
     name: str
     image: Path
     label: Path | None = None
     group: str = ""
+    weight: float = 1.0
 
     @property
     def patient(self) -> str:

@@ -1,11 +1,12 @@
 """Decathlon data lists (JSON): which cases there are.
 
 A list has `training` and `validation` sections of {"image": ..., "label": ..., "name": ..., "group": ...}, paths
-relative to the data folder; MONAI reads it too. Scans of one patient have the same "group". In unlabelled lists an
-entry may also be just the image's path.
+relative to the data folder; MONAI reads it too. Scans of one patient have the same "group". A case whose labels are
+less sure may have a "weight" below 1. In unlabelled lists an entry may also be just the image's path.
 """
 
 import json
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -95,11 +96,12 @@ def load_sections(
     return cases
 
 
-def _entry(case: Case, data_dir: Path) -> dict[str, str]:
+def _entry(case: Case, data_dir: Path) -> dict[str, str | float]:
     """A list entry; keys that do not apply are left out."""
     files = {"image": case.image, "label": case.label}
     entry = {key: _relative(file, data_dir) for key, file in files.items() if file is not None} | {"name": case.name}
-    return entry | ({"group": case.group} if case.group else {})
+    entry |= {"group": case.group} if case.group else {}
+    return entry | ({"weight": case.weight} if case.weight != 1 else {})
 
 
 def _relative(file: Path, data_dir: Path) -> str:
@@ -150,8 +152,12 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
         if not isinstance(group := entry.get("group", ""), str):
             raise DataListError(f"{json_list}: the group of {name} is {group!r}, expected text")
         groups[key].add(group)
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise DataListError(f"{json_list}: the weight of {name} is {weight!r}, expected a number more than 0")
         if key == section:
-            cases.append(Case(name, data_dir / entry["image"], data_dir / label if label else None, group))
+            label_file = data_dir / label if label else None
+            cases.append(Case(name, data_dir / entry["image"], label_file, group, float(weight)))
     if on_both_sides := sorted(groups["training"] & groups["validation"] - {""}):
         warnings.warn(
             f"{json_list}: 'training' and 'validation' both hold scans of {len(on_both_sides)} patients ('group'): "

@@ -54,13 +54,14 @@ class SegmentationCropDataset(Dataset):
 
     Args:
         store: must hold the labels of `case_names`.
-        case_names: the cases to draw from, all alike.
+        case_names: the cases to draw from.
         classes: label values and channels.
         roi: (D, H, W) of a crop in voxels of the store; D = 1 gives slices.
         hu_min, hu_max: the window that becomes [0, 1]; None = CT's default end, or that of each radiograph's range.
         foreground_share: share of crops centred near an organ's voxel; the others lie anywhere in the body.
         augment: see `SegmentationAugment`.
         seed: decides everything.
+        case_weights: how often each case is drawn, relative to the others, more than 0; None = all alike.
 
     Raises:
         ValueError: no cases, a case without label, or a share that is none.
@@ -77,6 +78,7 @@ class SegmentationCropDataset(Dataset):
         foreground_share: float = 0.8,
         augment: SegmentationAugment | None = None,
         seed: int = 0,
+        case_weights: Sequence[float] | None = None,
     ) -> None:
         unlabelled = [name for name in case_names if not store.record(name).has_label]
         if not case_names or unlabelled:
@@ -86,6 +88,9 @@ class SegmentationCropDataset(Dataset):
         self.store, self.case_names, self.classes = store, list(case_names), classes
         self.roi, self.foreground_share, self.seed = tuple(roi), foreground_share, seed
         self.augment = augment or SegmentationAugment()
+        self._case_shares: np.ndarray | None = None
+        if case_weights is not None and len(set(case_weights)) > 1:
+            self._case_shares = np.asarray(case_weights) / np.sum(case_weights)
         self.window = hu_min, hu_max
         self._augment_view = ViewAugmenter(self.augment.intensity, *fill_ends(self.window, CT_WINDOW_HU))
         self._voxels: dict[str, dict[int, np.ndarray]] = {}
@@ -101,7 +106,10 @@ class SegmentationCropDataset(Dataset):
             `case_names`.
         """
         rng = np.random.default_rng([self.seed, index])
-        case = int(rng.integers(len(self.case_names)))
+        if self._case_shares is None:
+            case = int(rng.integers(len(self.case_names)))
+        else:
+            case = int(rng.choice(len(self.case_names), p=self._case_shares))
         name = self.case_names[case]
         record = self.store.record(name)
         own_window = record.window(*self.window) if record.kind == RADIOGRAPH else None

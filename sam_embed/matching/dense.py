@@ -88,6 +88,12 @@ class DenseMap:
     places_mm: np.ndarray
     trust: np.ndarray
 
+    @property
+    def displacement_mm(self) -> np.ndarray:
+        """[d, h, w, 3], from each node to its place."""
+        nodes = np.stack(np.meshgrid(*map(np.arange, self.trust.shape), indexing="ij"), axis=-1)
+        return self.places_mm - index_to_world(self.affine, nodes)
+
 
 def make_nodes(embedding: Embedding, spacing_mm: float) -> Nodes:
     """Sample an embedding about every `spacing_mm`: every so many of its fine voxels, at least every one."""
