@@ -23,8 +23,8 @@ from engine.flags import RunInfo, add_options, make_parser, run_main
 from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.matching.carry import NODE_MM
-from sam_embed.matching.dense import thinned
 from sam_embed.matching.kept import SHIPPED_REFERENCES, kept, save_references
+from sam_embed.matching.nodes import thinned
 
 FOUND = ("liver", "right kidney", "spleen", "aorta", "inferior vena cava", "left kidney")
 

@@ -23,8 +23,8 @@ from engine.segmentation.sliding_window import WindowOptions
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import count_votes
-from sam_embed.matching.dense import make_nodes, thinned
 from sam_embed.matching.kept import kept, load_references, reference_of, save_references
+from sam_embed.matching.nodes import make_nodes, thinned
 from tests.sam_fakes import (
     AFFINE,
     SHAPE,

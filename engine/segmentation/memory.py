@@ -23,8 +23,8 @@ from sam_embed.checkpoint import SHIPPED, CheckpointError, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import NODE_MM, VOTE_MM, Reference, coarser_grid, count_votes
-from sam_embed.matching.dense import thinned
 from sam_embed.matching.kept import kept, reference_of
+from sam_embed.matching.nodes import thinned
 from sam_embed.network import AnatomicalEmbedder
 
 WEIGHT, BLUR_MM = 3.0, 6.0  # where nothing is learnt; measured with a network on a grid of 6 mm

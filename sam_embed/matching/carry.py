@@ -25,15 +25,14 @@ from datasets.ct.geometry import mask_box, spacing_of, world_to_index
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.dense import (
     DenseMap,
-    Nodes,
     cycle_of_maps_mm,
     is_shown,
-    make_nodes,
     map_both_ways,
     score_at_places,
 )
 from sam_embed.matching.intensity import sharpened, shrunk
 from sam_embed.matching.match import check_same_network
+from sam_embed.matching.nodes import Nodes, make_nodes
 from sam_embed.matching.search import linear_weights
 
 NODE_MM = 8.0

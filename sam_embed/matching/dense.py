@@ -8,26 +8,25 @@ steps, on two grids of nodes that lie `spacing_mm` and twice that apart:
 2. Around the place that the map gives to a node, all nodes within a window are compared. Nodes choose the one that
    combines similarity and closeness to the smoothed choices of their neighbours; closeness weighs more in each round
    (coupled convex optimisation: Heinrich et al., MICCAI 2014; with SAM's vectors: Li et al., "SAMConvex", MICCAI 2023).
-3. The same on the narrow grid, with a smaller window.
+3. The same on the narrow grid, with a smaller window, and then a continuous correction (`sam_embed.matching.instance`).
 
 How well a node's own most similar place agrees with the map, averaged over its neighbourhood, says how far to trust it.
 """
 
-import dataclasses
 import itertools
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
 from scipy.spatial import cKDTree
 from torch import Tensor
 
 from datasets.ct.geometry import index_to_world, world_to_index
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.match import check_same_network, query_vectors
+from sam_embed.matching.instance import optimised
+from sam_embed.matching.match import check_same_network
+from sam_embed.matching.nodes import Nodes, make_nodes, window_cost
 
 NUM_ROUNDS = 8  # of re-weighting the affine map
 AFFINE_SCALE_MM = 20.0  # matches that miss the affine map by more weigh less
@@ -39,39 +38,6 @@ LEAST_WEIGHT = 1e-3  # of the largest one: less around a node is nothing
 NEAR_MM = 16.0  # two nodes: mapped places lie about a node apart, more where the scan's patient is larger
 TRUST_SCALE_MM = 12.0  # a node whose own most similar place lies as far from the map is half trusted
 BYTES_PER_BLOCK = 2**26
-
-
-@dataclass(frozen=True, eq=False)
-class Nodes:
-    """An embedding on a wide grid that is parallel to its fine one.
-
-    Attributes:
-        shape: nodes along (D, H, W); affine: float64 [4, 4], node index -> world mm.
-        vectors: float32 [d * h * w, C]; the product of two is SAM's similarity: the mean cosine of its levels.
-        body: bool [d, h, w], nodes inside the patient.
-    """
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    vectors: Tensor
-    body: np.ndarray
-
-    @cached_property
-    def points_mm(self) -> np.ndarray:
-        """World mm [d, h, w, 3] of all nodes."""
-        return index_to_world(self.affine, np.stack(np.meshgrid(*map(np.arange, self.shape), indexing="ij"), axis=-1))
-
-    @cached_property
-    def spacing_mm(self) -> np.ndarray:
-        """mm between neighbouring nodes along (D, H, W)."""
-        return np.linalg.norm(self.affine[:3, :3], axis=0)
-
-    def every_second(self) -> "Nodes":
-        """The grid with half as many nodes along each axis."""
-        kept = (slice(None, None, 2),) * 3
-        vectors = self.vectors.view(*self.shape, -1)[kept]
-        shape = tuple(vectors.shape[:3])
-        return Nodes(shape, self.affine @ np.diag([2.0, 2, 2, 1]), vectors.flatten(0, 2), self.body[kept])
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,37 +59,6 @@ class DenseMap:
         """[d, h, w, 3], from each node to its place."""
         nodes = np.stack(np.meshgrid(*map(np.arange, self.trust.shape), indexing="ij"), axis=-1)
         return self.places_mm - index_to_world(self.affine, nodes)
-
-
-def make_nodes(embedding: Embedding, spacing_mm: float) -> Nodes:
-    """Sample an embedding about every `spacing_mm`: every so many of its fine voxels, at least every one."""
-    axes, affine = _node_axes(embedding, spacing_mm)
-    shape = tuple(map(len, axes))
-    points_mm = index_to_world(embedding.fine_affine, np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3))
-    parts = [part for part in query_vectors(embedding, points_mm) if part is not None]
-    vectors = torch.cat(parts, dim=1) / len(parts) ** 0.5
-    body = np.ones(shape, bool) if embedding.body is None else embedding.body.cpu().numpy()[np.ix_(*axes)]
-    return Nodes(shape, affine, vectors, body)
-
-
-def thinned(embedding: Embedding, spacing_mm: float) -> Embedding:
-    """Only those fine voxels that `make_nodes` samples: dense matching at this spacing needs no others."""
-    axes, affine = _node_axes(embedding, spacing_mm)
-    kept = tuple(slice(axis.start, axis.stop, axis.step) for axis in axes)
-    own = {"fine": embedding.fine, "semantic": embedding.semantic}
-    parts = {name: part[(slice(None), *kept)].contiguous() for name, part in own.items() if part is not None}
-    body = None if embedding.body is None else embedding.body[kept].contiguous()
-    return dataclasses.replace(embedding, **parts, body=body, fine_affine=affine)
-
-
-def _node_axes(embedding: Embedding, spacing_mm: float) -> tuple[list[range], np.ndarray]:
-    """The fine indices along (D, H, W) that are nodes, and the nodes' affine."""
-    step = np.maximum(1, np.rint(spacing_mm / np.array(embedding.fine_spacing_mm))).astype(int)
-    fine_shape = np.array(embedding.fine.shape[1:])
-    first = (fine_shape - 1) % step // 2  # what remains is shared by both ends
-    affine = embedding.fine_affine @ np.diag([*step, 1.0])
-    affine[:3, 3] = index_to_world(embedding.fine_affine, first)
-    return [range(*map(int, ends)) for ends in zip(first, fine_shape, step)], affine
 
 
 @torch.no_grad()
@@ -187,6 +122,7 @@ def _map(
         [map_coordinates(displacement[..., axis], index, order=1, mode="nearest") for axis in range(3)], axis=-1
     ).reshape(*scan.shape, 3)
     displacement, trust = _refine(scan, reference, displacement, radius=2)
+    displacement = optimised(scan, reference, displacement)
     return DenseMap(scan.affine, (scan.points_mm + displacement).astype(np.float32), trust.astype(np.float32))
 
 
@@ -308,7 +244,7 @@ def _refine(scan: Nodes, reference: Nodes, displacement: np.ndarray, radius: int
     centre = np.rint(world_to_index(reference.affine, points + smooth)).astype(np.int64)
     offsets = np.array(list(itertools.product(range(-radius, radius + 1), repeat=3)))
     offsets = offsets[(offsets**2).sum(axis=1) <= radius**2 + 1]
-    cost = _window_cost(scan.vectors[rows], reference, centre, offsets)
+    cost = window_cost(scan.vectors[rows], reference, centre, offsets)
     # Squared distance of a candidate from the smooth map, in nodes: |base|^2 + 2 base . offset + |offset|^2.
     node_mm = float(reference.spacing_mm.mean())
     steps_mm = offsets @ reference.affine[:3, :3].T
@@ -329,19 +265,3 @@ def _refine(scan: Nodes, reference: Nodes, displacement: np.ndarray, radius: int
     miss = np.zeros((*scan.shape, 1))
     miss.reshape(-1)[rows] = 1 / (1 + (np.linalg.norm(own - smooth, axis=1) / TRUST_SCALE_MM) ** 2)
     return smoothed, _smooth(miss, body)[..., 0]
-
-
-def _window_cost(vectors: Tensor, reference: Nodes, centre: np.ndarray, offsets: np.ndarray) -> Tensor:
-    """1 - similarity [N, P] of vectors [N, C] to the nodes at centre [N, 3] + offsets [P, 3]; 1 outside of the grid."""
-    reach = int(np.abs(offsets).max())
-    rim = 2 * reach + 1  # of zero vectors: a window may begin outside of the grid
-    padded = F.pad(reference.vectors.view(*reference.shape, -1), (0, 0, *(rim,) * 6))
-    shape = np.array(reference.shape)
-    start = np.clip(centre, -reach - 1, shape + reach) + rim
-    steps = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
-    rows = padded.flatten(0, 2)
-    cost = torch.empty(len(offsets), len(centre))
-    for number, offset in enumerate(offsets):
-        there = rows.index_select(0, torch.from_numpy((start + offset) @ steps))
-        cost[number] = 1 - torch.einsum("nc,nc->n", vectors, there)
-    return cost.T

@@ -16,9 +16,10 @@ from datasets.samples.pairings import PairingOptions
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import NODE_MM
 from sam_embed.matching.consensus import match_with_neighbours
-from sam_embed.matching.dense import is_shown, make_nodes, map_nodes
+from sam_embed.matching.dense import is_shown, map_nodes
 from sam_embed.matching.match import cycle_error_mm, describe_box, inside
 from sam_embed.matching.mine import MiningOptions, lies_in_body
+from sam_embed.matching.nodes import make_nodes
 
 TRUSTED, DOUBTFUL, OUTSIDE = "trusted", "doubtful", "outside"
 
