@@ -5,6 +5,7 @@
     python scripts/probe_features.py --weights alice/checkpoint.pth --checkpoint_key student --num_labelled 1 \\
         --fold 2 --data_dir FLARE22 --json_list flare_labelled.json --store_dir store --output probe_1shot.json
 
+With --mlp true a small MLP, taught by the same cases, also segments the others' whole volumes, voxel by voxel.
 Randomly initialised networks of the same kind are probed beside the weights: only what lies above them was learnt.
 Spacing, HU window, window size and backbone come from the weights' description. Writes JSON, and the same as a table.
 Minutes on two CPU cores for the quickstart's network. Several --weights are compared in one table.
@@ -24,8 +25,9 @@ from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, spli
 from datasets.store.files import write_text
 from datasets.store.volumes import VolumeStore, fill_store
 from engine.device import pick_device, pick_precision
-from engine.flags import DeviceOptions, RunInfo, add_options, make_parser, options_of, run_main
+from engine.flags import DeviceOptions, RunInfo, add_options, add_switch, make_parser, options_of, run_main
 from engine.segmentation.setup import Setup, resolve_setup
+from engine.watch.frozen_mlp import maps_reader, probe_mlp
 from engine.watch.probe import ProbeOptions, probe_encoder
 from engine.watch.probe_report import RANDOM_PREFIX, probe_table, with_random_mean
 from engine.weights import CHECKPOINT_KEYS, read_encoder
@@ -50,6 +52,10 @@ def make_flags():
     network("--backbone", type=str, default=None, help="network; unset = the weights', swin_unetr without")
     network("--feature_size", type=int, default=None, help="its channels at stride 2; unset = the weights'")
     network("--min_share", type=float, default=0.9, help="share of the encoder's keys, 0 to 1, that weights must fill")
+    for side, axis in zip("xyz", "WHD"):
+        network(
+            f"--roi_{side}", type=int, default=None, help=f"window along {axis}, voxels; unset = the weights', else 96"
+        )
     data = parser.add_argument_group("Data").add_argument
     data("--data_dir", type=str, required=True, help="folder that the data list's paths start from")
     data("--json_list", type=str, required=True, help="data list; its labelled training cases teach, others judge")
@@ -60,7 +66,9 @@ def make_flags():
     data("--held_out_share", type=float, default=0.3, help="of labelled cases that judge, where the list does not say")
     data("--num_voxels", type=int, default=50, help="voxels per case and class")
     data("--seed", type=int, default=0, help="draws the voxels and the random networks")
-    add_options(parser.add_argument_group("Probes"), ProbeOptions)
+    probes = parser.add_argument_group("Probes")
+    add_options(probes, ProbeOptions)
+    add_switch(probes, "--mlp", False, "also Dice of a per-voxel MLP on whole volumes; takes longest")
     running = parser.add_argument_group("Running")
     running.add_argument("--output", type=str, required=True, help="JSON file; the table goes beside it as .txt")
     add_options(running, DeviceOptions)
@@ -105,6 +113,9 @@ def probe_networks(flags, files: dict[str, WeightsFile], setup: Setup, voxels: P
             print(load_pretrained(network.network, files[name], flags.min_share).describe(), flush=True)
         started = time.perf_counter()
         results[name] = probe_encoder(network.encode, voxels, options, device, progress=name)
+        if flags.mlp:
+            read_maps = maps_reader(network, options, device)
+            results[name]["mlp"] = probe_mlp(read_maps, voxels, flags.seed, progress=f"{name}, MLP")
         results[name]["seconds"] = round(time.perf_counter() - started, 1)
     return results
 
@@ -130,6 +141,7 @@ def common_setup(flags, files: dict[str, WeightsFile]) -> Setup:
         ValueError: weights that were trained differently, or an unknown backbone.
     """
     given = {"name": flags.backbone, "feature_size": flags.feature_size}
+    given["roi"] = [flags.roi_z, flags.roi_y, flags.roi_x]
     descriptions = {path: file.description for path, file in files.items()} or {"": {}}
     setups = {path: resolve_setup(text, given, BACKBONES, flags.store_dir) for path, text in descriptions.items()}
     for path, setup in setups.items():

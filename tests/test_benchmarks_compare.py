@@ -15,7 +15,7 @@ from scipy.stats import ttest_1samp
 
 from benchmarks import compare_pretraining
 from benchmarks.compare_pretraining import make_flags, make_plan
-from benchmarks.comparison import jobs, results, settings, true_pairs
+from benchmarks.comparison import jobs, report, results, settings, true_pairs
 from benchmarks.comparison.arms import ARMS, SCRATCH, SCRATCH_OWN
 from benchmarks.comparison.results import Scores, compare, verdicts
 from benchmarks.comparison.stages import Plan, voxels_seen
@@ -74,9 +74,10 @@ def test_report_holds_every_arm(compared):
     assert set(found["seconds"]) == {"data", "sam", "pretrain", "probe", "finetune"}
     assert list(found["probes"]) == ["sam", "true", "untrained"]
     for by_probe in found["probes"].values():
-        assert set(by_probe) == {"knn", "linear"} and all(
-            0 <= v <= 1 and len(by_probe[p]) == 2 for p in by_probe for v in by_probe[p]
-        )
+        values = np.array([list(by_seed.values()) for by_seed in by_probe.values()])
+        assert values.shape == (2, 2, 2) and ((values >= 0) & (values <= 1)).all(), "probes, pretrainings, splits"
+        assert set(by_probe) == {"knn", "linear"}
+    assert set(found["probes"]["sam"]["knn"]) == {"3", "4"} and found["unfinished"] == []
     text = (folder / "comparison.md").read_text()
     assert "2 pretrainings an arm;" in text
     assert all(ARMS[arm].title in text for arm in ("scratch", "sam", "true")) and "by 5 Dice points" in text
@@ -88,7 +89,7 @@ def test_only_the_weights_differ_between_finetunings(compared):
     for seed in (0, 1):
         runs = {}
         for arm in compared.arms:
-            record = json.loads((compared.evaluation(arm, 1, seed).parent / "run.json").read_text())
+            record = json.loads((compared.evaluation(arm, 1, compared.runs[seed]).parent / "run.json").read_text())
             runs[arm] = record["flags"]
         for arm in ("sam", "true"):
             differing |= {name for name, value in runs[arm].items() if value != runs[SCRATCH][name]}
@@ -98,7 +99,9 @@ def test_only_the_weights_differ_between_finetunings(compared):
 def test_each_seed_finetunes_a_pretraining_of_its_own(compared):
     loaded, seeds = [], []
     for seed in (0, 1):
-        flags = json.loads((compared.evaluation("sam", 1, seed).parent / "run.json").read_text())["flags"]
+        flags = json.loads((compared.evaluation("sam", 1, compared.runs[seed]).parent / "run.json").read_text())[
+            "flags"
+        ]
         loaded.append(load_file(flags["weights"]))
         pretraining = json.loads((Path(flags["weights"]).parent / "run.json").read_text())["flags"]
         seeds.append(pretraining["seed"])
@@ -108,10 +111,11 @@ def test_each_seed_finetunes_a_pretraining_of_its_own(compared):
 
 def test_fewer_pretrainings_than_seeds_go_round(tmp_path):
     plan = plan_of(tmp_path, "--seeds", "0", "5", "7", "--pretrain_seeds", "1", "2")
-    assert [plan.pretrain_seed(seed) for seed in (0, 5, 7)] == [1, 2, 1]
+    assert plan.runs == [(1, 0, 0), (2, 5, 5), (1, 7, 7)] and plan.units == [[run] for run in plan.runs]
     assert list(plan.pretrain) == [("sam", 1), ("true", 1), ("sam", 2), ("true", 2)]
-    job = next(job for job in plan.finetune if job.name == "finetune/true_1shot_seed7")
-    assert job.after[-1] is plan.pretrain["true", 1] and str(plan.weights("true", 7)) in job.calls[0].words
+    job = plan.finetune["true", 1, plan.runs[2]]
+    assert job.name == "finetune/true_1shot_seed7"
+    assert job.after[-1] is plan.pretrain["true", 1] and str(plan.weights("true", 1)) in job.calls[0].words
 
 
 def test_pretrainings_of_an_arm_are_told_as_their_mean():
@@ -128,7 +132,7 @@ def test_weights_of_the_whole_network_arrive(compared):
 
 def test_a_second_run_does_nothing_again(compared):
     before = {path: path.read_text() for path in (compared.root / "jobs").glob("*/*.json")}
-    assert len(before) == 6 + 4 + 4 + 2 + 6
+    assert len(before) == 6 + 4 + 4 + 10 + 6
     compare_pretraining.main([*TINY, "--output_dir", str(compared.root)])
     assert {path: path.read_text() for path in (compared.root / "jobs").glob("*/*.json")} == before
 
@@ -237,7 +241,9 @@ def test_voco_takes_smaller_crops_of_the_same_data_and_the_arms_finetune_alike(w
     assert (grid["a_min"], grid["a_max"]) == ("-125", "225"), "the window of all other arms"
     assert "correspondences.npy" in pretraining_flags(whole_plan, "voco_sam")["table_file"]
     tuned = {
-        arm: job.calls[0].words for job in whole_plan.finetune for arm in [job.name.split("/")[1].split("_1shot")[0]]
+        arm: job.calls[0].words
+        for job in whole_plan.finetune.values()
+        for arm in [job.name.split("/")[1].split("_1shot")[0]]
     }
     sides = {arm: words[words.index("--roi_x") + 1] for arm, words in tuned.items() if arm in ("iou", "voco")}
     assert sides == {"iou": "32", "voco": "32"}
@@ -329,9 +335,12 @@ def test_a_job_leaves_alone_what_no_job_has_made(tmp_path):
 
 
 def test_numbers_of_other_flags_are_not_reported(compared):
-    records = jobs.Records(compared.root / "jobs")
-    with pytest.raises(ValueError, match="6 of 6 finetunings are not done with these flags"):
-        results.read_dice(plan_of(compared.root, "--finetune_steps", "3"), records)
+    records, other = jobs.Records(compared.root / "jobs"), plan_of(compared.root, "--finetune_steps", "3")
+    assert not results.read_dice(other, records).dice and results.read_dice(compared, records).dice
+    assert report.unfinished(other, records) == ["6 of 6 finetunings"]
+    nothing = plan_of(compared.root, "--finetune_steps", "3", "--data_seed", "8")
+    with pytest.raises(ValueError, match="nothing has been probed or finetuned with these flags"):
+        report.write_report(nothing, records, "command")
 
 
 def test_scratch_has_a_second_finetuning_with_settings_of_its_own(tmp_path):
@@ -339,7 +348,7 @@ def test_scratch_has_a_second_finetuning_with_settings_of_its_own(tmp_path):
     assert plan_of(tmp_path, *words).arms == ("scratch", "sam")
     plan = plan_of(tmp_path, *words, "--scratch_flags=--layer_decay=1 --lr=0.5")
     assert plan.arms == ("scratch", SCRATCH_OWN, "sam")
-    ends = {job.name.split("/")[1]: job.calls[0].words[-3:] for job in plan.finetune}
+    ends = {job.name.split("/")[1]: job.calls[0].words[-3:] for job in plan.finetune.values()}
     assert ends["scratch_own_1shot_seed0"] == ("--layer_decay=0.5", "--layer_decay=1", "--lr=0.5")
     assert ends["sam_1shot_seed0"][-1] == ends["scratch_1shot_seed0"][-1] == "--layer_decay=0.5"
 
@@ -352,7 +361,8 @@ def test_flags_of_pretrained_weights_do_not_reach_scratch(tmp_path):
         "--weights_flags=--freeze_encoder_steps=7",
     )
     frozen = {
-        j.name.split("/")[1]: "--freeze_encoder_steps=7" in j.calls[0].words for j in plan_of(tmp_path, *words).finetune
+        j.name.split("/")[1]: "--freeze_encoder_steps=7" in j.calls[0].words
+        for j in plan_of(tmp_path, *words).finetune.values()
     }
     assert {name.rsplit("_", 2)[0]: value for name, value in frozen.items()} == {
         **{"scratch": False, "scratch_own": False, "mim": True}

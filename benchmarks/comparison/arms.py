@@ -22,6 +22,7 @@ class Arm:
         method: --method.
         config: recipe in configs/; sizes, steps and learning rate are the benchmark's, unless `flags` say otherwise.
         crop_parts: D H W, by how much each side of the crop is smaller than that of other arms.
+        reads_vectors: whether it reads SAM's embeddings (--embed_dir).
         grid: the rule's options as far as they decide how many crops a sample has; of VoCo's grids.
     """
 
@@ -32,6 +33,7 @@ class Arm:
     method: str = "alice"
     config: str = "comparison.yaml"
     crop_parts: tuple[int, int, int] = (1, 1, 1)
+    reads_vectors: bool = False
     grid: PairingOptions = PairingOptions()
 
     @property
@@ -47,6 +49,11 @@ class Arm:
 # A tenth of the default, beside reconstruction: with more, cls and CASA crowd out what reconstruction teaches the maps
 # at strides 4 and 8 (benchmarks/RESULTS.md, "Where crops lie").
 ALICE = ("--lambda1", "0.1", "--lambda2", "0.1")
+
+MIM = ("--lambda1", "0", "--lambda2", "0")
+
+# Features under masks predict SAM's vectors (models/methods/dense.py), as in configs/alice_dense_small.yaml.
+DENSE = ("--lambda4", "30", "--dense_variant", "distil")
 
 # It trains with SGD, so that a learning rate of AdamW would hardly move it.
 SIMSIAM = ("--lr", "0.025", "--min_lr", "1e-6")
@@ -64,7 +71,7 @@ VOCO = {
 ARMS: dict[str, Arm] = {
     SCRATCH: Arm("from scratch"),
     SCRATCH_OWN: Arm("from scratch, --scratch_flags"),
-    "mim": Arm("masked image modelling", "random", ("--lambda1", "0", "--lambda2", "0")),
+    "mim": Arm("masked image modelling", "random", MIM),
     "random": Arm("Alice, random pairs", "random", ALICE),
     "iou": Arm("Alice, IoU pairs", "iou", ALICE),
     "sam": Arm("Alice, SAM pairs", "sam", ALICE, "sam"),
@@ -75,7 +82,14 @@ ARMS: dict[str, Arm] = {
     "voco": Arm("VoCo", "grid", **VOCO),
     "voco_sam": Arm("VoCo, SAM pairs", "grid_sam", table="sam", **VOCO),
     "caid": Arm("CAiD", "iou", ("--lr", "1e-3", "--min_lr", "1e-5"), method="caid", config="caid_small.yaml"),
+    "dense": Arm("masked image modelling, dense anatomy", "random", (*MIM, *DENSE), reads_vectors=True),
+    "alice": Arm("Alice with dense anatomy, SAM pairs", "sam", (*ALICE, *DENSE), "sam", reads_vectors=True),
+    "alice_random": Arm("Alice with dense anatomy, random pairs", "random", (*ALICE, *DENSE), reads_vectors=True),
 }
+
+# What a preset compares unless --arms says otherwise.
+USUAL_ARMS = tuple(arm for arm in ARMS if not ARMS[arm].reads_vectors)
+ANATOMY_ARMS = (SCRATCH, "mim", "random", "sam", "true", "dense", "alice", "alice_random")
 
 # (better, worse): what the method claims, each tested at every number of labelled cases.
 CLAIMS = (
@@ -84,4 +98,6 @@ CLAIMS = (
     ("voco_sam", "voco"),
     ("true", "sam"),
     ("true", "random"),
+    ("dense", "mim"),
+    *(("alice", other) for other in ("mim", "sam", "dense", "alice_random")),
 )

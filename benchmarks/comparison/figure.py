@@ -14,8 +14,12 @@ MARKERS = "oosdv^DPX<>"  # of the arms, in their order; each has a colour of mat
 SPREAD = 0.02  # arms lie beside each other by this share of the axis, so that error bars can be told apart
 
 
-def draw(scores: Scores, num_seeds: int, path: Path) -> None:
-    """Write the figure as PNG: means over seeds of the mean Dice over test cases; bars are ± the std over seeds."""
+def draw(scores: Scores, over: str, path: Path) -> None:
+    """Write the figure as PNG: means and standard deviations of the mean Dice over test cases.
+
+    Args:
+        over: what they are taken over, for the title, as "3 seeds".
+    """
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
@@ -24,16 +28,17 @@ def draw(scores: Scores, num_seeds: int, path: Path) -> None:
     places = np.arange(len(scores.shots), dtype=float)
     reach = SPREAD * max(1, len(scores.shots) - 1)
     for number, arm in enumerate(scores.arms):
-        by_seed = [100 * scores.by_seed(arm, shots) for shots in scores.shots]
+        done = [shots for shots in scores.shots if (arm, shots) in scores.dice]
+        by_seed = [100 * scores.by_seed(arm, shots) for shots in done]
         means = [values.mean() for values in by_seed]
         spreads = [values.std(ddof=1) if len(values) > 1 else 0.0 for values in by_seed]
         place = list(ARMS).index(arm)
         axes.errorbar(
-            places + (number - (len(scores.arms) - 1) / 2) * reach,
+            places[[scores.shots.index(shots) for shots in done]] + (number - (len(scores.arms) - 1) / 2) * reach,
             means,
             spreads,
             color=f"C{place}",
-            marker=MARKERS[place],
+            marker=MARKERS[place % len(MARKERS)],
             linestyle="--" if arm in UNTRAINED else "-",
             capsize=2,
             linewidth=1.6,
@@ -43,7 +48,7 @@ def draw(scores: Scores, num_seeds: int, path: Path) -> None:
     axes.set_xticks(places, [str(shots) for shots in scores.shots])
     axes.set_xlabel("labelled cases")
     axes.set_ylabel("Dice, mean over organs (%)")
-    axes.set_title(f"{len(scores.cases)} held-out phantoms, mean ± std over {num_seeds} seeds", fontsize=10)
+    axes.set_title(f"{len(scores.cases)} held-out phantoms, mean ± std over {over}", fontsize=10)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

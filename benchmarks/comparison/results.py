@@ -1,4 +1,4 @@
-"""What came out: Dice of every finetuning, means and spreads, paired differences, and how the pretrainings ended."""
+"""What came out, as far as it is done: Dice, probes, paired differences, and how the pretrainings ended."""
 
 import json
 import math
@@ -11,23 +11,25 @@ from scipy.stats import t as student_t
 
 from benchmarks.comparison.arms import ARMS, CLAIMS, UNTRAINED
 from benchmarks.comparison.jobs import Records
-from benchmarks.comparison.stages import Plan, voxels_seen
+from benchmarks.comparison.stages import PROBED, UNTRAINED_NETWORKS, Plan, Run, voxels_seen
 from engine.segmentation.metrics import case_means, nan_mean
-from engine.segmentation.report import CASES, read_scores
+from engine.segmentation.report import CASES, PLAIN_CASES, read_scores
+from engine.watch.probe_report import RANDOM_PREFIX
 from losses.collapse import collapse_warnings
 
 CONFIDENCE = 0.95
-UNTRAINED_NETWORKS = "untrained"
-PROBES = ("knn", "linear")
+PROBES = {"knn": "balanced_accuracy", "linear": "balanced_accuracy", "mlp": "dice"}  # and what they are judged by
 WANTED_GAIN = 0.05  # of pretraining over scratch with one labelled case, Dice
 PLACES = ("kind", "step", "epoch")  # of a line in log.txt; all else are losses and monitors
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Dice of every finetuning: `dice[arm, shots]` is [seeds, cases], each entry a mean over organs.
+    """Dice of finetunings: `dice[arm, shots]` is [seeds, cases], each entry a mean over organs.
 
-    NaN where a case has no organ that counts.
+    NaN where a case has no organ that counts. Crossed pretrainings take the place of seeds: each entry is then the mean
+    over the labelled cases that a pretraining was finetuned with. Arms and numbers of cases that are not done are left
+    out.
     """
 
     dice: dict[tuple[str, int], np.ndarray]
@@ -40,30 +42,39 @@ class Scores:
         return np.array([nan_mean(list(row)) for row in self.dice[arm, shots]])
 
 
-def read_dice(plan: Plan, records: Records) -> Scores:
-    """The Dice of all finetunings of a plan, in the test files' own spacing.
+def read_dice(plan: Plan, records: Records, with_memory: bool = False) -> Scores:
+    """The Dice of those finetunings of a plan that are done with its flags, in the test files' own spacing.
+
+    Args:
+        with_memory: of networks that remember their labelled cases; False = of the networks alone.
 
     Raises:
-        ValueError: one is missing or of other flags (run the finetune stage), or two judge other cases.
+        ValueError: two judge other cases.
     """
-    missing = [job.name for job in plan.finetune if not records.is_done(job)]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(plan.finetune)} finetunings are not done with these flags, first {missing[0]}: "
-            "run --stages finetune, or give the flags that they were done with"
-        )
     dice, cases = {}, None
     for arm in plan.arms:
         for shots in plan.settings.shots:
+            if not all(records.is_done(plan.finetune[arm, shots, run]) for run in plan.runs):
+                continue
             rows = []
-            for seed in plan.settings.seeds:
-                means = case_means(read_scores(plan.evaluation(arm, shots, seed) / CASES))
-                cases = cases or list(means)
-                if list(means) != cases:
-                    raise ValueError(f"{plan.evaluation(arm, shots, seed)}: judged other cases than the others")
-                rows.append([means[case] for case in cases])
+            for unit in plan.units:
+                means = [case_dice(plan, arm, shots, run, with_memory) for run in unit]
+                cases = cases or list(means[0])
+                for run, found in zip(unit, means):
+                    if list(found) != cases:
+                        raise ValueError(f"{plan.evaluation(arm, shots, run)}: judged other cases than the others")
+                rows.append([nan_mean([found[case] for found in means]) for case in cases])
             dice[arm, shots] = np.array(rows)
-    return Scores(dice, cases, plan.settings.shots, plan.arms)
+    arms, shots = ({key[at] for key in dice} for at in (0, 1))
+    return Scores(
+        dice, cases or [], tuple(k for k in plan.settings.shots if k in shots), tuple(a for a in plan.arms if a in arms)
+    )
+
+
+def case_dice(plan: Plan, arm: str, shots: int, run: Run, with_memory: bool = False) -> dict[str, float]:
+    """Test case -> mean Dice over organs of one finetuning."""
+    is_plain = plan.settings.memory and not with_memory
+    return case_means(read_scores(plan.evaluation(arm, shots, run) / (PLAIN_CASES if is_plain else CASES)))
 
 
 @dataclass(frozen=True)
@@ -98,41 +109,71 @@ def compare(scores: Scores, better: str, worse: str, shots: int) -> Comparison:
     differences = scores.dice[better, shots] - scores.dice[worse, shots]  # [seeds, cases]
     differences = differences[:, np.isfinite(differences).all(axis=0)]
     by_seed, by_case = differences.mean(axis=1), differences.mean(axis=0)
-    sample = by_seed if len(by_seed) > 1 else by_case
-    low = high = p = math.nan
-    if len(sample) > 1:
-        error, law = sample.std(ddof=1) / math.sqrt(len(sample)), student_t(len(sample) - 1)
-        half = law.ppf(0.5 + CONFIDENCE / 2) * error
-        low, high = sample.mean() - half, sample.mean() + half
-        p = 2 * law.sf(abs(sample.mean()) / error) if error else math.nan
+    low, high, p = paired_t(by_seed if len(by_seed) > 1 else by_case)
     return Comparison(
-        better, worse, shots, float(differences.mean()), tuple(by_seed.tolist()), float(low), float(high),
-        int((by_case > 0).sum()), len(by_case), float(p),
+        better, worse, shots, float(differences.mean()), tuple(by_seed.tolist()), low, high,
+        int((by_case > 0).sum()), len(by_case), p,
     )  # fmt: skip
 
 
-def read_probes(plan: Plan, records: Records) -> dict[str, dict[str, list[float]]]:
-    """What frozen encoders know: arm (and `UNTRAINED_NETWORKS`) -> probe -> balanced accuracy in [0, 1] of every split.
+def paired_t(differences: Sequence[float]) -> tuple[float, float, float]:
+    """The ends of the 95 % t interval of the mean difference, and p of the two-sided test; NaN of a single value."""
+    sample = np.asarray(differences, dtype=float)
+    if len(sample) < 2:
+        return math.nan, math.nan, math.nan
+    error, law = sample.std(ddof=1) / math.sqrt(len(sample)), student_t(len(sample) - 1)
+    half = law.ppf(0.5 + CONFIDENCE / 2) * error
+    p = 2 * law.sf(abs(sample.mean()) / error) if error else math.nan
+    return float(sample.mean() - half), float(sample.mean() + half), float(p)
 
-    Empty where the probe stage has not been run with these flags.
+
+Probes = dict[str, dict[str, dict[int, list[float]]]]
+
+
+def read_probes(plan: Plan, records: Records) -> Probes:
+    """What frozen encoders know, as far as they have been probed with these flags.
+
+    Returns:
+        Arm -> probe -> seed of the pretraining -> value in [0, 1] for each fold: balanced accuracy, of the MLP Dice.
+        `UNTRAINED_NETWORKS` are numbered from 0. A pretraining of which a fold is missing is left out.
     """
-    if not plan.probe or not all(records.is_done(job) for job in plan.probe.values()):
-        return {}
-    arms = (*plan.pretrained_arms, UNTRAINED_NETWORKS)
-    found: dict[str, dict[str, list[float]]] = {arm: {probe: [] for probe in PROBES} for arm in arms}
-    for seed, job in plan.probe.items():
-        judged = json.loads((job.folder / "probe.json").read_text())["results"]
-        for arm in arms:
-            name = "random" if arm == UNTRAINED_NETWORKS else str(plan.weights(arm, seed))  # their mean
+    found: Probes = {}
+    for arm, seed in dict.fromkeys((arm, seed) for arm, seed, _ in plan.probe):
+        jobs = [plan.probe[arm, seed, fold] for fold in plan.settings.seeds]
+        if not all(records.is_done(job) for job in jobs):
+            continue
+        judged = [json.loads((job.folder / PROBED).read_text())["results"] for job in jobs]
+        if arm == UNTRAINED_NETWORKS:
+            names = {number: f"{RANDOM_PREFIX}{number}" for number in range(plan.num_untrained)}
+        else:
+            names = {seed: str(plan.weights(arm, seed))}
+        for number, name in names.items():
+            for probe, measure in PROBES.items():
+                if probe in judged[0][name]:
+                    by_seed = found.setdefault(arm, {}).setdefault(probe, {})
+                    by_seed[number] = [results[name][probe][measure] for results in judged]
+    return found
+
+
+def read_real(plan: Plan, records: Records) -> Probes:
+    """The same of the labelled real CT, with its folds."""
+    found: Probes = {}
+    for (arm, seed), job in plan.probe_real.items():
+        if records.is_done(job):
+            folds = json.loads((job.folder / PROBED).read_text())["folds"]
             for probe in PROBES:
-                found[arm][probe].append(judged[name][probe]["balanced_accuracy"])
+                found.setdefault(arm, {}).setdefault(probe, {})[seed] = [fold[probe] for fold in folds]
     return found
 
 
 def compare_all(scores: Scores) -> list[Comparison]:
     """Every claim between arms that were run, at every number of labelled cases."""
-    claims = [(one, other) for one, other in CLAIMS if one in scores.arms and other in scores.arms]
-    return [compare(scores, one, other, shots) for one, other in claims for shots in scores.shots]
+    return [
+        compare(scores, one, other, shots)
+        for one, other in CLAIMS
+        for shots in scores.shots
+        if {(one, shots), (other, shots)} <= scores.dice.keys()
+    ]
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
@@ -184,12 +225,13 @@ class PretrainingEnd:
     warnings: list[str]
 
 
-def pretraining_ends(plan: Plan) -> dict[str, PretrainingEnd]:
-    """How the pretrainings of every arm ended."""
-    return {
-        arm: mean_end({seed: read_end(plan.pretrain[arm, seed].folder) for seed in plan.settings.pretrain_seeds})
-        for arm in plan.pretrained_arms
-    }
+def pretraining_ends(plan: Plan, records: Records) -> dict[str, PretrainingEnd]:
+    """How the pretrainings of every arm ended, those that are done."""
+    ended: dict[str, dict[int, PretrainingEnd]] = {}
+    for (arm, seed), job in plan.pretrain.items():
+        if records.is_done(job):
+            ended.setdefault(arm, {})[seed] = read_end(job.folder)
+    return {arm: mean_end(ended[arm]) for arm in plan.pretrained_arms if arm in ended}
 
 
 def mean_end(ends: dict[int, PretrainingEnd]) -> PretrainingEnd:

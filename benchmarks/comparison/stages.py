@@ -1,4 +1,4 @@
-"""The stages of the comparison as jobs: every line here is a command of the README."""
+"""The learning stages of the comparison as jobs: pretraining, probing and finetuning. Every job is a user's command."""
 
 import math
 import shlex
@@ -6,13 +6,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.comparison.arms import ARMS, SCRATCH_OWN, UNTRAINED
+from benchmarks.comparison.data_stages import DataPlan
 from benchmarks.comparison.jobs import Call, Job
-from benchmarks.comparison.settings import Settings
+from benchmarks.comparison.settings import RUN_SEEDS
 from benchmarks.results import words
-from datasets.phantom.cases import GENERATOR
 from datasets.samples.pairings import PAIRINGS, PairingOptions
 from engine.flags import REPOSITORY
 
@@ -20,7 +22,8 @@ LEARNING_STAGES = ("pretrain", "probe", "finetune")
 STEPS_PER_EPOCH = 20
 USUAL_CROPS = 2  # of a sample, in which --pretrain_steps is counted
 CROPS_LOADED = 3  # of each place: as it is, and at most two views
-MAX_SHARDS = 8
+UNTRAINED_NETWORKS = "untrained"  # in place of an arm, of probes
+PROBED = "probe.json"  # what a probe found, in its job's folder
 BATCHES_AHEAD = 2  # that each loading process holds
 
 
@@ -36,61 +39,23 @@ def voxels_seen(flags: Mapping, num_steps: int, num_ranks: int = 1) -> int:
     return num_samples * PAIRINGS[flags["pairing"]].num_crops(grid) * crop_voxels
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Where everything lies and what is to be done.
+class Run(NamedTuple):
+    """One finetuning of every arm with the same labelled cases, crops and new layers.
 
     Attributes:
-        root: the comparison's folder.
-        sam_checkpoint: a trained SAM, or None to train one.
-        device: auto, cpu or cuda.
-        num_cpus: cores for the stages that prepare data.
+        pretrain_seed: of the pretraining that it starts from.
+        fold: of the labelled cases.
+        seed: of finetuning; no two runs share it.
     """
 
-    root: Path
-    settings: Settings
-    arms: tuple[str, ...]
-    sam_checkpoint: Path | None = None
-    device: str = "auto"
-    num_cpus: int = 1
+    pretrain_seed: int
+    fold: int
+    seed: int
 
-    # Folders: data sets of other sizes, seeds or generators lie beside each other
 
-    @property
-    def data(self) -> Path:
-        s = self.settings
-        sizes = f"{s.num_unlabelled}_{s.num_labelled}_{s.num_test}"
-        return self.root / f"data_{sizes}_seed{s.data_seed}_generator{GENERATOR}"
-
-    @property
-    def phantoms(self) -> Path:
-        return self.data / "phantoms"
-
-    @property
-    def store(self) -> Path:
-        """The volumes that are pretrained with and finetuned."""
-        return self.data / f"store_{self.settings.spacing_mm:g}mm"
-
-    @property
-    def sam_store(self) -> Path:
-        """The volumes that SAM reads; the same folder where the voxel sizes agree."""
-        return self.data / f"store_{self.settings.sam_spacing_mm:g}mm"
-
-    def list_of(self, which: str) -> Path:
-        """The data list of `unlabelled` or `labelled` cases."""
-        return self.data / f"{which}.json"
-
-    def data_flags(self, which: str, store: Path | None = None) -> dict[str, Path]:
-        """The flags by which entry points find those cases and their volumes."""
-        return {"data_dir": self.phantoms, "json_list": self.list_of(which), "store_dir": store or self.store}
-
-    def tables(self, which: str) -> Path:
-        """The folder of the `sam` or `true` table of pairs."""
-        return self.data / f"pairs_{which}"
-
-    def evaluation(self, arm: str, shots: int, seed: int) -> Path:
-        """Where one finetuning is judged."""
-        return self.root / "finetune" / arm / f"{shots}shot" / f"seed{seed}" / "evaluation"
+@dataclass(frozen=True)
+class Plan(DataPlan):
+    """What is to be done, from data to finetuned networks."""
 
     # Stages: batches of jobs, each batch after the one before
 
@@ -100,13 +65,13 @@ class Plan:
             case "data":
                 return [[self.make_phantoms], list(self.make_lists.values()), list(self.make_stores.values())]
             case "sam":
-                return [self.train_sam, [self.make_true_pairs, *self.embed], self.mine]
+                return self.sam_jobs()
             case "pretrain":
                 return [list(self.pretrain.values())]
             case "probe":
-                return [list(self.probe.values())]
+                return [[*self.probe.values(), *self.probe_real.values()]]
             case "finetune":
-                return [self.finetune]
+                return [list(self.finetune.values())]
 
     def num_threads(self, stage: str, num_jobs: int) -> int:
         """CPU threads of each of a batch's jobs."""
@@ -114,88 +79,41 @@ class Plan:
             return self.settings.num_threads
         return max(1, self.num_cpus // max(1, num_jobs))
 
-    @cached_property
-    def make_phantoms(self) -> Job:
-        s = self.settings
-        call = Call.of(
-            "scripts.make_phantom_dataset",
-            out_dir=self.phantoms,
-            num_unlabelled=s.num_unlabelled,
-            num_labelled=s.num_labelled + s.num_test,
-            seed=s.data_seed,
-            num_workers=self.num_cpus,
-        )
-        return Job("data/phantoms", (call,))
-
-    @cached_property
-    def make_lists(self) -> dict[str, Job]:
-        held_out = {"unlabelled": self.settings.num_held_out, "labelled": self.settings.num_test}
-        return {which: self._make_list(which, number) for which, number in held_out.items()}
-
-    def _make_list(self, which: str, num_held_out: int) -> Job:
-        call = Call.of(
-            "scripts.create_json",
-            data_dir=self.phantoms,
-            output=self.list_of(which),
-            cases=which,
-            num_validation=num_held_out,
-            num_workers=self.half_of_cpus,
-        )
-        return Job(f"data/{which}_list", (call,), after=(self.make_phantoms,))
+    def evaluation(self, arm: str, shots: int, run: Run) -> Path:
+        """Where one finetuning is judged."""
+        return self.root / "finetune" / arm / f"{shots}shot" / f"seed{run.seed}" / "evaluation"
 
     @property
-    def half_of_cpus(self) -> int:
-        return max(1, self.num_cpus // 2)
+    def pretrained_arms(self) -> tuple[str, ...]:
+        return tuple(arm for arm in self.arms if arm not in UNTRAINED)
 
     @cached_property
-    def make_stores(self) -> dict[str, Job]:
-        """By what they hold: `unlabelled`, `labelled`, and `sam` for what SAM reads, if those are other volumes."""
-        stores = {which: self._make_store(which, which, self.store) for which in self.make_lists}
-        if self.sam_store != self.store:
-            stores["sam"] = self._make_store("sam", "unlabelled", self.sam_store)
-        return stores
+    def pretrain(self) -> dict[tuple[str, int], Job]:
+        """By arm and seed of the pretraining."""
+        seeds = self.settings.pretrain_seeds
+        return {(arm, seed): self._pretrain(arm, seed) for seed in seeds for arm in self.pretrained_arms}
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The n-th seed with the n-th pretraining, then round again; crossed, every pretraining with every seed.
+
+        Crossed, a seed only chooses the labelled cases. Crops and new layers differ between pretrainings too, so that
+        the luck of finetuning is part of an interval over pretrainings. Arms without a pretraining are finetuned as
+        often: their luck then counts likewise.
+        """
+        s = self.settings
+        if s.crossed_pretrainings:
+            pretrainings = s.pretrain_seeds[: s.crossed_pretrainings]
+            return [Run(first, seed, RUN_SEEDS * first + seed) for first in pretrainings for seed in s.seeds]
+        count = len(s.pretrain_seeds)
+        return [Run(s.pretrain_seeds[number % count], seed, seed) for number, seed in enumerate(s.seeds)]
 
     @property
-    def make_sam_store(self) -> Job:
-        return self.make_stores.get("sam", self.make_stores["unlabelled"])
-
-    def _make_store(self, name: str, which: str, folder: Path) -> Job:
-        spacing_mm = self.settings.spacing_mm if folder == self.store else self.settings.sam_spacing_mm
-        flags = {**self.data_flags(which, folder), "spacing_mm": spacing_mm, "num_workers": self.half_of_cpus}
-        call = Call.of("scripts.prepare_volumes", **flags)
-        return Job(f"data/{name}_store", (call,), after=(self.make_lists[which],))
-
-    @cached_property
-    def make_true_pairs(self) -> Job:
-        s = self.settings
-        call = Call.of(
-            "benchmarks.comparison.true_pairs",
-            landmark_dir=self.phantoms / "landmarks",
-            store_dir=self.store,
-            json_list=self.list_of("unlabelled"),
-            output_dir=self.tables("true"),
-            num_points=s.num_points,
-            num_partners=s.num_partners,
-            num_workers=self.half_of_cpus,
-        )
-        return Job("sam/true_pairs", (call,), self.tables("true"), (self.make_stores["unlabelled"],))
-
-    @cached_property
-    def train_sam(self) -> list[Job]:
-        """One job, or none where a trained SAM is given."""
-        if self.sam_checkpoint is not None:
-            return []
-        folder, further = self.root / "sam", shlex.split(self.settings.sam_flags)
-        call = Call.of(
-            "scripts.train_sam",
-            *further,
-            config=REPOSITORY / self.settings.sam_config,
-            **self.data_flags("unlabelled", self.sam_store),
-            output_dir=folder,
-            val_cases=0,
-            device=self.device,
-        )
-        return [Job("sam/train", (call,), folder, (self.make_sam_store,))]
+    def units(self) -> list[list[Run]]:
+        """Runs by what an interval is over: crossed, those of a pretraining are one unit, else each run is one."""
+        if not self.settings.crossed_pretrainings:
+            return [[run] for run in self.runs]
+        return [list(runs) for _, runs in groupby(self.runs, key=lambda run: run.pretrain_seed)]
 
     def loaders(self, wanted: int, num_crops: int) -> int:
         """Loading processes of each run: as wanted, or none where shared memory has no room for their batches.
@@ -210,60 +128,6 @@ class Plan:
             print(f"warning: {shared} has less than {needed / 2**30:.1f} GiB: loading without processes", flush=True)
             return 0
         return wanted
-
-    @property
-    def num_shards(self) -> int:
-        """How many processes share embedding and mining; all of them must run at once."""
-        return max(1, min(self.settings.num_parallel, MAX_SHARDS, self.num_cpus))
-
-    @cached_property
-    def embed(self) -> list[Job]:
-        call = Call.of(
-            "scripts.generate_sam_embeddings",
-            checkpoint_file=self.sam_checkpoint or self.root / "sam" / "checkpoint_best.pth",
-            store_dir=self.sam_store,
-            json_list=self.list_of("unlabelled"),
-            data_dir=self.phantoms,
-            embed_dir=self.tables("sam"),
-            device=self.device,
-        )
-        return self._shards("sam/embed", call, (self.make_sam_store, *self.train_sam))
-
-    @cached_property
-    def mine(self) -> list[Job]:
-        s = self.settings
-        call = Call.of(
-            "scripts.mine_pairs",
-            embed_dir=self.tables("sam"),
-            json_list=self.list_of("unlabelled"),
-            sections=("training", "validation"),
-            num_points=s.num_points,
-            num_partners=s.num_partners,
-        )
-        return self._shards("sam/mine", call, (self.embed[0],))
-
-    def _shards(self, name: str, call: Call, after: tuple[Job, ...]) -> list[Job]:
-        """The same command in several processes, each with its share of the cases; the first one joins them."""
-        count = str(self.num_shards)
-        return [
-            Job(f"{name}{rank}", (call,), after=after, environment={"RANK": str(rank), "WORLD_SIZE": count})
-            for rank in range(self.num_shards)
-        ]
-
-    @property
-    def pretrained_arms(self) -> tuple[str, ...]:
-        return tuple(arm for arm in self.arms if arm not in UNTRAINED)
-
-    @cached_property
-    def pretrain(self) -> dict[tuple[str, int], Job]:
-        """By arm and seed of the pretraining."""
-        seeds = self.settings.pretrain_seeds
-        return {(arm, seed): self._pretrain(arm, seed) for seed in seeds for arm in self.pretrained_arms}
-
-    def pretrain_seed(self, seed: int) -> int:
-        """The seed of the pretraining that a finetuning starts from: the n-th from the n-th, then round again."""
-        s = self.settings
-        return s.pretrain_seeds[s.seeds.index(seed) % len(s.pretrain_seeds)]
 
     def num_steps(self, arm: str) -> int:
         """Optimiser steps of an arm: as many voxels as `pretrain_steps` see with `USUAL_CROPS` crops a sample."""
@@ -300,6 +164,9 @@ class Plan:
         )
         made_tables = {"sam": (self.mine[0],), "true": (self.make_true_pairs,), None: ()}
         after = (self.make_stores["unlabelled"], *made_tables[recipe.table])
+        if recipe.reads_vectors:
+            flags += words(embed_dir=self.tables("sam"))
+            after += (self.embed[0],)
         if recipe.table is not None:
             flags += words(table_file=self.tables(recipe.table) / "correspondences.npy")
         alice_flags = s.alice_flags if recipe.method == "alice" else ""
@@ -318,49 +185,83 @@ class Plan:
         """The file of a pretraining's extracted weights; the name says of which module."""
         return f"{self.settings.weights_from}.safetensors"
 
-    def pretraining(self, arm: str, seed: int) -> Job:
+    def weights(self, arm: str, pretrain_seed: int) -> Path:
         """What a finetuning or a probe starts from."""
-        return self.pretrain[arm, self.pretrain_seed(seed)]
+        return self.pretrain[arm, pretrain_seed].folder / self.extracted
 
-    def weights(self, arm: str, seed: int) -> Path:
-        return self.pretraining(arm, seed).folder / self.extracted
+    @property
+    def num_untrained(self) -> int:
+        """Randomly initialised networks that are probed beside the pretrained ones."""
+        return max(2, len(self.settings.pretrain_seeds))
 
     @cached_property
-    def probe(self) -> dict[int, Job]:
-        """Frozen encoders beside untrained ones, taught by the fewest labelled cases: by the seed of the split."""
-        return {seed: self._probe(seed) for seed in self.settings.seeds if self.pretrained_arms}
+    def probe(self) -> dict[tuple[str, int, int], Job]:
+        """Frozen encoders by arm, seed of the pretraining and fold of the fewest labelled cases, which teach.
 
-    def _probe(self, seed: int) -> Job:
-        folder = self.root / "probe" / f"seed{seed}"
+        All pretrainings are probed with all of --seeds as folds. `UNTRAINED_NETWORKS` have no seed: theirs is 0.
+        """
+        if not self.pretrained_arms:
+            return {}
+        untrained = words(num_random=self.num_untrained, **self._network(self.settings.roi))
+        jobs = {}
+        for fold in self.settings.seeds:
+            jobs[UNTRAINED_NETWORKS, 0, fold] = self._probe(UNTRAINED_NETWORKS, fold, untrained, ())
+            for (arm, seed), pretraining in self.pretrain.items():
+                flags = words(num_random=0, weights=self.weights(arm, seed))
+                jobs[arm, seed, fold] = self._probe(f"{arm}_seed{seed}", fold, flags, (pretraining,))
+        return jobs
+
+    def _probe(self, networks: str, fold: int, flags: tuple[str, ...], after: tuple[Job, ...]) -> Job:
+        s, name = self.settings, f"{networks}_fold{fold}"
         call = Call.of(
             "scripts.probe_features",
-            weights=[self.weights(arm, seed) for arm in self.pretrained_arms],
+            *flags,
             **self.data_flags("labelled"),
-            num_labelled=min(self.settings.shots),
-            fold=seed,
+            num_labelled=min(s.shots),
+            fold=fold,
             num_voxels=200,
+            mlp="true" if s.probe_mlp else None,
             overlap=0.25,
             window_batch=8,
             device=self.device,
             num_workers=0,
-            output=folder / "probe.json",
+            output=self.root / "probe" / name / PROBED,
         )
-        after = (self.make_stores["labelled"], *(self.pretraining(arm, seed) for arm in self.pretrained_arms))
-        return Job(f"probe/seed{seed}", (call,), folder, after)
+        return Job(f"probe/{name}", (call,), self.root / "probe" / name, (self.make_stores["labelled"], *after))
 
     @cached_property
-    def finetune(self) -> list[Job]:
-        """Seeds first, arms last: what is compared runs side by side, and an early look shows every arm."""
-        s = self.settings
-        return [self._finetune(arm, shots, seed) for seed in s.seeds for shots in s.shots for arm in self.arms]
+    def probe_real(self) -> dict[tuple[str, int], Job]:
+        """The same encoders probed on the labelled real CT, by arm and seed of the pretraining."""
+        return {key: self._probe_real(*key) for key in self.pretrain if self.real_ct is not None}
 
-    def _finetune(self, arm: str, shots: int, seed: int) -> Job:
-        s, evaluation = self.settings, self.evaluation(arm, shots, seed)
+    def _probe_real(self, arm: str, pretrain_seed: int) -> Job:
+        name = f"{arm}_seed{pretrain_seed}_real"
+        call = Call.of(
+            "benchmarks.comparison.real_ct",
+            weights=self.weights(arm, pretrain_seed),
+            ct_dir=self.real_ct,
+            device=self.device,
+            output=self.root / "probe" / name / PROBED,
+        )
+        return Job(f"probe/{name}", (call,), self.root / "probe" / name, (self.pretrain[arm, pretrain_seed],))
+
+    @cached_property
+    def finetune(self) -> dict[tuple[str, int, Run], Job]:
+        """By arm, number of labelled cases and run.
+
+        Runs first, arms last: what is compared runs side by side, and an early look shows every arm.
+        """
+        shots = self.settings.shots
+        return {(arm, k, run): self._finetune(arm, k, run) for run in self.runs for k in shots for arm in self.arms}
+
+    def _finetune(self, arm: str, shots: int, run: Run) -> Job:
+        s, evaluation = self.settings, self.evaluation(arm, shots, run)
         shared = {**self.data_flags("labelled"), "device": self.device}
         start = words(weights="none")
         if arm not in UNTRAINED:
-            start = words(weights=self.weights(arm, seed), weights_part=s.weights_part)
+            start = words(weights=self.weights(arm, run.pretrain_seed), weights_part=s.weights_part)
             start += tuple(shlex.split(s.weights_flags))
+        start += words(memory="true", sam_checkpoint=self.sam_file) if s.memory else ()
         further = shlex.split(f"{s.finetune_flags} {s.scratch_flags if arm == SCRATCH_OWN else ''}")
         train = Call.of(
             "scripts.finetune_segmentation",
@@ -370,8 +271,8 @@ class Plan:
             output_dir=evaluation.parent,
             **self._network(s.roi),
             num_labelled=shots,
-            fold=seed,
-            seed=seed,
+            fold=run.fold,
+            seed=run.seed,
             steps=s.finetune_steps,
             save_freq=s.finetune_steps,
             warmup_steps=max(1, s.finetune_steps // 20),
@@ -383,6 +284,7 @@ class Plan:
         best = words(checkpoint_file=evaluation.parent / "best.pth", **shared, output_dir=evaluation)
         sliding = words(nsd_mm=0, overlap=0.25, window_batch=8)
         judge = Call("scripts.evaluate_segmentation", (*best, "--no_pictures", *sliding))
-        after = (self.make_stores["labelled"], *([] if arm in UNTRAINED else [self.pretraining(arm, seed)]))
-        name = f"finetune/{arm}_{shots}shot_seed{seed}"
+        after = (self.make_stores["labelled"], *(self.train_sam if s.memory else ()))
+        after += () if arm in UNTRAINED else (self.pretrain[arm, run.pretrain_seed],)
+        name = f"finetune/{arm}_{shots}shot_seed{run.seed}"
         return Job(name, (train, judge), evaluation.parent, after, scraps=("*.pth",))

@@ -40,6 +40,10 @@ class ProbeVoxels:
         """The volume of a case, int16 HU [D, H, W]."""
         return self.store.read(name).array
 
+    def read_channels(self, name: str) -> np.ndarray:
+        """The classes of a case's voxels, uint8 [D, H, W]."""
+        return self.classes.to_classes(self.store.read_label(name).array)
+
 
 def split_probe_cases(
     json_list: str | Path,
@@ -117,13 +121,26 @@ def draw_voxels(store: VolumeStore, name: str, classes: LabelClasses, num_voxels
     is_candidate = np.zeros(label.shape, dtype=bool)
     is_candidate[box] = store.read(name).array[box] > TISSUE_HU
     is_candidate |= label > 0
-    candidates = np.flatnonzero(is_candidate)
-    present = label.ravel()[candidates]
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return CaseVoxels(name, *choose_voxels(label, is_candidate, len(classes), num_voxels, rng))
+
+
+def choose_voxels(
+    channels: np.ndarray, is_candidate: np.ndarray, num_classes: int, num_voxels: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `num_voxels` of every class among the candidates.
+
+    Args:
+        channels, is_candidate: class and bool of every voxel [D, H, W].
+
+    Returns:
+        Indices (d, h, w) int64 [n, 3] and classes int64 [n].
+    """
+    candidates = np.flatnonzero(is_candidate)
+    present = channels.ravel()[candidates]
     chosen = []
-    for channel in range(len(classes)):
+    for channel in range(num_classes):
         own = candidates[present == channel]
         chosen.append(own if len(own) <= num_voxels else np.sort(rng.choice(own, num_voxels, replace=False)))
-    flat = np.concatenate(chosen)
-    voxels = np.stack(np.unravel_index(flat, label.shape), axis=1).astype(np.int64)
-    return CaseVoxels(name, voxels, np.repeat(np.arange(len(classes)), [len(own) for own in chosen]))
+    voxels = np.stack(np.unravel_index(np.concatenate(chosen), channels.shape), axis=1).astype(np.int64)
+    return voxels, np.repeat(np.arange(num_classes), [len(own) for own in chosen])

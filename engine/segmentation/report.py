@@ -16,6 +16,7 @@ import numpy as np
 from engine.segmentation.metrics import OrganScore, case_means, nan_mean
 
 CASES, TABLE, SUMMARY = "cases.csv", "results.md", "results.json"
+PLAIN_CASES = "cases_without_memory.csv"
 MEASURES = ("dice", "nsd")
 SLICE_DICE = "slice_dice_published"
 PLAIN_DICE = "dice_without_memory"
@@ -33,7 +34,7 @@ def write_report(
     slice_dice: Sequence[float] = (),
     plain_scores: Sequence[OrganScore] = (),
 ) -> dict:
-    """Write the three files of one evaluation.
+    """Write the three files of one evaluation, and with a memory the scores without it.
 
     Args:
         scores: of all cases, every case with the same organs.
@@ -46,17 +47,24 @@ def write_report(
         SLICE_DICE, with "mean", "std" and "num" over slices; with a memory also PLAIN_DICE, as "dice".
     """
     summary = summarise(scores) | ({SLICE_DICE: spread(list(slice_dice))} if slice_dice else {})
+    (Path(folder) / PLAIN_CASES).unlink(missing_ok=True)  # of an earlier judgement
     if plain_scores:
+        write_scores(Path(folder) / PLAIN_CASES, plain_scores)
         plain = summarise(list(plain_scores))
         summary[PLAIN_DICE] = plain["dice"]
         for organ, values in plain["organs"].items():
             summary["organs"][organ][PLAIN_DICE] = values["dice"]
-    summary = write_summary(folder, summary, "mean ± std over cases", description)
-    with (Path(folder) / CASES).open("w", newline="") as file:
+    write_scores(Path(folder) / CASES, scores)
+    return write_summary(folder, summary, "mean ± std over cases", description)
+
+
+def write_scores(path: Path, scores: Sequence[OrganScore]) -> None:
+    """Write a row per case and organ."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
         rows.writerows([as_cell(getattr(score, name)) for name in COLUMNS] for score in scores)
-    return summary
 
 
 def write_joined(folder: str | Path, folders: Sequence[str | Path]) -> dict:
