@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
         options_of(flags, RecallOptions),
     )
     cases = labelled_cases(flags.json_list, flags.data_dir, flags.section)
-    check_pixel_sizes(cases, flags.nsd_mm)
+    options = options_of(flags, EvaluationOptions)
+    tolerance_mm = options.tolerance_mm(segmenter.classes.names)
+    check_pixel_sizes(cases, tolerance_mm)
     spacing_mm, output_dir = segmenter.spacing_mm or "native", Path(flags.output_dir)
     store = VolumeStore(flags.store_dir, expected_spacing_mm=spacing_mm) if flags.store_dir else None
     if world.is_main:
@@ -81,11 +83,12 @@ def main(argv: list[str] | None = None) -> None:
         explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"),
         distributed.explained_lost_rank(world, flags.dist_timeout_min),
     ):
-        judged = evaluate(segmenter, load, names, world, flags.nsd_mm, predictions_dir, progress=len(names) > 1)
+        judged = evaluate(segmenter, load, names, world, tolerance_mm, predictions_dir, progress=len(names) > 1)
     if world.is_main:
         description = {"checkpoint": flags.checkpoint_file, "section": flags.section}
         description |= {} if segmenter.recall is None else {"memory": segmenter.recall.memory.describe()}
-        judged.write(output_dir, segmenter.classes.names, description | {"NSD tolerance in mm": flags.nsd_mm})
+        description |= {"NSD tolerance in mm": options.described_tolerance()}
+        judged.write(output_dir, segmenter.classes.names, description)
         print((output_dir / TABLE).read_text())
     distributed.stop()
 

@@ -143,7 +143,7 @@ def make_plan(options: FinetuneOptions) -> Plan:
         kind_of_cases(training + held_out),
     )
     if options.evaluate:
-        check_pixel_sizes(judged, options.nsd_mm)
+        check_pixel_sizes(judged, options.tolerance_mm(classes.names))
     if options.memory:
         check_can_remember(setup.preprocessing)
     SEGMENTERS[setup.backbone].check_sizes(setup.feature_size, setup.preprocessing.roi)
@@ -361,7 +361,8 @@ def evaluate_best(plan: Plan, store: VolumeStore, world: World) -> None:
     recall = RecallOptions(options.memory, options.sam_checkpoint)
     segmenter = open_segmenter(best, world.device, options.overlap, options.window_batch, options.precision, recall)
     load, names = file_cases(plan.judged, segmenter, store), [case.name for case in plan.judged]
-    judged = evaluate(segmenter, load, names, world, options.nsd_mm, progress=len(names) > 1)
+    tolerance_mm = options.tolerance_mm(segmenter.classes.names)
+    judged = evaluate(segmenter, load, names, world, tolerance_mm, progress=len(names) > 1)
     if world.is_main:
         trained = load_checkpoint(best, KIND)
         description = {
@@ -371,7 +372,7 @@ def evaluate_best(plan: Plan, store: VolumeStore, world: World) -> None:
             "labelled training cases": len(trained["training_cases"]),
             "fold": trained["flags"]["fold"],
             "seed": trained["flags"]["seed"],
-            "NSD tolerance in mm": options.nsd_mm,
+            "NSD tolerance in mm": options.described_tolerance(),
         } | ({} if segmenter.recall is None else {"memory": segmenter.recall.memory.describe()})
         judged.write(folder, segmenter.classes.names, description)
         print((folder / TABLE).read_text(), flush=True)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from monai.inferers import sliding_window_inference
 
+from datasets.lists.label_classes import FLARE22
+from engine.segmentation.flags import EvaluationOptions
 from engine.segmentation.metrics import OrganScore, case_means, published_slice_dice, score_case
 from engine.segmentation.pictures import case_view, richest_plane, save_overlay
 from engine.segmentation.report import join_reports, read_scores, summarise, write_joined, write_report
@@ -218,6 +220,20 @@ def test_dice_and_nsd_by_hand():
     swapped = score_case("a", truth, predicted, (3.0, 1.0, 1.0), NAMES, 2.0)
     assert swapped[0].dice == liver.dice and swapped[0].nsd == pytest.approx(liver.nsd)
     assert swapped[1].dice == 0.0, "invented where there is none"
+
+
+def test_each_organ_may_have_its_own_tolerance():
+    predicted, truth = cubes()
+    predicted[truth == 2] = 0
+    predicted[1:4, 0:3, 0:3] = 2  # both organs are moved by 3 mm across D
+    scores = score_case("a", predicted, truth, (3.0, 1.0, 1.0), NAMES, {"liver": 3.0, "aorta": 2.0})
+    assert scores[0].nsd == 1.0 and scores[1].nsd < 1.0
+    options = EvaluationOptions(flare22_nsd=True)
+    assert options.tolerance_mm(("background", "duodenum", "aorta")) == {"duodenum": 7.0, "aorta": 2.0}
+    assert set(options.tolerance_mm(("background", *FLARE22))) == set(FLARE22)
+    assert EvaluationOptions(nsd_mm=4.0).tolerance_mm(("background", "spine")) == 4.0
+    with pytest.raises(ValueError, match="--flare22_nsd: FLARE22 has no tolerance for spine"):
+        options.tolerance_mm(("background", "spine"))
 
 
 def test_absent_organs_count_for_nothing_and_nsd_may_be_left_out():

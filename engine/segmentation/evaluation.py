@@ -21,7 +21,14 @@ from datasets.lists.label_classes import LabelClasses
 from datasets.store.volumes import VolumeStore
 from engine.distributed import World, gather_objects
 from engine.loop import evaluating
-from engine.segmentation.metrics import OrganScore, case_means, nan_mean, published_slice_dice, score_case
+from engine.segmentation.metrics import (
+    OrganScore,
+    Tolerances,
+    case_means,
+    nan_mean,
+    published_slice_dice,
+    score_case,
+)
 from engine.segmentation.pictures import SHOWN_HU, CaseView, case_view, save_overlay
 from engine.segmentation.report import PLAIN_DICE, SLICE_DICE, write_report
 from engine.segmentation.segmenter import Segmenter
@@ -99,7 +106,7 @@ def evaluate(
     load_case: Callable[[str], EvaluationCase],
     case_names: list[str],
     world: World,
-    tolerance_mm: float = 0.0,
+    tolerance_mm: Tolerances = 0.0,
     predictions_dir: Path | None = None,
     progress: bool = False,
     stop: StopRequest | None = None,
@@ -109,7 +116,7 @@ def evaluate(
     Args:
         segmenter: its network is in evaluation mode inside, and as before outside.
         load_case: name -> case.
-        tolerance_mm: of NSD; 0 leaves it out.
+        tolerance_mm: of NSD, of all organs or of each; 0 leaves it out.
         predictions_dir: where to write label maps `<case>.nii.gz` or masks `<case>.png` on the label files' own grids;
             None = nowhere.
         progress: show a bar on rank 0.
@@ -162,13 +169,13 @@ def shown_window(case: EvaluationCase) -> tuple[float, float]:
     return (case.truth_hu.min(), case.truth_hu.max()) if is_radiograph else SHOWN_HU
 
 
-def check_pixel_sizes(cases: list[Case], tolerance_mm: float) -> None:
+def check_pixel_sizes(cases: list[Case], tolerance_mm: Tolerances) -> None:
     """Raise ValueError where NSD is wanted of radiographs whose files do not say how large a pixel is."""
-    pictures = [case.image for case in cases if kind_of(case.image) == RADIOGRAPH] if tolerance_mm > 0 else []
+    pictures = [case.image for case in cases if kind_of(case.image) == RADIOGRAPH] if tolerance_mm else []
     unscaled = next((path for path in pictures if not read_radiograph(path).is_scaled), None)
     if unscaled is not None:
         raise ValueError(
-            f"--nsd_mm {tolerance_mm:g}: {unscaled} does not say how large its pixels are, so there is no distance in "
+            f"--nsd_mm {tolerance_mm}: {unscaled} does not say how large its pixels are, so there is no distance in "
             "mm. Leave NSD out with --nsd_mm 0, or write the size into the files (PNG chunk pHYs)"
         )
 

@@ -5,6 +5,7 @@ along D (superior). Where a default says "the weights'", the value comes from th
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from engine.checkpoint import CheckpointError
 from engine.flags import DeviceOptions, FlagChecks, flag_names
 from engine.run import changed_flags
 from engine.segmentation.memory import MemoryOptions
+from engine.segmentation.metrics import FLARE22_TOLERANCES_MM, Tolerances
 from engine.segmentation.setup import DEFAULTS, FLAG_OF, agree, as_typed
 from engine.segmentation.sliding_window import WindowOptions
 from models.segmenters import SEGMENTERS
@@ -126,12 +128,36 @@ class EvaluationOptions:
         window_batch: windows per forward pass
         nsd_mm: tolerance of the normalised surface distance, mm, the same for all organs; 0 = leave it out (radiographs
             whose files do not say their pixel size need 0)
+        flare22_nsd: take FLARE22's tolerance of each organ (2 to 7 mm) instead of --nsd_mm
     """
 
     section: str = "validation"
     overlap: float = WindowOptions.overlap
     window_batch: int = WindowOptions.window_batch
     nsd_mm: float = 2.0
+    flare22_nsd: bool = False
+
+    def tolerance_mm(self, names: Sequence[str]) -> Tolerances:
+        """NSD's tolerance of all organs, or of each.
+
+        Args:
+            names: of the channels, background first.
+
+        Raises:
+            ValueError: an organ that FLARE22 does not have.
+        """
+        if not self.flare22_nsd:
+            return self.nsd_mm
+        if strangers := [name for name in names[1:] if name not in FLARE22_TOLERANCES_MM]:
+            raise ValueError(
+                f"--flare22_nsd: FLARE22 has no tolerance for {', '.join(strangers[:5])}; give one for all organs with "
+                "--nsd_mm"
+            )
+        return {name: FLARE22_TOLERANCES_MM[name] for name in names[1:]}
+
+    def described_tolerance(self) -> float | str:
+        """For reports."""
+        return "FLARE22's, of each organ" if self.flare22_nsd else self.nsd_mm
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,27 @@
 `published_slice_dice` is another measure, which has been published for 2-D networks under the name of Dice.
 
 Conventions where MONAI leaves the choice: an organ that neither truth nor prediction has counts for nothing (NaN); one
-that only one of them has scores 0 in both measures, as FLARE22 counts it. MONAI's NSD counts the voxels of the surfaces
-and takes one tolerance for all organs; FLARE22's official NSD weighs surface area, with a tolerance for each organ. So
-Dice can be compared with leaderboards, NSD cannot.
+that only one of them has scores 0 in both measures, as FLARE22 counts it. MONAI's NSD counts the voxels of surfaces,
+FLARE22's official one weighs their area. So Dice can be compared with leaderboards, NSD cannot, not even with FLARE22's
+tolerance of each organ.
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from monai.metrics import compute_dice, compute_surface_dice
 from scipy import ndimage
+
+# FLARE22's official evaluation (Ma et al., Lancet Digital Health 2024), mm.
+FLARE22_TOLERANCES_MM = {
+    **{"liver": 5.0, "right kidney": 3.0, "left kidney": 3.0, "spleen": 3.0, "pancreas": 5.0, "aorta": 2.0},
+    **{"inferior vena cava": 2.0, "right adrenal gland": 2.0, "left adrenal gland": 2.0, "gallbladder": 2.0},
+    **{"esophagus": 3.0, "stomach": 5.0, "duodenum": 7.0},
+}
+Tolerances = float | Mapping[str, float]  # of NSD: of all organs, or of each by its name; mm
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ def score_case(
     truth: np.ndarray,
     spacing_mm: tuple[float, float, float],
     names: tuple[str, ...],
-    tolerance_mm: float,
+    tolerance_mm: Tolerances,
 ) -> list[OrganScore]:
     """Scores of all organs of a case.
 
@@ -44,7 +53,7 @@ def score_case(
             instead of surfaces.
         spacing_mm: of their voxels, (D, H, W).
         names: of the channels, background first.
-        tolerance_mm: surfaces nearer than this agree; 0 leaves NSD out (NaN).
+        tolerance_mm: surfaces nearer than this agree, one number or one for each of `names`; 0 leaves NSD out (NaN).
 
     Returns:
         One score per organ, in the order of `names`.
@@ -58,7 +67,8 @@ def score_case(
     for channel, (name, *both) in enumerate(zip(names[1:], *boxes), start=1):
         box = joined_box(*both)
         found, true = (array[box] == channel if box else np.zeros(0, bool) for array in (predicted, truth))
-        dice, nsd = organ_scores(found, true, spacing_mm, tolerance_mm) if box else (float("nan"), float("nan"))
+        tolerance = tolerance_mm[name] if isinstance(tolerance_mm, Mapping) else tolerance_mm
+        dice, nsd = organ_scores(found, true, spacing_mm, tolerance) if box else (float("nan"), float("nan"))
         scores.append(OrganScore(case, name, dice, nsd, true.sum() * voxel_ml, found.sum() * voxel_ml))
     return scores
 
