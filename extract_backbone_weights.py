@@ -96,6 +96,7 @@ def make_flags():
         "file's suffix decides between .pth and .safetensors",
     )
     add_switch(parser, "--with_head", False, "keep the projection head too, under `head.`")
+    add_switch(parser, "--half", False, "half precision: half as large a file, which loads into float32 networks")
     return parser
 
 
@@ -163,6 +164,22 @@ def check_layout(flags, backbone: dict) -> None:
         )
     if flags.with_head and flags.format in BACKBONE_OF_FORMAT:
         raise CheckpointError(f"--with_head: --format {flags.format} has no place for a head; use --format monai")
+    if flags.half and flags.format == nnunet_checkpoint.FORMAT:
+        raise CheckpointError(f"--half: --format {flags.format} is nnU-Net's own checkpoint, which is float32")
+
+
+def halved(value: torch.Tensor, name: str, path: str) -> torch.Tensor:
+    """A floating-point tensor in half precision; others stay as they are.
+
+    Raises:
+        CheckpointError: a number too large for it.
+    """
+    if not value.is_floating_point():
+        return value
+    half = value.half()
+    if not half.isfinite().all():
+        raise CheckpointError(f"{path}: {name} holds numbers above 65504, too large for --half")
+    return half
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -187,6 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if flags.format in layouts.LAYOUTS:
             weights = layouts.with_names_of(flags.format, weights)
+        if flags.half:
+            weights = {name: halved(value, name, flags.checkpoint) for name, value in weights.items()}
         save_weights(weights, description, output)
     print(f"wrote {len(weights)} tensors of the {key} (step {state['step']}) to {output}")
 

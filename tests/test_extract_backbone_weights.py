@@ -18,6 +18,7 @@ from engine.run import RunState
 from engine.weights import start_from
 from models.backbones import segmentation_network
 from models.methods import Method
+from models.pretrained import load_pretrained
 from models.weights_file import read_weights_file
 from tests.tiny_run import TINY
 
@@ -141,6 +142,23 @@ def test_description_travels_with_the_weights(checkpoint, tmp_path):
     assert beside["module"] == "teacher" and beside["step"] == 7 and beside["commit"] == "abc"
     assert beside["preprocessing"] == json.loads(inside["preprocessing"]) == PREPROCESSING
     assert beside["backbone"]["feature_size"] == 12
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_half_precision_loads_into_a_float32_network(checkpoint, tmp_path, suffix):
+    extract(checkpoint, tmp_path / f"whole{suffix}")
+    extract(checkpoint, tmp_path / f"half{suffix}", "--half")
+    whole, half = (read_weights_file(tmp_path / f"{name}{suffix}") for name in ("whole", "half"))
+    assert half.tensors.keys() == whole.tensors.keys() and half.description == whole.description
+    assert (tmp_path / f"half{suffix}").stat().st_size < 0.7 * (tmp_path / f"whole{suffix}").stat().st_size
+    network = monai_network()
+    load_pretrained(network, half)
+    loaded = network.state_dict()
+    for name, value in whole.tensors.items():
+        assert loaded[name].dtype == value.dtype
+        torch.testing.assert_close(loaded[name], value, rtol=2e-3, atol=1e-6)
+    with pytest.raises(CheckpointError, match="x holds numbers above 65504, too large for --half"):
+        extract_backbone_weights.halved(torch.tensor([1e6]), "x", "checkpoint.pth")
 
 
 def test_head_comes_along_only_when_asked(checkpoint, tmp_path):
