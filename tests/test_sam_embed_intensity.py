@@ -34,6 +34,18 @@ def test_a_label_moves_to_the_voxels_that_look_like_it(organ_hu):
     assert before < 0.75 and after > 0.93
 
 
+@pytest.mark.parametrize("blur", [1.5, 2.5])
+def test_a_small_organ_in_fat_is_not_taken_for_fat(blur):
+    """Three quarters of the votes for it lie beside it."""
+    truth = ball((12, 14, 16), 2.5)
+    hu = np.where(truth | ball((12, 14, 29), 3), 30.0, -90.0) + np.random.default_rng(0).normal(0, 15, GRID)
+    near = gaussian_filter(np.roll(truth, 3, axis=2).astype(np.float32), blur)
+    near *= 0.9 / near.max()
+    votes = np.stack([1 - near, near])
+    assert dice(votes.argmax(0) == 1, truth) < 0.4
+    assert dice(sharpened(votes, hu, SPACING_MM).argmax(0) == 1, truth) > 0.9
+
+
 def test_votes_are_shared_out_anew_and_none_is_made():
     truth = ball((12, 14, 16), 7)
     votes = shifted_votes(truth, 2)
