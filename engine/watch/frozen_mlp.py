@@ -10,7 +10,7 @@ voxel (trilinear) and joined.
 Letters: n voxels, C joined channels, K classes, background first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +20,15 @@ from tqdm import tqdm
 
 from engine.features.dense import dense_maps
 from engine.segmentation.metrics import case_means, nan_mean, score_case
+from engine.segmentation.sliding_window import Size3, restored_slices
 from engine.watch.probe import ProbeOptions, interpolate, wanted_strides
 from models.backbones.interface import Backbone
 
 TAUGHT_VOXELS = 20_000  # of each case
 HIDDEN_DIM = 128
-STEPS, BATCH = 400, 2048
+STEPS, BATCH = 300, 2048
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
-CHUNK = 32_768  # voxels whose joined features are held at a time
+CHUNK = 32_768  # voxels that the MLP reads at a time
 LEAST_SPREAD = 1e-6
 
 
@@ -40,10 +41,21 @@ class JoinedMaps:
     def at(self, voxels: Tensor) -> Tensor:
         """Joined features of voxels [n, 3] (d, h, w): float32 [n, C]."""
         read = []
-        for values, to_voxels in self.maps.values():
-            steps, first = torch.from_numpy(to_voxels.diagonal()[:3].copy()), torch.from_numpy(to_voxels[:3, 3])
-            read.append(interpolate(values, (voxels - first) / steps, tuple(values.shape[1:])))
+        for values, (scale, offset) in self._grids():
+            cells = voxels * torch.from_numpy(scale) + torch.from_numpy(offset)
+            read.append(interpolate(values, cells, tuple(values.shape[1:])))
         return torch.cat(read, dim=1)
+
+    def slices(self, shape: Size3) -> Iterator[Tensor]:
+        """The same of all voxels of a volume (D, H, W), slice by slice: [C, H, W] each."""
+        read = [restored_slices(iter(v.unbind(1)), v.shape[1:], grid, shape) for v, grid in self._grids()]
+        return (torch.cat(parts) for parts in zip(*read))
+
+    def _grids(self) -> Iterator[tuple[Tensor, tuple[np.ndarray, np.ndarray]]]:
+        """Every map, with scale and offset [3] from voxel to cell index."""
+        for values, to_voxels in self.maps.values():
+            steps = np.diagonal(to_voxels)[:3]
+            yield values, (1 / steps, -to_voxels[:3, 3] / steps)
 
 
 ReadMaps = Callable[[np.ndarray], JoinedMaps]  # HU int16 [D, H, W] -> the frozen encoder's maps
@@ -141,11 +153,11 @@ def fit_mlp(taught: TaughtVoxels, num_classes: int, seed: int = 0) -> VoxelMLP:
 @torch.no_grad()
 def segment_by_mlp(mlp: VoxelMLP, maps: JoinedMaps, shape: Sequence[int]) -> np.ndarray:
     """The most probable class of every voxel, uint8 [D, H, W]."""
-    found = torch.empty(tuple(shape), dtype=torch.uint8)
-    for flat in torch.arange(found.numel()).split(CHUNK):
-        voxels = torch.stack(torch.unravel_index(flat, found.shape), dim=1)
-        found.view(-1)[flat] = mlp(maps.at(voxels)).argmax(1).to(torch.uint8)
-    return found.numpy()
+    found = np.empty(tuple(shape), dtype=np.uint8)
+    for plane, features in zip(found, maps.slices(tuple(shape))):
+        pixels = features.flatten(1).T.split(CHUNK)
+        plane[:] = torch.cat([mlp(part).argmax(1) for part in pixels]).view(plane.shape).numpy()
+    return found
 
 
 def probe_mlp(read_maps: ReadMaps, voxels, seed: int = 0, progress: str = "") -> dict[str, float | dict[str, float]]:
