@@ -9,8 +9,8 @@
 
 The last form joins evaluations of several seeds or folds: mean and spread over runs. cases.csv holds one row per case
 and organ. An organ that neither truth nor prediction has counts for nothing, one that only one of them has counts 0.
-A network that remembers labelled cases is judged with its memory and without it. 2-D networks also get
-slice_dice_published, the slice-wise number of publications; compare it with nothing else.
+A network that remembers labelled cases is judged with its memory, and without it (cases_without_memory.csv). 2-D
+networks also get slice_dice_published, the slice-wise number of publications; compare it with nothing else.
 """
 
 import sys

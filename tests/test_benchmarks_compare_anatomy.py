@@ -1,5 +1,8 @@
 """The comparison's preset anatomy: its plan, intervals over pretrainings, slabs of a real CT, a tiny run of a part."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
@@ -7,9 +10,16 @@ from scipy.stats import ttest_1samp
 from benchmarks import compare_pretraining
 from benchmarks.comparison import claims, real_ct, report, settings
 from benchmarks.comparison.arms import ANATOMY_ARMS, SCRATCH
-from benchmarks.comparison.claims import MEMORY, Claim, dice_of, differences
+from benchmarks.comparison.claims import MEMORY, REAL, Claim, dice_of, differences
 from benchmarks.comparison.stages import Plan, Run
-from datasets.lists.label_classes import LabelClasses
+from benchmarks.labels_from_phantoms import OTHER_NAMES
+from benchmarks.real_ct_matching import ABDOMEN
+from datasets.ct.nifti import write_nifti
+from datasets.lists.label_classes import FLARE22, LabelClasses
+from datasets.phantom.cases import PhantomCase, list_cases, render, write_dataset
+from engine.watch import frozen_mlp
+from engine.weights import save_weights
+from models.backbones import BACKBONES
 from sam_embed.checkpoint import SHIPPED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -156,3 +166,69 @@ def test_organs_of_one_part_alone_are_background():
         assert planes[chosen.voxels[:, 0]].all() and set(chosen.channels) == {0, 1}
         assert (hu[tuple(chosen.voxels.T)] == 40).all()
         assert (fold.channels[tuple(chosen.voxels.T)] == chosen.channels).all()
+
+
+@pytest.fixture(scope="module")
+def ct_dir(tmp_path_factory):
+    """A phantom with the real abdomen's file names and label names."""
+    folder = tmp_path_factory.mktemp("ct")
+    done = render(PhantomCase("real", 5, 1, True, range_name="abdomen", coarsen=4.0))
+    affine = done.affine @ np.eye(4)[:, [2, 1, 0, 3]]
+    write_nifti(folder / f"{ABDOMEN}.nii.gz", done.hu.transpose(2, 1, 0).round().astype(np.int16), affine)
+    write_nifti(folder / f"{ABDOMEN}_label.nii.gz", done.label.transpose(2, 1, 0), affine)
+    names = {value: OTHER_NAMES.get(name, name) for value, name in enumerate(FLARE22, start=1)}
+    (folder / f"{ABDOMEN}_label_names.json").write_text(json.dumps(names))
+    return folder
+
+
+def test_real_ct_is_probed_in_four_folds(ct_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen_mlp, "STEPS", 5)
+    network = BACKBONES["unet"](4, (32, 32, 32), None, False).network
+    described = {
+        "backbone": {"name": "unet", "feature_size": 4, "in_channels": 1},
+        "preprocessing": {
+            "axcodes": "SPL", "spacing_mm": [6.0] * 3, "hu_min": -125.0, "hu_max": 225.0, "roi": [32] * 3
+        },
+    }  # fmt: skip
+    save_weights(network.state_dict(), described, tmp_path / "weights.safetensors")
+    flags = [f"--weights={tmp_path}/weights.safetensors", f"--ct_dir={ct_dir}", f"--output={tmp_path}/real.json"]
+    real_ct.main([*flags, "--device=cpu"])
+    folds = json.loads((tmp_path / "real.json").read_text())["folds"]
+    assert len(folds) == real_ct.NUM_FOLDS
+    for fold in folds:
+        assert all(0 <= fold[probe] <= 1 for probe in ("knn", "linear", "mlp"))
+        assert set(fold["organs"]) <= set(FLARE22)
+    assert any("liver" in fold["organs"] for fold in folds)
+
+
+# A tiny run of a part
+
+TINY = [
+    *("--preset", "smoke", "--arms", "scratch,mim,dense", "--shots", "1", "--seeds", "0", "--num_parallel", "0"),
+    *("--pretrain_steps", "2", "--finetune_steps", "2", "--crossed_pretrainings", "1", "--num_test", "1"),
+    *("--memory", "true", "--probe_mlp", "true", "--num_cpus", "1", "--device", "cpu", "--num_labelled", "1"),
+]
+
+
+def test_a_part_is_reported_as_far_as_it_is_done(ct_dir, tmp_path, monkeypatch):
+    """Probes of two arms and the finetuning of another: no number is missing, and what is missing is said."""
+    monkeypatch.setattr(frozen_mlp, "STEPS", 5)
+    words = [*TINY, "--output_dir", str(tmp_path), "--real_ct", str(ct_dir)]
+    plan = compare_pretraining.make_plan(compare_pretraining.make_flags().parse_args(words))
+    s = plan.settings
+    cases = list_cases(s.num_unlabelled, s.num_labelled + s.num_test, s.data_seed)
+    write_dataset(plan.phantoms, [dataclasses.replace(case, coarsen=4.0) for case in cases], 1)
+    before = "data,sam,pretrain,probe,report"
+    compare_pretraining.main([*words, "--arms", "mim,dense", "--stages", before])
+    compare_pretraining.main([*words, "--arms", "scratch", "--stages", "finetune"])
+    compare_pretraining.main([*words, "--stages", "report"])
+    found = json.loads((tmp_path / "report" / "comparison.json").read_text())
+    assert found["unfinished"] == ["2 of 3 finetunings"]
+    assert list(found["dice"]) == list(found["dice_with_memory"]) == [SCRATCH]
+    assert found["dice"] != found["dice_with_memory"], "a network of two steps finds less than carried labels"
+    assert set(found["probes"]) == {"mim", "dense", "untrained"} and set(found["probes_real_ct"]) == {"mim", "dense"}
+    measures = {(tuple(one["better"]), tuple(one["worse"])) for one in found["claims"]}
+    wanted = {(("dense", m), ("mim", m)) for probe in ("linear", "knn", "mlp") for m in (probe, probe + REAL)}
+    assert measures == wanted and all(one["low"] is None for one in found["claims"])
+    text = (tmp_path / "report" / "comparison.md").read_text()
+    assert "none: one pretraining" in text and "The same with the labelled cases remembered" in text
