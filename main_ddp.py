@@ -1,4 +1,4 @@
-"""Pretrain a network on unlabelled CT or radiographs: Alice by default, other methods by --method (models/methods/).
+"""Pretrain a network on unlabelled CT, MR or radiographs: Alice, or another --method (models/methods/).
 
 One process, on a CPU or one GPU:
 
@@ -12,7 +12,8 @@ Eight GPUs (or eight CPU processes, with --device cpu):
 
 The same command again goes on where the run stopped (--resume auto or FILE; --resume none in a job that its launcher
 restarts). SIGTERM and SIGUSR1 write a checkpoint and end the run with exit code 75; a complete run ends with 0.
---method X --help shows the flags of method X. --pairing iou and random need no --embed_dir.
+--method X --help shows the flags of method X. --pairing iou and random need no --embed_dir. A --store_dir of MR comes
+from scripts/prepare_volumes.py --modality mr.
 """
 
 import logging
@@ -200,6 +201,7 @@ def make_run(flags, method: Method, data: Data, options: LoopOptions, world: Wor
             "hu_max": crops.a_max,
             "roi": list(crops.roi),
             **({} if data.store.kind == CT else {"images": data.store.kind}),
+            **({"mr_percentiles": list(data.store.mr_percentiles)} if data.store.mr_percentiles else {}),
         },
         "backbone": {"name": flags.backbone, "feature_size": flags.feature_size, "in_channels": 1},
         "num_training_cases": len(data.training),

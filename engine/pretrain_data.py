@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.ct.images import RADIOGRAPH
+from datasets.ct.images import CT, NAMES
 from datasets.lists.data_list import Case, DataListError, load_data_list
 from datasets.lists.label_classes import read_classes
 from datasets.samples.anatomy import AnatomyPoints
@@ -98,9 +98,11 @@ def probe_cases(flags) -> tuple[list[Case], list[Case]]:
 
 
 def check_probe(flags, store: VolumeStore) -> None:
-    """Raise ValueError where frozen probes are asked for and the store holds radiographs: probes read CT in HU."""
-    if flags.probe_freq and store.kind == RADIOGRAPH:
-        raise ValueError(f"--probe_freq {flags.probe_freq}: frozen probes read CT, not radiographs; set --probe_freq 0")
+    """Raise ValueError where frozen probes are asked for and the store holds no CT: probes read HU."""
+    if flags.probe_freq and store.kind != CT:
+        raise ValueError(
+            f"--probe_freq {flags.probe_freq}: frozen probes read CT, not {NAMES[store.kind]}; set --probe_freq 0"
+        )
 
 
 def load_table(flags) -> CorrespondenceTable | None:

@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from datasets.ct.images import CT
+from datasets.ct.images import CT, MR
+from datasets.ct.mr import read_mr
 from datasets.ct.nifti import CTReadError, Volume, read_ct
 from datasets.lists.data_list import load_sections
 from datasets.lists.search import find_cases
@@ -44,11 +46,14 @@ class CaseSource:
     identity: Callable[[str], str] = lambda name: ""
 
 
-def open_cases(options: CaseOptions, rank: int = 0) -> CaseSource:
+def open_cases(options: CaseOptions, rank: int = 0, mr_percentiles: tuple[float, float] | None = None) -> CaseSource:
     """The cases that the options ask for; rank 0 prints which listed ones are left out, as the store lacks them.
 
+    Args:
+        mr_percentiles: the cases are MR, mapped by these percentiles (`datasets.ct.mr`); None = CT.
+
     Raises:
-        ValueError: neither store nor folder, or no cases.
+        ValueError: neither store nor folder, a store of another kind, or no cases.
     """
     if options.store_dir is None and options.data_dir is None:
         raise ValueError("no volumes to read: pass --store_dir, or --data_dir (with --json_list or without)")
@@ -58,7 +63,7 @@ def open_cases(options: CaseOptions, rank: int = 0) -> CaseSource:
         listed = load_sections(options.json_list, options.data_dir or ".", options.sections, must_exist)
     if options.store_dir is not None:
         store = VolumeStore(options.store_dir)
-        check_kind(store.store_dir, CT)
+        check_kind(store.store_dir, CT if mr_percentiles is None else MR, mr_percentiles)
         names = store.names if listed is None else _stored_cases(store, [case.name for case in listed], rank)
         if not names:
             raise ValueError(f"{options.store_dir}: the store holds no case; scripts/prepare_volumes.py fills it")
@@ -72,7 +77,8 @@ def open_cases(options: CaseOptions, rank: int = 0) -> CaseSource:
         except CTReadError:
             return ""
 
-    return CaseSource(list(image_of), lambda name: read_ct(image_of[name]), identity)
+    read = read_ct if mr_percentiles is None else partial(read_mr, percentiles=mr_percentiles)
+    return CaseSource(list(image_of), lambda name: read(image_of[name]), identity)
 
 
 def _stored_cases(store: VolumeStore, names: list[str], rank: int) -> list[str]:

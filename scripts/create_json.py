@@ -32,8 +32,9 @@ import jsonargparse
 import numpy as np
 from tqdm import tqdm
 
-from datasets.ct.images import CT, kind_of, read_image, read_labels_of
+from datasets.ct.images import CT, MR, kind_of, read_image, read_labels_of
 from datasets.ct.intensity import NO_AIR_HU, few_whole_values
+from datasets.ct.mr import DEFAULT_PERCENTILES
 from datasets.ct.nifti import CTReadError
 from datasets.lists.data_list import Case, DataListError, write_data_list
 from datasets.lists.label_classes import LabelClasses, read_classes
@@ -50,7 +51,8 @@ def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
     parser = make_parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", type=str, required=True, help="folder to search for CT or radiographs")
+    data.add_argument("--data_dir", type=str, required=True, help="folder to search for CT, MR or radiographs")
+    data.add_argument("--modality", choices=["ct", "mr"], default="ct", help="what volumes hold, and are checked as")
     data.add_argument(
         "--list_file", type=str, default="", help="text file that names radiographs of --data_dir, one a line"
     )
@@ -75,7 +77,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict[str, str], bool]:
+def check_case(case: Case, needs_label: bool = False, modality: str = CT) -> tuple[Case | None, dict[str, str], bool]:
     """The case as it can be used, file -> reason for what cannot, and whether the volume shows air.
 
     A label that cannot be used is taken off its case; None stands for a case without a usable image, or, where it
@@ -83,8 +85,8 @@ def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict
     """
     file, has_air = case.image, True
     try:
-        image = read_image(file)
-        is_ct = kind_of(file) == CT
+        image = read_image(file, DEFAULT_PERCENTILES if modality == MR else None)
+        is_ct = kind_of(file) == modality == CT
         has_air = not is_ct or bool(image.array.min() <= NO_AIR_HU)
         values = image.array if is_ct else image.array.astype(np.int32) - int(image.array.min())
         if num_values := few_whole_values(values):
@@ -106,13 +108,13 @@ def check_case(case: Case, needs_label: bool = False) -> tuple[Case | None, dict
 
 
 def check_cases(
-    cases: Sequence[Case], num_workers: int, needs_label: bool = False
+    cases: Sequence[Case], num_workers: int, needs_label: bool = False, modality: str = CT
 ) -> tuple[list[Case], dict[str, str], list[Case]]:
     """The usable cases, file -> reason for what cannot be used, and those of the usable cases that show no air."""
     usable, unreadable, airless = [], {}, []
     # Threads are enough: decompression, which takes nearly all of the time, leaves Python's lock.
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        checks = pool.map(partial(check_case, needs_label=needs_label), cases)
+        checks = pool.map(partial(check_case, needs_label=needs_label, modality=modality), cases)
         for case, problems, has_air in tqdm(checks, total=len(cases), desc="checking", unit="case"):
             unreadable.update(problems)
             if case is not None:
@@ -209,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     listed, held_out, missing = find(flags)
     found = with_groups(choose(listed, flags.cases, flags.data_dir), flags.group_regex)
     split(found, held_out, flags)  # complain before the long check
-    cases, unreadable, airless = check_cases(found, flags.num_workers, needs_label=flags.cases == "labelled")
+    cases, unreadable, airless = check_cases(found, flags.num_workers, flags.cases == "labelled", flags.modality)
     for file, reason in (missing | unreadable).items():
         print(f"left out {file}: {reason}", file=sys.stderr)
     if airless:
@@ -218,14 +220,17 @@ def main(argv: list[str] | None = None) -> None:
         shown += ", ..." if len(airless) > NUM_NAMES_SHOWN else ""
         print(
             f"note: {len(airless)} of {len(cases)} volumes hold nothing below {NO_AIR_HU} HU, where air lies ({shown}"
-            "): MR, or scanner values 1024 above HU? --a_min and --a_max are in the files' own values",
+            "): MR (add --modality mr), or scanner values 1024 above HU? --a_min and --a_max are in the files' own "
+            "values",
             file=sys.stderr,
         )
     if not cases:
         raise DataListError(f"{flags.data_dir}: none of {len(found)} cases can be read; the reasons are above")
     training, validation = split(cases, held_out, flags)
     names = label_names(cases, flags.data_dir)
-    write_data_list(flags.output, flags.data_dir, training, validation, names, missing | unreadable)
+    write_data_list(
+        flags.output, flags.data_dir, training, validation, names, missing | unreadable, is_mr=flags.modality == MR
+    )
     num_labelled = sum(case.label is not None for case in cases)
     num_left_out = len(found) - len(cases)
     print(

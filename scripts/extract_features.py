@@ -1,4 +1,4 @@
-"""Features of many CT by a frozen encoder: one vector a case, or maps on their grid, with their place in the world.
+"""Features of many CT or MR by a frozen encoder: one vector a case, or maps on their grid with their place in mm.
 
     python scripts/extract_features.py --weights alice_teacher.pth --data_dir FLARE22 --output_dir features
     python scripts/extract_features.py --weights alice_teacher.pth --data_dir FLARE22 --json_list flare.json \\
@@ -9,9 +9,10 @@
         --a_max 250 --axcodes RAS --data_dir FLARE22 --output_dir features_voco
 
 Voxel size, HU window, window size and backbone come from the weights' own description; published weights without one
-need the flags. A case's CASE.json holds the strides, channels, voxel size and affine (index -> world mm) of its maps.
-A vector is the mean over the cells of each map, joined in order of rising strides. The command may be stopped and run
-again: finished cases are kept while weights, settings and CT are the same. In Python: `engine.features.load_features`.
+need the flags. An encoder of MR reads files as MR. A case's CASE.json holds the strides, channels, voxel size and
+affine (index -> world mm) of its maps. A vector is the mean over the cells of each map, joined in order of rising
+strides. The command may be stopped and run again: finished cases are kept while weights, settings and volumes are the
+same. In Python: `engine.features.load_features`.
 """
 
 import os
@@ -46,11 +47,12 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     options = options_of(flags, FileOptions)
-    cases = open_cases(options_of(flags, CaseOptions), rank)
     device = pick_device(flags.device, int(os.environ.get("LOCAL_RANK", 0)))
     extractor = open_extractor(
         options_of(flags, EncoderOptions), device, flags.precision, flags.overlap, flags.window_batch
     )
+    known = extractor.preprocessing
+    cases = open_cases(options_of(flags, CaseOptions), rank, known.mr_percentiles)
     if rank == 0:
         for line in (*(f"warning: {note}" for note in extractor.notes), extractor.report.describe()):
             print(line, flush=True)

@@ -1,6 +1,7 @@
 """Finetune pretrained weights to segment organs (or train from scratch), and evaluate: FLARE22, BTCV, Decathlon lists.
 
-Images are CT, or radiographs as PNG with PNG masks, for which networks are 2-D.
+Images are CT, or radiographs as PNG with PNG masks, for which networks are 2-D. They are MR where --store_dir holds MR:
+make it first with scripts/prepare_volumes.py --modality mr.
 
     python scripts/finetune_segmentation.py --weights alice_teacher.safetensors --data_dir FLARE22 \\
         --json_list flare_labelled.json --store_dir store --output_dir results/finetune
@@ -36,13 +37,14 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from datasets.lists.data_list import Case, kind_of_cases, load_data_list
+from datasets.lists.data_list import Case, load_data_list
 from datasets.lists.label_classes import LabelClasses, read_classes
 from datasets.lists.splits import choose_labelled, split_held_out
 from datasets.samples.labelled import SegmentationAugment, SegmentationCropDataset
 from datasets.samples.loader import make_pair_loader
-from datasets.store.format import checksum_of
-from datasets.store.volumes import VolumeStore, build_store, spacing_text
+from datasets.store.build import build_store, kind_to_store
+from datasets.store.format import checksum_of, spacing_text, stored_mr_percentiles
+from datasets.store.volumes import VolumeStore
 from engine import distributed
 from engine.checkpoint import describe_resumed, find_wanted, load_checkpoint, set_aside
 from engine.device import explained_out_of_memory, make_scaler, pick_precision
@@ -135,12 +137,14 @@ def make_plan(options: FinetuneOptions) -> Plan:
     if options.weights != "none":
         weights = read_weights_file(options.weights, options.checkpoint_key)
     classes = read_classes(options.json_list, options.classes)
+    mr_percentiles = stored_mr_percentiles(store_folder(options))
     setup = resolve_setup(
         weights.description,
         given_by(options),
         SEGMENTERS,
         store_folder(options),
-        kind_of_cases(training + held_out),
+        kind_to_store(training + held_out, mr_percentiles),
+        mr_percentiles,
     )
     if options.evaluate:
         check_pixel_sizes(judged, options.tolerance_mm(classes.names))
@@ -165,15 +169,16 @@ def store_folder(options: FinetuneOptions) -> Path:
 
 def open_store(plan: Plan, world: World) -> VolumeStore:
     """The volume store with all cases of the run; rank 0 adds those that are missing."""
-    spacing_mm, store_dir = plan.setup.preprocessing.spacing_mm, store_folder(plan.options)
+    known, store_dir = plan.setup.preprocessing, store_folder(plan.options)
     cases = list({case.name: case for case in plan.training + plan.held_out + plan.judged}.values())
     if world.is_main:
-        report = build_store(cases, store_dir, spacing_mm, num_workers=max(1, plan.options.num_workers))
+        num_workers, mr_percentiles = max(1, plan.options.num_workers), known.mr_percentiles
+        report = build_store(cases, store_dir, known.spacing_mm, num_workers, mr_percentiles=mr_percentiles)
         if report.failed:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in report.failed.items())
             raise ValueError(f"{store_dir}: {len(report.failed)} cases cannot be used: {reasons}")
     distributed.wait_for_all(world)
-    return VolumeStore(store_dir, [case.name for case in cases], expected_spacing_mm=spacing_mm or "native")
+    return VolumeStore(store_dir, [case.name for case in cases], expected_spacing_mm=known.spacing_mm or "native")
 
 
 # The network and everything that changes

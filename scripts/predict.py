@@ -1,4 +1,4 @@
-"""Segment one CT or radiograph with a finetuned network; the label map lies on the image's own voxels.
+"""Segment one CT, MR or radiograph with a finetuned network; the label map lies on the image's own voxels.
 
     python scripts/predict.py IMAGE.nii.gz LABELS.nii.gz --checkpoint_file results/finetune/best.pth
     python scripts/predict.py IMAGE.nii.gz LABELS.nii.gz --checkpoint_file best.pth --device cpu --overlap 0.25
@@ -7,6 +7,7 @@
 Where the network remembers labelled cases (--memory of scripts/finetune_segmentation.py), their labels are carried to
 the image and help. This needs the SAM that embedded them (--sam_checkpoint); --memory false leaves it out.
 
+An MR's intensities are mapped as those of the training volumes were (scripts/prepare_volumes.py --modality mr).
 The image may have any size, spacing and orientation. Memory stays bounded: the volume itself (4 bytes a voxel) and a
 slab as thick as a window; nothing grows with the number of organs times the volume.
 """
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from datasets.ct.formats import EXPECTED, NIFTI_SUFFIXES
-from datasets.ct.images import CT, kind_of, read_image, write_labels_like
+from datasets.ct.images import CT, RADIOGRAPH, kind_of, write_labels_like
 from datasets.ct.intensity import NO_AIR_HU, few_whole_values
 from datasets.ct.nifti import Volume
 from datasets.ct.radiograph import SUFFIX
@@ -35,8 +36,10 @@ from engine.segmentation.sliding_window import WindowOptions
 def make_flags():
     """The flags of this command."""
     parser = make_parser(__doc__)
-    parser.add_argument("image", type=str, help=f"CT to segment ({EXPECTED}), or radiograph, .png")
-    parser.add_argument("output", type=str, help="label map to write: .nii or .nii.gz of CT, .png of a radiograph")
+    parser.add_argument("image", type=str, help=f"CT or MR to segment ({EXPECTED}), or radiograph, .png")
+    parser.add_argument(
+        "output", type=str, help="label map to write: .nii or .nii.gz of CT and MR, .png of a radiograph"
+    )
     parser.add_argument(
         "--checkpoint_file", type=str, required=True, help="best.pth of a finetuning run, or hf://owner/name"
     )
@@ -48,7 +51,8 @@ def make_flags():
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
-    suffixes = NIFTI_SUFFIXES if kind_of(flags.image) == CT else (SUFFIX,)
+    is_picture = kind_of(flags.image) == RADIOGRAPH
+    suffixes = (SUFFIX,) if is_picture else NIFTI_SUFFIXES
     if not flags.output.endswith(suffixes):
         raise ValueError(f"{flags.output}: expected a name ending in {' or '.join(suffixes)}")
     if Path(flags.output).exists() and Path(flags.image).exists() and Path(flags.output).samefile(flags.image):
@@ -63,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         options_of(flags, RecallOptions),
     )
     segmenter.check_image(flags.image)
-    volume = read_image(flags.image)
-    if kind_of(flags.image) == CT:
+    volume = segmenter.preprocessing.read(flags.image)
+    if segmenter.preprocessing.images == CT:
         check_is_ct(volume)
     with explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"):
         resampled, prior = segmenter.on_own_grid(volume), None
@@ -72,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             prior = recalled(segmenter.recall, volume, resampled)
         found = segmenter.segment(resampled, volume, prior)
     write_labels_like(flags.output, segmenter.classes.to_values(found), flags.image)
-    size, unit = (float(np.prod(volume.spacing_mm)) / 1000, "ml") if kind_of(flags.image) == CT else (1.0, "pixels")
+    size, unit = (1.0, "pixels") if is_picture else (float(np.prod(volume.spacing_mm)) / 1000, "ml")
     counts = np.bincount(found.ravel(), minlength=len(segmenter.classes))
     for name, value, count in zip(segmenter.classes.names[1:], segmenter.classes.values[1:], counts[1:]):
         print(f"{value:4d} {name}: {count * size:.1f} {unit}")

@@ -1,10 +1,14 @@
-"""Make the volume store: every CT or radiograph of a data list in a form that gives random crops in milliseconds.
+"""Make the volume store: every CT, MR or radiograph of a data list in a form that gives random crops in milliseconds.
 
     python scripts/prepare_volumes.py --data_dir FLARE22 --json_list flare.json --store_dir store
     python scripts/prepare_volumes.py --data_dir FLARE22 --json_list flare.json --store_dir store_1.5mm \\
         --spacing_mm 1.5 1.5 1.5
     python scripts/prepare_volumes.py --data_dir FLARE22 --json_list flare.json --store_dir store --verify
+    python scripts/prepare_volumes.py --data_dir MR --json_list mr.json --store_dir store_mr --modality mr
 
+MR has no unit. With --modality mr, two percentiles of each volume's foreground become -800 and 800, the rest is linear
+and clipped at -1000 and 1000, and the case's manifest keeps both intensities. The commands that read the store know
+that it holds MR: their window is -1000 to 1000 unless --a_min and --a_max say otherwise.
 Radiographs become volumes [1, H, W]; their pixels are 1 mm wide where the files do not say otherwise.
 It may be stopped at any time and run again, and several may run at once on a shared folder: finished cases are kept.
 A native store takes about 0.8 of the .nii.gz files' size. A worker needs about 0.5 GB of memory for a 512x512x200 CT.
@@ -17,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
+from datasets.ct.mr import DEFAULT_PERCENTILES, check_percentiles
 from datasets.lists.data_list import load_sections
 from datasets.store.volumes import StoreError, build_store, parse_spacing, spacing_text
 from engine.flags import FlagChecks, RunInfo, add_switch, available_cpus, make_parser, run_main
@@ -37,6 +42,18 @@ def make_flags() -> jsonargparse.ArgumentParser:
         default=["native"],
         help="voxel size D H W in mm, one number for all three, or native: each volume keeps its own",
     )
+    data.add_argument(
+        "--modality", choices=["ct", "mr"], default="ct", help="what volumes hold; .png are radiographs in any case"
+    )
+    data.add_argument(
+        "--mr_percentiles",
+        type=float,
+        nargs=2,
+        default=None,
+        metavar=("LOW", "HIGH"),
+        help="of the foreground of an MR, which become -800 and 800; unset = "
+        + " ".join(f"{value:g}" for value in DEFAULT_PERCENTILES),
+    )
     add_switch(data, "--verify", False, "compare finished cases with their checksums; damaged ones are stored again")
     parser.add_argument("--num_workers", type=int, default=available_cpus(), help="processes")
     return parser
@@ -47,11 +64,13 @@ def main(argv: list[str] | None = None) -> None:
     checks = FlagChecks(flags)
     checks.expect(flags.num_workers >= 0, "num_workers", "0 or more")
     checks.finish()
-    spacing_mm = parse_spacing(flags.spacing_mm)
+    spacing_mm, mr_percentiles = parse_spacing(flags.spacing_mm), percentiles_of(flags)
     # Missing files are left to the build, which names them all.
     cases = load_sections(flags.json_list, flags.data_dir, flags.sections, must_exist=False)
     print(f"{flags.store_dir}: {len(cases)} cases at {spacing_text(spacing_mm)}, {flags.num_workers} workers")
-    report = build_store(cases, flags.store_dir, spacing_mm, flags.num_workers, flags.verify)
+    report = build_store(
+        cases, flags.store_dir, spacing_mm, flags.num_workers, flags.verify, mr_percentiles=mr_percentiles
+    )
     RunInfo.collect(flags).write(flags.store_dir)
     for name, reason in sorted(report.failed.items()):
         print(f"failed {name}: {reason}", file=sys.stderr)
@@ -61,6 +80,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     if len(report.failed) == len(cases):
         raise StoreError(f"{flags.store_dir}: none of {len(cases)} cases could be stored; the reasons are above")
+
+
+def percentiles_of(flags) -> tuple[float, float] | None:
+    """The percentiles of MR; None for another modality, of which --mr_percentiles is refused."""
+    if flags.modality == "mr":
+        return check_percentiles(flags.mr_percentiles or DEFAULT_PERCENTILES)
+    if flags.mr_percentiles is not None:
+        raise ValueError("--mr_percentiles is of MR: add --modality mr, or leave it away")
+    return None
 
 
 if __name__ == "__main__":

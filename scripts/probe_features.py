@@ -20,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from datasets.ct.images import CT
 from datasets.lists.label_classes import BUILT_IN, read_classes
 from datasets.samples.probe_voxels import ProbeVoxels, choose_probe_voxels, split_probe_cases
 from datasets.store.files import write_text
+from datasets.store.format import check_kind
 from datasets.store.volumes import VolumeStore, fill_store
 from engine.device import pick_device, pick_precision
 from engine.flags import DeviceOptions, RunInfo, add_options, add_switch, make_parser, options_of, run_main
@@ -163,6 +165,7 @@ def open_voxels(flags, spacing_mm: tuple[float, float, float] | None) -> ProbeVo
     classes = read_classes(flags.json_list, flags.classes)
     fill_store([*taught, *judged], flags.store_dir, spacing_mm or "native", flags.num_workers, renew=True)
     store = VolumeStore(flags.store_dir, expected_spacing_mm=spacing_mm or "native")
+    check_kind(store.store_dir, CT)
     return choose_probe_voxels(store, classes, taught, judged, flags.num_voxels, flags.seed)
 
 

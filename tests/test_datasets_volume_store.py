@@ -218,7 +218,7 @@ def test_failures_are_listed_and_tried_again(tmp_path, cases):
 
 
 def test_what_nobody_foresaw_in_one_case_leaves_the_others(tmp_path, cases, monkeypatch):
-    def read(path):
+    def read(path, mr_percentiles):
         if Path(path) == cases[1].image:
             raise OverflowError("too large")
         return read_ct(path)

@@ -1,23 +1,38 @@
-"""Reading an image and its labels by what the file is, and writing labels: PNG is a radiograph, all else CT."""
+"""Reading an image and its labels by what the file is, and writing labels.
 
+A PNG is a radiograph. All other files hold CT or MR, which their names do not say. Whoever reads MR gives the
+percentiles of its intensity map (`datasets.ct.mr`).
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from datasets.ct import file_grid, nifti, radiograph
+from datasets.ct import file_grid, mr, nifti, radiograph
 from datasets.ct.nifti import Volume
 
-CT, RADIOGRAPH = "ct", "radiograph"
+CT, RADIOGRAPH, MR = "ct", "radiograph", "mr"
+NAMES = {CT: "CT", RADIOGRAPH: "radiographs", MR: "MR"}  # for messages
 
 
 def kind_of(path: str | Path) -> str:
-    """What a file holds by its name: RADIOGRAPH for `.png`, else CT."""
+    """What a file holds by its name: RADIOGRAPH for `.png`, else CT (or MR, which no name says)."""
     return RADIOGRAPH if Path(path).suffix.lower() == radiograph.SUFFIX else CT
 
 
-def read_image(path: str | Path) -> Volume:
-    """A CT (`nifti.read_ct`) or a `Radiograph` (`radiograph.read_radiograph`), with their errors."""
-    return radiograph.read_radiograph(path) if kind_of(path) == RADIOGRAPH else nifti.read_ct(path)
+def read_image(path: str | Path, mr_percentiles: Sequence[float] | None = None) -> Volume:
+    """A CT (`nifti.read_ct`), a `Radiograph` (`radiograph.read_radiograph`) or an `MRVolume` (`mr.read_mr`).
+
+    Args:
+        mr_percentiles: of an MR's intensity map; None = a CT or a radiograph.
+
+    Raises:
+        CTReadError: as the three.
+    """
+    if kind_of(path) == RADIOGRAPH:
+        return radiograph.read_radiograph(path)
+    return nifti.read_ct(path) if mr_percentiles is None else mr.read_mr(path, mr_percentiles)
 
 
 def read_labels_of(image: Volume, path: str | Path) -> Volume:
@@ -27,7 +42,7 @@ def read_labels_of(image: Volume, path: str | Path) -> Volume:
 
 
 def write_labels_like(path: str | Path, labels: np.ndarray, like: str | Path) -> None:
-    """Write label values [D, H, W] on the voxels of a file: a grey PNG beside PNG, NIfTI beside any CT.
+    """Write label values [D, H, W] on the voxels of a file: a grey PNG beside PNG, NIfTI beside any CT or MR.
 
     Raises:
         ValueError: another suffix than that kind has, or labels of another volume.

@@ -1,6 +1,7 @@
 """Intensities: the HU of air, the window that becomes [0, 1], and how to know what is no CT.
 
-Where a name says HU, a radiograph's volume holds its stored grey (`datasets.ct.radiograph`) instead.
+Where a name says HU, a radiograph's volume holds its stored grey (`datasets.ct.radiograph`) instead, and an MR its
+mapped values (`datasets.ct.mr`).
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 
 AIR_HU = -1024
 CT_WINDOW_HU = (-125.0, 225.0)
+MR_RANGE = (-1000, 1000)  # of the values that MR is mapped to; its lowest value is also what lies around a volume
 NO_AIR_HU = -200  # a CT whose lowest value lies above shows no air: cropped, or not in HU
 MAX_LABEL_VALUES = 64  # a volume of no more different values, none below zero, is no CT
 

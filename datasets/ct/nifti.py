@@ -67,7 +67,7 @@ def read_ct(path: str | Path) -> Volume:
     """
     raw, affine = read_voxels(path)
     raw = _with_air_for_nan(raw, path)
-    low, high = _finite_range(raw, path)
+    low, high = finite_range(raw, path)
     if low == high:
         raise CTReadError(f"{path}: every voxel is {low:g}; expected a CT with contrast between air and tissue")
     if high - low < LEAST_SPAN and raw.dtype.kind == "f" and (raw != np.rint(raw)).any():
@@ -78,7 +78,8 @@ def read_ct(path: str | Path) -> Volume:
     if high > HU_MAX and (above := float((raw > HU_MAX).mean())) > MOST_ABOVE:
         raise CTReadError(
             f"{path}: {above:.0%} of voxels lie above {HU_MAX} (up to {high:g}) and would be cut off there; expected "
-            f"HU. Rescale other units (MR, raw scanner values) to {HU_MIN} to {HU_MAX}"
+            f"HU. Store MR with --modality mr (scripts/prepare_volumes.py); rescale raw scanner values to "
+            f"{HU_MIN} to {HU_MAX}"
         )
     array = _as_int16(raw, HU_MIN, HU_MAX)
     if array.min() == array.max():
@@ -86,7 +87,7 @@ def read_ct(path: str | Path) -> Volume:
             f"{path}: all values lie in [{low:g}, {high:g}], outside of {HU_MIN} to {HU_MAX} HU; expected a CT in HU"
         )
     check_extent(affine, raw.shape, path)
-    return Volume(*_canonical(array, affine), str(path))
+    return Volume(*canonical(array, affine), str(path))
 
 
 def read_label(path: str | Path) -> Volume:
@@ -96,7 +97,7 @@ def read_label(path: str | Path) -> Volume:
         CTReadError: as `read_ct`, and for values that are no labels; a map of zeros is fine.
     """
     raw, affine = read_voxels(path)
-    low, high = _finite_range(raw, path)
+    low, high = finite_range(raw, path)
     if low < 0 or high > np.iinfo(np.int16).max:
         raise CTReadError(f"{path}: label values run from {low:g} to {high:g}, expected 0 to 32767")
     array = raw.astype(np.uint8 if high <= 255 else np.int16)
@@ -105,7 +106,7 @@ def read_label(path: str | Path) -> Volume:
         array = np.rint(raw).astype(array.dtype)
         if not np.allclose(array, raw, rtol=0, atol=1e-3):
             raise CTReadError(f"{path}: label values are not whole numbers; is this an image?")
-    return Volume(*_canonical(array, affine), str(path))
+    return Volume(*canonical(array, affine), str(path))
 
 
 def read_label_of(image: Volume, path: str | Path) -> Volume:
@@ -184,7 +185,7 @@ def _with_air_for_nan(raw: np.ndarray, path: str | Path) -> np.ndarray:
     return np.where(is_nan, raw.dtype.type(HU_MIN), raw)
 
 
-def _finite_range(raw: np.ndarray, path: str | Path) -> tuple[float, float]:
+def finite_range(raw: np.ndarray, path: str | Path) -> tuple[float, float]:
     """Lowest and highest value; NaN and infinities show up in one of the two, without a mask as big as the volume."""
     low, high = float(raw.min()), float(raw.max())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -201,7 +202,7 @@ def _as_int16(raw: np.ndarray, low: int, high: int) -> np.ndarray:
     return np.clip(raw, max(low, info.min), min(high, info.max)).astype(np.int16)
 
 
-def _canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Turned to SPL, contiguous and writable."""
     turned, turned_affine = to_canonical(array, affine)
     return np.require(turned, requirements=["C", "W", "O"]), turned_affine

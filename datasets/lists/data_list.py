@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.ct.images import CT, RADIOGRAPH
+from datasets.ct.images import CT, MR, RADIOGRAPH
 from datasets.lists.cases import MAX_NAME_BYTES, Case, DataListError, is_file_name, kind_of_cases
 from datasets.lists.names import unique_names
 from datasets.store.files import write_text
 
-MODALITIES = {CT: "CT", RADIOGRAPH: "X-ray"}
+MODALITIES = {CT: "CT", RADIOGRAPH: "X-ray", MR: "MRI"}
 
 
 def write_data_list(
@@ -28,6 +28,7 @@ def write_data_list(
     labels: dict[str, str] | None = None,
     unreadable: dict[str, str] | None = None,
     name: str = "",
+    is_mr: bool = False,
 ) -> None:
     """Write a Decathlon list.
 
@@ -38,11 +39,13 @@ def write_data_list(
         labels: label value -> what it is.
         unreadable: file -> reason, for files that were left out.
         name: of the data set; empty takes the folder's.
+        is_mr: whether volumes are MR, which their names do not say.
     """
+    kind = kind_of_cases([*training, *validation])
     content = {
         "name": name or Path(data_dir).resolve().name,
         "description": f"{len(training)} training and {len(validation)} validation cases",
-        "modality": {"0": MODALITIES[kind_of_cases([*training, *validation])]},
+        "modality": {"0": MODALITIES[MR if is_mr and kind == CT else kind]},
         "labels": labels or {"0": "background"},
         "training": [_entry(case, Path(data_dir)) for case in training],
         "validation": [_entry(case, Path(data_dir)) for case in validation],

@@ -28,6 +28,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from tqdm import tqdm
 
+from datasets.ct.images import CT
 from datasets.phantom.landmarks import atlas_landmarks
 from datasets.phantom.organs import paint_organs
 from datasets.phantom.patient import Patient, sample_patient
@@ -63,6 +64,11 @@ class PhantomCase:
     range_name: str | None = None
     coarsen: float = 1.0
     shares: Shares = Shares()
+
+    @property
+    def modality(self) -> str:
+        """What is imaged; cases of another one are not taken for this one's files."""
+        return CT
 
     def sample(self) -> tuple[Patient, Scan, np.random.Generator]:
         """The patient, the scan and the generator for the scanner's noise."""
@@ -132,14 +138,15 @@ def nifti_bytes(array: np.ndarray, affine: np.ndarray, orientation: str, storage
     """A gzipped NIfTI file of a world-ordered (RAS) array; without time stamp, so that equal data give equal bytes.
 
     Args:
-        array: [X, Y, Z] HU or labels; affine: [4, 4] of that array; orientation: axis codes of the file.
+        array: [X, Y, Z] HU or labels, or [X, Y, Z, C]; affine: [4, 4] of that array.
+        orientation: axis codes of the file.
         storage: "uint8", "int16", "int32", "float32", or "scaled": int16 holding HU + 1024 with scl_inter -1024.
     """
     change = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
     moved = np.round(apply_orientation(array, change))
     shift = 1024 if storage == "scaled" else 0
     stored = (moved + shift).astype("int16" if storage == "scaled" else storage)
-    image = nib.Nifti1Image(stored, affine @ inv_ornt_aff(change, array.shape))
+    image = nib.Nifti1Image(stored, affine @ inv_ornt_aff(change, array.shape[:3]))
     image.header.set_xyzt_units("mm", "sec")
     raw = bytearray(image.to_bytes())
     raw[112:120] = np.array([1.0, -shift], image.header.endianness + "f4").tobytes()  # scl_slope, scl_inter
@@ -162,17 +169,26 @@ def case_files(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -
     return files
 
 
-def write_case(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -> bool:
+def write_case(
+    out_dir: Path,
+    case: PhantomCase,
+    save_atlas_map: bool = False,
+    draw: Callable[[PhantomCase], RenderedCase] = render,
+) -> bool:
     """Render and write one case; returns False when all its files are there already.
 
+    Args:
+        draw: makes the case's voxels.
+
     Raises:
-        ValueError: they are there, by another version of the generator or with other shares of variants.
+        ValueError: they are there, by another version of the generator, with other shares of variants, or of another
+            modality.
     """
     files = case_files(out_dir, case, save_atlas_map)
     if all(path.exists() for path in files.values()):
         _check_made_alike(files["landmarks"], case)
         return False
-    done = render(case)
+    done = draw(case)
     scan = done.scan
     write_bytes(files["image"], nifti_bytes(done.hu, done.affine, scan.orientation, scan.storage))
     if "label" in files:
@@ -194,7 +210,7 @@ def write_case(out_dir: Path, case: PhantomCase, save_atlas_map: bool = False) -
         "shares": asdict(case.shares),
         "anatomy": asdict(done.patient.anatomy),
         "artefacts": asdict(scan.artefacts),
-    }
+    } | ({} if case.modality == CT else {"modality": case.modality})
     write_text(files["landmarks"], json.dumps(record, indent=1) + "\n")
     return True
 
@@ -207,6 +223,10 @@ def _check_made_alike(path: Path, case: PhantomCase) -> None:
             f"{path}: this case was made by generator {record.get('generator', 1)} (now {GENERATOR}) or with "
             "other shares of variants; choose another --out_dir, or delete the old phantoms"
         )
+    if (made := record.get("modality", CT)) != case.modality:
+        raise ValueError(
+            f"{path}: this case is {made}, expected {case.modality} (--modality); choose another --out_dir"
+        )
 
 
 def list_cases(
@@ -218,13 +238,19 @@ def list_cases(
     return cases + [PhantomCase(f"FLARE22_Tr_{k:04d}", seed, k, True, **options) for k in range(1, num_labelled + 1)]
 
 
-def write_dataset(out_dir: Path, cases: list[PhantomCase], num_workers: int, save_atlas_map: bool = False) -> int:
+def write_dataset(
+    out_dir: Path,
+    cases: list[PhantomCase],
+    num_workers: int,
+    save_atlas_map: bool = False,
+    draw: Callable[[PhantomCase], RenderedCase] = render,
+) -> int:
     """Write all cases in `num_workers` processes (0 or 1: in this one); returns how many were made anew.
 
-    `<out_dir>/dataset.json` says which version of the generator made them.
+    `draw` makes a case's voxels. `<out_dir>/dataset.json` says which version of the generator made them.
     """
     write_text(Path(out_dir) / "dataset.json", json.dumps({"generator": GENERATOR}, indent=1) + "\n")
-    return write_cases(partial(write_case, out_dir, save_atlas_map=save_atlas_map), cases, num_workers)
+    return write_cases(partial(write_case, out_dir, save_atlas_map=save_atlas_map, draw=draw), cases, num_workers)
 
 
 def write_cases(write: Callable[[PhantomCase], bool], cases: Sequence[PhantomCase], num_workers: int) -> int:

@@ -23,8 +23,8 @@ class AugmentOptions:
 
     Attributes:
         window_prob: probability of a jittered HU window.
-        window_jitter_hu: largest shift of either end of the window, in HU (0 = off). For a radiograph the width of its
-            window stands for the 350 HU of CT's default one.
+        window_jitter_hu: largest shift of either end of the window, in HU (0 = off). For a radiograph or an MR
+            the width of its window stands for the 350 HU of CT's default one.
         gamma_prob: probability of x ** gamma.
         gamma_range: gamma is uniform in this range (1, 1 = off).
         blur_prob: probability of a Gaussian blur.
@@ -103,7 +103,7 @@ class ViewAugmenter:
         Args:
             hu: int16 [D, H, W] in HU.
             seed: decides every draw.
-            own_window: of the radiograph that was cut, in its stored grey; None = a CT in the augmenter's window.
+            own_window: of a radiograph or an MR, in its stored values; None = a CT in the augmenter's window.
 
         Returns:
             float32 [1, D, H, W] in [0, 1].

@@ -22,8 +22,8 @@ class CropOptions:
             16)
         roi_y: crop size along H (posterior), voxels
         roi_z: crop size along D (superior), voxels; 1 = axial slices, for 2-D networks (not unet, nnformer, resenc)
-        a_min: HU that becomes 0; unset = -125, and the darkest grey of each radiograph
-        a_max: HU that becomes 1; unset = 225, and the brightest grey of each radiograph
+        a_min: HU that becomes 0; unset = -125, of MR -1000, and the darkest grey of each radiograph
+        a_max: HU that becomes 1; unset = 225, of MR 1000, and the brightest grey of each radiograph
         augment: intensity augmentation, another one for every view
     """
 
@@ -39,7 +39,7 @@ class CropOptions:
         if low >= high:
             raise ValueError(
                 f"--a_min {low}, --a_max {high}: expected a low end below the high end (HU; for radiographs, in "
-                "stored grey, give both or none)"
+                "stored grey, and MR, from -1000 to 1000, give both or none)"
             )
 
     @property
@@ -60,8 +60,7 @@ def centre_mm(record, start: np.ndarray, roi: Sequence[int]) -> np.ndarray:
 
 
 def cut(store, name: str, point_mm: np.ndarray, roi: Sequence[int]) -> np.ndarray:
-    """The crop of case `name` around a world point, int16 HU [D, H, W]; outside of a CT is air, outside of a radiograph
-    its darkest grey."""
+    """The crop of case `name` around a world point, int16 HU [D, H, W]; outside of it is `CaseRecord.outside`."""
     start = start_at(store.record(name), point_mm, roi)
     return store.crop(name, tuple(int(s) for s in start), tuple(roi))
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.ct.images import RADIOGRAPH
+from datasets.ct.images import CT, RADIOGRAPH
 from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
 from datasets.samples.anatomy import AnatomyPoints
 from datasets.samples.augment import AugmentOptions, ViewAugmenter, window
@@ -42,8 +42,8 @@ class CropDataset(Dataset):
         store: a `VolumeStore` (or anything with `names`, `kind`, `record` and `crop`).
         pairing: the rule, made for the cases to draw from.
         views: name -> what is made of every crop, one of `VIEW_KINDS`.
-        crops: window and augmentation; the crop's size is the rule's. Without a window of its own a radiograph is shown
-            in its whole range.
+        crops: window and augmentation; the crop's size is the rule's. Without a window of its own a radiograph
+            or an MR is shown in its whole range.
         masks: for views of blocks.
         augment: strengths for augmented views; None = the defaults, or none at all where `crops.augment` is off.
         seed: every choice depends on it, 0 or more.
@@ -77,7 +77,7 @@ class CropDataset(Dataset):
         self.hu_window = fill_ends((self.crops.a_min, self.crops.a_max), CT_WINDOW_HU)
         self.augmenter = ViewAugmenter(augment, *self.hu_window)
         for name in self.names:
-            self._own_window(name)  # flags that fit a radiograph's range badly are refused now, not in the run's middle
+            self._own_window(name)  # flags that fit a volume's range badly are refused now, not in the run's middle
         if "distorted" in views.values():
             self.distorter = ViewDistorter(self.augmenter, pairing.roi, distort)
         if "blocks" in views.values():
@@ -170,8 +170,8 @@ class CropDataset(Dataset):
             raise BrokenVolumeError(f"case {name}: {error}") from error
 
     def _own_window(self, name: str) -> tuple[float, float] | None:
-        """The window of a radiograph, whose range is its own; None for a CT."""
-        if self.store.kind != RADIOGRAPH:
+        """The window of a radiograph or an MR, whose range is its own; None for a CT."""
+        if self.store.kind == CT:
             return None
         return self.store.record(name).window(self.crops.a_min, self.crops.a_max)
 

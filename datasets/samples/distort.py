@@ -64,7 +64,7 @@ class ViewDistorter:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The view and its target, float32 [1, D, H, W] in [0, 1] each, of an int16 crop [D, H, W] in HU.
 
-        `own_window` is that of a radiograph, as in `ViewAugmenter`.
+        `own_window` is that of a radiograph or an MR, as in `ViewAugmenter`.
         """
         looks, corrupts = seed.spawn(2)
         view = self.augmenter(hu, looks, own_window)

@@ -15,7 +15,7 @@ import torch
 from monai.transforms import RandAffined
 from torch.utils.data import Dataset
 
-from datasets.ct.images import RADIOGRAPH
+from datasets.ct.images import CT
 from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
 from datasets.lists.label_classes import LabelClasses
 from datasets.samples.augment import AugmentOptions, ViewAugmenter
@@ -57,7 +57,7 @@ class SegmentationCropDataset(Dataset):
         case_names: the cases to draw from.
         classes: label values and channels.
         roi: (D, H, W) of a crop in voxels of the store; D = 1 gives slices.
-        hu_min, hu_max: the window that becomes [0, 1]; None = CT's default end, or that of each radiograph's range.
+        hu_min, hu_max: the window that becomes [0, 1]; None = CT's default end, or that of `CaseRecord.value_range`.
         foreground_share: share of crops centred near an organ's voxel; the others lie anywhere in the body.
         augment: see `SegmentationAugment`.
         seed: decides everything.
@@ -112,7 +112,7 @@ class SegmentationCropDataset(Dataset):
             case = int(rng.choice(len(self.case_names), p=self._case_shares))
         name = self.case_names[case]
         record = self.store.record(name)
-        own_window = record.window(*self.window) if record.kind == RADIOGRAPH else None
+        own_window = record.window(*self.window) if record.kind != CT else None
         centre = self._draw_centre(name, rng)
         if rng.random() < self.augment.affine_prob:
             hu, label = self._turned_crop(name, centre, int(rng.integers(2**31)))

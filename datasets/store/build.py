@@ -18,13 +18,16 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from datasets.ct.geometry import body_mask, mask_box, resample, spacing_of
-from datasets.ct.images import RADIOGRAPH, read_image, read_labels_of
-from datasets.ct.nifti import CTReadError
+from datasets.ct.geometry import BODY_HU, body_mask, mask_box, resample, spacing_of
+from datasets.ct.images import CT, MR, RADIOGRAPH, read_image, read_labels_of
+from datasets.ct.intensity import MR_RANGE
+from datasets.ct.mr import MRVolume
+from datasets.ct.nifti import CTReadError, Volume
 from datasets.ct.radiograph import Radiograph
-from datasets.lists.data_list import Case, is_file_name, kind_of_cases
+from datasets.lists.data_list import Case, DataListError, is_file_name, kind_of_cases
 from datasets.store.arrays import check_file, chunk_checksums, compress, files_of
 from datasets.store.files import FileWriteError, exclusive, remove_asides, write_bytes, write_text
 from datasets.store.format import (
@@ -69,6 +72,7 @@ def build_store(
     num_workers: int = 1,
     verify: bool = False,
     progress: bool = True,
+    mr_percentiles: tuple[float, float] | None = None,
 ) -> BuildReport:
     """Store every case that is not stored yet.
 
@@ -79,19 +83,21 @@ def build_store(
         num_workers: processes; 1 does it in this one.
         verify: compare finished cases with their checksums, and store damaged ones again.
         progress: show a bar.
+        mr_percentiles: the cases are MR, whose intensities are mapped by these percentiles (`datasets.ct.mr`); None =
+            CT or radiographs.
 
     Returns:
         What was done. A case that cannot be read does not stop the others: it is in `failed` and in failures.json.
 
     Raises:
-        DataListError: CT and radiographs in one list.
-        StoreError: the store has another spacing or holds another kind of volumes, names clash or are no file names, or
-            a worker was killed.
+        DataListError: CT and radiographs in one list, or radiographs given out as MR.
+        StoreError: the store has another spacing or percentiles, or holds another kind of volumes, names clash or are
+            no file names, or a worker was killed.
         FileWriteError: the folder cannot be written to, or is full; what is finished stays.
     """
     store_dir = Path(store_dir)
     _check_names([case.name for case in cases])
-    create_settings(store_dir, spacing_mm, kind_of_cases(cases))
+    create_settings(store_dir, spacing_mm, kind_to_store(cases, mr_percentiles), mr_percentiles)
     report, order = BuildReport(), list(cases)
     if not verify:
         records = read_records(store_dir)
@@ -102,7 +108,8 @@ def build_store(
         return report  # nothing to write, so a finished store may lie in a folder that cannot be written to
     random.Random(os.getpid()).shuffle(order)
     try:
-        results = _run(order, store_dir, spacing_mm, num_workers, verify)
+        recipe = Recipe(store_dir, spacing_mm, mr_percentiles)
+        results = _run(order, recipe, num_workers, verify)
         for name, reason in tqdm(
             results, total=len(order), desc="volumes", unit="case", disable=not (progress and order)
         ):
@@ -118,6 +125,29 @@ def build_store(
     return report
 
 
+def kind_to_store(cases: Sequence[Case], mr_percentiles: tuple[float, float] | None) -> str:
+    """The kind of volumes that the cases are: MR where percentiles are given, else by the files' names.
+
+    Raises:
+        DataListError: CT and radiographs in one list, or radiographs where MR is expected.
+    """
+    kind = kind_of_cases(cases)
+    if mr_percentiles is None:
+        return kind
+    if kind != CT:
+        raise DataListError(f"{cases[0].image} is a radiograph, expected MR (--modality mr, or a --store_dir of MR)")
+    return MR
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How and where cases are stored; fields as the arguments of `build_store`."""
+
+    store_dir: Path
+    spacing_mm: tuple[float, float, float] | None
+    mr_percentiles: tuple[float, float] | None
+
+
 def _check_names(names: list[str]) -> None:
     """File names that no two cases share, and that no other file of the store can have."""
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -128,13 +158,11 @@ def _check_names(names: list[str]) -> None:
             raise StoreError(f"case name {name!r} cannot be a file name in a store (no / or leading . or final .label)")
 
 
-def _run(
-    cases: list[Case], store_dir: Path, spacing_mm: tuple | None, num_workers: int, verify: bool
-) -> Iterator[tuple[str, str]]:
+def _run(cases: list[Case], recipe: Recipe, num_workers: int, verify: bool) -> Iterator[tuple[str, str]]:
     """Pairs (name, outcome) as the cases finish."""
     if num_workers <= 1 or len(cases) <= 1:
         for case in cases:
-            yield case.name, _store_case(case, store_dir, spacing_mm, verify)
+            yield case.name, _store_case(case, recipe, verify)
         return
     # Spawned, not forked: the caller may hold threads, CUDA or a process group.
     context = multiprocessing.get_context("spawn")
@@ -142,20 +170,21 @@ def _run(
     ignored = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     pool = ProcessPoolExecutor(min(num_workers, len(cases)), mp_context=context, **ignored)
     try:
-        waiting = {pool.submit(_store_case, case, store_dir, spacing_mm, verify): case.name for case in cases}
+        waiting = {pool.submit(_store_case, case, recipe, verify): case.name for case in cases}
         for done in as_completed(waiting):
             yield waiting[done], done.result()
     except BrokenProcessPool as error:
         raise StoreError(
-            f"{store_dir}: a worker process was killed, most likely because memory ran out. Run the same command "
-            f"again with a lower --num_workers (it was {num_workers}); finished cases are kept."
+            f"{recipe.store_dir}: a worker process was killed, most likely because memory ran out. Run the same "
+            f"command again with a lower --num_workers (it was {num_workers}); finished cases are kept."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: bool) -> str:
+def _store_case(case: Case, recipe: Recipe, verify: bool) -> str:
     """Store one case unless it is there; returns "built", "reused" or the reason of the failure."""
+    store_dir = recipe.store_dir
     with exclusive(store_dir / "locks" / "cases" / case.name) as locked:
         try:
             record = with_new_stamp(case, read_manifest(case_file(store_dir, case.name, MANIFEST)), store_dir)
@@ -164,7 +193,7 @@ def _store_case(case: Case, store_dir: Path, spacing_mm: tuple | None, verify: b
                 return "reused"
             if record is not None and not is_stored and is_of_another_file(case, record):
                 return clash_message(case, record)
-            _make_case(case, store_dir, spacing_mm, record, locked)
+            _make_case(case, recipe, record, locked)
             return "built"
         except CTReadError as error:
             return str(error)
@@ -186,15 +215,15 @@ def _is_damaged(record: CaseRecord, store_dir: Path) -> bool:
     return False
 
 
-def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: CaseRecord | None, locked: bool) -> None:
+def _make_case(case: Case, recipe: Recipe, stored: CaseRecord | None, locked: bool) -> None:
     """Read, resample, compress and write one case; its manifest disappears first and comes back last.
 
     Args:
         case: what to store.
-        store_dir, spacing_mm: as in `build_store`.
         stored: what the store knew of the case.
         locked: whether no other process makes this case now.
     """
+    store_dir, spacing_mm = recipe.store_dir, recipe.spacing_mm
     paths = [case_file(store_dir, case.name, suffix) for suffix in (ARRAY, LABEL, MANIFEST)]
     has_kept_label = keeps_label(case, stored, store_dir)
     # A missing file ends it here, at no loss.
@@ -205,19 +234,13 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
     if locked:  # else they may be another builder's, in work
         for path in paths:
             remove_asides(path)
-    image = read_image(case.image)
+    image = read_image(case.image, recipe.mr_percentiles)
     label = None if case.label is None else read_labels_of(image, case.label).array
     array, affine = image.array, image.affine
     if spacing_mm is not None:
         array, affine = resample(array, image.affine, spacing_mm)
         label = None if label is None else resample(label, image.affine, spacing_mm, order=0)[0]
-    facts = {}
-    if isinstance(image, Radiograph):
-        facts = {"kind": RADIOGRAPH, "bits": image.bits, "value_range": (int(array.min()), int(array.max()))}
-        body = array > array.min()  # black borders are left out
-    else:
-        body = body_mask(array, spacing_of(affine))
-    body_start, body_stop = mask_box(body)
+    body_start, body_stop = mask_box(_body_of(image, array, affine))
     checksums, chunk_crc32 = [], []
     for path, content in zip(paths, (array, label)):
         if content is not None:
@@ -233,8 +256,28 @@ def _make_case(case: Case, store_dir: Path, spacing_mm: tuple | None, stored: Ca
             checksums.append("")
             chunk_crc32.append("")
     place = array.shape, spacing_of(affine), affine, body_start, body_stop
+    facts = _facts_of(image, array)
     record = CaseRecord(case.name, *place, str(case.image), stamp, *checksums, digest, *chunk_crc32, **facts)
     write_manifest(record, store_dir)
+
+
+def _body_of(image: Volume, array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The mask of the patient in an image's array as it is stored; of a radiograph all but black borders."""
+    if isinstance(image, Radiograph):
+        return array > array.min()
+    if isinstance(image, MRVolume):
+        array = array - int(image.body_above) + BODY_HU  # what is above the background is denser than air
+    return body_mask(array, spacing_of(affine))
+
+
+def _facts_of(image: Volume, array: np.ndarray) -> dict:
+    """What a record says of a radiograph or an MR; nothing of a CT."""
+    if isinstance(image, Radiograph):
+        return {"kind": RADIOGRAPH, "bits": image.bits, "value_range": (int(array.min()), int(array.max()))}
+    if isinstance(image, MRVolume):
+        maps = tuple(map(tuple, image.maps))
+        return {"kind": MR, "value_range": MR_RANGE, "intensity_maps": maps}
+    return {}
 
 
 def _write_failures(store_dir: Path, cases: Sequence[Case], failed: dict[str, str]) -> None:

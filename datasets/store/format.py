@@ -1,8 +1,9 @@
 """What a volume store is on disk, and how its files are written and read.
 
-<store>/store.json            format version, kind of volumes, spacing, chunk and block size
+<store>/store.json            format version, kind of volumes, spacing, chunk and block size, percentiles of MR
 <store>/cases/<name>.b2nd     int16 HU [D, H, W], Blosc2 NDArray: zstd level 5, byte shuffle, chunks 64³, blocks 32³;
-                              of a radiograph its grey [1, H, W], chunks 512², blocks 128²
+                              of a radiograph its grey [1, H, W], chunks 512², blocks 128²;
+                              of an MR its mapped values (`datasets.ct.mr`) in -1000 to 1000
 <store>/cases/<name>.label.b2nd   labels on the same grid, where there are any
 <store>/cases/<name>.json     manifest, written last: a case without it does not exist
 <store>/index.json            all manifests in one file, only to open quickly; whatever is outdated in it is re-read
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.ct.images import CT, RADIOGRAPH
+from datasets.ct.images import CT, MR, NAMES, RADIOGRAPH
 from datasets.ct.intensity import AIR_HU, CT_WINDOW_HU, fill_ends
 from datasets.store.files import exclusive, write_text
 
@@ -48,9 +49,10 @@ class CaseRecord:
         chunk_crc32, label_chunk_crc32: CRC-32 in 8 hexadecimal digits each, first of the array's layout, then of its
             compressed chunks, to notice damage when a crop is read; empty in older stores.
         source_digest: BLAKE2b of the image file, then of the label file where one is stored; empty in older stores.
-        kind: CT or RADIOGRAPH.
+        kind: CT, RADIOGRAPH or MR.
         bits: of a radiograph's file; its grey is the stored value + 2^(bits - 1).
-        value_range: smallest and largest stored value of a radiograph; None of a CT.
+        value_range: smallest and largest stored value of a radiograph; MR_RANGE of an MR; None of a CT.
+        intensity_maps: of an MR, for each channel the file's intensities that became -800 and 800 (`IntensityMap`).
     """
 
     name: str
@@ -69,6 +71,7 @@ class CaseRecord:
     kind: str = CT
     bits: int | None = None
     value_range: tuple[int, int] | None = None
+    intensity_maps: tuple[tuple[float, float], ...] | None = None
 
     @property
     def has_label(self) -> bool:
@@ -85,11 +88,11 @@ class CaseRecord:
 
     @property
     def outside(self) -> int:
-        """What lies outside of the volume: air, or the darkest value of the radiograph."""
+        """What lies outside of the volume: air, the darkest value of the radiograph, or the lowest of MR."""
         return AIR_HU if self.value_range is None else self.value_range[0]
 
     def window(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
-        """The values that become 0 and 1; None = CT's default ends, or those of the radiograph's range.
+        """The values that become 0 and 1; None = CT's default ends, or those of `value_range`.
 
         Raises:
             StoreError: the ends are swapped.
@@ -102,7 +105,7 @@ class CaseRecord:
         return low, high
 
     def to_json(self) -> dict:
-        """Plain values for the manifest; what only radiographs have is left out for a CT."""
+        """Plain values for the manifest; what a CT does not have is left out."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain = {name: value for name, value in plain.items() if value is not None}
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in plain.items()}
@@ -118,6 +121,8 @@ class CaseRecord:
         for key in ("shape", "spacing_mm", "value_range"):
             if key in known:
                 known[key] = tuple(known[key])
+        if "intensity_maps" in known:
+            known["intensity_maps"] = tuple((float(low), float(high)) for low, high in known["intensity_maps"])
         for key, dtype in (("affine", np.float64), ("body_start", np.int64), ("body_stop", np.int64)):
             known[key] = np.array(known[key], dtype=dtype)
         record = cls(**known)
@@ -155,10 +160,17 @@ def spacing_text(spacing_mm: tuple[float, float, float] | None) -> str:
 
 
 class StoreSettings(NamedTuple):
-    """What all cases of a store have in common: the kind of volumes, and the spacing (D, H, W) in mm, None = native."""
+    """What all cases of a store have in common.
+
+    Attributes:
+        kind: CT, RADIOGRAPH or MR.
+        spacing_mm: (D, H, W); None = native.
+        mr_percentiles: of the intensity maps of MR; None = of another kind.
+    """
 
     kind: str
     spacing_mm: tuple[float, float, float] | None
+    mr_percentiles: tuple[float, float] | None = None
 
 
 def read_settings(store_dir: Path) -> StoreSettings:
@@ -185,9 +197,20 @@ def read_settings(store_dir: Path) -> StoreSettings:
     kind = settings.get("kind", CT)  # stores made before there were radiographs do not say
     lengths = spacing if isinstance(spacing, list) else []
     is_spacing = spacing == "native" or (len(lengths) == 3 and all(isinstance(one, int | float) for one in lengths))
-    if not is_spacing or kind not in (CT, RADIOGRAPH):
-        raise StoreError(f"{path}: damaged; spacing_mm is {spacing!r} and kind {kind!r}")
-    return StoreSettings(kind, tuple(lengths) or None)
+    percentiles = settings.get("mr_percentiles") if kind == MR else None
+    is_mr = isinstance(percentiles, list) and len(percentiles) == 2
+    if not is_spacing or kind not in NAMES or is_mr != (kind == MR):
+        raise StoreError(
+            f"{path}: damaged; spacing_mm is {spacing!r}, kind {kind!r} and mr_percentiles {percentiles!r}"
+        )
+    return StoreSettings(kind, tuple(lengths) or None, tuple(percentiles) if is_mr else None)
+
+
+def stored_mr_percentiles(store_dir: str | Path | None) -> tuple[float, float] | None:
+    """The percentiles of a store of MR; None where there is no store, or one of another kind."""
+    if store_dir is None or not (Path(store_dir) / "store.json").exists():
+        return None
+    return read_settings(Path(store_dir)).mr_percentiles
 
 
 def check_spacing(store_dir: Path, wanted_mm: tuple[float, float, float] | None) -> None:
@@ -201,23 +224,33 @@ def check_spacing(store_dir: Path, wanted_mm: tuple[float, float, float] | None)
         )
 
 
-def check_kind(store_dir: Path, wanted: str) -> None:
-    """Raise StoreError unless the store holds the wanted kind of volumes."""
-    found = read_settings(store_dir).kind
-    if found != wanted:
-        names = {CT: "CT", RADIOGRAPH: "radiographs"}
+def check_kind(store_dir: Path, wanted: str, mr_percentiles: tuple[float, float] | None = None) -> None:
+    """Raise StoreError unless the store holds the wanted kind of volumes; of MR, with these percentiles."""
+    found = read_settings(store_dir)
+    if found.kind != wanted:
         raise StoreError(
-            f"{store_dir}: the store holds {names[found]}, expected {names[wanted]}; a store holds one kind. Give "
+            f"{store_dir}: the store holds {NAMES[found.kind]}, expected {NAMES[wanted]}; a store holds one kind. Give "
             "another --store_dir."
+        )
+    if found.mr_percentiles != mr_percentiles:
+        received, stored = (" ".join(f"{p:g}" for p in pair) for pair in (mr_percentiles, found.mr_percentiles))
+        raise StoreError(
+            f"{store_dir}: its MR was mapped by the percentiles {stored}, but {received} were asked for. Change "
+            "--mr_percentiles, or give another --store_dir."
         )
 
 
-def create_settings(store_dir: Path, spacing_mm: tuple[float, float, float] | None, kind: str = CT) -> None:
-    """Start a store, or check that the one that is there has this spacing and kind. Safe for several processes."""
+def create_settings(
+    store_dir: Path,
+    spacing_mm: tuple[float, float, float] | None,
+    kind: str = CT,
+    mr_percentiles: tuple[float, float] | None = None,
+) -> None:
+    """Start a store, or check that the one that is there has these settings. Safe for several processes."""
     path = store_dir / "store.json"
     if _is_empty(store_dir):  # a finished store may lie in a folder that cannot be written to: no lock for it
         with exclusive(store_dir / "locks" / "store"):
-            wanted = StoreSettings(kind, spacing_mm)
+            wanted = StoreSettings(kind, spacing_mm, mr_percentiles)
             # Another process may have been first; without cases, a first try with other settings counts for nothing.
             if not path.exists() or (_is_empty(store_dir) and read_settings(store_dir) != wanted):
                 settings = {"format": FORMAT, "version": VERSION, "axcodes": "SPL", "kind": kind}
@@ -225,8 +258,10 @@ def create_settings(store_dir: Path, spacing_mm: tuple[float, float, float] | No
                 is_flat = kind == RADIOGRAPH
                 settings["chunk_vox"] = FLAT_CHUNK_VOX if is_flat else CHUNK_VOX
                 settings["block_vox"] = FLAT_BLOCK_VOX if is_flat else BLOCK_VOX
+                if mr_percentiles is not None:
+                    settings["mr_percentiles"] = list(mr_percentiles)
                 write_text(path, json.dumps(settings, indent=1) + "\n")
-    check_kind(store_dir, kind)
+    check_kind(store_dir, kind, mr_percentiles)
     check_spacing(store_dir, spacing_mm)
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from datasets.ct.file_checks import SPACING_RANGE_MM
-from datasets.ct.images import CT, RADIOGRAPH
-from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
+from datasets.ct.images import CT, MR, RADIOGRAPH
+from datasets.ct.intensity import CT_WINDOW_HU, MR_RANGE, fill_ends
 from datasets.ct.nifti import Volume
-from datasets.lists.data_list import Case, kind_of_cases
+from datasets.lists.data_list import Case
 from datasets.store.arrays import read_region
-from datasets.store.build import BuildReport, build_store
+from datasets.store.build import BuildReport, build_store, kind_to_store
 from datasets.store.format import (
     ARRAY,
     LABEL,
@@ -28,11 +28,13 @@ from datasets.store.format import (
     read_records,
     read_settings,
     spacing_text,
+    stored_mr_percentiles,
 )
 from datasets.store.sources import clash_message, has_another_size, is_current, is_of_another_file
 
 # Of a store of CT that an entry point starts, unless its user says otherwise. Radiographs keep their own.
 DEFAULT_SPACING_MM = (2.0, 1.5, 1.5)
+DEFAULT_WINDOW = {CT: CT_WINDOW_HU, RADIOGRAPH: (None, None), MR: MR_RANGE}
 
 
 def parse_spacing(words: Sequence[str | float] | str | None) -> tuple[float, float, float] | None:
@@ -54,11 +56,12 @@ def parse_spacing(words: Sequence[str | float] | str | None) -> tuple[float, flo
 
 
 class VolumeStore:
-    """Random access to the volumes of a store: CT in HU, or radiographs [1, H, W] in grey less 2^(bits - 1).
+    """Random access to the volumes of a store: CT in HU, radiographs [1, H, W] in grey less 2^(bits - 1), or MR.
 
     Attributes:
-        kind: CT or RADIOGRAPH.
+        kind: CT, RADIOGRAPH or MR.
         spacing_mm: (D, H, W) of every case, or None where each keeps its own.
+        mr_percentiles: of the intensity maps of MR; None = of another kind.
 
     Args:
         store_dir: a folder made by `build_store`.
@@ -76,7 +79,7 @@ class VolumeStore:
         expected_spacing_mm: tuple[float, float, float] | str | None = None,
     ) -> None:
         self.store_dir = Path(store_dir)
-        self.kind, self.spacing_mm = read_settings(self.store_dir)
+        self.kind, self.spacing_mm, self.mr_percentiles = read_settings(self.store_dir)
         if expected_spacing_mm is not None:
             check_spacing(self.store_dir, parse_spacing(expected_spacing_mm))
         records = read_records(self.store_dir)
@@ -103,8 +106,8 @@ class VolumeStore:
             raise StoreError(f"{self.store_dir}: no case called {name!r} among the {len(self)} in use") from None
 
     def window(self, low: float | None = None, high: float | None = None) -> tuple[float | None, float | None]:
-        """The values that become 0 and 1 in all cases: the given ends, else CT's; None = each radiograph's own."""
-        return fill_ends((low, high), (None, None) if self.kind == RADIOGRAPH else CT_WINDOW_HU)
+        """What becomes 0 and 1 in all cases: the given ends, else those of the kind; None = each radiograph's own."""
+        return fill_ends((low, high), DEFAULT_WINDOW[self.kind])
 
     def read(self, name: str) -> Volume:
         """The whole volume, int16 HU [D, H, W]."""
@@ -121,7 +124,7 @@ class VolumeStore:
             name: the case.
             start: first voxel (d, h, w); may lie outside of the volume on any side.
             size: (D, H, W) of the result.
-            fill: HU outside of the volume; None = air, or a radiograph's darkest value.
+            fill: HU outside of the volume; None = `CaseRecord.outside`.
 
         Returns:
             int16 HU of shape `size`, contiguous and owned by the caller.
@@ -166,6 +169,8 @@ def fill_store(
 ) -> BuildReport:
     """Store the cases that are not stored yet, or lack the label that they have now; print what is added and left out.
 
+    What is added to a store of MR is read as MR; a new store is of CT or of radiographs.
+
     Args:
         spacing_mm: as of a `--spacing_mm` flag; None = the store's own; for a new one DEFAULT_SPACING_MM, and native if
             it is of radiographs.
@@ -182,17 +187,18 @@ def fill_store(
     store_dir = Path(store_dir)
     # A case may stand in two lists; the entry with a label counts.
     cases = list({(c.name, c.image): c for c in sorted(cases, key=lambda case: case.label is not None)}.values())
-    kind = kind_of_cases(cases)
+    mr_percentiles = stored_mr_percentiles(store_dir)
+    kind = kind_to_store(cases, mr_percentiles)
     wanted_mm = parse_spacing(spacing_mm) if spacing_mm is not None else DEFAULT_SPACING_MM if kind == CT else None
     if (store_dir / "store.json").exists():
-        check_kind(store_dir, kind)
+        check_kind(store_dir, kind, mr_percentiles)
         store = VolumeStore(store_dir)
         wanted_mm = store.spacing_mm if spacing_mm is None else wanted_mm
         cases = [case for case in cases if not _is_stored(case, store, renew)]
     if not cases:
         return BuildReport()
     print(f"volume store {store_dir}: {len(cases)} cases to add at {spacing_text(wanted_mm)}", flush=True)
-    report = build_store(cases, store_dir, wanted_mm, max(1, num_workers))
+    report = build_store(cases, store_dir, wanted_mm, max(1, num_workers), mr_percentiles=mr_percentiles)
     for name, reason in report.failed.items():
         print(f"left out: {name}: {reason}", flush=True)
     return report

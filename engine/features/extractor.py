@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from datasets.ct.geometry import CANONICAL_AXCODES, spacing_of
-from datasets.ct.images import CT, read_image
+from datasets.ct.images import CT, MR
+from datasets.ct.intensity import MR_RANGE
 from datasets.ct.nifti import HU_MAX, HU_MIN, Volume
 from engine.device import pick_device, pick_precision
 from engine.features.dense import dense_maps
@@ -128,8 +129,8 @@ class FeatureExtractor:
         """Features of a whole volume of any size.
 
         Args:
-            volume: a file; what was read from one; or HU [1, 1, D, H, W] in the order "SPL" on the network's own grid,
-                whose first voxel is then the origin.
+            volume: a file; what was read from one; or HU (mapped MR) [1, 1, D, H, W] in the order "SPL" on the
+                network's own grid, whose first voxel is then the origin.
             strides: the maps to make; empty = all of them.
 
         Raises:
@@ -139,7 +140,7 @@ class FeatureExtractor:
         if isinstance(volume, Tensor):
             volume = self._as_volume(volume)
         elif not isinstance(volume, Volume):
-            volume = read_image(volume)
+            volume = self.preprocessing.read(volume)
         volume = self.preprocessing.on_own_grid(volume)
         found = dense_maps(
             in_axis_order(self.backbone.encode, self.axcodes),
@@ -160,7 +161,8 @@ class FeatureExtractor:
     def _as_volume(self, hu: Tensor) -> Volume:
         if hu.ndim != 5 or hu.shape[:2] != (1, 1):
             raise ValueError(f"a volume of shape {list(hu.shape)}: expected HU [1, 1, D, H, W]")
-        array = hu[0, 0].detach().cpu().round().clamp(HU_MIN, HU_MAX).to(torch.int16).numpy()
+        ends = MR_RANGE if self.preprocessing.images == MR else (HU_MIN, HU_MAX)
+        array = hu[0, 0].detach().cpu().round().clamp(*ends).to(torch.int16).numpy()
         spacing = self.preprocessing.spacing_mm or (1.0, 1.0, 1.0)
         affine = np.zeros((4, 4))
         # Index (d, h, w) grows to superior, posterior, left; world x grows to the right, y to anterior.
@@ -203,8 +205,11 @@ def open_extractor(
 ) -> FeatureExtractor:
     """`load_features` on a given device; its notes are left to the caller."""
     file = read_encoder(options.weights, options.checkpoint_key)
-    images = file.description.get("preprocessing", {}).get("images", CT)
-    setup = resolve_setup(file.description, given_by(options), BACKBONES, images=images)
+    described = file.description.get("preprocessing", {})
+    images, percentiles = described.get("images", CT), described.get("mr_percentiles")
+    setup = resolve_setup(
+        file.description, given_by(options), BACKBONES, images=images, mr_percentiles=percentiles and tuple(percentiles)
+    )
     known = setup.preprocessing
     if known.spatial_dims == 2 and options.axcodes != CANONICAL_AXCODES:
         raise ValueError(f"--axcodes {options.axcodes}: slices (--roi_z 1) are axial in our order; leave the flag away")

@@ -13,11 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.ct.file_grid import read_file_grid
-from datasets.ct.images import RADIOGRAPH, kind_of, write_labels_like
+from datasets.ct.images import CT, RADIOGRAPH, kind_of, write_labels_like
 from datasets.ct.nifti import Volume, check_same_grid, read_ct, read_label
 from datasets.ct.radiograph import SUFFIX, read_mask_of, read_radiograph
 from datasets.lists.data_list import Case, DataListError, load_data_list
 from datasets.lists.label_classes import LabelClasses
+from datasets.store.format import check_kind
 from datasets.store.volumes import VolumeStore
 from engine.distributed import World, gather_objects
 from engine.loop import evaluating
@@ -44,9 +45,9 @@ class EvaluationCase:
     """One case, canonical axes throughout.
 
     Attributes:
-        volume: HU on the network's grid, or a radiograph's stored grey.
+        volume: HU on the network's grid, a radiograph's stored grey, or mapped MR.
         truth: channels on the grid that is judged.
-        truth_hu: int16 HU or stored grey on the truth's grid, for pictures; None = no picture.
+        truth_hu: the same on the truth's grid, int16, for pictures; None = no picture.
         scan: the CT as the memory's SAM sees it; None = no memory.
     """
 
@@ -146,7 +147,7 @@ def evaluate(
             if segmenter.is_2d:
                 slices[name] = published_slice_dice(predicted, truth, len(classes))
             if case.truth_hu is not None:
-                views[name] = case_view(case.truth_hu, truth, predicted, spacing_mm, shown_window(case))
+                views[name] = case_view(case.truth_hu, truth, predicted, spacing_mm, shown_window(case, segmenter))
             if predictions_dir is not None:
                 suffix = SUFFIX if kind_of(case.truth.path) == RADIOGRAPH else ".nii.gz"
                 path = predictions_dir / f"{name}{suffix}"
@@ -163,10 +164,9 @@ def evaluate(
     return Evaluation(with_memory, views, [value for name in case_names for value in slices.get(name, [])], plain)
 
 
-def shown_window(case: EvaluationCase) -> tuple[float, float]:
-    """What pictures show black and white: soft tissue of a CT, all of a radiograph."""
-    is_radiograph = kind_of(case.truth.path) == RADIOGRAPH
-    return (case.truth_hu.min(), case.truth_hu.max()) if is_radiograph else SHOWN_HU
+def shown_window(case: EvaluationCase, segmenter: Segmenter) -> tuple[float, float]:
+    """What pictures show black and white: soft tissue of a CT, all of a radiograph or an MR."""
+    return SHOWN_HU if segmenter.preprocessing.images == CT else (case.truth_hu.min(), case.truth_hu.max())
 
 
 def check_pixel_sizes(cases: list[Case], tolerance_mm: Tolerances) -> None:
@@ -186,11 +186,13 @@ def file_cases(
     """`load_case` of `evaluate` on the voxels of the label files.
 
     Args:
-        store: at the network's spacing: volumes of CT come from it where it has them.
+        store: at the network's spacing: volumes of CT and MR come from it where it has them.
 
     Raises:
-        ValueError: images of another kind than the network's.
+        ValueError: images or a store of another kind than the network's.
     """
+    if store is not None:
+        check_kind(store.store_dir, segmenter.preprocessing.images, segmenter.preprocessing.mr_percentiles)
     by_name = {case.name: case for case in cases}
     for case in cases:
         segmenter.check_image(case.image)
@@ -204,7 +206,8 @@ def file_cases(
         label = read_label(case.label)
         has_file = case.image.exists()  # else the store stands alone
         is_recalled = segmenter.recall is not None
-        image = read_ct(case.image) if with_pictures or not in_store or (is_recalled and has_file) else None
+        is_read = with_pictures or not in_store or (is_recalled and has_file)
+        image = segmenter.preprocessing.read(case.image) if is_read else None
         if has_file:
             check_same_grid(label, *read_file_grid(case.image).canonical(), case.image)
         volume = store.read(name) if in_store else segmenter.on_own_grid(image)

@@ -28,15 +28,16 @@ class DataOptions:
     Attributes:
         data_dir: folder that the data list's paths start from
         json_list: Decathlon data list with labels: training, validation
-        store_dir: volume store, made when missing; empty = OUTPUT_DIR/store
+        store_dir: volume store, made when missing; empty = OUTPUT_DIR/store. Of MR it must be there
+            (scripts/prepare_volumes.py --modality mr), as only it says that volumes are MR
         classes: organs: the list's, or a known set
         num_labelled: labelled cases to train with (few-shot); 0 = all
         fold: which of the fixed splits; 0 to 4 share no case while 5 x NUM_LABELLED cases are there
         held_out_share: share of the labelled cases to validate with where the list has no labelled validation section
         spacing_mm: voxel size in mm: D H W, one number, or native; unset = the weights', else the store's, else
             2 1.5 1.5, of radiographs native
-        a_min: HU that becomes 0; unset = the weights', else -125, of radiographs the darkest value of each
-        a_max: HU that becomes 1; unset = the weights', else 225, of radiographs the brightest value of each
+        a_min: HU that becomes 0; unset = the weights', else -125, of MR -1000, of radiographs the darkest value of each
+        a_max: HU that becomes 1; unset = the weights', else 225, of MR 1000, of radiographs the brightest value of each
         roi_x: crop along W, voxels; unset = the weights', else 96
         roi_y: crop along H, voxels; unset = the weights', else 96
         roi_z: crop along D, voxels; 1 = slices, for a 2-D network; unset = the weights', else 96
@@ -320,6 +321,10 @@ def resolved_changes(before: dict, now: dict) -> list[str]:
             old, new = (side.get(part, {}).get(name) for side in (before, now))
             if not agree(old, new):
                 changes.append(f"{FLAG_OF[name]} {as_typed(old)} -> {as_typed(new)}")
+    for name, meaning in (("images", "kind of images"), ("mr_percentiles", "--mr_percentiles of the store")):
+        old, new = (side.get("preprocessing", {}).get(name) for side in (before, now))
+        if old != new:
+            changes.append(f"{meaning} {as_typed(old)} -> {as_typed(new)}")
     if "classes" in before and before["classes"] != now["classes"]:
         changes.append("--classes " + " -> ".join(", ".join(side["classes"]["names"][1:]) for side in (before, now)))
     return changes

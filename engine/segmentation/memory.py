@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.ct.images import CT
+from datasets.ct.images import CT, NAMES
 from datasets.ct.nifti import Volume
 from datasets.store.format import checksum_of
 from engine.segmentation.prior import Prior, Votes, prior_of
@@ -67,7 +67,9 @@ class MemoryOptions(RecallOptions):
 def check_can_remember(preprocessing: Preprocessing) -> None:
     """Raise ValueError for networks that cannot have a memory: SAM matches CT volumes."""
     if preprocessing.images != CT:
-        raise ValueError("--memory true: SAM matches CT, and these cases are radiographs; expected --memory false")
+        raise ValueError(
+            f"--memory true: SAM matches CT, and these cases are {NAMES[preprocessing.images]}; expected --memory false"
+        )
     if preprocessing.spatial_dims != 3:
         raise ValueError("--memory true: expected a 3-D network, received slices (--roi_z 1); use --memory false")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.ct.formats import EXPECTED
-from datasets.ct.images import CT, RADIOGRAPH, kind_of
+from datasets.ct.images import CT, MR, RADIOGRAPH, kind_of
 from datasets.ct.nifti import Volume
 from datasets.lists.label_classes import LabelClasses
 from engine.checkpoint import CheckpointError, load_checkpoint, load_strictly, require
@@ -49,8 +49,8 @@ class Segmenter:
 
     def check_image(self, path: str | Path) -> None:
         """Raise ValueError where a file is not of the kind of images that the network was finetuned on."""
-        if kind_of(path) != self.preprocessing.images:
-            names = {CT: f"CT ({EXPECTED})", RADIOGRAPH: "radiographs (.png)"}
+        if (kind_of(path) == RADIOGRAPH) != (self.preprocessing.images == RADIOGRAPH):
+            names = {CT: f"CT ({EXPECTED})", RADIOGRAPH: "radiographs (.png)", MR: f"MR ({EXPECTED})"}
             raise ValueError(f"{path}: the network (--checkpoint_file) segments {names[self.preprocessing.images]}")
 
     def on_own_grid(self, volume: Volume) -> Volume:

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from datasets.ct.geometry import CANONICAL_AXCODES as AXCODES
 from datasets.ct.geometry import resample
-from datasets.ct.images import CT, RADIOGRAPH
-from datasets.ct.intensity import AIR_HU, fill_ends
+from datasets.ct.images import CT, MR, RADIOGRAPH, read_image
+from datasets.ct.intensity import AIR_HU, MR_RANGE, fill_ends
 from datasets.ct.nifti import Volume
 from datasets.store.volumes import VolumeStore, parse_spacing
 from engine.segmentation.sliding_window import WindowOptions
@@ -24,8 +24,12 @@ DEFAULTS = {
     "preprocessing": {"spacing_mm": [2.0, 1.5, 1.5], "hu_min": -125.0, "hu_max": 225.0, "roi": [96, 96, 96]},
     "backbone": {"name": "swin_unetr", "feature_size": 48},
 }
-# Radiographs keep their pixels, and each is shown in its own range.
-RADIOGRAPH_DEFAULTS = {"spacing_mm": "native", "hu_min": None, "hu_max": None, "roi": [1, 96, 96]}
+# Radiographs keep their pixels, and each is shown in its own range; MR is shown in the range that it is mapped to.
+DEFAULTS_OF = {
+    CT: DEFAULTS["preprocessing"],
+    RADIOGRAPH: {"spacing_mm": "native", "hu_min": None, "hu_max": None, "roi": [1, 96, 96]},
+    MR: DEFAULTS["preprocessing"] | {"hu_min": float(MR_RANGE[0]), "hu_max": float(MR_RANGE[1])},
+}
 FLAG_OF = {
     **{"spacing_mm": "--spacing_mm", "hu_min": "--a_min", "hu_max": "--a_max", "roi": "--roi_z, --roi_y, --roi_x"},
     **{"name": "--backbone", "feature_size": "--feature_size"},
@@ -40,7 +44,8 @@ class Preprocessing:
         spacing_mm: (D, H, W) of the network's grid; None = each file's own.
         hu_min, hu_max: what becomes [0, 1]; None = the ends of each radiograph's own range.
         roi: (D, H, W) of a crop or window, voxels.
-        images: CT or RADIOGRAPH.
+        images: CT, RADIOGRAPH or MR.
+        mr_percentiles: of the intensity map of MR (`datasets.ct.mr`); None = of another kind.
     """
 
     spacing_mm: tuple[float, float, float] | None
@@ -48,6 +53,7 @@ class Preprocessing:
     hu_max: float | None
     roi: tuple[int, int, int]
     images: str = CT
+    mr_percentiles: tuple[float, float] | None = None
 
     @property
     def spatial_dims(self) -> int:
@@ -59,9 +65,15 @@ class Preprocessing:
         """The intensities that become 0 to 1, for messages."""
         if self.images == CT:
             return f"{self.hu_min:g} to {self.hu_max:g} HU"
+        if self.images == MR:
+            return f"mapped MR from {self.hu_min:g} to {self.hu_max:g}"
         low = "darkest" if self.hu_min is None else f"{self.hu_min:g}"
         high = "brightest" if self.hu_max is None else f"{self.hu_max:g}"
         return f"{low} to {high} grey of each radiograph"
+
+    def read(self, path: str | Path) -> Volume:
+        """Read a file of the kind that the network takes; MR is mapped as its training volumes were."""
+        return read_image(path, self.mr_percentiles)
 
     def on_own_grid(self, volume: Volume) -> Volume:
         """The volume at the network's spacing, resampled as the volume store does it."""
@@ -73,20 +85,23 @@ class Preprocessing:
         """`windows` with what becomes 0 and 1: the network's HU, or the ends of a radiograph's own range."""
         own_range = float(volume.array.min()), float(volume.array.max())
         low, high = fill_ends((self.hu_min, self.hu_max), own_range)
-        outside = AIR_HU if self.images == CT else int(own_range[0])
+        outside = {CT: AIR_HU, MR: MR_RANGE[0]}.get(self.images, int(own_range[0]))
         return replace(windows, hu_min=low, hu_max=high, outside=outside)
 
     def as_dict(self) -> dict:
         """Plain values under the names that checkpoints use; CT is what is meant where they do not say."""
         values = {"axcodes": AXCODES, "spacing_mm": plain_spacing(self.spacing_mm)}
         values |= {"hu_min": self.hu_min, "hu_max": self.hu_max, "roi": list(self.roi)}
-        return values | ({} if self.images == CT else {"images": self.images})
+        values |= {} if self.images == CT else {"images": self.images}
+        return values | ({} if self.mr_percentiles is None else {"mr_percentiles": list(self.mr_percentiles)})
 
     @classmethod
     def from_dict(cls, plain: dict) -> "Preprocessing":
         spacing = None if plain["spacing_mm"] == "native" else tuple(map(float, plain["spacing_mm"]))
         ends = (None if plain[name] is None else float(plain[name]) for name in ("hu_min", "hu_max"))
-        return cls(spacing, *ends, tuple(map(int, plain["roi"])), plain.get("images", CT))
+        percentiles = plain.get("mr_percentiles")
+        kind = plain.get("images", CT), None if percentiles is None else tuple(map(float, percentiles))
+        return cls(spacing, *ends, tuple(map(int, plain["roi"])), *kind)
 
 
 @dataclass(frozen=True)
@@ -129,7 +144,12 @@ def given_by(flags: SetupFlags) -> dict:
 
 
 def resolve_setup(
-    described: dict, given: dict, backbones: Collection[str], store_dir: str | Path | None = None, images: str = CT
+    described: dict,
+    given: dict,
+    backbones: Collection[str],
+    store_dir: str | Path | None = None,
+    images: str = CT,
+    mr_percentiles: tuple[float, float] | None = None,
 ) -> Setup:
     """Decide on every value: the flag, else what the weights say, else the store's spacing, else the default.
 
@@ -139,7 +159,8 @@ def resolve_setup(
             hold None for single sides.
         backbones: known names.
         store_dir: a volume store, which may not exist yet.
-        images: CT or RADIOGRAPH. Voxel size and window of weights of the other kind are not taken over.
+        images: CT, RADIOGRAPH or MR. Voxel size and window of weights of another kind are not taken over.
+        mr_percentiles: of the intensity map of MR.
 
     Raises:
         ValueError: weights of something else (SAM), a window whose ends are swapped, an unknown backbone, weights of
@@ -150,11 +171,16 @@ def resolve_setup(
             f"--weights holds a checkpoint of kind {described['kind']!r}; expected pretrained weights (main_ddp.py, "
             "extract_backbone_weights.py) or a finetuned network"
         )
-    defaults, chosen, notes = dict(DEFAULTS["preprocessing"] if images == CT else RADIOGRAPH_DEFAULTS), {}, []
+    defaults, chosen, notes = dict(DEFAULTS_OF[images]), {}, []
     before = described.get("preprocessing", {})
     if before and before.get("images", CT) != images:
         notes.append(f"the weights were trained on {before.get('images', CT)}, so only their crop is taken over")
         described = described | {"preprocessing": {name: before[name] for name in ("axcodes", "roi") if name in before}}
+    elif mr_percentiles is not None and before and not agree(mr_percentiles, before["mr_percentiles"]):
+        notes.append(
+            f"MR is mapped by its percentiles {as_typed(mr_percentiles)}; the weights were trained with "
+            f"{as_typed(before['mr_percentiles'])} (--mr_percentiles of scripts/prepare_volumes.py)"
+        )
     if store_dir is not None and (Path(store_dir) / "store.json").exists():
         defaults["spacing_mm"] = plain_spacing(VolumeStore(store_dir, names=()).spacing_mm)
     for part, values in (("preprocessing", defaults), ("backbone", DEFAULTS["backbone"])):
@@ -179,7 +205,7 @@ def resolve_setup(
     check_spatial_dims(before.get("roi"), chosen["roi"])
     if chosen["name"] not in backbones:
         raise ValueError(f"--backbone (unset = the weights') is {chosen['name']!r}, expected {', '.join(backbones)}")
-    preprocessing = Preprocessing.from_dict(chosen | {"images": images})
+    preprocessing = Preprocessing.from_dict(chosen | {"images": images, "mr_percentiles": mr_percentiles})
     return Setup(preprocessing, chosen["name"], int(chosen["feature_size"]), notes)
 
 

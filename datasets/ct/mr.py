@@ -1,0 +1,106 @@
+"""Reading MR: intensities have no unit, so robust percentiles of each volume are mapped to one fixed range.
+
+The foreground is what is brighter than the background by the rule of BET (Smith, Human Brain Mapping 2002): brighter
+than the 2nd percentile of all voxels and a tenth of the way from there to the 98th. Two percentiles of the foreground
+become `MAPPED`; the rest is linear, and clipped at the ends of `MR_RANGE`. Percentiles stand for the extremes because
+single bright voxels decide these (Nyul and Udupa, Magn Reson Med 1999); 0.5 and 99.5 of the foreground are those at
+which nnU-Net clips CT (Isensee et al., Nature Methods 2021). The percentiles are of the file's own voxels, before any
+resampling, so that a volume is mapped alike at every voxel size.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from datasets.ct.file_checks import CTReadError, check_extent
+from datasets.ct.formats import read_voxels
+from datasets.ct.intensity import MR_RANGE
+from datasets.ct.nifti import Volume, canonical, finite_range
+
+DEFAULT_PERCENTILES = (0.5, 99.5)
+MAPPED = (-800.0, 800.0)  # what the two percentiles become; the rest of MR_RANGE is head room
+BACKGROUND_PERCENTILES, BACKGROUND_SHARE = (2.0, 98.0), 0.1
+FLAGS = "--modality mr"
+
+
+class IntensityMap(NamedTuple):
+    """The linear map of one channel: a file's intensities `low` and `high` become the two values of `MAPPED`.
+
+    Back: intensity = low + (value - MAPPED[0]) / (MAPPED[1] - MAPPED[0]) * (high - low), but for what was clipped.
+    """
+
+    low: float
+    high: float
+
+    def apply(self, raw: np.ndarray) -> np.ndarray:
+        """Intensities of any shape and real type -> int16 in MR_RANGE."""
+        scale = (MAPPED[1] - MAPPED[0]) / (self.high - self.low)
+        values = (raw.astype(np.float32) - np.float32(self.low)) * np.float32(scale) + np.float32(MAPPED[0])
+        return np.rint(np.clip(values, *MR_RANGE, out=values), out=values).astype(np.int16)
+
+
+@dataclass(frozen=True)
+class MRVolume(Volume):
+    """An MR whose intensities were mapped: int16 in MR_RANGE.
+
+    Attributes:
+        maps: of each channel.
+        body_above: mapped value between the background and the foreground.
+    """
+
+    maps: tuple[IntensityMap, ...]
+    body_above: float
+
+
+def check_percentiles(percentiles: Sequence[float]) -> tuple[float, float]:
+    """Two percentiles as a tuple; raises ValueError, naming the flag, unless 0 <= low < high <= 100."""
+    if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
+        received = " ".join(f"{value:g}" for value in percentiles)
+        raise ValueError(f"--mr_percentiles {received}: expected two numbers from 0 to 100, the lower one first")
+    return float(percentiles[0]), float(percentiles[1])
+
+
+def read_mr(path: str | Path, percentiles: Sequence[float] = DEFAULT_PERCENTILES) -> MRVolume:
+    """Read one MR volume from any format of `formats.read_voxels`, its intensities mapped.
+
+    Args:
+        percentiles: of the foreground, which become `MAPPED`.
+
+    Raises:
+        CTReadError: as `formats.read_voxels`, a size that no patient has, voxels that are not finite, one value
+            throughout, or percentiles that are equal.
+    """
+    raw, affine = read_voxels(path)
+    intensities, background = measure(raw, percentiles, path)
+    check_extent(affine, raw.shape, path)
+    body_above = float(intensities.apply(np.array([background]))[0])
+    return MRVolume(*canonical(intensities.apply(raw), affine), str(path), (intensities,), body_above)
+
+
+def measure(raw: np.ndarray, percentiles: Sequence[float], path: str | Path) -> tuple[IntensityMap, float]:
+    """The map of a channel, and the intensity above which its foreground lies.
+
+    Args:
+        raw: intensities of one volume, any shape.
+        path: the file, for messages.
+
+    Raises:
+        CTReadError: as `read_mr`.
+    """
+    low, high = finite_range(raw, f"{path} ({FLAGS})")
+    if low == high:
+        raise CTReadError(f"{path}: every voxel is {low:g}; expected an MR with contrast ({FLAGS})")
+    dark, bright = np.percentile(raw, BACKGROUND_PERCENTILES)
+    background = float(dark + BACKGROUND_SHARE * (bright - dark))
+    ends = np.percentile(raw[raw > background], percentiles)
+    if not ends[0] < ends[1] or not math.isfinite(ends[1] - ends[0]):
+        shown = " and ".join(f"{value:g}" for value in percentiles)
+        raise CTReadError(
+            f"{path}: the percentiles {shown} (--mr_percentiles) of its foreground are {ends[0]:g} and {ends[1]:g}: a "
+            f"mask, or a volume that is nearly empty? Expected an MR with contrast ({FLAGS})"
+        )
+    return IntensityMap(float(ends[0]), float(ends[1])), background
