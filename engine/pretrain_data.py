@@ -67,6 +67,7 @@ def open_data(flags, method: Method | type[Method], world: World) -> Data:
     spacing = None if flags.spacing_mm is None else parse_spacing(flags.spacing_mm) or "native"
     store = VolumeStore(store_dir, expected_spacing_mm=spacing)
     check_probe(flags, store)
+    check_channels(store)
     names = {section: [case.name for case in listed if case.name in store] for section, listed in cases.items()}
     if not flags.val_freq:
         names["validation"] = []
@@ -102,6 +103,16 @@ def check_probe(flags, store: VolumeStore) -> None:
     if flags.probe_freq and store.kind != CT:
         raise ValueError(
             f"--probe_freq {flags.probe_freq}: frozen probes read CT, not {NAMES[store.kind]}; set --probe_freq 0"
+        )
+
+
+def check_channels(store: VolumeStore) -> None:
+    """Raise ValueError where a case has several channels: pretraining takes one."""
+    several = next((name for name in store.names if store.record(name).num_channels > 1), None)
+    if several is not None:
+        raise ValueError(
+            f"--store_dir {store.store_dir}: {several} has {store.record(several).num_channels} channels, pretraining "
+            "takes one. List single channels (3-D files); weights of one channel are finetuned to several"
         )
 
 

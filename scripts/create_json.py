@@ -85,7 +85,7 @@ def check_case(case: Case, needs_label: bool = False, modality: str = CT) -> tup
     """
     file, has_air = case.image, True
     try:
-        image = read_image(file, DEFAULT_PERCENTILES if modality == MR else None)
+        image = read_image(case.source, DEFAULT_PERCENTILES if modality == MR else None)
         is_ct = kind_of(file) == modality == CT
         has_air = not is_ct or bool(image.array.min() <= NO_AIR_HU)
         values = image.array if is_ct else image.array.astype(np.int32) - int(image.array.min())

@@ -1,7 +1,8 @@
 """Finetune pretrained weights to segment organs (or train from scratch), and evaluate: FLARE22, BTCV, Decathlon lists.
 
 Images are CT, or radiographs as PNG with PNG masks, for which networks are 2-D. They are MR where --store_dir holds MR:
-make it first with scripts/prepare_volumes.py --modality mr.
+make it first with scripts/prepare_volumes.py --modality mr. An MR may have several channels: a 4-D file, or a list of
+files as the "image" of a case.
 
     python scripts/finetune_segmentation.py --weights alice_teacher.safetensors --data_dir FLARE22 \\
         --json_list flare_labelled.json --store_dir store --output_dir results/finetune
@@ -37,6 +38,8 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
+from datasets.ct.formats import count_channels
+from datasets.ct.images import MR
 from datasets.lists.data_list import Case, load_data_list
 from datasets.lists.label_classes import LabelClasses, read_classes
 from datasets.lists.splits import choose_labelled, split_held_out
@@ -125,6 +128,7 @@ class Plan:
     classes: LabelClasses
     setup: Setup
     weights: WeightsFile  # without tensors: from scratch
+    in_channels: int
 
 
 def make_plan(options: FinetuneOptions) -> Plan:
@@ -151,7 +155,30 @@ def make_plan(options: FinetuneOptions) -> Plan:
     if options.memory:
         check_can_remember(setup.preprocessing)
     SEGMENTERS[setup.backbone].check_sizes(setup.feature_size, setup.preprocessing.roi)
-    return Plan(options, training, held_out, judged, classes, setup, weights)
+    in_channels = channels_of([*training, *held_out, *judged], setup, options.in_channels)
+    return Plan(options, training, held_out, judged, classes, setup, weights, in_channels)
+
+
+def channels_of(cases: list[Case], setup: Setup, wanted: int | None) -> int:
+    """The channels of the images, which must be the same for all of them.
+
+    Args:
+        wanted: --in_channels; None = those of the first case.
+
+    Raises:
+        ValueError: naming a case with another number.
+    """
+    counts = {case.name: 1 for case in cases}
+    if setup.preprocessing.images == MR:
+        counts = {case.name: sum(map(count_channels, (case.image, *case.further_channels))) for case in cases}
+    wanted = wanted or next(iter(counts.values()), 1)
+    if others := {name: count for name, count in counts.items() if count != wanted}:
+        name, count = next(iter(others.items()))
+        raise ValueError(
+            f"--in_channels {wanted}: {len(others)} of {len(counts)} cases have another number of channels, {name} has "
+            f"{count} (several are read of MR only: scripts/prepare_volumes.py --modality mr)"
+        )
+    return wanted
 
 
 def split_list(options: FinetuneOptions) -> tuple[list[Case], list[Case]]:
@@ -196,12 +223,19 @@ def start_run(
     torch.manual_seed(options.seed)
     kind = SEGMENTERS[plan.setup.backbone]
     spatial_dims = plan.setup.preprocessing.spatial_dims
-    network = kind.build(1, len(plan.classes), plan.setup.feature_size, options.use_checkpoint, spatial_dims)
+    network = kind.build(
+        plan.in_channels, len(plan.classes), plan.setup.feature_size, options.use_checkpoint, spatial_dims
+    )
     if world.size > 1:
         synchronise_batch_norms(network)
     keys, started = list(network.state_dict()), "started from random weights"
     if plan.weights.tensors:
         report = load_pretrained(network, plan.weights, options.min_share, options.weights_part)
+        if plan.in_channels > 1 and report.misshapen:
+            raise ValueError(
+                f"--weights {options.weights}: {', '.join(report.misshapen[:3])}: they do not fit an input of "
+                f"{plan.in_channels} channels; weights of one channel are adapted, of the same number taken as they are"
+            )
         keys, started = report.loaded, f"started from {report.describe()}"
     elif options.freeze_encoder_steps:
         started += "; the encoder is frozen all the same: a control, what freezing alone does (no --weights)"
@@ -239,7 +273,8 @@ def describe_run(plan: Plan, info: RunInfo) -> dict:
     options, described = plan.options, plan.weights.description
     content = json.loads(Path(options.json_list).read_text())
     return {
-        "backbone": {"name": plan.setup.backbone, "feature_size": plan.setup.feature_size, "in_channels": 1},
+        "backbone": {"name": plan.setup.backbone, "feature_size": plan.setup.feature_size}
+        | {"in_channels": plan.in_channels},
         "classes": plan.classes.as_dict(),
         "preprocessing": plan.setup.preprocessing.as_dict(),
         "pretrained": {"path": options.weights}
@@ -273,7 +308,8 @@ def describe_start(plan: Plan, run: FinetuneRun, started: str, world: World) -> 
             f"organs: {len(plan.classes) - 1} ({', '.join(plan.classes.names[1:])})",
             f"volumes: spacing {spacing_text(known.spacing_mm)}, {known.window_text}, crops of "
             f"{' x '.join(map(str, known.roi))} voxels (D, H, W)",
-            f"network: {known.spatial_dims}-D {setup.backbone}, feature size {setup.feature_size}, "
+            f"network: {known.spatial_dims}-D {setup.backbone}, feature size {setup.feature_size}, input channels "
+            f"{plan.in_channels}, "
             f"{num_trained / 1e6:.1f} of {num_all / 1e6:.1f} M parameters trained, {precision} on {world.device}",
         ]
     )
@@ -342,7 +378,7 @@ def train(plan: Plan, store: VolumeStore, run: FinetuneRun, recall: Recall | Non
     windows = WindowOptions(
         known.roi, overlap=options.val_overlap, window_batch=options.window_batch, precision=precision
     )
-    segmenter = Segmenter(run.network, plan.classes, known, windows, world.device, recall)
+    segmenter = Segmenter(run.network, plan.classes, known, windows, world.device, recall, plan.in_channels)
     held_out = [case.name for case in plan.held_out][: options.num_val_cases or None]
     read = ct_reader(plan.held_out, store)
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
+from datasets.ct.images import CT, MR
 from datasets.store.files import write_text
 from datasets.store.format import spacing_text
 from engine.flags import REPOSITORY, make_parser, run_main
@@ -97,6 +98,10 @@ def make_plans(plans: dict, flags: jsonargparse.Namespace, description: dict) ->
     known = description["preprocessing"]
     if known.get("axcodes") != AXCODES:
         raise ValueError(f"--weights {flags.weights}: axis order {known.get('axcodes')}, expected {AXCODES}")
+    if known.get("images", CT) == MR:
+        raise ValueError(
+            f"--weights {flags.weights}: they know mapped MR, and nnU-Net maps by another rule; expected CT"
+        )
     if known.get("roi", [None])[0] == 1:
         raise ValueError(
             f"--weights {flags.weights}: they are 2-D, trained with --roi_z 1 (crops of "

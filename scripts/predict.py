@@ -3,6 +3,7 @@
     python scripts/predict.py IMAGE.nii.gz LABELS.nii.gz --checkpoint_file results/finetune/best.pth
     python scripts/predict.py IMAGE.nii.gz LABELS.nii.gz --checkpoint_file best.pth --device cpu --overlap 0.25
     python scripts/predict.py IMAGE.png MASK.png --checkpoint_file results/radiographs/best.pth
+    python scripts/predict.py T1.nii.gz LABELS.nii.gz --further_channels T2.nii.gz --checkpoint_file results/mr/best.pth
 
 Where the network remembers labelled cases (--memory of scripts/finetune_segmentation.py), their labels are carried to
 the image and help. This needs the SAM that embedded them (--sam_checkpoint); --memory false leaves it out.
@@ -38,6 +39,9 @@ def make_flags():
     parser = make_parser(__doc__)
     parser.add_argument("image", type=str, help=f"CT or MR to segment ({EXPECTED}), or radiograph, .png")
     parser.add_argument(
+        "--further_channels", type=str, nargs="+", default=[], help="of an MR in several files, those after the first"
+    )
+    parser.add_argument(
         "output", type=str, help="label map to write: .nii or .nii.gz of CT and MR, .png of a radiograph"
     )
     parser.add_argument(
@@ -67,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
         options_of(flags, RecallOptions),
     )
     segmenter.check_image(flags.image)
-    volume = segmenter.preprocessing.read(flags.image)
+    volume = segmenter.preprocessing.read(
+        [flags.image, *flags.further_channels] if flags.further_channels else flags.image
+    )
     if segmenter.preprocessing.images == CT:
         check_is_ct(volume)
     with explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"):

@@ -24,7 +24,7 @@ PERCENTILES = (1.0, 99.0)
 PRETRAINING = (
     "--method simsiam --pairing random --backbone unet --feature_size 8 --roi_x 32 --roi_y 32 --roi_z 32 "
     "--batch_size 2 --epochs 1 --steps_per_epoch 1 --num_workers 0 --device cpu --precision fp32 --log_freq 1 "
-    "--val_freq 0 --picture_freq 1"
+    "--val_freq 0 --picture_freq 1 --warmup_epochs 0"
 )
 CPU = ("--device=cpu", "--overlap=0")
 

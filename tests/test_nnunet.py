@@ -153,6 +153,9 @@ def test_wrong_input_is_refused_by_name(tmp_path, weights):
     save_weights({"a": torch.zeros(1)}, slices, tmp_path / "slices.pth")
     assert "2-D, trained with --roi_z 1" in told(plans, path=tmp_path / "slices.pth")
     assert "ZScoreNormalization" in told(write_plans(tmp_path, normalization_schemes=["ZScoreNormalization"]))
+    of_mr = {"backbone": {"name": "unet"}, "preprocessing": PREPROCESSING | {"images": "mr"}}
+    save_weights({"a": torch.zeros(1)}, of_mr, tmp_path / "mr.pth")
+    assert "they know mapped MR" in told(plans, path=tmp_path / "mr.pth")
     slices = make_weights(tmp_path, roi=[1, 64, 64])
     assert "2-D, trained with --roi_z 1 (crops of 1 x 64 x 64 voxels)" in told(write_plans(tmp_path), path=slices)
     assert not (tmp_path / "alicePlans.json").exists()

@@ -21,7 +21,7 @@ class CTReadError(ValueError):
 
 
 def three_axes(shape: tuple[int, ...], path: str | Path) -> tuple[int, int, int]:
-    """The shape without trailing axes of length 1 beyond the third."""
+    """The shape without trailing axes of length 1 beyond the third; other 4-D files hold channels."""
     kept = tuple(int(size) for size in shape)
     while len(kept) > 3 and kept[-1] == 1:
         kept = kept[:-1]
@@ -30,6 +30,16 @@ def three_axes(shape: tuple[int, ...], path: str | Path) -> tuple[int, int, int]
     if min(kept) < 1:
         raise CTReadError(f"{path}: shape {kept} holds no voxels")
     return kept
+
+
+def channel_axes(shape: tuple[int, ...], path: str | Path) -> tuple[int, int, int, int]:
+    """The shape as X, Y, Z and channels; 5-D files (X, Y, Z, 1, C) are vectors in NIfTI's words."""
+    channels = [int(size) for size in shape[3:] if size != 1]
+    if len(channels) > 1:
+        raise CTReadError(
+            f"{path}: shape {tuple(shape)} has more than one axis of channels, expected X, Y, Z, channels"
+        )
+    return *three_axes(shape[:3], path), *(channels or [1])
 
 
 def check_affine(affine: np.ndarray, path: str | Path) -> None:

@@ -5,10 +5,11 @@ NIfTI is read with nibabel; .mha, .mhd, .nrrd and folders that hold one DICOM se
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
 from datasets.ct import dicom, itk_files, metaimage, nifti_voxels
-from datasets.ct.file_checks import CTReadError
+from datasets.ct.file_checks import CTReadError, channel_axes
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 META_SUFFIXES = (".mha", ".mhd")
@@ -32,6 +33,28 @@ def read_voxels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     if is_volume_file(path):
         return itk_files.read_itk(path)
     return dicom.read_series(_series_folder(path))
+
+
+def read_channels(path: str | Path) -> tuple[list[np.ndarray], np.ndarray]:
+    """As `read_voxels`, but a NIfTI file may be 4-D: voxels [X, Y, Z] of every channel, and the affine."""
+    if is_nifti(path):
+        return nifti_voxels.read_nifti_channels(path)
+    raw, affine = read_voxels(path)
+    return [raw], affine
+
+
+def count_channels(path: str | Path) -> int:
+    """The channels of a file as `read_channels` gives them; no voxel is read.
+
+    Raises:
+        CTReadError: not a readable NIfTI file by its name, or several axes of channels.
+    """
+    if not is_nifti(path):
+        return 1
+    try:
+        return channel_axes(nib.load(path).shape, path)[3]
+    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CTReadError(f"{path}: not readable as NIfTI ({error})") from error
 
 
 def read_grid(path: str | Path) -> tuple[tuple[int, int, int], np.ndarray]:

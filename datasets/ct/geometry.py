@@ -91,7 +91,7 @@ def resample(
     and output stays near 300 MB at most.
 
     Args:
-        array: [D, H, W], any real dtype, which the result keeps (integers are rounded).
+        array: [D, H, W] or [C, D, H, W], any real dtype, which the result keeps (integers are rounded).
         affine: [4, 4] index -> world mm.
         spacing_mm: wanted voxel size along (D, H, W).
         order: 1 for intensities, 0 (nearest voxel) for labels.
@@ -101,6 +101,9 @@ def resample(
     """
     if order not in (0, 1):
         raise ValueError(f"order must be 0 (nearest, for labels) or 1 (linear), received {order}")
+    if array.ndim == 4:
+        channels = [resample(channel, affine, spacing_mm, order) for channel in array]
+        return np.stack([channel for channel, _ in channels]), channels[0][1]
     shape, new_affine = resampled_grid(array.shape, affine, spacing_mm)
     step = np.asarray(spacing_mm, dtype=np.float64) / spacing_of(affine)
     if shape == array.shape and np.allclose(step, 1, atol=1e-6):

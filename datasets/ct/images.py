@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.ct import file_grid, mr, nifti, radiograph
-from datasets.ct.nifti import Volume
+from datasets.ct.nifti import CTReadError, Volume
 
 CT, RADIOGRAPH, MR = "ct", "radiograph", "mr"
 NAMES = {CT: "CT", RADIOGRAPH: "radiographs", MR: "MR"}  # for messages
@@ -21,18 +21,21 @@ def kind_of(path: str | Path) -> str:
     return RADIOGRAPH if Path(path).suffix.lower() == radiograph.SUFFIX else CT
 
 
-def read_image(path: str | Path, mr_percentiles: Sequence[float] | None = None) -> Volume:
+def read_image(source: str | Path | Sequence[str | Path], mr_percentiles: Sequence[float] | None = None) -> Volume:
     """A CT (`nifti.read_ct`), a `Radiograph` (`radiograph.read_radiograph`) or an `MRVolume` (`mr.read_mr`).
 
     Args:
+        source: a file; of MR also several ones, with a channel each.
         mr_percentiles: of an MR's intensity map; None = a CT or a radiograph.
 
     Raises:
-        CTReadError: as the three.
+        CTReadError: as the three, or several files that are no MR.
     """
-    if kind_of(path) == RADIOGRAPH:
-        return radiograph.read_radiograph(path)
-    return nifti.read_ct(path) if mr_percentiles is None else mr.read_mr(path, mr_percentiles)
+    if mr_percentiles is not None:
+        return mr.read_mr(source, mr_percentiles)
+    if not isinstance(source, str | Path):
+        raise CTReadError(f"{source[0]}: a case of {len(source)} files; only MR has channels (--modality mr)")
+    return radiograph.read_radiograph(source) if kind_of(source) == RADIOGRAPH else nifti.read_ct(source)
 
 
 def read_labels_of(image: Volume, path: str | Path) -> Volume:

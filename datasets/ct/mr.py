@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from datasets.ct.file_checks import CTReadError, check_extent
-from datasets.ct.formats import read_voxels
+from datasets.ct.formats import read_channels
+from datasets.ct.geometry import spacing_of
 from datasets.ct.intensity import MR_RANGE
 from datasets.ct.nifti import Volume, canonical, finite_range
 
@@ -49,11 +50,11 @@ class MRVolume(Volume):
 
     Attributes:
         maps: of each channel.
-        body_above: mapped value between the background and the foreground.
+        body_above: of each channel, the mapped value between the background and the foreground.
     """
 
     maps: tuple[IntensityMap, ...]
-    body_above: float
+    body_above: tuple[int, ...]
 
 
 def check_percentiles(percentiles: Sequence[float]) -> tuple[float, float]:
@@ -64,21 +65,46 @@ def check_percentiles(percentiles: Sequence[float]) -> tuple[float, float]:
     return float(percentiles[0]), float(percentiles[1])
 
 
-def read_mr(path: str | Path, percentiles: Sequence[float] = DEFAULT_PERCENTILES) -> MRVolume:
-    """Read one MR volume from any format of `formats.read_voxels`, its intensities mapped.
+def read_mr(source: str | Path | Sequence[str | Path], percentiles: Sequence[float] = DEFAULT_PERCENTILES) -> MRVolume:
+    """Read one MR from any format of `formats.read_voxels`, the intensities of each channel mapped by itself.
 
     Args:
+        source: a file; a 4-D NIfTI has several channels. Or several files on one grid, whose channels follow each
+            other.
         percentiles: of the foreground, which become `MAPPED`.
 
+    Returns:
+        [D, H, W], or [C, D, H, W] of several channels.
+
     Raises:
-        CTReadError: as `formats.read_voxels`, a size that no patient has, voxels that are not finite, one value
-            throughout, or percentiles that are equal.
+        CTReadError: as `formats.read_voxels`, files on different grids, a size that no patient has, or a channel that
+            `measure` refuses.
     """
-    raw, affine = read_voxels(path)
-    intensities, background = measure(raw, percentiles, path)
-    check_extent(affine, raw.shape, path)
-    body_above = float(intensities.apply(np.array([background]))[0])
-    return MRVolume(*canonical(intensities.apply(raw), affine), str(path), (intensities,), body_above)
+    paths = [source] if isinstance(source, str | Path) else list(source)
+    raw, affine = _channels_on_one_grid(paths)
+    check_extent(affine, raw[0].shape, paths[0])
+    measured = [measure(channel, percentiles, paths[0]) for channel in raw]
+    turned = [canonical(intensities.apply(channel), affine) for channel, (intensities, _) in zip(raw, measured)]
+    arrays = [array for array, _ in turned]
+    array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
+    maps = tuple(intensities for intensities, _ in measured)
+    body_above = tuple(int(intensities.apply(np.array([background]))[0]) for intensities, background in measured)
+    return MRVolume(array, turned[0][1], str(paths[0]), maps, body_above)
+
+
+def _channels_on_one_grid(paths: Sequence[str | Path]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The channels [X, Y, Z] of all files, and their affine; CTReadError where a file lies on another grid."""
+    raw, affine = read_channels(paths[0])
+    for path in paths[1:]:
+        further, own = read_channels(path)
+        tolerance_mm = 0.01 * min(spacing_of(affine))
+        if further[0].shape != raw[0].shape or not np.allclose(own, affine, rtol=0, atol=tolerance_mm):
+            raise CTReadError(
+                f"{path}: lies on another grid than {paths[0]} (shape {further[0].shape} and {raw[0].shape}); the "
+                "channels of a case need one grid"
+            )
+        raw += further
+    return raw, affine
 
 
 def measure(raw: np.ndarray, percentiles: Sequence[float], path: str | Path) -> tuple[IntensityMap, float]:
@@ -89,7 +115,7 @@ def measure(raw: np.ndarray, percentiles: Sequence[float], path: str | Path) -> 
         path: the file, for messages.
 
     Raises:
-        CTReadError: as `read_mr`.
+        CTReadError: voxels that are not finite, one value throughout, or percentiles that are equal.
     """
     low, high = finite_range(raw, f"{path} ({FLAGS})")
     if low == high:

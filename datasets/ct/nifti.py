@@ -32,7 +32,7 @@ class Volume:
     """A volume in the canonical orientation.
 
     Attributes:
-        array: [D, H, W]; int16 HU of a CT, uint8 or int16 of labels.
+        array: [D, H, W]; int16 HU of a CT, uint8 or int16 of labels. [C, D, H, W] of several channels.
         affine: float64 [4, 4], array index (d, h, w) -> world RAS+ mm.
         path: the file it was read from.
     """
@@ -48,7 +48,12 @@ class Volume:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.array.shape
+        """(D, H, W)."""
+        return self.array.shape[-3:]
+
+    @property
+    def num_channels(self) -> int:
+        return 1 if self.array.ndim == 3 else self.array.shape[0]
 
 
 def read_ct(path: str | Path) -> Volume:

@@ -5,9 +5,10 @@ import math
 import zlib
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
-from datasets.ct.file_checks import CTReadError, three_axes
+from datasets.ct.file_checks import CTReadError, channel_axes, three_axes
 from datasets.ct.nifti_header import checked_affine, read_header
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -24,8 +25,22 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """
     content = _read_bytes(Path(path))
     header = read_header(content, path)
-    shape = three_axes(header.get_data_shape(), path)
-    affine = checked_affine(header, shape, path)
+    return _voxels_of(content, header, three_axes(header.get_data_shape(), path), path)
+
+
+def read_nifti_channels(path: str | Path) -> tuple[list[np.ndarray], np.ndarray]:
+    """As `read_nifti`, of a 3-D or 4-D file: voxels [X, Y, Z] of every channel."""
+    content = _read_bytes(Path(path))
+    header = read_header(content, path)
+    raw, affine = _voxels_of(content, header, channel_axes(header.get_data_shape(), path), path)
+    return [raw[..., channel] for channel in range(raw.shape[3])], affine
+
+
+def _voxels_of(
+    content: bytes, header: nib.Nifti1Header, shape: tuple[int, ...], path: str | Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scaled voxels of the given shape, and the affine."""
+    affine = checked_affine(header, shape[:3], path)
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
         raise CTReadError(f"{path}: voxel type {dtype} is not a real number; expected integers or floats")

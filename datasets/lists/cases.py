@@ -15,11 +15,12 @@ class DataListError(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """One CT or radiograph.
+    """One CT, MR or radiograph.
 
     Attributes:
         name: unique in its list.
         image: its file, or the folder of its DICOM series.
+        further_channels: of an MR in several files, those after `image`, in the order of the channels.
         label: its label file, if there is one.
         group: the patient. Scans of one group stay on one side of a split and are no pairs. Empty = one of its own.
         weight: how often finetuning draws the case, relative to others; more than 0.
@@ -29,7 +30,13 @@ class Case:
     image: Path
     label: Path | None = None
     group: str = ""
+    further_channels: tuple[Path, ...] = ()
     weight: float = 1.0
+
+    @property
+    def source(self) -> Path | tuple[Path, ...]:
+        """What the image is read from: its file, or its channels' files."""
+        return (self.image, *self.further_channels) if self.further_channels else self.image
 
     @property
     def patient(self) -> str:

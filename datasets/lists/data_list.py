@@ -2,7 +2,8 @@
 
 A list has `training` and `validation` sections of {"image": ..., "label": ..., "name": ..., "group": ...}, paths
 relative to the data folder; MONAI reads it too. Scans of one patient have the same "group". A case whose labels are
-less sure may have a "weight" below 1. In unlabelled lists an entry may also be just the image's path.
+less sure may have a "weight" below 1. In unlabelled lists an entry may also be just the image's path. The "image" of an
+MR may be a list of files, one for each channel.
 """
 
 import json
@@ -78,7 +79,9 @@ def load_data_list(
         raise DataListError(f"{json_list}: no section {section!r}; it has {', '.join(sorted(sections)) or 'none'}")
     cases = _named_cases(sections, section, json_list, data_dir)
     if must_exist:
-        files = [file for case in cases for file in (case.image, case.label) if file is not None]
+        files = [
+            file for case in cases for file in (case.image, *case.further_channels, case.label) if file is not None
+        ]
         missing = [str(file) for file in files if not file.exists()]
         if missing:
             raise DataListError(
@@ -99,10 +102,12 @@ def load_sections(
     return cases
 
 
-def _entry(case: Case, data_dir: Path) -> dict[str, str | float]:
+def _entry(case: Case, data_dir: Path) -> dict[str, str | float | list[str]]:
     """A list entry; keys that do not apply are left out."""
     files = {"image": case.image, "label": case.label}
     entry = {key: _relative(file, data_dir) for key, file in files.items() if file is not None} | {"name": case.name}
+    if case.further_channels:
+        entry["image"] = [_relative(file, data_dir) for file in case.source]
     entry |= {"group": case.group} if case.group else {}
     return entry | ({"weight": case.weight} if case.weight != 1 else {})
 
@@ -133,14 +138,19 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
     """The cases of a section; entries without a name get one that is unique among all sections."""
     entries = [(key, entry) for key in sorted(sections) for entry in sections[key]]
     plain = [entry if isinstance(entry, dict) else {"image": entry} for _, entry in entries]
+    further = []
     for entry, (key, received) in zip(plain, entries):
-        if not isinstance(entry.get("image"), str) or "\0" in entry["image"]:
+        files = entry.get("image")
+        files = files if isinstance(files, list) and files else [files]
+        if not all(isinstance(file, str) and "\0" not in file for file in files):
             raise DataListError(f"{json_list}: an entry of {key!r} has no 'image' path: {received!r}")
+        further.append(files[1:])
+    plain = [entry | {"image": entry["image"][0]} if isinstance(entry["image"], list) else entry for entry in plain]
     unnamed = [entry["image"] for entry in plain if entry.get("name") in (None, "")]
     unnamed = list(dict.fromkeys(unnamed))  # an image may stand in two sections
     given = dict(zip(unnamed, unique_names(unnamed)))
     cases, image_of, groups = [], {}, defaultdict(set)
-    for entry, (key, _) in zip(plain, entries):
+    for entry, (key, _), channels in zip(plain, entries, further):
         label, name = entry.get("label"), entry.get("name")
         name = given[entry["image"]] if name in (None, "") else name
         if not is_file_name(name):
@@ -159,8 +169,9 @@ def _named_cases(sections: dict[str, list], section: str, json_list: Path, data_
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise DataListError(f"{json_list}: the weight of {name} is {weight!r}, expected a number more than 0")
         if key == section:
-            label_file = data_dir / label if label else None
-            cases.append(Case(name, data_dir / entry["image"], label_file, group, float(weight)))
+            files = data_dir / entry["image"], data_dir / label if label else None
+            further = tuple(data_dir / file for file in channels)
+            cases.append(Case(name, *files, group, further, float(weight)))
     if on_both_sides := sorted(groups["training"] & groups["validation"] - {""}):
         warnings.warn(
             f"{json_list}: 'training' and 'validation' both hold scans of {len(on_both_sides)} patients ('group'): "

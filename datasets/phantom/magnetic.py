@@ -87,7 +87,8 @@ class _Channel(MRCase):
         patient, scan, rng = super().sample()
         signals = tissue_signals(self.stream(-1), *SEQUENCES[self.weightings[0]])
         drawn = {tissue: AIR + SPAN * signal for tissue, signal in signals.items()}
-        return replace(patient, hu=drawn, bone_hu=drawn.pop("marrow")), scan, rng
+        marrow = drawn.pop("marrow")
+        return replace(patient, hu=drawn, bone_hu=marrow), scan, rng
 
 
 def list_mr(

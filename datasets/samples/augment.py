@@ -71,8 +71,9 @@ class AugmentOptions:
 
 
 def window(hu: np.ndarray, hu_min: float, hu_max: float) -> torch.Tensor:
-    """A crop's window: int16 HU [D, H, W] -> float32 [1, D, H, W] in [0, 1]."""
-    return window_hu(torch.from_numpy(np.ascontiguousarray(hu)), hu_min, hu_max).unsqueeze_(0)
+    """A crop's window: int16 HU [D, H, W] -> float32 [1, D, H, W] in [0, 1]; channels [C, D, H, W] stay."""
+    shown = window_hu(torch.from_numpy(np.ascontiguousarray(hu)), hu_min, hu_max)
+    return shown.unsqueeze_(0) if shown.ndim == 3 else shown
 
 
 class ViewAugmenter:
@@ -101,12 +102,12 @@ class ViewAugmenter:
         """An augmented view.
 
         Args:
-            hu: int16 [D, H, W] in HU.
+            hu: int16 [D, H, W] in HU, or [C, D, H, W].
             seed: decides every draw.
             own_window: of a radiograph or an MR, in its stored values; None = a CT in the augmenter's window.
 
         Returns:
-            float32 [1, D, H, W] in [0, 1].
+            float32 [C, D, H, W] in [0, 1], C = 1 of a single channel.
         """
         random = np.random.RandomState(np.random.MT19937(seed))
         low, high = self._draw_window(random, own_window)

@@ -102,7 +102,7 @@ class SegmentationCropDataset(Dataset):
         """Sample `index` (any number from 0 on).
 
         Returns:
-            "image" float32 [1, D, H, W] in [0, 1]; "label" uint8 [1, D, H, W], channels; "case" int64, position in
+            "image" float32 [C, D, H, W] in [0, 1]; "label" uint8 [1, D, H, W], channels; "case" int64, position in
             `case_names`.
         """
         rng = np.random.default_rng([self.seed, index])
@@ -178,8 +178,9 @@ class SegmentationCropDataset(Dataset):
             padding_mode="border",
         )
         turn.set_random_state(seed=seed)
-        # MONAI wants a channel axis in front: a new one, or that of a slice's depth.
+        # MONAI wants channels in front; a slice has no depth then.
+        spatial, lead = (size[1:] if is_slice else size), hu.shape[:-3]
         pair = {"image": torch.from_numpy(hu).float(), "label": torch.from_numpy(label).float()}
-        turned = turn(pair if is_slice else {key: value[None] for key, value in pair.items()})
-        image, label = (turned[key].as_subclass(torch.Tensor).reshape(self.roi).numpy() for key in ("image", "label"))
-        return image, label.astype(np.uint8)
+        turned = turn({key: value.reshape(-1, *spatial) for key, value in pair.items()})
+        image, label = (turned[key].as_subclass(torch.Tensor) for key in ("image", "label"))
+        return image.reshape(*lead, *self.roi).numpy(), label.reshape(self.roi).numpy().astype(np.uint8)

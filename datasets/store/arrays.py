@@ -38,7 +38,7 @@ def files_of(record: CaseRecord, store_dir: Path) -> list[tuple[Path, str]]:
 
 
 def compress(array: np.ndarray) -> bytes:
-    """The array [D, H, W] as the bytes of a `.b2nd` file."""
+    """The array [D, H, W] or [C, D, H, W] as the bytes of a `.b2nd` file."""
     cparams = blosc2.CParams(
         codec=blosc2.Codec.ZSTD,
         clevel=ZSTD_LEVEL,
@@ -46,9 +46,9 @@ def compress(array: np.ndarray) -> bytes:
         filters=[blosc2.Filter.SHUFFLE],
         filters_meta=[0],
     )
-    is_flat = array.shape[0] == 1
-    chunks = FLAT_CHUNK_VOX if is_flat else (CHUNK_VOX,) * 3
-    blocks = FLAT_BLOCK_VOX if is_flat else (BLOCK_VOX,) * 3
+    is_flat, one_channel = array.shape[-3] == 1, (1,) * (array.ndim - 3)
+    chunks = one_channel + (FLAT_CHUNK_VOX if is_flat else (CHUNK_VOX,) * 3)
+    blocks = one_channel + (FLAT_BLOCK_VOX if is_flat else (BLOCK_VOX,) * 3)
     packed = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=cparams)
     return packed.to_cframe()
 
@@ -73,18 +73,20 @@ def read_region(path: Path, record: CaseRecord, region: tuple[slice, ...] | None
     Args:
         path: the case's ARRAY or LABEL.
         record: of the case.
-        region: (d, h, w), each from its first voxel to one past the last; None = all.
+        region: (d, h, w), each from its first voxel to one past the last; None = all. All channels are read.
 
     Raises:
         StoreError: the file is missing, damaged, or not the one that the record describes.
     """
     is_label = path.name.endswith(LABEL)
-    region = region or tuple(slice(0, size) for size in record.shape)
+    shape = record.shape if is_label else record.array_shape
+    whole = tuple(slice(0, size) for size in shape)
+    region = whole if region is None else whole[:-3] + region
     try:
         array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=NUM_THREADS))
-        if array.shape != record.shape or array.dtype not in ((np.uint8, np.int16) if is_label else (np.int16,)):
+        if array.shape != shape or array.dtype not in ((np.uint8, np.int16) if is_label else (np.int16,)):
             raise StoreError(
-                f"{path}: holds {array.dtype} of shape {array.shape}, expected shape {record.shape}; file and manifest "
+                f"{path}: holds {array.dtype} of shape {array.shape}, expected shape {shape}; file and manifest "
                 f"differ. {REBUILD_ADVICE}"
             )
         _check_chunks(array, region, record.label_chunk_crc32 if is_label else record.chunk_crc32, path)

@@ -234,7 +234,7 @@ def _make_case(case: Case, recipe: Recipe, stored: CaseRecord | None, locked: bo
     if locked:  # else they may be another builder's, in work
         for path in paths:
             remove_asides(path)
-    image = read_image(case.image, recipe.mr_percentiles)
+    image = read_image(case.source, recipe.mr_percentiles)
     label = None if case.label is None else read_labels_of(image, case.label).array
     array, affine = image.array, image.affine
     if spacing_mm is not None:
@@ -255,7 +255,7 @@ def _make_case(case: Case, recipe: Recipe, stored: CaseRecord | None, locked: bo
             path.unlink(missing_ok=True)
             checksums.append("")
             chunk_crc32.append("")
-    place = array.shape, spacing_of(affine), affine, body_start, body_stop
+    place = array.shape[-3:], spacing_of(affine), affine, body_start, body_stop
     facts = _facts_of(image, array)
     record = CaseRecord(case.name, *place, str(case.image), stamp, *checksums, digest, *chunk_crc32, **facts)
     write_manifest(record, store_dir)
@@ -266,7 +266,9 @@ def _body_of(image: Volume, array: np.ndarray, affine: np.ndarray) -> np.ndarray
     if isinstance(image, Radiograph):
         return array > array.min()
     if isinstance(image, MRVolume):
-        array = array - int(image.body_above) + BODY_HU  # what is above the background is denser than air
+        # What is above the background in any channel is denser than air.
+        channels = array.reshape(-1, *array.shape[-3:])
+        array = np.max([one - above + BODY_HU for one, above in zip(channels, image.body_above)], axis=0)
     return body_mask(array, spacing_of(affine))
 
 

@@ -3,7 +3,8 @@
 <store>/store.json            format version, kind of volumes, spacing, chunk and block size, percentiles of MR
 <store>/cases/<name>.b2nd     int16 HU [D, H, W], Blosc2 NDArray: zstd level 5, byte shuffle, chunks 64³, blocks 32³;
                               of a radiograph its grey [1, H, W], chunks 512², blocks 128²;
-                              of an MR its mapped values (`datasets.ct.mr`) in -1000 to 1000
+                              of an MR its mapped values (`datasets.ct.mr`) in -1000 to 1000;
+                              of several channels [C, D, H, W], a chunk holds one channel
 <store>/cases/<name>.label.b2nd   labels on the same grid, where there are any
 <store>/cases/<name>.json     manifest, written last: a case without it does not exist
 <store>/index.json            all manifests in one file, only to open quickly; whatever is outdated in it is re-read
@@ -76,6 +77,15 @@ class CaseRecord:
     @property
     def has_label(self) -> bool:
         return bool(self.label_checksum)
+
+    @property
+    def num_channels(self) -> int:
+        return 1 if self.intensity_maps is None else len(self.intensity_maps)
+
+    @property
+    def array_shape(self) -> tuple[int, ...]:
+        """Of the stored image: (D, H, W), or (C, D, H, W) of several channels."""
+        return self.shape if self.num_channels == 1 else (self.num_channels, *self.shape)
 
     @property
     def identity(self) -> str:

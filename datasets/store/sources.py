@@ -10,19 +10,25 @@ from datasets.lists.data_list import Case
 from datasets.store.arrays import check_file, files_of
 from datasets.store.format import LABEL, CaseRecord, StoreError, case_file, checksum_of, write_manifest
 
-
-def sources_of(case: Case) -> list[Path]:
-    """What a case is made of, the image first: files, or folders of a DICOM series."""
-    return [path for path in (case.image, case.label) if path is not None]
+Source = Path | tuple[Path, ...]  # a file, a folder of a DICOM series, or the files of several channels
 
 
-def stamp_of(sources: Sequence[Path]) -> str:
+def sources_of(case: Case) -> list[Source]:
+    """What a case is made of, the image first."""
+    return [source for source in (case.source, case.label) if source is not None]
+
+
+def _files_of(source: Source) -> list[Path]:
+    return [file for path in (source if isinstance(source, tuple) else [source]) for file in formats.files_of(path)]
+
+
+def stamp_of(sources: Sequence[Source]) -> str:
     """Size and time of each source, a word each: another word means another content.
 
     Of a source in several files: their sizes together, and the latest time.
     """
     try:
-        parts = [[file.stat() for file in formats.files_of(path)] for path in sources]
+        parts = [[file.stat() for file in _files_of(source)] for source in sources]
     except OSError as error:
         raise CTReadError(f"{error.filename}: {error.strerror}") from error
     return " ".join(
@@ -31,9 +37,9 @@ def stamp_of(sources: Sequence[Path]) -> str:
     )
 
 
-def digest_of(sources: Sequence[Path]) -> str:
+def digest_of(sources: Sequence[Source]) -> str:
     """BLAKE2b of each source, a word each; several files count as one after the other."""
-    return " ".join(checksum_of(b"".join(file.read_bytes() for file in formats.files_of(path))) for path in sources)
+    return " ".join(checksum_of(b"".join(file.read_bytes() for file in _files_of(source))) for source in sources)
 
 
 def is_current(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
@@ -74,7 +80,7 @@ def keeps_label(case: Case, record: CaseRecord | None, store_dir: Path) -> bool:
         return False
     try:
         check_file(case_file(store_dir, case.name, LABEL), record.label_checksum)
-        return stamp_of([case.image]) == record.source_stamp.split()[0]
+        return stamp_of([case.source]) == record.source_stamp.split()[0]
     except (StoreError, CTReadError):
         return False
 
@@ -87,7 +93,7 @@ def is_of_another_file(case: Case, record: CaseRecord) -> bool:
 
 def has_another_size(case: Case, record: CaseRecord) -> bool:
     """Whether the image's size in bytes differs from that of the file the case was stored from."""
-    return stamp_of([case.image]).split(":")[0] != record.source_stamp.split(":")[0]
+    return stamp_of([case.source]).split(":")[0] != record.source_stamp.split(":")[0]
 
 
 def clash_message(case: Case, record: CaseRecord) -> str:

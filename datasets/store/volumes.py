@@ -110,7 +110,7 @@ class VolumeStore:
         return fill_ends((low, high), DEFAULT_WINDOW[self.kind])
 
     def read(self, name: str) -> Volume:
-        """The whole volume, int16 HU [D, H, W]."""
+        """The whole volume, int16 HU [D, H, W]; [C, D, H, W] of several channels."""
         return self._read(case_file(self.store_dir, name, ARRAY), self.record(name))
 
     def read_label(self, name: str) -> Volume:
@@ -127,7 +127,7 @@ class VolumeStore:
             fill: HU outside of the volume; None = `CaseRecord.outside`.
 
         Returns:
-            int16 HU of shape `size`, contiguous and owned by the caller.
+            int16 HU of shape `size`, or (C, *size) of several channels, contiguous and owned by the caller.
         """
         record = self.record(name)
         fill = record.outside if fill is None else fill
@@ -150,13 +150,15 @@ class VolumeStore:
         if start.shape != (3,) or size.shape != (3,) or (size < 1).any():
             raise ValueError(f"a crop needs start (d, h, w) and a size above zero, received {start} and {size}")
         low, high = np.maximum(start, 0), np.minimum(start + size, shape)
+        is_label = path.name.endswith(LABEL)
+        out_shape = (*(() if is_label else record.array_shape[:-3]), *size.tolist())
         if (low >= high).any():
-            return np.full(size, fill, dtype=np.uint8 if path.name.endswith(LABEL) else np.int16)
+            return np.full(out_shape, fill, dtype=np.uint8 if is_label else np.int16)
         inside = read_region(path, record, tuple(slice(int(a), int(b)) for a, b in zip(low, high)))
-        if inside.shape == tuple(size):
+        if inside.shape == out_shape:
             return inside
-        out = np.full(size, fill, dtype=inside.dtype)
-        out[tuple(slice(a, b) for a, b in zip(low - start, high - start))] = inside
+        out = np.full(out_shape, fill, dtype=inside.dtype)
+        out[(..., *(slice(a, b) for a, b in zip(low - start, high - start)))] = inside
         return out
 
 

@@ -141,6 +141,8 @@ class FeatureExtractor:
             volume = self._as_volume(volume)
         elif not isinstance(volume, Volume):
             volume = self.preprocessing.read(volume)
+        if volume.num_channels > 1:
+            raise ValueError(f"{volume.path}: holds {volume.num_channels} channels; features are of one")
         volume = self.preprocessing.on_own_grid(volume)
         found = dense_maps(
             in_axis_order(self.backbone.encode, self.axcodes),

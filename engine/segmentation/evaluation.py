@@ -45,9 +45,9 @@ class EvaluationCase:
     """One case, canonical axes throughout.
 
     Attributes:
-        volume: HU on the network's grid, a radiograph's stored grey, or mapped MR.
+        volume: HU on the network's grid, a radiograph's stored grey, or mapped MR with its channels.
         truth: channels on the grid that is judged.
-        truth_hu: the same on the truth's grid, int16, for pictures; None = no picture.
+        truth_hu: the first channel on the truth's grid, int16, for pictures; None = no picture.
         scan: the CT as the memory's SAM sees it; None = no memory.
     """
 
@@ -207,12 +207,12 @@ def file_cases(
         has_file = case.image.exists()  # else the store stands alone
         is_recalled = segmenter.recall is not None
         is_read = with_pictures or not in_store or (is_recalled and has_file)
-        image = segmenter.preprocessing.read(case.image) if is_read else None
+        image = segmenter.preprocessing.read(case.source) if is_read else None
         if has_file:
             check_same_grid(label, *read_file_grid(case.image).canonical(), case.image)
         volume = store.read(name) if in_store else segmenter.on_own_grid(image)
         scan = segmenter.recall.embed(image or volume, name) if is_recalled else None
-        truth_hu = image.array if with_pictures else None
+        truth_hu = image.array.reshape(-1, *image.shape)[0] if with_pictures else None
         return EvaluationCase(volume, as_channels(label, segmenter.classes), truth_hu, scan)
 
     return load

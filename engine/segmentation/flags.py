@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from datasets.ct.images import CT
 from datasets.lists.label_classes import BUILT_IN
 from engine.checkpoint import CheckpointError
 from engine.flags import DeviceOptions, FlagChecks, flag_names
@@ -71,6 +72,8 @@ class NetworkOptions:
         min_share: least share of that part's keys that must fit, 0 to 1
         backbone: network; unset = the weights', else swin_unetr
         feature_size: channels at stride 2; unset = the weights', else 48
+        in_channels: of the images: MR in 4-D files, or in lists of files, has several; unset = as many as the files
+            have. Pretrained weights of one channel are repeated, and divided by the number
         use_checkpoint: recompute activations instead of keeping them: less memory, slower
     """
 
@@ -80,6 +83,7 @@ class NetworkOptions:
     min_share: float = 0.9
     backbone: str | None = field(default=None, metadata={"choices": sorted(SEGMENTERS)})
     feature_size: int | None = None
+    in_channels: int | None = None
     use_checkpoint: bool = False
 
 
@@ -230,7 +234,11 @@ class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptio
                 hint = f" (expected a file, or {' or '.join(others)})" if any(others) else ""
                 checks.problems.append(f"--{name} {value}: no such file{hint}")
         each, expect = checks.expect_each, checks.expect
-        each(lambda value: value >= 1, "steps batch_size save_freq log_freq window_batch feature_size", "1 or more")
+        each(
+            lambda value: value >= 1,
+            "steps batch_size save_freq log_freq window_batch feature_size in_channels",
+            "1 or more",
+        )
         each(lambda value: value >= 0, "fold num_workers min_lr seed", "0 or more")
         each(lambda value: value >= 0, "num_labelled num_val_cases memory_cases", "0 (all) or more")
         each(lambda value: value >= 0, "memory_weight memory_blur_mm", "0 or more")
@@ -261,7 +269,18 @@ DECISIVE_FLAGS = {
 # Neither must the content of these files; other paths are fine.
 FILE_FLAGS = ("weights", "json_list", "sam_checkpoint")
 # What these decide is compared by `resolved_changes`: a default may be spelt out.
-RESOLVED_FLAGS = {"classes", "backbone", "feature_size", "spacing_mm", "a_min", "a_max", "roi_x", "roi_y", "roi_z"}
+RESOLVED_FLAGS = {
+    "classes",
+    "backbone",
+    "feature_size",
+    "in_channels",
+    "spacing_mm",
+    "a_min",
+    "a_max",
+    "roi_x",
+    "roi_y",
+    "roi_z",
+}
 # These decide neither the weights nor which of them are best. A change of any other flag is a warning.
 FREE_FLAGS = {
     *flag_names(EvaluationOptions),
@@ -313,6 +332,14 @@ def file_changes(before: dict, now: dict) -> list[str]:
     return changes
 
 
+# Part and name of what the images of a run decide, what holds where a checkpoint does not say, and a message's words.
+IMAGE_FACTS = (
+    ("preprocessing", "images", CT, "kind of images"),
+    ("preprocessing", "mr_percentiles", None, "--mr_percentiles of the store"),
+    ("backbone", "in_channels", 1, "--in_channels"),
+)
+
+
 def resolved_changes(before: dict, now: dict) -> list[str]:
     """Values that flags, weights and store decide together, and that differ."""
     changes = []
@@ -321,8 +348,8 @@ def resolved_changes(before: dict, now: dict) -> list[str]:
             old, new = (side.get(part, {}).get(name) for side in (before, now))
             if not agree(old, new):
                 changes.append(f"{FLAG_OF[name]} {as_typed(old)} -> {as_typed(new)}")
-    for name, meaning in (("images", "kind of images"), ("mr_percentiles", "--mr_percentiles of the store")):
-        old, new = (side.get("preprocessing", {}).get(name) for side in (before, now))
+    for part, name, default, meaning in IMAGE_FACTS:
+        old, new = (side.get(part, {}).get(name, default) for side in (before, now))
         if old != new:
             changes.append(f"{meaning} {as_typed(old)} -> {as_typed(new)}")
     if "classes" in before and before["classes"] != now["classes"]:

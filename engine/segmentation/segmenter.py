@@ -29,6 +29,7 @@ class Segmenter:
         preprocessing: of its input; `spacing_mm` None = each file's own grid.
         windows: how it is slid; `segment` sets their HU for each volume.
         recall: the labelled cases that help it; None = it has none, or they are not asked.
+        in_channels: of the network's input.
     """
 
     network: nn.Module
@@ -37,6 +38,7 @@ class Segmenter:
     windows: WindowOptions
     device: torch.device
     recall: Recall | None = None
+    in_channels: int = 1
 
     @property
     def spacing_mm(self) -> tuple[float, float, float] | None:
@@ -54,7 +56,16 @@ class Segmenter:
             raise ValueError(f"{path}: the network (--checkpoint_file) segments {names[self.preprocessing.images]}")
 
     def on_own_grid(self, volume: Volume) -> Volume:
-        """HU at the network's spacing, resampled as the volume store does it."""
+        """HU at the network's spacing, resampled as the volume store does it.
+
+        Raises:
+            ValueError: the volume has another number of channels than the network takes.
+        """
+        if volume.num_channels != self.in_channels:
+            raise ValueError(
+                f"{volume.path}: holds {volume.num_channels} channels, the network (--checkpoint_file) takes "
+                f"{self.in_channels}"
+            )
         return self.preprocessing.on_own_grid(volume)
 
     def segment(
@@ -126,7 +137,8 @@ def open_segmenter(
     load_strictly(network, state["model"], "network", checkpoint_file)
     windows = WindowOptions(known.roi, overlap=overlap, window_batch=window_batch, precision=precision)
     recalled = None if recall is None else recall_of(state, checkpoint_file, recall, device)
-    return Segmenter(network.to(device).eval(), classes, known, windows, device, recalled)
+    in_channels = backbone["in_channels"]
+    return Segmenter(network.to(device).eval(), classes, known, windows, device, recalled, in_channels)
 
 
 def recall_of(state: dict, checkpoint_file: str | Path, options: RecallOptions, device: torch.device) -> Recall | None:

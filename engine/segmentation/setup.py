@@ -71,9 +71,9 @@ class Preprocessing:
         high = "brightest" if self.hu_max is None else f"{self.hu_max:g}"
         return f"{low} to {high} grey of each radiograph"
 
-    def read(self, path: str | Path) -> Volume:
-        """Read a file of the kind that the network takes; MR is mapped as its training volumes were."""
-        return read_image(path, self.mr_percentiles)
+    def read(self, source: str | Path | Sequence[Path]) -> Volume:
+        """Read an image of the kind that the network takes; MR is mapped as its training volumes were."""
+        return read_image(source, self.mr_percentiles)
 
     def on_own_grid(self, volume: Volume) -> Volume:
         """The volume at the network's spacing, resampled as the volume store does it."""

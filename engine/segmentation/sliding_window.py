@@ -66,8 +66,8 @@ def segment_volume(
     """Classes of a volume on the grid (`out_shape`, `out_affine`).
 
     Args:
-        network: windows [B, 1, *roi] in [0, 1] -> logits [B, C, *roi]; in evaluation mode.
-        hu: int16 [D, H, W] on the network's grid.
+        network: windows [B, channels, *roi] in [0, 1] -> logits [B, C, *roi]; in evaluation mode.
+        hu: int16 [D, H, W] on the network's grid, or [channels, D, H, W].
         affine, out_affine: [4, 4], index -> world mm, of both grids, whose axes must be parallel.
         device: where the network is.
         adjust: slices of probabilities [C, H, W] on the network's grid -> [C, H, W], or [V, C, H, W] for V versions.
@@ -76,7 +76,7 @@ def segment_volume(
         uint8 [out_shape], the most probable class of every voxel; of V versions [V, *out_shape].
     """
     slices = adjust(probability_slices(network, torch.from_numpy(np.ascontiguousarray(hu)), options, device))
-    return restored_labels(slices, hu.shape, axis_map(affine, out_affine), tuple(out_shape))
+    return restored_labels(slices, hu.shape[-3:], axis_map(affine, out_affine), tuple(out_shape))
 
 
 def window_starts(size: int, side: int, overlap: float) -> list[int]:
@@ -100,20 +100,22 @@ def probability_slices(
     """The class probabilities [C, H, W] of every slice, from the first to the last.
 
     Args:
-        hu: int16 [D, H, W]; smaller than a window is fine (voxels around it are added and taken away again).
+        hu: int16 [D, H, W] or [channels, D, H, W]; smaller than a window is fine (voxels around it are added and taken
+            away again).
     """
-    shape, roi = tuple(hu.shape), options.roi
+    shape, roi = tuple(hu.shape[-3:]), options.roi
     hu, before = pad_to(hu, roi, options.outside)
-    starts = [window_starts(size, side, options.overlap) for size, side in zip(hu.shape, roi)]
+    padded = tuple(hu.shape[-3:])
+    starts = [window_starts(size, side, options.overlap) for size, side in zip(padded, roi)]
     weights = [blend_weights(side) for side in roi]
-    totals = [total_weights(size, begin, w) for size, begin, w in zip(hu.shape, starts, weights)]
+    totals = [total_weights(size, begin, w) for size, begin, w in zip(padded, starts, weights)]
     window_weight = weights[0][:, None, None] * weights[1][:, None] * weights[2]
     plane_total = totals[1][:, None] * totals[2]
     groups = window_groups(starts, options)
     depth = groups[0][-1][0] + roi[0]
     sums = None  # [C, depth, H, W]: the slab of slices that windows still add to
     kept = slice(before[1], before[1] + shape[1]), slice(before[2], before[2] + shape[2])
-    for group, following in zip(groups, [*(later[0][0] for later in groups[1:]), hu.shape[0]]):
+    for group, following in zip(groups, [*(later[0][0] for later in groups[1:]), padded[0]]):
         begin = group[0][0]
         for first in range(0, len(group), options.window_batch):
             corners = group[first : first + options.window_batch]
@@ -122,8 +124,8 @@ def probability_slices(
                 logits = network(windows)
             made = logits.float().softmax(1)  # [b, C, *roi]
             if sums is None:
-                place = slab_device(device, made.shape[1] * depth * hu.shape[1] * hu.shape[2] * 4)
-                sums = torch.zeros(made.shape[1], depth, *hu.shape[1:], device=place)
+                place = slab_device(device, made.shape[1] * depth * padded[1] * padded[2] * 4)
+                sums = torch.zeros(made.shape[1], depth, *padded[1:], device=place)
                 window_weight, plane_total = window_weight.to(device), plane_total.to(place)
             for part, (d, h, w) in zip(made.mul_(window_weight).to(sums.device), corners):
                 sums[:, d - begin : d - begin + roi[0], h : h + roi[1], w : w + roi[2]] += part
@@ -149,7 +151,7 @@ def window_groups(starts: list[list[int]], options: WindowOptions) -> list[list[
 
 def pad_to(hu: Tensor, roi: Size3, outside: int) -> tuple[Tensor, list[int]]:
     """A volume that is at least as large as a window, filled up with `outside`, and how much came before each axis."""
-    missing = [max(0, side - size) for size, side in zip(hu.shape, roi)]
+    missing = [max(0, side - size) for size, side in zip(hu.shape[-3:], roi)]
     before = [count // 2 for count in missing]
     if any(missing):
         widths = [width for axis in (2, 1, 0) for width in (before[axis], missing[axis] - before[axis])]
@@ -166,10 +168,11 @@ def total_weights(size: int, starts: list[int], weights: Tensor) -> Tensor:
 
 
 def cut_windows(hu: Tensor, corners: Sequence[Size3], options: WindowOptions, device: torch.device) -> Tensor:
-    """The windows [b, 1, *roi] at `corners` (d, h, w), float32 in [0, 1], on the network's device."""
+    """The windows [b, channels, *roi] at `corners` (d, h, w), float32 in [0, 1], on the network's device."""
     depth, height, width = options.roi
-    windows = torch.stack([hu[d : d + depth, h : h + height, w : w + width] for d, h, w in corners])
-    return window_hu(windows.to(device), options.hu_min, options.hu_max).unsqueeze(1)
+    windows = torch.stack([hu[..., d : d + depth, h : h + height, w : w + width] for d, h, w in corners])
+    shown = window_hu(windows.to(device), options.hu_min, options.hu_max)
+    return shown.unsqueeze(1) if hu.ndim == 3 else shown
 
 
 def slab_device(device: torch.device, num_bytes: int) -> torch.device:
