@@ -38,8 +38,6 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from datasets.ct.formats import count_channels
-from datasets.ct.images import MR
 from datasets.lists.data_list import Case, load_data_list
 from datasets.lists.label_classes import LabelClasses, read_classes
 from datasets.lists.splits import choose_labelled, split_held_out
@@ -71,7 +69,7 @@ from engine.segmentation.memory import Memory, Recall, RecallOptions, Sam, check
 from engine.segmentation.remembering import learn_memory, remember_cases
 from engine.segmentation.report import TABLE
 from engine.segmentation.segmenter import Segmenter, open_segmenter
-from engine.segmentation.setup import KIND, Setup, given_by, resolve_setup
+from engine.segmentation.setup import KIND, Setup, channels_of, given_by, resolve_setup
 from engine.segmentation.sliding_window import WindowOptions
 from losses.segmentation import make_dice_ce, rare_class_weights
 from models.layers.batch_norm import synchronise_batch_norms
@@ -155,30 +153,8 @@ def make_plan(options: FinetuneOptions) -> Plan:
     if options.memory:
         check_can_remember(setup.preprocessing)
     SEGMENTERS[setup.backbone].check_sizes(setup.feature_size, setup.preprocessing.roi)
-    in_channels = channels_of([*training, *held_out, *judged], setup, options.in_channels)
+    in_channels = channels_of([*training, *held_out, *judged], setup.preprocessing.images, options.in_channels)
     return Plan(options, training, held_out, judged, classes, setup, weights, in_channels)
-
-
-def channels_of(cases: list[Case], setup: Setup, wanted: int | None) -> int:
-    """The channels of the images, which must be the same for all of them.
-
-    Args:
-        wanted: --in_channels; None = those of the first case.
-
-    Raises:
-        ValueError: naming a case with another number.
-    """
-    counts = {case.name: 1 for case in cases}
-    if setup.preprocessing.images == MR:
-        counts = {case.name: sum(map(count_channels, (case.image, *case.further_channels))) for case in cases}
-    wanted = wanted or next(iter(counts.values()), 1)
-    if others := {name: count for name, count in counts.items() if count != wanted}:
-        name, count = next(iter(others.items()))
-        raise ValueError(
-            f"--in_channels {wanted}: {len(others)} of {len(counts)} cases have another number of channels, {name} has "
-            f"{count} (several are read of MR only: scripts/prepare_volumes.py --modality mr)"
-        )
-    return wanted
 
 
 def split_list(options: FinetuneOptions) -> tuple[list[Case], list[Case]]:

@@ -21,10 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
 
+from datasets.ct.images import CT, RADIOGRAPH
 from datasets.ct.mr import DEFAULT_PERCENTILES, check_percentiles
-from datasets.lists.data_list import load_sections
+from datasets.lists.data_list import MODALITIES, load_sections, read_json_list
 from datasets.store.volumes import StoreError, build_store, parse_spacing, spacing_text
 from engine.flags import FlagChecks, RunInfo, add_switch, available_cpus, make_parser, run_main
+
+MODALITIES_NOT_MR = MODALITIES[CT], MODALITIES[RADIOGRAPH]
 
 
 def make_flags() -> jsonargparse.ArgumentParser:
@@ -67,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     spacing_mm, mr_percentiles = parse_spacing(flags.spacing_mm), percentiles_of(flags)
     # Missing files are left to the build, which names them all.
     cases = load_sections(flags.json_list, flags.data_dir, flags.sections, must_exist=False)
+    if mr_percentiles is None:
+        note_other_modality(flags.json_list)
     print(f"{flags.store_dir}: {len(cases)} cases at {spacing_text(spacing_mm)}, {flags.num_workers} workers")
     report = build_store(
         cases, flags.store_dir, spacing_mm, flags.num_workers, flags.verify, mr_percentiles=mr_percentiles
@@ -89,6 +94,18 @@ def percentiles_of(flags) -> tuple[float, float] | None:
     if flags.mr_percentiles is not None:
         raise ValueError("--mr_percentiles is of MR: add --modality mr, or leave it away")
     return None
+
+
+def note_other_modality(json_list: str) -> None:
+    """Print a note where the data list states a modality other than CT and radiographs."""
+    stated = read_json_list(json_list).get("modality")
+    names = list(stated.values()) if isinstance(stated, dict) else []
+    if others := [str(name) for name in names if name not in MODALITIES_NOT_MR]:
+        print(
+            f"note: {json_list} states the modality {', '.join(others)}, and volumes are read as CT; MR needs "
+            "--modality mr",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

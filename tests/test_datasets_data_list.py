@@ -396,7 +396,7 @@ def test_create_json_leaves_label_maps_out(tmp_path):
 
 
 def test_create_json_goes_on_after_what_nobody_foresaw(flare, monkeypatch):
-    def read(path):
+    def read(path, mr_percentiles):
         if "Tr_0002" in Path(path).name:
             raise OverflowError("too large")
         return read_ct(path)

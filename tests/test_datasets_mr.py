@@ -74,6 +74,12 @@ def test_one_bright_voxel_changes_nothing(tmp_path):
     assert changed.sum() <= 1 and other.array.max() == MR_RANGE[1]
 
 
+def nearly_full() -> np.ndarray:
+    array = np.ones((20, 20, 20), np.uint8)
+    array[0, 0] = 0
+    return array
+
+
 def with_nan() -> np.ndarray:
     array = mr_volume(0)[0]
     array[:4] = np.nan
@@ -86,8 +92,9 @@ def with_nan() -> np.ndarray:
         (with_nan(), r"x.nii.gz \(--modality mr\): \d+ of \d+ voxels are not finite"),
         (np.full((20, 20, 20), 5, np.int16), r"x.nii.gz: every voxel is 5; .*--modality mr"),
         ((mr_volume(0)[1] > 0).astype(np.uint8), r"x.nii.gz: the percentiles 0.5 and 99.5 \(--mr_percentiles\)"),
+        (nearly_full(), r"x.nii.gz: the percentiles 0.5 and 99.5 \(--mr_percentiles\) of its foreground are 1 and 1"),
     ],
-    ids=["nan", "constant", "mask"],
+    ids=["nan", "constant", "mask", "nearly full mask"],
 )
 def test_what_cannot_be_mapped_names_file_and_flag(tmp_path, array, message):
     with pytest.raises(CTReadError, match=message):
@@ -144,9 +151,10 @@ def test_crops_are_shown_in_the_whole_range(corpus):
     assert store.crop("mr0", start, (8, 8, 8)).dtype == np.int16
 
 
-def test_kinds_are_not_mixed(corpus, tmp_path):
+def test_kinds_are_not_mixed(corpus, tmp_path, capsys):
     with pytest.raises(StoreError, match="the store holds MR, expected CT; a store holds one kind"):
         prepare_volumes.main([*words(corpus), "--spacing_mm", "4"])
+    assert "states the modality MRI, and volumes are read as CT; MR needs --modality mr" in capsys.readouterr().err
     with pytest.raises(StoreError, match=r"by the percentiles 0.5 99.5, but 1 99 were asked for. .*--mr_percentiles"):
         prepare_volumes.main([*words(corpus), "--spacing_mm", "4", "--modality", "mr", "--mr_percentiles", "1", "99"])
     write_nifti(tmp_path / "ct.nii.gz", np.arange(-600, 600, dtype=np.int16).reshape(10, 10, 12), spl_affine())

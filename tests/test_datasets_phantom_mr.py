@@ -42,7 +42,7 @@ def test_the_bias_field_is_smooth_and_bounded():
 
 
 def test_two_contrasts_of_one_patient_in_one_file(tmp_path):
-    case = replace(list_mr(0, 1, seed=3, num_channels=2)[0], coarsen=5.0)
+    case = replace(list_mr(0, 1, seed=3, num_channels=2)[0], coarsen=3.5)
     assert write_case(tmp_path, case, draw=render_mr) and not write_case(tmp_path, case, draw=render_mr)
     files = case_files(tmp_path, case)
     image, label = nib.load(files["image"]), read_label(files["label"])
@@ -54,12 +54,12 @@ def test_two_contrasts_of_one_patient_in_one_file(tmp_path):
     correlation = np.corrcoef(*(both.hu[both.label > 0].T))[0, 1]
     assert correlation < 0.9  # the channels do not say the same
     with pytest.raises(ValueError, match=r"this case is mr t1 t2, expected ct \(--modality\)"):
-        write_case(tmp_path, PhantomCase(case.name, 3, 1, True, coarsen=5.0))
+        write_case(tmp_path, PhantomCase(case.name, 3, 1, True, coarsen=3.5))
     assert PhantomCase("a", 0, 1, True).modality == CT
 
 
 def test_one_contrast_is_a_volume_that_maps(tmp_path):
-    case = replace(list_mr(1, 0, seed=3)[0], coarsen=5.0)
+    case = replace(list_mr(1, 0, seed=3)[0], coarsen=3.5)
     assert list_mr(2, 0, seed=3)[1].weightings != case.weightings
     write_case(tmp_path, case, draw=render_mr)
     volume = read_mr(case_files(tmp_path, case)["image"])

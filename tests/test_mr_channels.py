@@ -70,6 +70,13 @@ def test_channels_on_different_grids_are_refused(corpus, tmp_path):
     nib.save(nib.Nifti1Image(mr_volume(2)[0], shifted), tmp_path / "b.nii.gz")
     with pytest.raises(CTReadError, match="b.nii.gz: lies on another grid than .*mr2_0000.nii.gz"):
         read_mr([corpus / "images" / "mr2_0000.nii.gz", tmp_path / "b.nii.gz"])
+    with pytest.raises(CTReadError, match="mr2_0000.nii.gz: stands twice"):
+        read_mr([corpus / "images" / "mr2_0000.nii.gz"] * 2)
+    array, _ = mr_volume(2, num_channels=2)
+    array[..., 1] = 3
+    nib.save(nib.Nifti1Image(array, AFFINE), tmp_path / "flat.nii.gz")
+    with pytest.raises(CTReadError, match="flat.nii.gz, channel 1: every voxel is 3"):
+        read_mr(tmp_path / "flat.nii.gz")
 
 
 def test_lists_keep_the_files_of_a_case(corpus, tmp_path):

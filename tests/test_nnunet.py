@@ -155,7 +155,7 @@ def test_wrong_input_is_refused_by_name(tmp_path, weights):
     assert "ZScoreNormalization" in told(write_plans(tmp_path, normalization_schemes=["ZScoreNormalization"]))
     of_mr = {"backbone": {"name": "unet"}, "preprocessing": PREPROCESSING | {"images": "mr"}}
     save_weights({"a": torch.zeros(1)}, of_mr, tmp_path / "mr.pth")
-    assert "they know mapped MR" in told(plans, path=tmp_path / "mr.pth")
+    assert "they know mapped MR" in told(write_plans(tmp_path), path=tmp_path / "mr.pth")
     slices = make_weights(tmp_path, roi=[1, 64, 64])
     assert "2-D, trained with --roi_z 1 (crops of 1 x 64 x 64 voxels)" in told(write_plans(tmp_path), path=slices)
     assert not (tmp_path / "alicePlans.json").exists()

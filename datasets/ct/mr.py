@@ -82,51 +82,61 @@ def read_mr(source: str | Path | Sequence[str | Path], percentiles: Sequence[flo
     """
     paths = [source] if isinstance(source, str | Path) else list(source)
     raw, affine = _channels_on_one_grid(paths)
-    check_extent(affine, raw[0].shape, paths[0])
-    measured = [measure(channel, percentiles, paths[0]) for channel in raw]
-    turned = [canonical(intensities.apply(channel), affine) for channel, (intensities, _) in zip(raw, measured)]
+    check_extent(affine, next(iter(raw.values())).shape, paths[0])
+    measured = {name: measure(channel, percentiles, name) for name, channel in raw.items()}
+    turned = [canonical(measured[name][0].apply(channel), affine) for name, channel in raw.items()]
     arrays = [array for array, _ in turned]
     array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
-    maps = tuple(intensities for intensities, _ in measured)
-    body_above = tuple(int(intensities.apply(np.array([background]))[0]) for intensities, background in measured)
+    maps = tuple(intensities for intensities, _ in measured.values())
+    body_above = tuple(int(intensities.apply(np.array([above]))[0]) for intensities, above in measured.values())
     return MRVolume(array, turned[0][1], str(paths[0]), maps, body_above)
 
 
-def _channels_on_one_grid(paths: Sequence[str | Path]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The channels [X, Y, Z] of all files, and their affine; CTReadError where a file lies on another grid."""
-    raw, affine = read_channels(paths[0])
-    for path in paths[1:]:
-        further, own = read_channels(path)
+def _channels_on_one_grid(paths: Sequence[str | Path]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """{name for messages: voxels [X, Y, Z]} of the channels of all files, and their affine.
+
+    Raises:
+        CTReadError: a file lies on another grid than the first, or is named twice.
+    """
+    found: dict[str, np.ndarray] = {}
+    for path in paths:
+        channels, own = read_channels(path)
+        if not found:
+            shape, affine = channels[0].shape, own
         tolerance_mm = 0.01 * min(spacing_of(affine))
-        if further[0].shape != raw[0].shape or not np.allclose(own, affine, rtol=0, atol=tolerance_mm):
+        if channels[0].shape != shape or not np.allclose(own, affine, rtol=0, atol=tolerance_mm):
             raise CTReadError(
-                f"{path}: lies on another grid than {paths[0]} (shape {further[0].shape} and {raw[0].shape}); the "
-                "channels of a case need one grid"
+                f"{path}: lies on another grid than {paths[0]} (shape {channels[0].shape} and {shape}); the channels "
+                "of a case need one grid"
             )
-        raw += further
-    return raw, affine
+        names = [f"{path}, channel {number}" for number in range(len(channels))] if len(channels) > 1 else [str(path)]
+        if names[0] in found:
+            raise CTReadError(f"{path}: stands twice among the channels of a case")
+        found |= dict(zip(names, channels))
+    return found, affine
 
 
-def measure(raw: np.ndarray, percentiles: Sequence[float], path: str | Path) -> tuple[IntensityMap, float]:
+def measure(raw: np.ndarray, percentiles: Sequence[float], name: str) -> tuple[IntensityMap, float]:
     """The map of a channel, and the intensity above which its foreground lies.
 
     Args:
         raw: intensities of one volume, any shape.
-        path: the file, for messages.
+        name: the file, and the channel where it has several, for messages.
 
     Raises:
         CTReadError: voxels that are not finite, one value throughout, or percentiles that are equal.
     """
-    low, high = finite_range(raw, f"{path} ({FLAGS})")
+    low, high = finite_range(raw, f"{name} ({FLAGS})")
     if low == high:
-        raise CTReadError(f"{path}: every voxel is {low:g}; expected an MR with contrast ({FLAGS})")
+        raise CTReadError(f"{name}: every voxel is {low:g}; expected an MR with contrast ({FLAGS})")
     dark, bright = np.percentile(raw, BACKGROUND_PERCENTILES)
     background = float(dark + BACKGROUND_SHARE * (bright - dark))
-    ends = np.percentile(raw[raw > background], percentiles)
+    foreground = raw[raw > background]
+    ends = np.percentile(foreground, percentiles) if foreground.size else (high, high)
     if not ends[0] < ends[1] or not math.isfinite(ends[1] - ends[0]):
         shown = " and ".join(f"{value:g}" for value in percentiles)
         raise CTReadError(
-            f"{path}: the percentiles {shown} (--mr_percentiles) of its foreground are {ends[0]:g} and {ends[1]:g}: a "
+            f"{name}: the percentiles {shown} (--mr_percentiles) of its foreground are {ends[0]:g} and {ends[1]:g}: a "
             f"mask, or a volume that is nearly empty? Expected an MR with contrast ({FLAGS})"
         )
     return IntensityMap(float(ends[0]), float(ends[1])), background

@@ -3,7 +3,7 @@
 A tissue's signal is that of a spin echo, density * (1 - exp(-TR / T1)) * exp(-TE / T2), with relaxation times at 1.5 T:
 liver, spleen, kidney, pancreas, muscle, fat and marrow of de Bazelaire et al., Radiology 2004;230:652; blood and heart
 of Stanisz et al., Magn Reson Med 2005;54:507; the rest are rounded guesses. Blood that flows is dark. A patient's times
-and densities vary by a tenth, TR and TE within `SEQUENCES`. Air, cortical bone and metal have no signal.
+and densities vary by a twentieth, TR and TE within `SEQUENCES`. Air, cortical bone and metal have no signal.
 
 A volume has a smooth bias field, an arbitrary scale (MR has no unit) and Rician noise, which is the magnitude of a
 complex signal with Gaussian noise (Gudbjartsson and Patz, Magn Reson Med 1995). The phantom's anatomy is drawn as for
@@ -42,7 +42,7 @@ RELAXATION = {
 }
 MARROW = (0.6, 549, 49)
 BLOOD = (0.2, 1441, 290)  # the density that is left where it flows
-VARIATION = 0.1  # standard deviation of a patient's times and densities, relative
+VARIATION = 0.05  # standard deviation of a patient's times and densities, relative
 # Weighting -> ranges of TR and TE in ms.
 SEQUENCES = {"t1": ((400, 650), (8, 15)), "t2": ((3000, 5000), (75, 110))}
 AIR, SPAN = -1000.0, 1400.0  # the painters draw a signal s as AIR + SPAN * s, so that their air has none

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from datasets.ct.formats import count_channels
 from datasets.ct.geometry import CANONICAL_AXCODES as AXCODES
 from datasets.ct.geometry import resample
 from datasets.ct.images import CT, MR, RADIOGRAPH, read_image
 from datasets.ct.intensity import AIR_HU, MR_RANGE, fill_ends
 from datasets.ct.nifti import Volume
+from datasets.lists.cases import Case
 from datasets.store.volumes import VolumeStore, parse_spacing
 from engine.segmentation.sliding_window import WindowOptions
 from models.backbones.interface import spatial_dims_of
@@ -176,10 +178,10 @@ def resolve_setup(
     if before and before.get("images", CT) != images:
         notes.append(f"the weights were trained on {before.get('images', CT)}, so only their crop is taken over")
         described = described | {"preprocessing": {name: before[name] for name in ("axcodes", "roi") if name in before}}
-    elif mr_percentiles is not None and before and not agree(mr_percentiles, before["mr_percentiles"]):
+    elif mr_percentiles is not None and before and not agree(mr_percentiles, before.get("mr_percentiles")):
         notes.append(
             f"MR is mapped by its percentiles {as_typed(mr_percentiles)}; the weights were trained with "
-            f"{as_typed(before['mr_percentiles'])} (--mr_percentiles of scripts/prepare_volumes.py)"
+            f"{as_typed(before.get('mr_percentiles'))} (--mr_percentiles of scripts/prepare_volumes.py)"
         )
     if store_dir is not None and (Path(store_dir) / "store.json").exists():
         defaults["spacing_mm"] = plain_spacing(VolumeStore(store_dir, names=()).spacing_mm)
@@ -207,6 +209,29 @@ def resolve_setup(
         raise ValueError(f"--backbone (unset = the weights') is {chosen['name']!r}, expected {', '.join(backbones)}")
     preprocessing = Preprocessing.from_dict(chosen | {"images": images, "mr_percentiles": mr_percentiles})
     return Setup(preprocessing, chosen["name"], int(chosen["feature_size"]), notes)
+
+
+def channels_of(cases: Sequence[Case], images: str, wanted: int | None) -> int:
+    """The channels of the images, which must be the same for all of them.
+
+    Args:
+        images: CT, RADIOGRAPH or MR; only MR has several.
+        wanted: --in_channels; None = those of the first case.
+
+    Raises:
+        ValueError: naming a case with another number.
+    """
+    counts = {case.name: 1 for case in cases}
+    if images == MR:
+        counts = {case.name: sum(map(count_channels, (case.image, *case.further_channels))) for case in cases}
+    wanted = wanted or next(iter(counts.values()), 1)
+    if others := {name: count for name, count in counts.items() if count != wanted}:
+        name, count = next(iter(others.items()))
+        raise ValueError(
+            f"--in_channels {wanted}: {len(others)} of {len(counts)} cases have another number of channels, {name} has "
+            f"{count} (several are read of MR only: scripts/prepare_volumes.py --modality mr)"
+        )
+    return wanted
 
 
 def check_spatial_dims(from_weights: Sequence[int] | None, roi: Sequence[int]) -> None:
