@@ -31,8 +31,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
+<<<<<<< HEAD
 import nibabel as nib
 import numpy as np
+=======
+>>>>>>> 1aee77f (Explore: CT side by side on a local page, a place clicked in one found in the others (work so far))
 import torch
 from tqdm import tqdm
 
@@ -42,19 +45,22 @@ from datasets.ct.formats import EXPECTED
 from datasets.ct.images import CT, kind_of
 from datasets.ct.nifti import Volume, read_ct, read_label, read_label_of
 from datasets.lists.data_list import Case, DataListError, unique_names, write_data_list
-from datasets.lists.label_classes import FLARE22, LabelClasses
+from datasets.lists.label_classes import LabelClasses
 from datasets.lists.search import find_cases
 from engine import distributed
 from engine.flags import RunInfo, add_options, add_switch, flags_as_dict, make_parser, run_main
+from engine.references import PHANTOMS, check_embedded_by, classes_of, open_phantoms
 from engine.segmentation.pictures import save_carried
 from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import Reference, carry_labels
+<<<<<<< HEAD
 from sam_embed.matching.dense import dense_map
 from sam_embed.matching.kept import SHIPPED_REFERENCES, load_references
+=======
+>>>>>>> 1aee77f (Explore: CT side by side on a local page, a place clicked in one found in the others (work so far))
 
-PHANTOMS = "phantoms"
 DECIDING = ("checkpoint_file", "reference", "labels")  # flags that labels in one folder must share
 RUN_FILE = "run.json"
 
@@ -187,25 +193,6 @@ def results_of(flags: jsonargparse.Namespace, name: str) -> Results:
     return Results(registered, *own)
 
 
-def classes_of(paths: list[str]) -> LabelClasses:
-    """All label values of some label maps, each named by its number.
-
-    Raises:
-        ValueError: a file is no label map, they hold nothing but 0, or more than 255 values.
-    """
-    values = {value for path in paths for value in np.unique(read_label(path).array).tolist()} - {0}
-    if not values:
-        raise ValueError(f"--labels {' '.join(paths)}: every voxel is 0; expected label maps with organs")
-    return LabelClasses((0, *sorted(values)), ("background", *(f"label {value}" for value in sorted(values))))
-
-
-def open_phantoms() -> tuple[list[Reference], LabelClasses]:
-    """The phantoms that come with the repository, and the classes of the organs that they may name."""
-    references, facts = load_references(SHIPPED_REFERENCES)
-    values = [FLARE22.index(organ) + 1 for organ in facts["organs"]]
-    return references, LabelClasses((0, *values), ("background", *facts["organs"]))
-
-
 class Propagator:
     """Carries labels from fixed references to one scan at a time.
 
@@ -232,12 +219,18 @@ class Propagator:
         self.memory_mb = flags.memory_mb
         if references is None:
             references = [self._reference(*paths) for paths in zip(flags.reference, flags.labels)]
+<<<<<<< HEAD
         elif (theirs := references[0].embedding.fingerprint) != self.info.fingerprint:
             raise ValueError(
                 f"{flags.checkpoint_file} is SAM {self.info.fingerprint}, and the phantoms were embedded with SAM "
                 f"{theirs}; leave --checkpoint_file away with --reference {PHANTOMS}"
             )
         self.references, self.files = references, flags.reference
+=======
+        else:
+            check_embedded_by(references, self.info, flags.checkpoint_file, "--reference")
+        self.references = references
+>>>>>>> 1aee77f (Explore: CT side by side on a local page, a place clicked in one found in the others (work so far))
 
     def _reference(self, image: str, label: str) -> Reference:
         volume = read_ct(image)
@@ -276,7 +269,10 @@ def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     check_references(flags)
     images = find_images(flags.images, flags.output_dir)
-    references, classes = open_phantoms() if PHANTOMS in flags.reference else (None, classes_of(flags.labels))
+    if PHANTOMS in flags.reference:
+        references, classes = open_phantoms()
+    else:
+        references, classes = None, classes_of(map(read_label, flags.labels))
     world = distributed.start(flags.device)
     distributed.main_decides(world, lambda: claim_folder(flags))
     results = {name: results_of(flags, name) for name in images}

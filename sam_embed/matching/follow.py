@@ -6,6 +6,7 @@ scan may not show that part of the body.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +17,10 @@ from datasets.samples.pairings import PairingOptions
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import NODE_MM
 from sam_embed.matching.consensus import match_with_neighbours
-from sam_embed.matching.dense import is_shown, map_nodes
+from sam_embed.matching.dense import DenseMap, is_shown, map_nodes
 from sam_embed.matching.match import cycle_error_mm, describe_box, inside
 from sam_embed.matching.mine import MiningOptions, lies_in_body
-from sam_embed.matching.nodes import make_nodes
+from sam_embed.matching.nodes import Nodes, make_nodes
 
 TRUSTED, DOUBTFUL, OUTSIDE = "trusted", "doubtful", "outside"
 
@@ -77,29 +78,47 @@ class Followed(NamedTuple):
         return f"{self.verdict[number]}, score {self.score[number]:.2f}{cycle}{spread}"
 
 
-def follow_points(
-    query: Embedding, key: Embedding, points_mm: np.ndarray, options: FollowOptions = FollowOptions()
-) -> Followed:
-    """Find points of one scan in another.
+class Follower:
+    """Finds points of one scan in another; the dense map that some verdicts need is made once, for the first of them.
 
     Args:
         query, key: embeddings by the same weights.
-        points_mm: [N, 3], world mm in the query, inside of its embedded box (`check_inside`).
-
-    Raises:
-        ValueError: embeddings by different weights, or without a body.
+        options: which matches are trusted.
     """
-    matches, spread_mm = match_with_neighbours(query, key, points_mm, options.consensus_mm)
-    cycle_mm = cycle_error_mm(query, key, points_mm, matches)
-    is_trusted = (matches.score >= options.min_score) & lies_in_body(key, matches.points_mm)
-    is_trusted &= within(cycle_mm, options.max_cycle_mm) & within(spread_mm, options.max_spread_mm)
-    is_outside = ~inside(key, matches.points_mm)
-    if not is_trusted.all():
-        theirs = make_nodes(key, NODE_MM)
-        is_outside |= ~is_trusted & ~is_shown(theirs, map_nodes(theirs, make_nodes(query, NODE_MM)), points_mm)
-    verdict = np.where(is_outside, OUTSIDE, np.where(is_trusted, TRUSTED, DOUBTFUL))
-    places_mm = np.where(is_outside[:, None], np.nan, matches.points_mm)
-    return Followed(places_mm, matches.score, cycle_mm, spread_mm, verdict)
+
+    def __init__(self, query: Embedding, key: Embedding, options: FollowOptions = FollowOptions()) -> None:
+        self.query, self.key, self.options = query, key, options
+
+    @cached_property
+    def key_map(self) -> tuple[Nodes, DenseMap]:
+        """The key's nodes, and where each of them lies in the query: shows which part of the body the key has."""
+        nodes = make_nodes(self.key, NODE_MM)
+        return nodes, map_nodes(nodes, make_nodes(self.query, NODE_MM))
+
+    def follow(self, points_mm: np.ndarray) -> Followed:
+        """Find points [N, 3], world mm in the query, inside of its embedded box (`check_inside`).
+
+        Raises:
+            ValueError: embeddings by different weights, or without a body.
+        """
+        query, key, options = self.query, self.key, self.options
+        matches, spread_mm = match_with_neighbours(query, key, points_mm, options.consensus_mm)
+        cycle_mm = cycle_error_mm(query, key, points_mm, matches)
+        is_trusted = (matches.score >= options.min_score) & lies_in_body(key, matches.points_mm)
+        is_trusted &= within(cycle_mm, options.max_cycle_mm) & within(spread_mm, options.max_spread_mm)
+        is_outside = ~inside(key, matches.points_mm)
+        if not is_trusted.all():
+            is_outside |= ~is_trusted & ~is_shown(*self.key_map, points_mm)
+        verdict = np.where(is_outside, OUTSIDE, np.where(is_trusted, TRUSTED, DOUBTFUL))
+        places_mm = np.where(is_outside[:, None], np.nan, matches.points_mm)
+        return Followed(places_mm, matches.score, cycle_mm, spread_mm, verdict)
+
+
+def follow_points(
+    query: Embedding, key: Embedding, points_mm: np.ndarray, options: FollowOptions = FollowOptions()
+) -> Followed:
+    """Find points of one scan in another, once; as `Follower.follow`."""
+    return Follower(query, key, options).follow(points_mm)
 
 
 def check_inside(query: Embedding, points: NamedPoints) -> None:

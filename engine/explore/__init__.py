@@ -1,0 +1,1 @@
+"""Scans side by side on a local web page: a place clicked in one is found in the others."""

@@ -1,0 +1,133 @@
+"""Look at two or more CT side by side in a browser: click a place in one, and see it in the others.
+
+    python scripts/explore.py --images before.nii.gz after.nii.gz
+    python scripts/explore.py --images a.nii.gz b.nii.gz --labels a_label.nii.gz
+    python scripts/explore.py --images a.nii.gz b.nii.gz --labels phantoms
+
+Open the address that is printed. The page shows three planes of each scan. A click marks a place. The other scans move
+to the same place, with score, cycle error, verdict (as of scripts/match_points.py) and a map of similarities. Key H
+lists what mouse and keys do.
+
+--labels names label maps of the first images, in the same order. A button carries them to the images without labels.
+The word `phantoms` stands for labelled phantoms that come with the repository. For research, not for clinical use.
+
+The server answers to this machine only (127.0.0.1) and reads no other files than those named here. Everyone who can
+log in to this machine can open the address while the command runs; Ctrl-C ends it. From another machine:
+ssh -L 8000:127.0.0.1:8000 HOST.
+"""
+
+import sys
+from pathlib import Path
+from threading import Thread
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jsonargparse
+import torch
+from tqdm import tqdm
+
+from datasets.ct.formats import EXPECTED
+from datasets.ct.nifti import Volume, read_ct, read_label_of
+from datasets.lists.data_list import unique_names
+from engine.device import pick_device
+from engine.explore.server import HOST, ExploreApp, listen, make_server
+from engine.explore.session import FAILED, Scan, Session
+from engine.flags import add_options, make_parser, options_of, run_main
+from engine.references import PHANTOMS, check_embedded_by, classes_of, open_phantoms
+from sam_embed.checkpoint import EmbedderOptions, load_embedder
+from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
+from sam_embed.matching.follow import FollowOptions
+
+
+def make_flags() -> jsonargparse.ArgumentParser:
+    """The flags of this command."""
+    parser = make_parser(__doc__)
+    add_options(parser, EmbedderOptions)
+    parser.add_argument("--images", type=str, nargs="+", required=True, help=f"two or more CT, {EXPECTED}")
+    label_help = f"label maps of the first images, in the same order; or the word {PHANTOMS}"
+    parser.add_argument("--labels", type=str, nargs="+", default=[], help=label_help)
+    parser.add_argument("--port", type=int, default=8000, help="of the page's address; 0 = any that is free")
+    add_options(parser.add_argument_group("trust"), FollowOptions)
+    run = parser.add_argument_group("run")
+    run.add_argument("--memory_mb", type=float, default=2048.0, help="working memory of the embedding, MB")
+    run.add_argument("--precision", type=str, default="fp32", choices=list(PRECISIONS), help="bf16 suits GPUs")
+    run.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
+    return parser
+
+
+def check_files(flags: jsonargparse.Namespace) -> None:
+    """Check numbers and names of the files before the slow part.
+
+    Raises:
+        ValueError: one image only, more label maps than images, a file that does not exist, or phantoms among files.
+    """
+    if len(flags.images) < 2:
+        raise ValueError(f"--images {flags.images[0]}: expected two or more CT")
+    if PHANTOMS in flags.labels and len(flags.labels) > 1:
+        raise ValueError(f"--labels {PHANTOMS} stands alone, received {' '.join(flags.labels)}")
+    if len(flags.labels) > len(flags.images):
+        raise ValueError(f"--labels names {len(flags.labels)} files and --images {len(flags.images)}; expected no more")
+    labels = [] if PHANTOMS in flags.labels else flags.labels
+    for flag, paths in (("--images", flags.images), ("--labels", labels)):
+        for path in paths:
+            if not Path(path).exists():
+                raise ValueError(f"{flag} {path}: no such file or folder")
+
+
+def read_images(paths: list[str]) -> dict[str, Volume]:
+    """Name -> CT."""
+    names = unique_names([Path(path).as_posix() for path in paths])
+    volumes = {}
+    for name, path in zip(tqdm(names, desc="reading", unit="scan"), paths):
+        try:
+            volumes[name] = read_ct(path)
+        except ValueError as error:
+            raise ValueError(f"--images {error}") from error
+    return volumes
+
+
+def make_session(flags: jsonargparse.Namespace) -> Session:
+    """Read all files and the network."""
+    network, info = load_embedder(flags.checkpoint_file)
+    network = for_inference(network, flags.precision).to(pick_device(flags.device, 0))
+    references, classes, labels = [], None, []
+    if PHANTOMS in flags.labels:
+        references, classes = open_phantoms()
+        check_embedded_by(references, info, flags.checkpoint_file, "--labels")
+    volumes = read_images(flags.images)
+    if flags.labels and not references:
+        labels = [read_label_of(volume, path) for volume, path in zip(volumes.values(), flags.labels)]
+        classes = classes_of(labels)
+    channels = [classes.to_classes(label.array) for label in labels] + [None] * (len(volumes) - len(labels))
+    scans = [Scan(name, volume, labels) for (name, volume), labels in zip(volumes.items(), channels)]
+
+    def embed(scan: Scan):
+        return embed_volume(network, scan.volume, info, flags.memory_mb, scan.name)
+
+    return Session(scans, embed, options_of(flags, FollowOptions), classes, references)
+
+
+def embed_all(session: Session) -> None:
+    """Embed one scan after the other, with a progress bar; failures are printed."""
+    bar = tqdm(session.scans, desc="embedding", unit="scan")
+    for scan in bar:
+        bar.set_postfix_str(scan.name)
+        session.embed_scan(scan)
+        if scan.state == FAILED:
+            tqdm.write(f"failed {scan.name}: {scan.error}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = make_flags().parse_args(argv)
+    check_files(flags)
+    listening = listen(flags.port)
+    session = make_session(flags)
+    server = make_server(ExploreApp(session), listening)
+    print(f"open http://{HOST}:{server.port}/ in a browser; Ctrl-C ends", flush=True)
+    Thread(target=embed_all, args=(session,), daemon=True).start()
+    server.serve_forever()  # until Ctrl-C
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    run_main(main)
