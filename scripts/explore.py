@@ -16,7 +16,9 @@ log in to this machine can open the address while the command runs; Ctrl-C ends 
 ssh -L 8000:127.0.0.1:8000 HOST.
 """
 
+import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
@@ -36,6 +38,7 @@ from engine.flags import add_options, make_parser, options_of, run_main
 from engine.references import PHANTOMS, check_embedded_by, classes_of, open_phantoms
 from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
+from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.follow import FollowOptions
 
 
@@ -74,16 +77,12 @@ def check_files(flags: jsonargparse.Namespace) -> None:
                 raise ValueError(f"{flag} {path}: no such file or folder")
 
 
-def read_images(paths: list[str]) -> dict[str, Volume]:
-    """Name -> CT."""
-    names = unique_names([Path(path).as_posix() for path in paths])
-    volumes = {}
-    for name, path in zip(tqdm(names, desc="reading", unit="scan"), paths):
-        try:
-            volumes[name] = read_ct(path)
-        except ValueError as error:
-            raise ValueError(f"--images {error}") from error
-    return volumes
+def read_for(flag: str, read: Callable[..., Volume], *arguments) -> Volume:
+    """Read a file; errors name the flag beside the file."""
+    try:
+        return read(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
 
 
 def make_session(flags: jsonargparse.Namespace) -> Session:
@@ -94,14 +93,15 @@ def make_session(flags: jsonargparse.Namespace) -> Session:
     if PHANTOMS in flags.labels:
         references, classes = open_phantoms()
         check_embedded_by(references, info, flags.checkpoint_file, "--labels")
-    volumes = read_images(flags.images)
+    names = unique_names([Path(path).as_posix() for path in flags.images])
+    volumes = [read_for("--images", read_ct, path) for path in tqdm(flags.images, desc="reading", unit="scan")]
     if flags.labels and not references:
-        labels = [read_label_of(volume, path) for volume, path in zip(volumes.values(), flags.labels)]
+        labels = [read_for("--labels", read_label_of, *pair) for pair in zip(volumes, flags.labels)]
         classes = classes_of(labels)
-    channels = [classes.to_classes(label.array) for label in labels] + [None] * (len(volumes) - len(labels))
-    scans = [Scan(name, volume, labels) for (name, volume), labels in zip(volumes.items(), channels)]
+    channels = [classes.to_classes(label.array) for label in labels]
+    scans = [Scan(*facts) for facts in itertools.zip_longest(names, volumes, channels)]
 
-    def embed(scan: Scan):
+    def embed(scan: Scan) -> Embedding:
         return embed_volume(network, scan.volume, info, flags.memory_mb, scan.name)
 
     return Session(scans, embed, options_of(flags, FollowOptions), classes, references)

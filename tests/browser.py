@@ -18,7 +18,14 @@ from pathlib import Path
 import pytest
 
 NAMES = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--hide-scrollbars",
+)
 PATIENCE_S = 120.0
 
 
@@ -105,10 +112,10 @@ def headless_browser(profile: Path) -> Iterator[Browser]:
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
     command = [program, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={profile}"]
-    # The shell moves our pipes to the two descriptors that Chromium expects.
+    # Bash moves our pipes to the two descriptors that Chromium expects.
     script = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
     process = subprocess.Popen(
-        ["sh", "-c", script, "sh", *command],
+        ["bash", "-c", script, "bash", *command],
         pass_fds=(theirs_in, theirs_out),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -26,6 +26,7 @@ HOST = "127.0.0.1"
 STATIC = Path(__file__).parent / "static"
 PAGES = {
     "index.html": "text/html",
+    "icon.svg": "image/svg+xml",
     "explore.css": "text/css",
     "explore.js": "text/javascript",
     "panel.js": "text/javascript",
@@ -75,7 +76,8 @@ class ExploreApp:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._routes = Map([rule.empty() for rule in ROUTES])
+        # No redirects: a path is right or wrong.
+        self._routes = Map([rule.empty() for rule in ROUTES], redirect_defaults=False, merge_slashes=False)
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
         request = LocalRequest(environ)
@@ -121,7 +123,7 @@ class ExploreApp:
         numbers = {"score": score, "cycle_mm": cycle_mm, "spread_mm": spread_mm}
         known = {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}
         place = point_mm.tolist() if np.isfinite(point_mm).all() else None
-        return as_json({"point_mm": place, "verdict": str(verdict), "text": found.describe(0)} | known)
+        return as_json({"point_mm": place, "verdict": str(verdict)} | known)
 
     def similarity(self, request: Request, query: int, key: int) -> Response:
         return as_bytes(self.session.similarity(query, key, point_of(request)))

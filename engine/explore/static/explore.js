@@ -24,9 +24,11 @@ let panels = [];
 let active = null; // the view under the mouse
 let wanted = null; // the place to find next
 let isMatching = false;
+let nextPoll; // a timer
 
 const say = (text) => (find("message").textContent = text);
 const failure = (error) => say(error.message);
+const isBeingMade = (scan) => scan.state === "waiting" || scan.state === "working";
 const drawAll = () => panels.forEach((panel) => panel.draw());
 
 // Matching
@@ -35,10 +37,7 @@ const drawAll = () => panels.forEach((panel) => panel.draw());
 function mark(panel, point, isFinal) {
   panel.showQuery(point);
   if (isFinal) remember(panel.number, point);
-  if (panels.some((each) => each.scan.state === "waiting" || each.scan.state === "working")) {
-    say("Places can be found once all scans are embedded.");
-    return;
-  }
+  if (panels.some((each) => isBeingMade(each.scan))) return; // `poll` marks it again when all are embedded
   wanted = { panel, point, isFinal };
   if (!isMatching) findWanted();
 }
@@ -51,7 +50,9 @@ async function findWanted() {
     say("Finding ...");
     try {
       for (const other of panels.filter((each) => each !== panel && each.scan.state === "ready")) {
-        other.showMatch(await fetchMatch(panel.number, other.number, point));
+        const match = await fetchMatch(panel.number, other.number, point);
+        if (wanted && wanted.panel !== panel) break; // a place of another scan was clicked meanwhile
+        other.showMatch(match);
         if (isFinal && !wanted) other.showSimilarity(await fetchSimilarity(panel.number, other.number, point));
       }
       say("");
@@ -135,6 +136,7 @@ const KEYS = {
   "+": () => scaleWindow(0, 1.1),
   "=": () => scaleWindow(0, 1.1),
   " ": () => panels.forEach((panel) => panel.goToMark()),
+  z: () => panels.forEach((panel) => panel.views.forEach((view) => view.resetZoom())),
   s: () => toggle("similarity"),
   l: () => toggle("labels"),
   c: () => toggle("crosshair"),
@@ -144,7 +146,7 @@ Object.values(WINDOWS).forEach(({ level, width }, number) => (KEYS[number + 1] =
 
 function readKey(event) {
   const action = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (!action || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!action || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, button")) return;
   event.preventDefault();
   action();
 }
@@ -155,17 +157,18 @@ function readKey(event) {
 async function poll() {
   try {
     const session = await fetchSession();
-    const before = panels.map((panel) => panel.scan.state);
+    const wasEmbedding = panels.some((panel) => isBeingMade(panel.scan));
     panels.forEach((panel, number) => panel.update(session.scans[number]));
-    const num = session.scans.length;
-    const numEmbedded = session.scans.filter((scan) => scan.state === "ready").length;
-    const isEmbedding = session.scans.some((scan) => ["waiting", "working"].includes(scan.state));
-    if (isEmbedding) say(`Embedding scans: ${numEmbedded} of ${num} are ready.`);
-    else if (before.some((state) => state === "waiting" || state === "working")) {
+    const numReady = session.scans.filter((scan) => scan.state === "ready").length;
+    const isEmbedding = session.scans.some(isBeingMade);
+    if (isEmbedding) {
+      say(`Embedding: ${numReady} of ${session.scans.length} scans are ready. Then places can be found.`);
+    } else if (wasEmbedding) {
       say("");
       markRemembered();
     }
-    if (isEmbedding || session.scans.some((scan) => scan.labels === "working")) setTimeout(poll, POLL_MS);
+    clearTimeout(nextPoll);
+    if (isEmbedding || session.scans.some((scan) => scan.labels === "working")) nextPoll = setTimeout(poll, POLL_MS);
   } catch (error) {
     failure(error);
   }
@@ -185,8 +188,8 @@ async function start() {
   find("panels").append(...panels.map((panel) => panel.root));
   buildSettings(session.classes);
   document.addEventListener("keydown", readKey);
-  const isEmbedding = session.scans.some((scan) => ["waiting", "working"].includes(scan.state));
-  if (isEmbedding) poll();
+  document.addEventListener("click", (event) => event.detail && document.activeElement.blur()); // keys are the page's
+  if (session.scans.some(isBeingMade)) poll();
   else markRemembered();
 }
 

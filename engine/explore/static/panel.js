@@ -19,7 +19,8 @@ export class Panel {
   /**
    * @param number of the scan
    * @param session as the server describes it
-   * @param on handlers: `point(panel, point in mm, isFinal)`, `window(dx, dy)`, `enter(view)`, `failure(error)`
+   * @param on handlers: `point(panel, point in mm, isFinal)`, `window(dx, dy)`, `enter(view)`, `started()`
+   *   when labels are being carried, `failure(error)`
    */
   constructor(number, session, settings, on) {
     Object.assign(this, { number, on, classes: session.classes, scan: session.scans[number] });
@@ -59,9 +60,11 @@ export class Panel {
     this.scan = scan;
     if (!this.labels && ["given", "ready"].includes(scan.labels)) {
       this.labels = new Planes(this.number, { areLabels: true });
-      this.draw();
     }
-    this.carry.textContent = { working: "Carrying labels ...", ready: "Labels carried" }[scan.labels] ?? "Carry labels";
+    this.draw();
+    const texts = { working: "Carrying labels ...", ready: "Labels carried", failed: "Carrying labels failed" };
+    this.carry.textContent = texts[scan.labels] ?? "Carry labels";
+    this.carry.title = scan.error;
     this.carry.hidden = scan.labels === "given" || !(scan.can_carry || ["working", "ready"].includes(scan.labels));
     this.carry.disabled = ["working", "ready"].includes(scan.labels);
     if (this.badge.textContent) return; // of a place or a failure
@@ -92,8 +95,12 @@ export class Panel {
   }
 
   /** Show where the place lies here. */
-  showMatch({ point_mm: point, verdict, text }) {
-    this.say(verdict, verdict, text.replace(`${verdict}, `, "") + (point ? `   at ${inMm(point)} mm` : ""));
+  showMatch({ point_mm: point, verdict, score, cycle_mm: cycle, spread_mm: spread }) {
+    const texts = [`score ${score.toFixed(2)}`];
+    if (cycle !== null) texts.push(`cycle ${cycle.toFixed(1)} mm`);
+    if (spread !== null) texts.push(`spread ${spread.toFixed(1)} mm`);
+    if (point) texts.push(`at ${inMm(point)} mm`);
+    this.say(verdict, verdict, texts.join(" · "));
     if (point) this.moveMark(point, COLOURS[verdict]);
     else this.mark = null;
     this.draw();

@@ -4,7 +4,8 @@ import { clamp, edgeLetters, indexToPixel, pixelToIndex, placement, spacingOf, t
 import { paintHu, paintLabels, paintSimilarity } from "./paint.js";
 
 const STEP = 50; // of the wheel, CSS pixels a slice
-const MARGIN = 2; // CSS pixels around a picture
+const ZOOM = 1.15; // of one turn of the wheel
+const LEAST_PIXELS = 8; // of the image, across a view
 const NEAR = 0.75; // slices: so near to the marked place its ring is drawn full
 
 export class View {
@@ -12,16 +13,16 @@ export class View {
    * @param panel of the scan: `scan`, `hu`, `labels` (Planes or null), `similarity` (Uint8Array or null), `mark`
    * @param name of the plane
    * @param settings shared by all views: `window`, `opacity`, `show`
-   * @param on handlers: `point(view, index, isFinal)`, `window(dx, dy)`, `hover(view, index)`
+   * @param on handlers: `point(view, index, isFinal)`, `window(dx, dy)`, `hover(view, index or null)`, `failure(error)`
    */
   constructor(panel, name, settings, axcodes, planes, on) {
     Object.assign(this, { panel, name, settings, on, plane: planes[name] });
     this.letters = edgeLetters(this.plane, axcodes);
     this.canvas = document.createElement("canvas");
     this.canvas.className = name;
-    this.canvas.tabIndex = -1;
     this.index = Math.floor(this.size(this.plane.cut) / 2);
-    this.turned = 0;
+    this.turned = 0; // of the wheel, CSS pixels since the last step
+    this.region = null; // the rectangle of pixels that is shown; null = the patient
     this.listen();
     new ResizeObserver(() => this.draw()).observe(this.canvas);
   }
@@ -69,19 +70,59 @@ export class View {
     }
     if (this.settings.show.crosshair) this.drawMark(context);
     this.drawLetters(context, width, height);
-    this.shown = this.index;
   }
 
-  /** How pixels of the picture lie on the canvas: in true proportions, as large as fits. */
+  /** How pixels of the picture lie on the canvas: in true proportions, the region as large as fits, in the middle. */
   fit(width, height) {
     const { across, down } = this.plane;
     const spacing = spacingOf(this.panel.scan);
     [this.columns, this.rows] = [this.size(across), this.size(down)];
-    const wide = this.columns * spacing[across], tall = this.rows * spacing[down];
-    const perMm = Math.min((width - 2 * MARGIN) / wide, (height - 2 * MARGIN) / tall);
-    this.zoom = [spacing[across] * perMm, spacing[down] * perMm];
-    this.corner = [(width - wide * perMm) / 2, (height - tall * perMm) / 2];
     this.outline = [-0.5, -0.5, this.columns - 0.5, this.rows - 0.5];
+    const [left, top, right, bottom] = this.region ?? this.patient();
+    const perMm = Math.min(width / (right - left) / spacing[across], height / (bottom - top) / spacing[down]);
+    this.zoom = [spacing[across] * perMm, spacing[down] * perMm];
+    this.corner = [
+      width / 2 - ((left + right + 1) / 2) * this.zoom[0],
+      height / 2 - ((top + bottom + 1) / 2) * this.zoom[1],
+    ];
+  }
+
+  /** The rectangle of pixels that the patient fills, as far as it is known. */
+  patient() {
+    const { scan } = this.panel;
+    if (!scan.map) return this.outline;
+    const [left, top, right, bottom] = this.rectangleOf(scan.map);
+    const [columns, rows] = [this.columns - 0.5, this.rows - 0.5];
+    return [Math.max(left, -0.5), Math.max(top, -0.5), Math.min(right, columns), Math.min(bottom, rows)];
+  }
+
+  /** The rectangle of pixels over which a parallel grid lies. */
+  rectangleOf(grid) {
+    const ends = [grid.shape.map(() => -0.5), grid.shape.map((size) => size - 0.5)];
+    const { shift, scale } = placement(this.panel.scan, grid);
+    const [first, last] = ends.map((end) => end.map((value, axis) => value * scale[axis] + shift[axis]))
+      .map((index) => indexToPixel(this.plane, this.panel.scan.shape, index));
+    return [first[0], Math.min(first[1], last[1]), last[0], Math.max(first[1], last[1])];
+  }
+
+  /** Show less (factor below 1) or more around a pixel, which stays where it is. */
+  zoomAt([column, row], factor) {
+    const kept = [column, row, column, row];
+    const region = (this.region ?? this.patient()).map((edge, n) => kept[n] + (edge - kept[n]) * factor);
+    if (region[2] - region[0] > LEAST_PIXELS && region[2] - region[0] < 2 * this.columns) this.region = region;
+    this.draw();
+  }
+
+  /** Move the picture by CSS pixels. */
+  pan(dx, dy) {
+    const by = [dx / this.zoom[0], dy / this.zoom[1]];
+    this.region = (this.region ?? this.patient()).map((edge, n) => edge - by[n % 2]);
+    this.draw();
+  }
+
+  resetZoom() {
+    this.region = null;
+    this.draw();
   }
 
   toCanvas([column, row]) {
@@ -136,17 +177,13 @@ export class View {
       const index = isFlipped ? rows - 1 - row : row;
       return similarity[slice * strides[cut] + index * strides[down] + (at % columns) * strides[across]];
     }, columns, rows);
-    const ends = [-0.5, 0.5].map((half) => shift.map((value, axis) =>
-      value + scale[axis] * (half < 0 ? half : shape[axis] - 1 + half)));
-    const corners = ends.map((index) => indexToPixel(this.plane, scan.shape, index));
-    const [top, bottom] = [corners[0][1], corners[1][1]].sort((a, b) => a - b);
     context.save();
     context.globalAlpha = this.settings.opacity;
     const [x, y] = this.toCanvas(this.outline.slice(0, 2));
     context.beginPath();
     context.rect(x, y, this.columns * this.zoom[0], this.rows * this.zoom[1]);
     context.clip();
-    this.put(context, picture, [corners[0][0], top, corners[1][0], bottom], true);
+    this.put(context, picture, this.rectangleOf(scan.map), true);
     context.restore();
   }
 
@@ -205,10 +242,14 @@ export class View {
 
   // Mouse
 
+  pixelAt(event) {
+    return [event.offsetX, event.offsetY].map((value, n) => (value - this.corner[n]) / this.zoom[n] - 0.5);
+  }
+
   /** The place under the mouse as index, null beside the picture. */
   indexAt(event) {
     if (!this.corner) return null;
-    const pixel = [event.offsetX, event.offsetY].map((value, n) => (value - this.corner[n]) / this.zoom[n] - 0.5);
+    const pixel = this.pixelAt(event);
     const isOn = pixel.every((value, n) => value >= -0.5 && value <= [this.columns, this.rows][n] - 0.5);
     return isOn ? pixelToIndex(this.plane, this.panel.scan.shape, this.index, pixel) : null;
   }
@@ -226,13 +267,15 @@ export class View {
     let drag = null;
     canvas.addEventListener("contextmenu", (event) => event.preventDefault());
     canvas.addEventListener("pointerdown", (event) => {
-      drag = event.button === 2 || event.shiftKey ? "window" : "point";
+      drag = event.button === 1 || event.ctrlKey ? "pan" : event.button === 2 || event.shiftKey ? "window" : "point";
+      event.preventDefault(); // the middle button would scroll
       canvas.setPointerCapture(event.pointerId);
       this.point(event, drag, false);
     });
     canvas.addEventListener("pointermove", (event) => {
       this.on.hover(this, this.indexAt(event));
       if (drag === "window") this.on.window(event.movementX, event.movementY);
+      if (drag === "pan") this.pan(event.movementX, event.movementY);
       this.point(event, drag, false);
     });
     canvas.addEventListener("pointerup", (event) => {
@@ -240,13 +283,20 @@ export class View {
       drag = null;
     });
     canvas.addEventListener("pointerleave", () => this.on.hover(this, null));
-    canvas.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      this.turned += Math.abs(event.deltaY) >= STEP || event.deltaMode ? STEP * Math.sign(event.deltaY) : event.deltaY;
-      const slices = Math.trunc(this.turned / STEP);
-      this.turned -= slices * STEP;
-      if (slices) this.step(slices);
-    }, { passive: false });
+    canvas.addEventListener("wheel", (event) => this.turn(event), { passive: false });
+  }
+
+  turn(event) {
+    event.preventDefault();
+    if (event.ctrlKey) {
+      this.zoomAt(this.pixelAt(event), ZOOM ** Math.sign(event.deltaY));
+      return;
+    }
+    const isNotch = event.deltaMode !== 0 || Math.abs(event.deltaY) >= STEP; // of a mouse; trackpads send small parts
+    this.turned += isNotch ? STEP * Math.sign(event.deltaY) : event.deltaY;
+    const slices = Math.trunc(this.turned / STEP);
+    this.turned -= slices * STEP;
+    if (slices) this.step(slices);
   }
 
   point(event, drag, isFinal) {
