@@ -69,8 +69,10 @@ class Browser:
             self.errors.append(f"{parameters['entry']['text']} {parameters['entry'].get('url', '')}")
 
     def open(self, url: str, width: int = 1400, height: int = 900) -> None:
+        """Load a page in a window of CSS pixels."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=url)
+        self.wait_for(f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})")
 
     def evaluate(self, script: str):
         """The value of an expression in the page."""
@@ -85,6 +87,10 @@ class Browser:
             assert time.monotonic() < end, f"never true: {script}; {self.errors}"
             time.sleep(0.1)
         return value
+
+    def next_frame(self) -> None:
+        """Wait until what was asked for before has been drawn."""
+        self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def mouse(self, kind: str, x: float, y: float, **more) -> None:
         """A mouse event: "mousePressed", "mouseReleased", "mouseMoved" or "mouseWheel"."""

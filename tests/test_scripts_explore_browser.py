@@ -1,7 +1,6 @@
 """The explorer's page in a real browser: clicks, wheel, drags and keys, as of a user. Skipped where there is none."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -78,6 +77,7 @@ def test_a_click_is_found_in_the_other_scan(browser):
     browser.click(x, y)
     browser.wait_for("document.querySelectorAll('.badge')[1].textContent === 'trusted'")
     browser.wait_for(IS_IDLE)
+    browser.wait_for("document.querySelectorAll('.hover')[0].textContent.includes(' HU')")
     place, rest = readout(browser, 0)
     np.testing.assert_allclose(place, LIVER[0], atol=5)  # half a voxel, and a pixel
     assert "40 HU" in rest and "liver" in rest
@@ -95,7 +95,7 @@ def test_the_picture_shows_scan_similarity_and_labels(browser, tmp_path):
     def coloured(number: int) -> float:
         """Share of an axial canvas' middle that is not grey."""
         x, y = place_on_page(browser, number, [0, 13, 17])
-        time.sleep(0.3)  # a frame
+        browser.next_frame()
         browser.screenshot(tmp_path / "page.png")
         picture = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"), np.int16)
         part = picture[int(y) - 90 : int(y) + 90, int(x) - 90 : int(x) + 90]
@@ -116,7 +116,7 @@ def test_wheel_window_and_zoom(browser):
     browser.mouse("mouseMoved", x, y)
     before = readout(browser, 1)[0]
     browser.mouse("mouseWheel", x, y, deltaX=0, deltaY=-100)
-    browser.mouse("mouseMoved", x, y)
+    browser.next_frame()
     assert readout(browser, 1)[0][2] == pytest.approx(before[2] + 8, abs=0.1)  # a slice towards the head
     browser.press("4")
     assert text(browser, "#window", 0) == "level 400, width 1800 HU"
@@ -126,7 +126,7 @@ def test_wheel_window_and_zoom(browser):
     assert text(browser, "#window", 0) == "level 380, width 1840 HU"
     middle = readout(browser, 1)[0][0]
     browser.mouse("mouseWheel", x + 20, y + 10, deltaX=0, deltaY=-100, modifiers=2)
-    time.sleep(0.3)  # a frame
+    browser.next_frame()
     browser.mouse("mouseMoved", x + 120, y + 10)
     after = readout(browser, 1)[0][0]
     assert middle - after > 0  # to the patient's left side, where x falls in radiologists' view

@@ -128,12 +128,13 @@ export class Panel {
     this.views.forEach((view) => view.goTo(index[view.plane.cut]));
   }
 
+  /** Say what lies at an index of a view's slice; null = the mouse is not there. */
   hover(view, index) {
-    this.on.enter(view);
     if (!index) {
       this.readout.textContent = "";
       return;
     }
+    this.on.enter(view);
     const { hu, label } = view.valuesAt(index);
     const texts = [`${inMm(toWorld(this.scan, index))} mm`, hu === undefined ? "" : `${hu} HU`];
     this.readout.textContent = [...texts, label ? this.classes[label].name : ""].join("   ");

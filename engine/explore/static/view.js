@@ -22,6 +22,7 @@ export class View {
     this.canvas.className = name;
     this.index = Math.floor(this.size(this.plane.cut) / 2);
     this.turned = 0; // of the wheel, CSS pixels since the last step
+    this.mouse = null; // where it is on this canvas
     this.region = null; // the rectangle of pixels that is shown; null = the patient
     this.listen();
     new ResizeObserver(() => this.draw()).observe(this.canvas);
@@ -70,6 +71,7 @@ export class View {
     }
     if (this.settings.show.crosshair) this.drawMark(context);
     this.drawLetters(context, width, height);
+    this.hover(); // the slice under a resting mouse may be another one now
   }
 
   /** How pixels of the picture lie on the canvas: in true proportions, the region as large as fits, in the middle. */
@@ -273,7 +275,7 @@ export class View {
       this.point(event, drag, false);
     });
     canvas.addEventListener("pointermove", (event) => {
-      this.on.hover(this, this.indexAt(event));
+      this.hover(event);
       if (drag === "window") this.on.window(event.movementX, event.movementY);
       if (drag === "pan") this.pan(event.movementX, event.movementY);
       this.point(event, drag, false);
@@ -282,8 +284,15 @@ export class View {
       this.point(event, drag, true);
       drag = null;
     });
-    canvas.addEventListener("pointerleave", () => this.on.hover(this, null));
+    canvas.addEventListener("pointerleave", () => this.hover(null));
     canvas.addEventListener("wheel", (event) => this.turn(event), { passive: false });
+  }
+
+  /** Tell what lies under the mouse; null = it has left. */
+  hover(event = this.mouse) {
+    const isNews = event || this.mouse;
+    this.mouse = event && { offsetX: event.offsetX, offsetY: event.offsetY };
+    if (isNews) this.on.hover(this, event && this.indexAt(event));
   }
 
   turn(event) {
