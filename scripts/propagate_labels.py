@@ -31,11 +31,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonargparse
-<<<<<<< HEAD
 import nibabel as nib
 import numpy as np
-=======
->>>>>>> 1aee77f (Explore: CT side by side on a local page, a place clicked in one found in the others (work so far))
 import torch
 from tqdm import tqdm
 
@@ -55,11 +52,7 @@ from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import Reference, carry_labels
-<<<<<<< HEAD
 from sam_embed.matching.dense import dense_map
-from sam_embed.matching.kept import SHIPPED_REFERENCES, load_references
-=======
->>>>>>> 1aee77f (Explore: CT side by side on a local page, a place clicked in one found in the others (work so far))
 
 DECIDING = ("checkpoint_file", "reference", "labels")  # flags that labels in one folder must share
 RUN_FILE = "run.json"
@@ -219,18 +212,9 @@ class Propagator:
         self.memory_mb = flags.memory_mb
         if references is None:
             references = [self._reference(*paths) for paths in zip(flags.reference, flags.labels)]
-<<<<<<< HEAD
-        elif (theirs := references[0].embedding.fingerprint) != self.info.fingerprint:
-            raise ValueError(
-                f"{flags.checkpoint_file} is SAM {self.info.fingerprint}, and the phantoms were embedded with SAM "
-                f"{theirs}; leave --checkpoint_file away with --reference {PHANTOMS}"
-            )
-        self.references, self.files = references, flags.reference
-=======
         else:
             check_embedded_by(references, self.info, flags.checkpoint_file, "--reference")
-        self.references = references
->>>>>>> 1aee77f (Explore: CT side by side on a local page, a place clicked in one found in the others (work so far))
+        self.references, self.files = references, flags.reference
 
     def _reference(self, image: str, label: str) -> Reference:
         volume = read_ct(image)

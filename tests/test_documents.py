@@ -12,7 +12,7 @@ READMES = ("README.md", "configs/README.md", "scripts/README.md")
 DOCUMENTS = (*READMES, "benchmarks/RESULTS.md", "benchmarks/LOG.md")
 MOST_LINES = {"README.md": 250, "benchmarks/RESULTS.md": 250}
 LAUNCHERS = {"scripts/slurm_pretrain.sh": "main_ddp"}  # scripts that hand their arguments on
-# of torchrun, sbatch, docker and nnU-Net
+# of torchrun, sbatch, docker, nnU-Net and Chromium
 FOREIGN_FLAGS = {
     "nproc_per_node",
     "nnodes",
@@ -22,6 +22,10 @@ FOREIGN_FLAGS = {
     "nodes",
     "shm-size",
     "no_pp",
+    "headless",
+    "screenshot",
+    "window-size",
+    "virtual-time-budget",
 }
 
 

@@ -6,7 +6,16 @@ import pytest
 from datasets.ct.geometry import index_to_world
 from datasets.lists.points import NamedPoints
 from datasets.samples.correspondences import ANY_MM
-from sam_embed.matching.follow import DOUBTFUL, OUTSIDE, TRUSTED, FollowOptions, check_inside, follow_points
+from sam_embed.matching import follow
+from sam_embed.matching.follow import (
+    DOUBTFUL,
+    OUTSIDE,
+    TRUSTED,
+    Follower,
+    FollowOptions,
+    check_inside,
+    follow_points,
+)
 from tests.sam_fakes import AFFINE, ATLAS_LANDMARKS_MM, SHAPE, lower_part, patient_embedding, patient_landmarks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +53,16 @@ def test_what_the_key_does_not_show_is_outside():
     assert (above_mm > 24).any() and (above_mm < -16).any()
     assert set(found.verdict[above_mm > 24]) == {OUTSIDE} and np.isnan(found.points_mm[above_mm > 24]).all()
     assert set(found.verdict[above_mm < -16]) == {TRUSTED}
+
+
+def test_a_follower_maps_the_key_once_and_only_for_points_that_are_not_trusted(monkeypatch):
+    num_maps = []
+    map_nodes = follow.map_nodes
+    monkeypatch.setattr(follow, "map_nodes", lambda *nodes: num_maps.append(1) or map_nodes(*nodes))
+    follower = Follower(patient_embedding(1), lower_part(2, SHAPE[0] // 2))
+    lowest, highest = landmarks(1)[np.argsort(landmarks(1)[:, 2])[[0, -1]], None]
+    assert follower.follow(lowest).verdict == [TRUSTED] and not num_maps
+    assert [follower.follow(highest).verdict for _ in range(2)] == [[OUTSIDE]] * 2 and len(num_maps) == 1
 
 
 def test_points_beside_the_patient_are_named():
