@@ -31,6 +31,7 @@ PAGES = {
     "explore.js": "text/javascript",
     "panel.js": "text/javascript",
     "view.js": "text/javascript",
+    "mouse.js": "text/javascript",
     "paint.js": "text/javascript",
     "geometry.js": "text/javascript",
     "client.js": "text/javascript",

@@ -146,7 +146,8 @@ Object.values(WINDOWS).forEach(({ level, width }, number) => (KEYS[number + 1] =
 
 function readKey(event) {
   const action = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (!action || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, button")) return;
+  const isTheirs = event.target.matches("input, button") && /^( |Arrow.*|Page.*)$/.test(event.key);
+  if (!action || isTheirs || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
   action();
 }

@@ -1,10 +1,9 @@
-/** One plane of one scan on a canvas: image, similarity, labels, the marked place; and what the mouse does there. */
+/** One plane of one scan on a canvas: image, similarity, labels and the marked place. */
 
 import { clamp, edgeLetters, indexToPixel, pixelToIndex, placement, spacingOf, toIndex } from "./geometry.js";
+import { Mouse } from "./mouse.js";
 import { paintHu, paintLabels, paintSimilarity } from "./paint.js";
 
-const STEP = 50; // of the wheel, CSS pixels a slice
-const ZOOM = 1.15; // of one turn of the wheel
 const LEAST_PIXELS = 8; // of the image, across a view
 const NEAR = 0.75; // slices: so near to the marked place its ring is drawn full
 
@@ -13,7 +12,7 @@ export class View {
    * @param panel of the scan: `scan`, `hu`, `labels` (Planes or null), `similarity` (Uint8Array or null), `mark`
    * @param name of the plane
    * @param settings shared by all views: `window`, `opacity`, `show`
-   * @param on handlers: `point(view, index, isFinal)`, `window(dx, dy)`, `hover(view, index or null)`, `failure(error)`
+   * @param on handlers: as of `Mouse`, and `failure(error)`
    */
   constructor(panel, name, settings, axcodes, planes, on) {
     Object.assign(this, { panel, name, settings, on, plane: planes[name] });
@@ -21,10 +20,8 @@ export class View {
     this.canvas = document.createElement("canvas");
     this.canvas.className = name;
     this.index = Math.floor(this.size(this.plane.cut) / 2);
-    this.turned = 0; // of the wheel, CSS pixels since the last step
-    this.mouse = null; // where it is on this canvas
     this.region = null; // the rectangle of pixels that is shown; null = the patient
-    this.listen();
+    this.mouse = new Mouse(this, on);
     new ResizeObserver(() => this.draw()).observe(this.canvas);
   }
 
@@ -71,7 +68,7 @@ export class View {
     }
     if (this.settings.show.crosshair) this.drawMark(context);
     this.drawLetters(context, width, height);
-    this.hover(); // the slice under a resting mouse may be another one now
+    this.mouse.rest(); // under it may be another slice now
   }
 
   /** How pixels of the picture lie on the canvas: in true proportions, the region as large as fits, in the middle. */
@@ -242,16 +239,17 @@ export class View {
     write(`${this.name} ${this.index + 1}/${this.size(this.plane.cut)}`, 6, 11, "left");
   }
 
-  // Mouse
+  // Reading
 
-  pixelAt(event) {
-    return [event.offsetX, event.offsetY].map((value, n) => (value - this.corner[n]) / this.zoom[n] - 0.5);
+  /** The pixel at CSS pixels of the canvas. */
+  pixelAt([x, y]) {
+    return [x, y].map((value, n) => (value - this.corner[n]) / this.zoom[n] - 0.5);
   }
 
-  /** The place under the mouse as index, null beside the picture. */
-  indexAt(event) {
+  /** The index at CSS pixels of the canvas; null beside the picture. */
+  indexAt(place) {
     if (!this.corner) return null;
-    const pixel = this.pixelAt(event);
+    const pixel = this.pixelAt(place);
     const isOn = pixel.every((value, n) => value >= -0.5 && value <= [this.columns, this.rows][n] - 0.5);
     return isOn ? pixelToIndex(this.plane, this.panel.scan.shape, this.index, pixel) : null;
   }
@@ -262,54 +260,5 @@ export class View {
     const at = clamp(row, 0, this.rows - 1) * this.columns + clamp(column, 0, this.columns - 1);
     const read = (planes) => planes?.peek(this.name, this.index)?.[at];
     return { hu: read(this.panel.hu), label: read(this.panel.labels) };
-  }
-
-  listen() {
-    const { canvas } = this;
-    let drag = null;
-    canvas.addEventListener("contextmenu", (event) => event.preventDefault());
-    canvas.addEventListener("pointerdown", (event) => {
-      drag = event.button === 1 || event.ctrlKey ? "pan" : event.button === 2 || event.shiftKey ? "window" : "point";
-      event.preventDefault(); // the middle button would scroll
-      canvas.setPointerCapture(event.pointerId);
-      this.point(event, drag, false);
-    });
-    canvas.addEventListener("pointermove", (event) => {
-      this.hover(event);
-      if (drag === "window") this.on.window(event.movementX, event.movementY);
-      if (drag === "pan") this.pan(event.movementX, event.movementY);
-      this.point(event, drag, false);
-    });
-    canvas.addEventListener("pointerup", (event) => {
-      this.point(event, drag, true);
-      drag = null;
-    });
-    canvas.addEventListener("pointerleave", () => this.hover(null));
-    canvas.addEventListener("wheel", (event) => this.turn(event), { passive: false });
-  }
-
-  /** Tell what lies under the mouse; null = it has left. */
-  hover(event = this.mouse) {
-    const isNews = event || this.mouse;
-    this.mouse = event && { offsetX: event.offsetX, offsetY: event.offsetY };
-    if (isNews) this.on.hover(this, event && this.indexAt(event));
-  }
-
-  turn(event) {
-    event.preventDefault();
-    if (event.ctrlKey) {
-      this.zoomAt(this.pixelAt(event), ZOOM ** Math.sign(event.deltaY));
-      return;
-    }
-    const isNotch = event.deltaMode !== 0 || Math.abs(event.deltaY) >= STEP; // of a mouse; trackpads send small parts
-    this.turned += isNotch ? STEP * Math.sign(event.deltaY) : event.deltaY;
-    const slices = Math.trunc(this.turned / STEP);
-    this.turned -= slices * STEP;
-    if (slices) this.step(slices);
-  }
-
-  point(event, drag, isFinal) {
-    const index = drag === "point" && this.indexAt(event);
-    if (index) this.on.point(this, index, isFinal);
   }
 }
