@@ -73,7 +73,7 @@ def test_a_taken_port_is_named_before_anything_is_read(corpus, monkeypatch):
 
 
 def test_it_serves_its_scans_and_ends_quietly(corpus):
-    """As a user starts it; Ctrl-C comes while labels are being carried."""
+    """As a user starts it; Ctrl-C comes while scans are being embedded, or after."""
     words = [sys.executable, "scripts/explore.py", *command(corpus, labels=["label"])]
     process = subprocess.Popen(
         words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
