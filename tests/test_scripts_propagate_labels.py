@@ -11,6 +11,7 @@ from PIL import Image
 
 from datasets.ct.nifti import write_nifti
 from datasets.lists.data_list import load_data_list
+from engine import references
 from engine.distributed import World
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.network import AnatomicalEmbedder
@@ -135,7 +136,7 @@ def phantoms(corpus, tmp_path, monkeypatch):
     words = ["--checkpoint_file", str(corpus / "sam.pth"), "--data_dir", str(corpus), "--num_cases", "2"]
     words += ["--json_list", str(corpus / "list.json"), "--output", str(output)]
     pack_references.main([*words, "--organs", "right kidney"])
-    monkeypatch.setattr(propagate_labels, "SHIPPED_REFERENCES", output)
+    monkeypatch.setattr(references, "SHIPPED_REFERENCES", output)
     return words
 
 
