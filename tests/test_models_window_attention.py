@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from monai.networks.nets.swin_unetr import WindowAttention, compute_mask
+from monai.networks.nets.swin_unetr import BasicLayer, PatchMerging, WindowAttention, compute_mask
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.layers import window_attention
-from models.layers.window_attention import FastWindowAttention, use_fast_window_attention
+from models.layers import constants, window_attention
+from models.layers.window_attention import FastBasicLayer, FastWindowAttention, use_fast_window_attention
 
+CPU = torch.device("cpu")
 WINDOW = (4, 3, 3)
 
 
@@ -58,9 +60,9 @@ def test_fused_attention_asks_for_four_axes_and_one_type(monkeypatch) -> None:
     """What the fused kernels of GPUs require: otherwise torch stores every window's matrix, or refuses."""
     asked, plain = [], torch.nn.functional.scaled_dot_product_attention
 
-    def watched(q, k, v, attn_mask):
+    def watched(q, k, v, attn_mask, scale):
         asked.append((q, k, v, attn_mask))
-        return plain(q, k, v, attn_mask=attn_mask)
+        return plain(q, k, v, attn_mask=attn_mask, scale=scale)
 
     monkeypatch.setattr(window_attention.F, "scaled_dot_product_attention", watched)
     fast = make_pair("fused")[1]
@@ -71,6 +73,68 @@ def test_fused_attention_asks_for_four_axes_and_one_type(monkeypatch) -> None:
     assert {x.dtype for call in asked for x in call} == {torch.bfloat16}
     assert [tuple(call[3].shape) for call in asked] == [(1, 12 * 3, 36, 36), (1, 3, 36, 36)]
     assert all(call[3].requires_grad for call in asked)
+    assert {x.shape[-1] for call in asked for x in call[:3]} == {8}, "16 bytes: heads of 4 channels are filled up"
+
+
+def test_heads_that_are_filled_up_change_nothing() -> None:
+    """Heads of 2 channels, 8 bytes: outputs and gradients as before."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(6, 3, 36, 2, requires_grad=True) for _ in range(3)] + [torch.randn(3, 36, 36)]
+    found = [window_attention.attend(*inputs, None, way) for way in ("fused", "chunked")]
+    torch.testing.assert_close(*found)
+    gradients = [torch.autograd.grad(one.square().sum(), inputs[:3]) for one in found]
+    torch.testing.assert_close(*gradients)
+
+
+# The mask of shifted windows
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    monkeypatch.setattr(constants, "KEPT", {})
+
+
+def make_layers(size: tuple[int, ...]) -> tuple[BasicLayer, BasicLayer]:
+    """MONAI's stage with merging, and ours with the same weights."""
+    torch.manual_seed(0)
+    window = (4,) * len(size)
+    reference = BasicLayer(12, 2, 3, window, [0.0, 0.0], downsample=PatchMerging)
+    fast = copy.deepcopy(reference)
+    use_fast_window_attention(fast)
+    assert type(fast) is FastBasicLayer and list(fast.state_dict()) == list(reference.state_dict())
+    return reference, fast
+
+
+@pytest.mark.parametrize("size", [(6, 8, 10), (2, 10, 6), (6, 10)])
+def test_a_stage_equals_monais_and_makes_its_mask_once(size: tuple[int, ...], nothing_kept, monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(window_attention, "compute_mask", lambda *sizes: made.append(sizes) or compute_mask(*sizes))
+    reference, fast = make_layers(size)
+    for batch in (1, 2):
+        x = torch.randn(batch, 12, *size)
+        torch.testing.assert_close(fast(x), reference(x), rtol=1e-4, atol=1e-5)
+    assert len(made) == 1
+
+
+def test_a_mask_that_a_prediction_made_serves_a_training(nothing_kept) -> None:
+    _, fast = make_layers((6, 8, 10))
+    x = torch.randn(1, 12, 6, 8, 10)
+    with torch.inference_mode():
+        fast(x)
+    fast(x).sum().backward()
+
+
+def test_a_mask_without_values_is_not_kept(nothing_kept) -> None:
+    with FakeTensorMode():
+        assert constants.constant(window_attention.shift_mask, CPU, (4, 4), (2, 2), (1, 1)).shape == (4, 4, 4)
+    kept = constants.constant(window_attention.shift_mask, CPU, (4, 4), (2, 2), (1, 1))
+    assert kept.any() and kept is constants.constant(window_attention.shift_mask, CPU, (4, 4), (2, 2), (1, 1))
+
+
+def test_constants_of_many_sizes_do_not_pile_up(nothing_kept) -> None:
+    for size in range(2 * constants.MOST_KEPT):
+        constants.constant(torch.zeros, CPU, size)
+    assert len(constants.KEPT) == constants.MOST_KEPT and (torch.zeros, CPU, (size,)) in constants.KEPT
 
 
 def test_unknown_ways_are_refused() -> None:

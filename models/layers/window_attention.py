@@ -11,22 +11,26 @@ therefore taken ten times here, which makes those weights exactly zero.
 
 Measured, CPU seconds for 90 windows of 3 heads and 16 channels each (MONAI -> here): 0.70 -> 0.51 forward and backward,
 1.30 -> 0.47 with the shift's mask; 0.34 -> 0.13 and 0.67 -> 0.14 without gradients. What the fused path brings on a GPU
-is measured by `python -m benchmarks.pretrain_step`.
+is measured by `python -m benchmarks.pretrain_step`. MONAI makes the mask anew in every stage of every forward pass;
+here it is made once.
 
 Letters: W windows of the whole batch, w windows of one sample, h heads, n tokens of a window, d channels of a head.
 """
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.swin_unetr import WindowAttention
+from monai.networks.nets.swin_unetr import BasicLayer, WindowAttention, compute_mask, get_window_size
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.layers.constants import constant
 
 CHUNK_ELEMENTS = 2**20  # of scores at a time: 4 MB in float32, which stays in the cache
 MASK_FACTOR = 10.0
 # The bias trains, so its gradient is wanted: flash attention takes no bias, cuDNN's gives it no gradient.
 FUSED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+HEAD_BYTES = 16  # fused kernels read the channels of a head in whole steps of so many bytes
 WAYS = ("auto", "chunked", "fused", "monai")
 
 
@@ -83,7 +87,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor 
     """softmax(q k^T / sqrt(d) + bias + mask) v through torch's fused attention.
 
     Fused kernels want four axes. With a mask the windows of a sample therefore stand beside each other as heads, and
-    bias and mask are joined once, not once a sample.
+    bias and mask are joined once, not once a sample. They also want heads of whole 16 bytes (8 channels in half
+    precision): narrower ones, as those of --feature_size 12, are filled with zeros.
 
     Args:
         q, k, v: [W, h, n, d], not scaled; of one type, which the added term is brought to.
@@ -99,9 +104,13 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor 
     else:
         added = (bias[None] + mask[:, None]).flatten(0, 1)[None]  # [1, w*h, n, n]
         q, k, v = (x.reshape(-1, added.shape[1], *shape[2:]) for x in (q, k, v))  # [B, w*h, n, d]
+    width = shape[-1]
+    missing = -width % (HEAD_BYTES // q.element_size())
+    if missing:
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     with sdpa_kernel(FUSED_KERNELS):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added.to(q.dtype))
-    return out.reshape(shape)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added.to(q.dtype), scale=width**-0.5)
+    return out[..., :width].reshape(shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, way: str = "auto") -> Tensor:
@@ -131,6 +140,26 @@ class FastWindowAttention(WindowAttention):
         return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(windows, tokens, channels)))
 
 
+def shift_mask(size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]) -> Tensor:
+    """MONAI's mask of shifted windows of a padded map: [w, n, n], 0 or -100."""
+    return compute_mask(size, window, shift, "cpu")
+
+
+class FastBasicLayer(BasicLayer):
+    """MONAI's stage of window blocks, whose mask is made once for each size; adds no weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, (d,) h, w] -> the same, or merged: twice the channels and half the sides."""
+        size = tuple(x.shape[2:])
+        window, shift = get_window_size(size, self.window_size, self.shift_size)
+        padded = tuple(-(-side // edge) * edge for side, edge in zip(size, window))
+        mask = constant(shift_mask, x.device, padded, window, shift)
+        x = x.movedim(1, -1)
+        for block in self.blocks:
+            x = block(x, mask)
+        return (x if self.downsample is None else self.downsample(x)).movedim(-1, 1)
+
+
 def use_fast_window_attention(network: nn.Module, way: str = "auto") -> None:
     """Let every window attention of `network` go one of `WAYS`; its state dict does not change."""
     if way not in WAYS:
@@ -139,3 +168,5 @@ def use_fast_window_attention(network: nn.Module, way: str = "auto") -> None:
         if type(part) in (WindowAttention, FastWindowAttention):
             part.__class__ = FastWindowAttention
             part.way = way
+        elif type(part) is BasicLayer:
+            part.__class__ = FastBasicLayer

@@ -20,6 +20,7 @@ from monai.networks.nets.swin_unetr import window_partition, window_reverse
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from models.layers.constants import constant
 from models.layers.window_attention import attend
 
 Size3 = tuple[int, int, int]
@@ -97,7 +98,7 @@ class WindowAttention(nn.Module):
         """
         q = self.query(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [W, h, n, d]
         k, v = self.key_value(source).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        index = relative_position_index(window, self.window).to(tokens.device)
+        index = constant(relative_position_index, tokens.device, window, self.window)
         bias = self.relative_position_bias_table[index].permute(2, 0, 1).contiguous()  # [h, n, n]
         return self.proj(attend(q, k, v, bias, mask).transpose(1, 2).flatten(2))
 
@@ -119,10 +120,10 @@ class SwinBlock(nn.Module):
         """[B, D, H, W, C] (and a source of the same shape) -> [B, D, H, W, C]."""
         size = tuple(x.shape[1:4])
         window, shift = fit_window(size, self.window, self.is_shifted)
-        mask = attention_mask(size, window, shift)
+        mask = constant(attention_mask, x.device, size, window, shift)
         tokens = cut_windows(self.norm1(x), window, shift)  # [W, n, C]
         keys = tokens if self.norm_source is None else cut_windows(self.norm_source(source), window, shift)
-        attended = self.attn(tokens, keys, window, None if mask is None else mask.to(x.device))
+        attended = self.attn(tokens, keys, window, mask)
         x = x + join_windows(attended, size, window, shift)
         return x + self.mlp(self.norm2(x))
 
