@@ -331,7 +331,7 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
     if flags.profile_steps and world.is_main:
         trace = output_dir / "trace.json.gz"
         batches = profiled(batches, flags.profile_steps, flags.accumulate_steps, trace, log.say)
-    wrapped = distributed.wrap(method, world)
+    wrapped = distributed.wrap(method, world, flags.allreduce_bf16)
     return pretrain(run, wrapped, data.training, batches, schedules, options, hooks, world, log)
 
 

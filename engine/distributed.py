@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -128,10 +129,13 @@ def has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def wrap(module: nn.Module, world: World) -> nn.Module:
+def wrap(module: nn.Module, world: World, reduce_in_bf16: bool = False) -> nn.Module:
     """DDP around a module where there is a process group, else the module itself.
 
     DDP reads `requires_grad` once: wrap again after freezing or unfreezing parameters. Buffers are not synchronised.
+
+    Args:
+        reduce_in_bf16: ranks send their gradients rounded to bfloat16, half of the bytes.
     """
     if not has_group():
         return module
@@ -139,15 +143,25 @@ def wrap(module: nn.Module, world: World) -> nn.Module:
     names = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **{switch: False})
+    wrapped = DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **{switch: False})
+    if reduce_in_bf16:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
 def wait_for_all(world: World) -> None:
-    """Ranks wait here for the last one, however long its work takes (the usual timeout does not apply)."""
-    if has_group() and world.size > 1:
-        group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
-        dist.barrier(group=group)
-        dist.destroy_process_group(group)
+    """Ranks wait here for the last one, however long its work takes (the usual timeout does not apply).
+
+    They meet in the store through which they found each other: no backend has to work but the run's own.
+    """
+    if not has_group() or world.size == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    num_arrived = store.add("waits/arrived", 1)  # of all waits so far; nobody begins the next before the last one came
+    door = f"waits/{(num_arrived - 1) // world.size}"
+    if num_arrived % world.size == 0:
+        store.set(door, "open")
+    store.wait([door], LONG_WAIT)
 
 
 def leave_together(world: World) -> None:

@@ -153,6 +153,7 @@ class RunningOptions(DeviceOptions):
         channels_last: 3-D convolutions in channels-last layout: same numbers, other speed
         cudnn_benchmark: cuDNN tries its algorithms at the first step, and keeps the fastest
         sync_batchnorm: batch norms see the samples of all ranks
+        allreduce_bf16: ranks exchange gradients in bf16: half the traffic, rounded; for slow networks between nodes
         compile: torch.compile: a slow first step, then faster ones; needs a C++ compiler (on a CPU, torch 2.6 aborts in
             the backward pass; newer ones do not)
         nan_policy: on a non-finite loss: stop all ranks, or skip the step
@@ -165,6 +166,7 @@ class RunningOptions(DeviceOptions):
     channels_last: bool = False
     cudnn_benchmark: bool = False
     sync_batchnorm: bool = True
+    allreduce_bf16: bool = False
     compile: bool = False
     nan_policy: Literal["stop", "skip"] = "stop"
     profile_steps: int = 0

@@ -1,14 +1,19 @@
 """Process groups and what they set up: a CPU run repeats itself."""
 
 import itertools
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from engine import distributed
+from tests.launched import free_port, run_ranks
 
 
 def gradient_of_gathering() -> torch.Tensor:
@@ -73,6 +78,48 @@ def test_a_restarted_rank_never_meets_what_the_start_before_left_behind(agent_st
 def test_a_rank_that_never_starts_is_named(agent_store):
     with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not start within .*--dist_timeout_min"):
         distributed.store_of_this_start(0, 3, timedelta(seconds=0.1))
+
+
+def in_a_group(rank: int, port: int, act, *arguments) -> None:
+    """`act(world, *arguments)` as one of two ranks."""
+    described = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= described | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = distributed.start("cpu")
+    act(world, *arguments)
+    distributed.leave_together(world)
+    distributed.stop()
+
+
+def wait_three_times(world: distributed.World, folder: Path) -> None:
+    dist.new_group = dist.barrier = None  # no other backend is asked for
+    for number in range(3):
+        time.sleep(0.3 * (number % 2 == world.rank))
+        (folder / f"{number}_{world.rank}").touch()
+        distributed.wait_for_all(world)
+        assert (folder / f"{number}_{1 - world.rank}").exists()
+
+
+def test_ranks_wait_for_the_last_one_again_and_again(tmp_path):
+    run_ranks(in_a_group, (free_port(), wait_three_times, tmp_path))
+
+
+def reduce_gradients(world: distributed.World) -> None:
+    found = []
+    for in_bf16 in (False, True):
+        torch.manual_seed(0)
+        module = distributed.wrap(nn.Linear(5, 3), world, in_bf16)
+        module(torch.randn(4, 5, generator=torch.Generator().manual_seed(world.rank))).square().sum().backward()
+        found.append(module.module.weight.grad.clone())
+        both = [torch.empty_like(found[-1]) for _ in range(2)]
+        dist.all_gather(both, found[-1])
+        assert torch.equal(*both)
+    exact, rounded = found
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+    assert torch.equal(rounded, rounded.bfloat16().float()) and not torch.equal(exact, exact.bfloat16().float())
+
+
+def test_gradients_are_exchanged_in_bf16_where_asked_for():
+    run_ranks(in_a_group, (free_port(), reduce_gradients))
 
 
 @pytest.mark.parametrize(

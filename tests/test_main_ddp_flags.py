@@ -25,7 +25,7 @@ cls_features recon_on student_temp teacher_temp warmup_teacher_temp warmup_teach
 centring centre_momentum optimizer sgd_momentum clip_each steps_per_epoch accumulate_steps lr_reference_batch
 min_lr warmup_epochs weight_decay weight_decay_end clip_grad freeze_last_layer device precision use_checkpoint compile
 channels_last cudnn_benchmark profile_steps
-nan_policy sync_batchnorm dist_timeout_min resume keep_freq log_freq picture_freq val_freq num_val_pairs
+nan_policy sync_batchnorm allreduce_bf16 dist_timeout_min resume keep_freq log_freq picture_freq val_freq num_val_pairs
 probe_freq probe_json_list probe_voxels probe_cases config print_config grid_bases grid_crops
 lambda4 dense_variant dense_points dense_maps dense_hidden_dim dense_temp dense_near_mm dense_warmup_epochs
 help
