@@ -180,7 +180,7 @@ def fill_queue(method: CAiD) -> None:
 def loss_of(method: Method, batch: dict[str, Tensor]) -> float:
     """The loss of a batch; the method forgets that it saw it."""
     total, _ = method(batch, NOW)
-    method.after_step(NOW, was_skipped=True)
+    method.after_step(NOW, was_skipped=torch.tensor(True, device=total.device))
     return total.item()
 
 

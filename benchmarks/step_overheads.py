@@ -97,6 +97,7 @@ def make_parts(bench: Bench, setting: Setting, precision: str) -> dict[str, Call
     rng, grid = np.random.default_rng(0), mask_grid(roi, MASK_BLOCK)
     num_masked = num_masked_blocks(grid, MASKED_SHARE)
     backbone = student.backbone
+    was_skipped = torch.tensor(False, device=device)
     tokens = torch.rand(2 * num_pairs, backbone.channels[2], *(side // 2 for side in roi), device=device)
 
     def hide() -> tuple[Tensor, Tensor]:
@@ -104,7 +105,7 @@ def make_parts(bench: Bench, setting: Setting, precision: str) -> dict[str, Call
         return patches, torch.where(upsample_mask(masked, roi), backbone.mask_voxel, volumes)
 
     return {
-        "moving average": lambda: average_towards(teacher, student, NOW["momentum_teacher"]),
+        "moving average": lambda: average_towards(teacher, student, NOW["momentum_teacher"], was_skipped),
         "drawing masks": lambda: [draw_mask(rng, grid, num_masked) for _ in range(2 * num_pairs)],
         "hiding what is masked": hide,
         "losses": lambda: method(batch, NOW)[0].backward(),

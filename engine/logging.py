@@ -26,25 +26,32 @@ class Meters:
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.num_added = 0
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None  # of each name in turn, and last how many were added
 
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Add one step's values (scalar tensors, or arrays whose mean counts)."""
-        self.num_added += 1
-        for name, value in values.items():
-            value = value.detach().float().mean()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+    def add(self, values: dict[str, torch.Tensor], is_counted: torch.Tensor | None = None) -> None:
+        """Add one step's values, all on one device: scalar tensors, or arrays whose mean counts.
 
-    def read(self, device: torch.device) -> dict[str, float]:
-        """Means over the steps added and over all ranks; resets them."""
-        if not self.sums:
+        Args:
+            is_counted: bool scalar on that device, false = leave these values out; None counts them.
+        """
+        if self.sums is not None and sorted(values) != self.names:
+            raise ValueError(f"means over {', '.join(sorted(values))} after means over {', '.join(self.names)}")
+        self.names = sorted(values)
+        row = [values[name].detach().float() for name in self.names]
+        row = [value if value.ndim == 0 else value.mean() for value in row]
+        row = torch.stack([*row, torch.ones_like(row[0])])
+        if is_counted is not None:
+            row = row.masked_fill(~is_counted, 0.0)
+        self.sums = row if self.sums is None else self.sums + row
+
+    def read(self) -> dict[str, float]:
+        """Means over what was counted and over all ranks; resets them. Nothing where nothing was counted."""
+        if self.sums is None:
             return {}
-        names = sorted(self.sums)
-        joined = torch.stack([self.sums[name].to(device) for name in names]) / self.num_added
-        means = all_mean(joined).tolist()
-        self.sums, self.num_added = {}, 0
-        return dict(zip(names, means))
+        *sums, num_counted = all_mean(self.sums).tolist()
+        self.sums = None
+        return {name: total / num_counted for name, total in zip(self.names, sums)} if num_counted else {}
 
 
 class Clock:

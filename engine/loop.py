@@ -7,6 +7,9 @@ next one begins with the validation and the probe that its log lacks.
 
 The loop knows no method: it calls one (`models.methods.method.Method`), and the method's networks hide behind it. One
 step is one optimiser step over `num_parts` batches per rank.
+
+A step that is not finite changes nothing. The device sees to that; the host hears of it later (`engine.checks`), and
+never waits for the device between two steps that are logged.
 """
 
 import contextlib
@@ -19,19 +22,15 @@ from torch import nn
 
 from datasets.samples.dataset import CropDataset, describe_batch
 from engine.checkpoint import CheckpointError
+from engine.checks import MAX_SKIPPED_IN_A_ROW, CheckedStep, NonFiniteLossError, StepChecks
 from engine.device import autocast
 from engine.distributed import World, all_max, gather_objects, leave_together, main_decides, seed_step
 from engine.logging import Clock, Meters, RunLog, SilentLog
-from engine.optim import clip_gradients, set_schedule
+from engine.optim import clip_gradients, set_schedule, step_unless
 from engine.run import RunState
 from engine.signals import StopRequest
 
 Schedules = dict[str, Callable[[int], float]]  # "lr", "weight_decay", and the method's own
-MAX_SKIPPED_IN_A_ROW = 20
-
-
-class NonFiniteLossError(ValueError):
-    """The loss or a gradient became infinite or NaN; the message names the cases of the ranks where it did."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,8 @@ def pretrain(
     """
     method, parameters = run.method, [p for p in run.method.parameters() if p.requires_grad]
     norms = norm_buffers(method)
-    meters, epoch_meters, clock, num_skipped = Meters(), Meters(), Clock(), 0
+    meters, epoch_meters, clock = Meters(), Meters(), Clock()
+    checks = StepChecks(world.device, run.scaler.is_enabled())
     with StopRequest() as stop:
         look_again(run.step, options, hooks, stop, world, log)
         while run.step < options.num_steps:
@@ -111,44 +111,39 @@ def pretrain(
             seed_step(options.seed, run.step, world.rank)
 
             # Forward and backward; ranks exchange gradients with the last part only
-            norms_before, parts, losses, values_of_parts = [buffer.clone() for buffer in norms], [], [], []
+            norms_before, cases, losses, values_of_parts = [buffer.clone() for buffer in norms], [], [], []
             for part in range(options.num_parts):
                 clock.wait()
                 batch = next(batches)
-                parts.append(batch)
                 clock.data_arrived(len(batch["score"]) * world.size)
+                cases += dataset.case_names(batch)
+                moved = on_device(batch, world.device)
                 with delayed_sync(wrapped, part + 1 < options.num_parts):
                     with autocast(options.precision, world.device):
-                        total, terms = wrapped(on_device(batch, world.device), now)
+                        total, terms = wrapped(moved, now)
                     run.scaler.scale(total / options.num_parts).backward()
                 losses.append(total.detach())
-                values_of_parts.append({"loss": total.detach(), **terms, **describe_batch(batch)})
+                values_of_parts.append({"loss": total.detach(), **terms, **describe_batch(moved)})
 
             # Clip over all trained modules
             run.scaler.unscale_(run.optimizer)
             method.before_step(now)
             grad_norm = clip_gradients(parameters, options.clip_grad, options.clip_each)
 
-            # Finite check over ranks; the one value read from the device in every step
-            loss_is_broken, gradient_is_broken, is_asked_to_stop = agreed_checks(losses, grad_norm, stop)
-            is_skipped = loss_is_broken or gradient_is_broken
-            is_overflow = run.scaler.is_enabled() and is_skipped and not loss_is_broken
+            # Finite check over ranks
+            checked = checks.check(run.step, losses, grad_norm, cases, stop.requested)
+            for broken in checks.read(must_know=is_reported(run.step + 1, options)):
+                report_broken(*broken, options.nan_policy, log)
 
             # Step, averages
-            if is_skipped:
-                num_skipped += 1
-                report_broken(losses, grad_norm, parts, dataset, options, num_skipped, is_overflow, run.step, log)
-                for buffer, value in zip(norms, norms_before):
-                    buffer.copy_(value)
-            else:
-                num_skipped = 0
-                run.scaler.step(run.optimizer)
-            if is_overflow or not is_skipped:  # losses of an overflow are right, its gradients were scaled too far
-                for values in values_of_parts:
-                    meters.add(values)
-                    epoch_meters.add(values)
+            for buffer, value in zip(norms, norms_before):
+                buffer.copy_(torch.where(checked.was_skipped, value, buffer))
+            step_unless(checked.was_skipped, run.optimizer)
+            for values in values_of_parts:
+                meters.add(values, checked.is_counted)
+                epoch_meters.add(values, checked.is_counted)
             run.scaler.update()  # scales less after an overflow
-            method.after_step(now, is_skipped)
+            method.after_step(now, checked.was_skipped)
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
             epoch, num_into_epoch = divmod(run.step, options.steps_per_epoch)
@@ -157,10 +152,10 @@ def pretrain(
             # Log
             log.advance()
             if run.step % options.log_freq == 0 or is_last:
-                values = meters.read(world.device) | {name: value for name, value in now.items() if name != "step"}
+                values = meters.read() | {name: value for name, value in now.items() if name != "step"}
                 log.record("train", run.step, epoch, values | {"grad_norm": float(grad_norm)} | clock.read())
             if is_epoch_end or is_last:
-                means = epoch_meters.read(world.device)
+                means = epoch_meters.read()
                 log.record("epoch", run.step, epoch, means)
                 for warning in hooks.watch(means):
                     log.say(f"warning: {warning}")
@@ -168,14 +163,14 @@ def pretrain(
             # Save
             is_validated, is_probed = (is_looked_at(run.step, options, freq) for freq in looking(options).values())
             is_due = (is_epoch_end and epoch % options.save_freq == 0) or is_validated or is_probed
-            if world.is_main and (is_due or is_last or is_asked_to_stop):
+            if world.is_main and (is_due or is_last or checks.is_asked_to_stop):
                 is_kept = is_epoch_end and options.keep_freq and epoch % options.keep_freq == 0
                 hooks.save(epoch if is_kept else None)
-                if (is_last or is_asked_to_stop) and not hooks.saved():
+                if (is_last or checks.is_asked_to_stop) and not hooks.saved():
                     raise CheckpointError(
                         f"step {run.step} could not be saved, and the run ends here (see the warning)"
                     )
-            if is_asked_to_stop and not is_last:
+            if checks.is_asked_to_stop and not is_last:
                 leave_together(world)  # be rank 0 saving or not
                 log.say(f"asked to stop: step {run.step} is saved")
                 return False
@@ -205,6 +200,12 @@ def is_looked_at(step: int, options: LoopOptions, freq: int) -> bool:
     return freq > 0 and (step == options.num_steps or (num_into_epoch == 0 and epoch % freq == 0))
 
 
+def is_reported(step: int, options: LoopOptions) -> bool:
+    """Whether anything follows after so many steps that reads from the device: a log line, a checkpoint, a picture."""
+    every = (options.log_freq, options.steps_per_epoch, options.picture_freq)
+    return step == options.num_steps or any(freq and step % freq == 0 for freq in every)
+
+
 def look_again(
     step: int, options: LoopOptions, hooks: Hooks, stop: StopRequest, world: World, log: RunLog | SilentLog
 ) -> None:
@@ -215,20 +216,6 @@ def look_again(
         if not asked_on_any_rank(stop, world):
             look = hooks.validate if kind == "validation" else hooks.probe
             log.record(kind, step, step // options.steps_per_epoch, look())
-
-
-def agreed_checks(losses: list[torch.Tensor], grad_norm: torch.Tensor, stop: StopRequest) -> tuple[bool, bool, bool]:
-    """On any of the ranks: is a loss not finite, is the gradient not finite, did a stop signal come.
-
-    Args:
-        losses: scalars of this rank's parts.
-        grad_norm: scalar, on the same device.
-    """
-    broken_loss = ~torch.isfinite(torch.stack(losses)).all()
-    asked = torch.tensor(stop.requested, device=broken_loss.device)
-    checks = torch.stack([broken_loss, ~torch.isfinite(grad_norm), asked]).float()
-    broken_loss, broken_gradient, is_asked = all_max(checks).tolist()
-    return bool(broken_loss), bool(broken_gradient), bool(is_asked)
 
 
 def asked_on_any_rank(stop: StopRequest, world: World) -> bool:
@@ -260,32 +247,27 @@ def delayed_sync(wrapped: nn.Module, is_delayed: bool) -> contextlib.AbstractCon
 
 
 def report_broken(
-    losses: list[torch.Tensor],
-    grad_norm: torch.Tensor,
-    parts: list[dict],
-    dataset: CropDataset,
-    options: LoopOptions,
-    num_skipped: int,
-    is_overflow: bool,
-    step: int,
-    log: RunLog | SilentLog,
+    checked: CheckedStep, is_overflow: bool, num_skipped: int, nan_policy: str, log: RunLog | SilentLog
 ) -> None:
     """Say on which ranks and cases a step broke; raise on all ranks unless the policy is to skip it.
 
     Gradients are averaged over ranks, so one rank's NaN is every rank's. Where losses show who began, only those ranks
     are named. An overflow of fp16 is skipped without a word, since the loss scale falls; many in a row are an error.
+
+    Args:
+        checked, is_overflow, num_skipped: of `StepChecks.read`.
     """
     if is_overflow and num_skipped < MAX_SKIPPED_IN_A_ROW:
         return
-    cases = sorted({name for batch in parts for name in dataset.case_names(batch)})
-    reports = gather_objects(([float(loss) for loss in losses], float(grad_norm), cases))
+    losses = [float(loss) for loss in checked.losses]
+    reports = gather_objects((losses, float(checked.grad_norm), sorted(set(checked.cases))))
     begun = [rank for rank, (values, _, _) in enumerate(reports) if not all(map(math.isfinite, values))]
     lines = []
     for rank in begun or range(len(reports)):
         values, norm, cases = reports[rank]
         lines.append(f"rank {rank}: loss {values}, gradient norm {norm:.3g}, cases {', '.join(cases)}")
-    message = f"step {step}: loss or gradient is not finite ({'; '.join(lines)})"
-    if options.nan_policy == "stop" and not is_overflow:
+    message = f"step {checked.step}: loss or gradient is not finite ({'; '.join(lines)})"
+    if nan_policy == "stop" and not is_overflow:
         raise NonFiniteLossError(f"{message}. --nan_policy skip leaves such steps out; --precision fp32 may cure it")
     log.say(f"skipped {message}")
     if num_skipped >= MAX_SKIPPED_IN_A_ROW:
@@ -319,7 +301,8 @@ def validate(
     meters = Meters()
     with evaluating(method):
         for batch in batches:
+            moved = on_device(batch, world.device)
             with autocast(precision, world.device):
-                total, terms = method(on_device(batch, world.device), now)
-            meters.add({"loss": total, **terms, **describe_batch(batch)})
-    return meters.read(world.device)
+                total, terms = method(moved, now)
+            meters.add({"loss": total, **terms, **describe_batch(moved)})
+    return meters.read()

@@ -15,7 +15,7 @@ def make_optimizer(
     lr: float,
     weight_decay: float,
     device: torch.device,
-    fused: bool | None = None,
+    fused: bool = True,
     kind: Literal["adamw", "sgd"] = "adamw",
     momentum: float = 0.9,
     constant_parts: tuple[str, ...] = (),
@@ -27,7 +27,7 @@ def make_optimizer(
 
     Args:
         lr: the peak; groups 2 and 3 keep it.
-        fused: one kernel does a step of AdamW; None = not on a CPU.
+        fused: one kernel does a step, which can be called off on the device (`step_unless`).
         momentum: of SGD.
         constant_parts: names of submodules.
 
@@ -47,10 +47,30 @@ def make_optimizer(
                 if name.startswith(prefixes) == is_constant and decays(name, parameter) == is_decayed
             ]
             groups.append({"params": chosen, "weight_decay": weight_decay if is_decayed else 0.0})
-    if kind == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
-    is_fused = device.type != "cpu" if fused is None else fused
-    return torch.optim.AdamW(groups, lr=lr, fused=True if is_fused else None)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=fused or None)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused or None)
+    if momentum:  # a first fused step that is called off would leave them as the memory was
+        for _, parameter in trained:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def step_unless(was_skipped: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """A step; where `was_skipped`, weights, moments and counts stay. With a fused optimiser the host does not wait.
+
+    Args:
+        was_skipped: bool scalar on the parameters' device.
+    """
+    if not optimizer.defaults.get("fused"):
+        if not was_skipped:
+            optimizer.step()
+        return
+    optimizer.found_inf = was_skipped.float()  # what a GradScaler tells fused optimisers
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -31,12 +31,17 @@ class RunningMeans(nn.Module):
     def collect(self, name: str, rows: Tensor) -> None:
         """Add rows [..., width] to what the next `apply` will fold in."""
         rows = rows.detach().float().flatten(0, -2)  # [rows, width]
-        total = torch.cat([rows.sum(0), rows.new_tensor([rows.shape[0]])])  # [width + 1]: the sum, then the count
+        count = rows.new_full((1,), rows.shape[0])
+        total = torch.cat([rows.sum(0), count])  # [width + 1]
         self._pending[name] = self._pending[name] + total if name in self._pending else total
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Reduce over ranks and update; every rank must call it after the same `collect` names."""
+    def apply(self, was_skipped: Tensor) -> None:
+        """Reduce over ranks and update; every rank must call it after the same `collect` names.
+
+        Args:
+            was_skipped: bool scalar on the means' device; where it is true they stay, and what was collected is lost.
+        """
         if not self._pending:
             return
         names = [name for name in self.names if name in self._pending]
@@ -44,9 +49,6 @@ class RunningMeans(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(joined)
         for name, total in zip(names, joined.split([self._pending[name].numel() for name in names])):
-            getattr(self, name).lerp_(total[:-1] / total[-1], 1.0 - self.momentum)
-        self._pending = {}
-
-    def forget(self) -> None:
-        """Drop what was collected since the last `apply`."""
+            mean = getattr(self, name)
+            mean.copy_(torch.where(was_skipped, mean, mean.lerp(total[:-1] / total[-1], 1.0 - self.momentum)))
         self._pending = {}

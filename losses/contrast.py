@@ -48,21 +48,23 @@ class KeyQueue(nn.Module):
         self._pending.append((keys.detach(), owners))
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Put in what was collected on all ranks; every rank must call it after equally many rows of `collect`."""
+    def apply(self, was_skipped: Tensor) -> None:
+        """Put in what was collected on all ranks; every rank must call it after equally many rows of `collect`.
+
+        Args:
+            was_skipped: bool scalar on the queue's device; where it is true the queue stays, and what was collected is
+                lost.
+        """
         if not self._pending:
             return
         keys, owners = (torch.cat([joined(values) for values in column]) for column in zip(*self._pending))
         self._pending = []
         size, num = len(self.owners), len(owners)
         slots = (self.pointer + torch.arange(num, device=owners.device)) % size
-        self.keys[slots[-size:]] = keys[-size:].to(self.keys.dtype)  # of a batch beyond the size, the last rows
-        self.owners[slots[-size:]] = owners[-size:]
-        self.pointer.copy_((self.pointer + num) % size)
-
-    def forget(self) -> None:
-        """Drop what was collected since the last `apply`."""
-        self._pending = []
+        slots, keys, owners = slots[-size:], keys[-size:], owners[-size:]  # of a batch beyond the size, the last rows
+        self.keys[slots] = torch.where(was_skipped, self.keys[slots], keys.to(self.keys.dtype))
+        self.owners[slots] = torch.where(was_skipped, self.owners[slots], owners)
+        self.pointer.copy_(torch.where(was_skipped, self.pointer, (self.pointer + num) % size))
 
 
 def owned_by(cases: Tensor, owners: Tensor) -> Tensor:

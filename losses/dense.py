@@ -47,7 +47,7 @@ def coordinate_errors(predicted: Tensor, targets: Tensor) -> Tensor:
 def mean_over_points(errors: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of each row's points [R, P], then the mean over rows."""
     total = weights.sum(dim=1)
-    return ((errors * weights).sum(dim=1) / torch.where(total > 0, total, 1.0)).mean()
+    return ((errors * weights).sum(dim=1) / total.masked_fill(total <= 0, 1.0)).mean()
 
 
 def nearest_share(predicted: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -98,13 +98,9 @@ class Distillation(nn.Module):
         """Running mean [K] of the first output's targets over batches and ranks."""
         return getattr(self.centres, f"{self.first}_distribution")
 
-    def update(self) -> None:
-        """Fold what was collected into the centres, over all ranks."""
-        self.centres.apply()
-
-    def forget(self) -> None:
-        """Drop what was collected: the step was skipped."""
-        self.centres.forget()
+    def update(self, was_skipped: Tensor) -> None:
+        """Fold what was collected into the centres, over all ranks; see `losses.centre.RunningMeans.apply`."""
+        self.centres.apply(was_skipped)
 
 
 def swap_views(rows: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def start_run(
     network.to(world.device)
     run = FinetuneRun(
         network,
-        make_optimizer(network, plan, world),
+        make_optimizer(network, plan),
         make_scaler(pick_precision(options.precision, world.device), world.device),
         description,
         frozen_keys=encoder if options.freeze_encoder_steps > 0 else [],
@@ -236,12 +236,12 @@ def start_run(
     return run, started
 
 
-def make_optimizer(network: nn.Module, plan: Plan, world: World) -> torch.optim.AdamW:
+def make_optimizer(network: nn.Module, plan: Plan) -> torch.optim.AdamW:
     """AdamW with a group per depth; biases, norms and other 1-D weights do not decay."""
     groups = layer_groups(network, SEGMENTERS[plan.setup.backbone], plan.options.layer_decay, decays)
     for group in groups:
         group["weight_decay"] = plan.options.weight_decay if group["is_decayed"] else 0.0
-    return torch.optim.AdamW(groups, lr=plan.options.lr, fused=True if world.device.type != "cpu" else None)
+    return torch.optim.AdamW(groups, lr=plan.options.lr, fused=True)
 
 
 def describe_run(plan: Plan, info: RunInfo) -> dict:

@@ -270,7 +270,7 @@ def train(
             is_last = run.step >= flags.steps or share >= 1
             log.advance()
             if run.step % flags.log_freq == 0 or is_last:
-                values = meters.read(world.device) | {"lr": lr, "grad_norm": float(grad_norm)} | clock.read()
+                values = meters.read() | {"lr": lr, "grad_norm": float(grad_norm)} | clock.read()
                 log.record("train", run.step, 0, values)
             is_val_due = is_last or (flags.val_freq > 0 and run.step % flags.val_freq == 0)
             is_save_due = is_last or is_asked_to_stop or (flags.save_freq > 0 and run.step % flags.save_freq == 0)

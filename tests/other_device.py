@@ -7,13 +7,15 @@ two devices, NumPy gets none of them, and autocast casts what the installed PyTo
 
     python -m tests.other_device RUNS.json
 
-runs main() of modules: the file is [[module, [argument, ...]], ...], and `--device cuda` there means this device.
+runs main() of modules: the file is [[module, [argument, ...]], ...], and `--device cuda` there means this device. What
+would make a CUDA program wait for its device is counted in `WAITS`.
 """
 
 import importlib
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,9 @@ TAKES_BOTH = {"_to_copy", "copy_", "_copy_from"}
 # An index may lie on the CPU where what it points into lies on a device; not the reverse.
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 KEPT_LIBRARIES = []  # a library's kernels go when it does
+WAITS: list[str] = []  # where the host waited for the device
+# Operators whose result on the host, or whose size, depends on values.
+READING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 
 
 class OtherTensor(torch.Tensor):
@@ -47,6 +52,7 @@ class OtherTensor(torch.Tensor):
         return compute(operator, args, kwargs or {})
 
     def tolist(self):
+        note_wait("tolist")
         return self.held.tolist()
 
     def __reduce_ex__(self, protocol):
@@ -79,6 +85,8 @@ def compute(operator, args: tuple, kwargs: dict):
     name = operator.overloadpacket.__name__
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     refuse_two_devices(name, tensors)
+    if is_waiting(name, tensors, args, kwargs):
+        note_wait(name)
     if name == "_copy_from":
         unwrapped(args[1]).copy_(unwrapped(args[0]))
         return args[1]
@@ -106,6 +114,31 @@ def refuse_two_devices(name: str, tensors: list[torch.Tensor]) -> None:
     if on_cpu and any(isinstance(tensor, OtherTensor) for tensor in looked_at):
         shapes = [f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors]
         raise RuntimeError(f"{name}: expected all tensors on one device, found {', '.join(shapes)}")
+
+
+def is_waiting(name: str, tensors: list[torch.Tensor], args: tuple, kwargs: dict) -> bool:
+    """Whether CUDA's operator would wait for the device: it reads values, or copies and is not told to go on."""
+    are_other = [isinstance(tensor, OtherTensor) for tensor in tensors]
+    if name in READING:
+        return any(are_other)
+    if name in INDEXING:
+        return are_other[0] and any(tensor.dtype == torch.bool for tensor in tree_leaves(args[1]) if tensor is not None)
+    if name not in TAKES_BOTH or kwargs.get("non_blocking") or args[2:3] == (True,):
+        return False
+    goes_to_other = are_other[0]
+    if name == "_to_copy" and kwargs.get("device") is not None:
+        goes_to_other = torch.device(kwargs["device"]).type == NAME
+    elif name != "_to_copy":
+        return are_other[0] != are_other[1]
+    return goes_to_other != are_other[0]
+
+
+def note_wait(name: str) -> None:
+    """Add who called the operator, in our code, to `WAITS`."""
+    ours = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent.name not in ("tests", "torch")]
+    ours = [frame for frame in ours if frame.filename.startswith(str(Path(__file__).parents[1]))]
+    frame = ours[-1] if ours else traceback.extract_stack()[-3]
+    WAITS.append(f"{name} in {Path(frame.filename).name}:{frame.lineno} {frame.name}")
 
 
 def unwrapped(value):
@@ -181,6 +214,15 @@ def is_castable(leaf: object) -> bool:
 
 def main(path: str) -> None:
     """Run the modules of a file of runs, in order."""
+    take_for_cuda()
+    for module, words in json.loads(Path(path).read_text()):
+        print(f"== {module} {' '.join(words)}", flush=True)
+        with Factories():
+            importlib.import_module(module).main(words)
+
+
+def take_for_cuda() -> None:
+    """From now on `--device cuda` is this device."""
     import engine.device as device_module
     import engine.distributed as distributed
 
@@ -192,10 +234,6 @@ def main(path: str) -> None:
         return torch.device(NAME, 0) if wanted == "cuda" else plain(wanted, local_rank)
 
     device_module.pick_device = distributed.pick_device = pick_device
-    for module, words in json.loads(Path(path).read_text()):
-        print(f"== {module} {' '.join(words)}", flush=True)
-        with Factories():
-            importlib.import_module(module).main(words)
 
 
 if __name__ == "__main__":

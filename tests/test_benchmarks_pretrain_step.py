@@ -68,7 +68,9 @@ def test_views_apart_give_the_same_loss_and_gradients():
         total, _ = method(batch, pretrain_step.NOW)
         total.backward()
         gradients = [p.grad.flatten() for p in method.student.parameters() if p.requires_grad]
-        method.after_step(pretrain_step.NOW, was_skipped=False)  # the wider teacher finds every name in the student
+        method.after_step(
+            pretrain_step.NOW, was_skipped=torch.tensor(False)
+        )  # the wider teacher finds every name in the student
         found.append((total.detach(), torch.cat(gradients)))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
     assert (found[1][1] - found[0][1]).norm() < 1e-3 * found[0][1].norm()

@@ -18,8 +18,24 @@ def test_meters_average_over_steps_and_start_anew():
     meters = Meters()
     meters.add({"loss": torch.tensor(1.0), "score": torch.tensor([0.0, 1.0])})
     meters.add({"loss": torch.tensor(3.0), "score": torch.tensor([1.0, 1.0])})
-    assert meters.read(torch.device("cpu")) == {"loss": 2.0, "score": 0.75}
-    assert meters.read(torch.device("cpu")) == {}
+    assert meters.read() == {"loss": 2.0, "score": 0.75}
+    assert meters.read() == {}
+
+
+def test_meters_leave_out_what_does_not_count_whatever_it_is():
+    meters = Meters()
+    meters.add({"loss": torch.tensor(1.0)}, torch.tensor(True))
+    meters.add({"loss": torch.tensor(float("nan"))}, torch.tensor(False))
+    assert meters.read() == {"loss": 1.0}
+    meters.add({"loss": torch.tensor(2.0)}, torch.tensor(False))
+    assert meters.read() == {}
+
+
+def test_meters_refuse_other_names_before_a_reading():
+    meters = Meters()
+    meters.add({"loss": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match="loss, score after means over loss"):
+        meters.add({"loss": torch.tensor(1.0), "score": torch.tensor(1.0)})
 
 
 def test_clock_tells_waiting_from_working():

@@ -41,7 +41,7 @@ def accumulated(num_parts: int) -> tuple[dict, dict, dict]:
         total, terms = method({name: value[rows] for name, value in batch.items()}, NOW)
         (total / num_parts).backward()
         reports.append(terms)
-    method.after_step(NOW, was_skipped=False)
+    method.after_step(NOW, was_skipped=torch.tensor(False))
     means = {name: torch.stack([terms[name] for terms in reports]).mean() for name in reports[0]}
     return gradients(method), means, dict(method.loss.centres.named_buffers())
 

@@ -12,19 +12,11 @@ from torch import nn
 
 import engine.loop
 from engine.checkpoint import CheckpointError
+from engine.checks import MAX_SKIPPED_IN_A_ROW, NonFiniteLossError
 from engine.device import make_scaler, pick_precision
 from engine.distributed import World
 from engine.logging import RunLog
-from engine.loop import (
-    MAX_SKIPPED_IN_A_ROW,
-    Hooks,
-    LoopOptions,
-    NonFiniteLossError,
-    norm_buffers,
-    pretrain,
-    validate,
-    values_at,
-)
+from engine.loop import Hooks, LoopOptions, norm_buffers, pretrain, validate, values_at
 from engine.optim import clip_gradients, decays, make_optimizer, set_schedule
 from engine.run import RunState, warn_of_changed_steps
 from losses.centre import RunningMeans
@@ -84,12 +76,9 @@ class TinyMethod(Method):
         if now["last_layer_frozen"]:
             self.student.last_layer.weight.grad = None
 
-    def after_step(self, now: dict, was_skipped: bool) -> None:
-        if was_skipped:
-            self.loss.forget()
-            return
-        average_towards(self.teacher, self.student, now["momentum_teacher"])
-        self.loss.apply()
+    def after_step(self, now: dict, was_skipped: torch.Tensor) -> None:
+        average_towards(self.teacher, self.student, now["momentum_teacher"], was_skipped)
+        self.loss.apply(was_skipped)
 
 
 def make_batch(first: int, size: int) -> dict:
@@ -323,7 +312,8 @@ def test_an_overflow_of_a_scaled_loss_is_skipped_without_a_word_and_scales_less(
     before = setup.weights()
     assert setup() and setup.run.step == 2
     assert all(torch.equal(value, before[name]) for name, value in setup.weights().items())
-    assert not setup.run.optimizer.state and setup.run.scaler.get_scale() == 2.0**16 / 4
+    assert not any(value.any() for value in flat_state(setup.run.optimizer).values())
+    assert setup.run.scaler.get_scale() == 2.0**16 / 4
     assert "skipped" not in capsys.readouterr().out
     setup.options = dataclasses.replace(setup.options, num_steps=3)
     setup()
@@ -452,7 +442,7 @@ def test_validation_leaves_no_trace(tmp_path, monkeypatch):
     assert means["loss"] == pytest.approx(means["loss_recon"]) and means["pair_score"] == 1.0
     assert means["fallback_share"] == 0
     assert [module.training for module in method.modules()] == modes
-    method.loss.apply()  # nothing was collected
+    method.loss.apply(torch.tensor(False))  # nothing was collected
     assert all(torch.equal(value, before[name]) for name, value in setup.weights().items())
 
     def broken(*arguments):

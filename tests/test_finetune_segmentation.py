@@ -17,9 +17,9 @@ import scripts.evaluate_segmentation
 import scripts.finetune_segmentation as command
 from datasets.ct.nifti import CTReadError
 from engine.checkpoint import LATEST, PREVIOUS, CheckpointError, load_checkpoint
+from engine.checks import NonFiniteLossError
 from engine.distributed import World
 from engine.flags import options_of
-from engine.loop import NonFiniteLossError
 from engine.run_folder import LOCK
 from engine.segmentation.evaluation import Evaluation
 from engine.segmentation.flags import FinetuneOptions

@@ -101,7 +101,7 @@ def test_matches_the_published_loss(start: str, epoch: int) -> None:
     temperature = published["teacher_temp_first31"][min(epoch, 30)].item()
     crops = torch.stack([published["img0"], published["img1"]], dim=1)
     total, terms = method(batch_of(crops, torch.zeros(len(crops), 2, 1, 1, 1, dtype=torch.bool)), at(temperature))
-    method.after_step(at(temperature), was_skipped=False)
+    method.after_step(at(temperature), was_skipped=torch.tensor(False))
     key = f"{start}_ep{epoch}_"
     for name, value in (
         ("cls", published[key + "cls"]),
@@ -185,13 +185,13 @@ def test_the_update_follows_the_loss_and_spares_validation() -> None:
     method = answering(student, teacher)
     first, _ = method(batch, at(0.1))
     assert not method.loss.centres.cls.any()
-    method.after_step(at(0.1), was_skipped=False)
+    method.after_step(at(0.1), was_skipped=torch.tensor(False))
     torch.testing.assert_close(method.loss.centres.cls, 0.1 * teacher.cls_logits.mean(0))
     torch.testing.assert_close(method.loss.centres.tokens, 0.1 * teacher.casa_target.mean((0, 1)))
     fresh = answering(student, teacher).eval()
     again, _ = fresh(batch, at(0.1))
     assert first == again  # the first call was centred with zeros
-    fresh.loss.update()
+    fresh.loss.update(torch.tensor(False))
     assert not fresh.loss.centres.cls.any()
 
 
@@ -203,7 +203,7 @@ def test_accumulated_parts_move_the_centres_like_one_batch() -> None:
         for part in rows.split([2, 6]):
             parts.targets(name, part, 0.1)
     for loss in (whole, parts):
-        loss.update()
+        loss.update(torch.tensor(False))
     for name, centre in whole.centres.named_buffers():
         assert centre.any()
         torch.testing.assert_close(getattr(parts.centres, name), centre)
@@ -217,7 +217,7 @@ def watch_cls(logits: Tensor, features: Tensor, keep_centre: bool = False) -> di
         if keep_centre:
             method.loss.centres.cls.zero_()
         _, terms = method(batch, at(0.04))
-        method.after_step(at(0.04), was_skipped=False)
+        method.after_step(at(0.04), was_skipped=torch.tensor(False))
     return {name: value.item() for name, value in terms.items()}
 
 
@@ -269,7 +269,7 @@ def test_centres_are_saved_and_restored() -> None:
     student, teacher, batch = make_outputs()
     method, restored = answering(student, teacher), answering(student, teacher)
     method(batch, at(0.1))
-    method.after_step(at(0.1), was_skipped=False)
+    method.after_step(at(0.1), was_skipped=torch.tensor(False))
     restored.load_state_dict(method.state_dict())
     assert torch.equal(restored.loss.centres.tokens, method.loss.centres.tokens)
     assert restored.loss.centres.tokens.any()

@@ -132,7 +132,7 @@ def test_total_and_terms_are_what_the_loop_expects(argv):
 def test_every_trained_weight_gets_a_gradient(argv):
     method, dataset = build(argv), dataset_of(argv)
     method(batch_of(dataset), moment(method))
-    method.after_step(moment(method), was_skipped=False)  # a queue is empty before the first step
+    method.after_step(moment(method), was_skipped=torch.tensor(False))  # a queue is empty before the first step
     method(batch_of(dataset, NUM_SAMPLES), moment(method))[0].backward()
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
     assert all(name.startswith("student.") for name in trained), "what has gradients hangs under the student"
@@ -169,7 +169,7 @@ def run_rank(rank: int, folder: str, argv: list[str]) -> None:
     wrapped = distributed.wrap(method, World())  # kept until after the backward pass: DDP's hooks die with it
     total, _ = wrapped(share, moment(method))
     total.backward()
-    method.after_step(moment(method), was_skipped=False)
+    method.after_step(moment(method), was_skipped=torch.tensor(False))
     beside = {name: value for name, value in method.state_dict().items() if not name.startswith("student.")}
     torch.save({"total": total.detach(), "gradients": gradients(method), "beside": beside}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -182,7 +182,7 @@ def joined(argv: list[str], batch: dict, num_parts: int = 1) -> dict:
         total, _ = method({name: value.chunk(num_parts)[part] for name, value in batch.items()}, moment(method))
         (total / num_parts).backward()
         totals.append(total.detach())
-    method.after_step(moment(method), was_skipped=False)
+    method.after_step(moment(method), was_skipped=torch.tensor(False))
     beside = {name: value for name, value in method.state_dict().items() if not name.startswith("student.")}
     return {"total": torch.stack(totals).mean(), "gradients": gradients(method), "beside": beside}
 

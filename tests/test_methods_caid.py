@@ -115,7 +115,7 @@ def test_losses_logits_gradients_and_queue_are_the_published_ones() -> None:
     total.backward()
     assert_near(queries.grad, GOLDEN["nce_g_query"], 1e-6)
     assert_near(restored.grad, GOLDEN["nce_g_rec_logits"], 1e-6)
-    method.queue.apply()
+    method.queue.apply(torch.tensor(False))
     assert_near(method.queue.keys.T, GOLDEN["nce_queue_out"], 1e-6)
     assert method.queue.pointer == GOLDEN["nce_ptr_out"]
 
@@ -158,7 +158,7 @@ def test_three_whole_steps_are_the_published_ones() -> None:
         published = dict(zip(GOLDEN["steps_weight_names"], GOLDEN["steps_key_weights"][step].split(sizes)))
         for name, parameter in published_step_names(method.teacher).items():
             assert_near(parameter.flatten(), published[name], 2e-6)
-        method.after_step({"step": step}, was_skipped=False)
+        method.after_step({"step": step}, was_skipped=torch.tensor(False))
         assert method.queue.pointer == GOLDEN["steps_ptr_out"][step]
         losses.add(total.item())
     assert_near(method.queue.keys.T, GOLDEN["steps_queue_out"], 2e-6)
@@ -256,7 +256,7 @@ def test_a_whole_step_of_the_2d_network_is_the_published_one() -> None:
     assert_near(norms, GOLDEN["train_grad_norms"], 1e-9)
     optimizer.step()
     teacher = copied(method.teacher)
-    method.after_step({"step": 0}, was_skipped=False)
+    method.after_step({"step": 0}, was_skipped=torch.tensor(False))
     start, num = int(GOLDEN["train_ptr_in"]), len(views)
     slots = (start + torch.arange(num)) % columns.shape[1]
     assert_near(method.queue.keys[slots].T, GOLDEN["train_keys_out"], 1e-9)
@@ -292,14 +292,14 @@ def test_writing_goes_on_at_the_first_slot_whatever_the_batch() -> None:
     """The published code refuses a size that the batch does not divide."""
     queue = KeyQueue(5, 1)
     queue.collect(rows(1, 2, 3), torch.tensor([1, 2, 3]))
-    queue.apply()
+    queue.apply(torch.tensor(False))
     assert queue.owners.tolist() == [1, 2, 3, EMPTY, EMPTY] and queue.share_filled == pytest.approx(0.6)
     queue.collect(rows(4, 5), torch.tensor([4, 5]))
     queue.collect(rows(6), torch.tensor([6]))  # accumulated: one batch
-    queue.apply()
+    queue.apply(torch.tensor(False))
     assert queue.keys[:, 0].tolist() == [6, 2, 3, 4, 5] and queue.pointer == 1 and queue.share_filled == 1
     queue.collect(torch.arange(10.0, 22)[:, None], torch.arange(10, 22))  # more than fit
-    queue.apply()
+    queue.apply(torch.tensor(False))
     assert sorted(queue.owners.tolist()) == [17, 18, 19, 20, 21] and queue.pointer == (1 + 12) % 5
     assert queue.keys[:, 0].tolist() == queue.owners.tolist()
     assert queue.keys[(queue.pointer - 1) % 5] == 21
@@ -308,7 +308,7 @@ def test_writing_goes_on_at_the_first_slot_whatever_the_batch() -> None:
 def test_empty_slots_and_the_samples_own_volumes_are_no_negatives() -> None:
     queue = KeyQueue(4, 1)
     queue.collect(rows(1, 2, 3), torch.tensor([7, 8, 9]))
-    queue.apply()
+    queue.apply(torch.tensor(False))
     left_out = queue.no_negatives(torch.tensor([[7, 7], [9, 8], [1, 1]]))
     assert left_out.tolist() == [
         [True, False, False, True],
@@ -333,7 +333,7 @@ def test_an_empty_queue_gives_no_contrast_and_no_nan() -> None:
     total.backward()
     assert terms["loss_nce"] == 0 and terms["queue_filled"] == 0
     assert all(parameter.grad.isfinite().all() for parameter in method.student.parameters())
-    method.after_step({"step": 0}, was_skipped=False)
+    method.after_step({"step": 0}, was_skipped=torch.tensor(False))
     _, terms = method(small_batch(first_case=10), {"step": 1})
     assert terms["loss_nce"] > 0 and terms["queue_filled"] == pytest.approx(3 / 8)
     _, terms = method(small_batch(), {"step": 1})  # each row now finds a key of its own volume among three
@@ -345,13 +345,13 @@ def test_validation_changes_nothing() -> None:
     """In the published code it moves the keys' network and puts held-out keys into the queue."""
     method = small_method()
     method(small_batch(), {"step": 0})
-    method.after_step({"step": 0}, was_skipped=False)
+    method.after_step({"step": 0}, was_skipped=torch.tensor(False))
     before, first = copied(method), []
     method.eval()
     for _ in range(2):
         with torch.no_grad():
             first.append(method(small_batch(1, seed=5, first_case=50), {"step": 1})[0])  # fewer samples than a batch
-    method.train().after_step({"step": 1}, was_skipped=True)
+    method.train().after_step({"step": 1}, was_skipped=torch.tensor(True))
     assert same_state(copied(method), before) and first[0] == first[1] and first[0].isfinite()
 
 
@@ -359,8 +359,8 @@ def test_a_skipped_step_forgets_its_keys() -> None:
     method = small_method()
     before = copied(method)
     method(small_batch(), {"step": 0})
-    method.after_step({"step": 0}, was_skipped=True)
-    method.after_step({"step": 1}, was_skipped=False)
+    method.after_step({"step": 0}, was_skipped=torch.tensor(True))
+    method.after_step({"step": 1}, was_skipped=torch.tensor(False))
     assert same_state(copied(method), before)
 
 
@@ -372,7 +372,7 @@ def test_the_teacher_is_an_average_without_decoder() -> None:
     with torch.no_grad():
         for parameter in method.student.parameters():
             parameter.add_(1.0)
-    method.after_step({"step": 0}, was_skipped=False)
+    method.after_step({"step": 0}, was_skipped=torch.tensor(False))
     for name, value in method.teacher.state_dict().items():
         torch.testing.assert_close(value, before[name] + 0.25)
 
@@ -380,7 +380,7 @@ def test_the_teacher_is_an_average_without_decoder() -> None:
 def test_the_queue_comes_back_with_the_method() -> None:
     method, other = small_method(), small_method(seed=1)
     method(small_batch(), {"step": 0})
-    method.after_step({"step": 0}, was_skipped=False)
+    method.after_step({"step": 0}, was_skipped=torch.tensor(False))
     other.load_state_dict(method.state_dict())
     batch = small_batch(seed=3, first_case=7)
     assert method(batch, {"step": 1})[0] == other(batch, {"step": 1})[0]
@@ -395,7 +395,7 @@ def run_rank(rank: int, folder: str) -> None:
     for part in range(2):
         row = 2 * part + rank
         method({name: value[row : row + 1] for name, value in batch.items()}, {"step": 0})
-    method.after_step({"step": 0}, was_skipped=False)
+    method.after_step({"step": 0}, was_skipped=torch.tensor(False))
     torch.save(method.queue.state_dict(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -406,7 +406,7 @@ def test_two_ranks_hold_the_same_queue_in_the_order_of_the_samples(tmp_path) -> 
     assert same_state(*queues)
     method = small_method()
     method(small_batch(4), {"step": 0})
-    method.after_step({"step": 0}, was_skipped=False)
+    method.after_step({"step": 0}, was_skipped=torch.tensor(False))
     assert queues[0]["owners"].tolist() == [0, 1, 2, 3] + [EMPTY] * 4 and queues[0]["pointer"] == 4
     torch.testing.assert_close(queues[0]["keys"], method.queue.keys)
 
@@ -444,7 +444,7 @@ def test_without_a_queue_the_steps_other_volumes_are_the_negatives() -> None:
     _, terms = method.compare(corners[:4], corners[:4], None, corners, cases)
     rows_with = {negatives: math.log(math.e + negatives) - 1 for negatives in (3, 2)}
     assert float(terms["loss_nce"]) == pytest.approx((2 * rows_with[3] + 2 * rows_with[2]) / 4, abs=1e-6)
-    method.after_step({"step": 0}, was_skipped=False)
+    method.after_step({"step": 0}, was_skipped=torch.tensor(False))
     assert not len(method.queue.keys)
 
 

@@ -144,7 +144,7 @@ def test_what_is_built_trains_and_the_teacher_does_not(variant):
     with torch.no_grad():
         for parameter in method.student.parameters():
             parameter += 0.1
-    method.after_step(NOW, was_skipped=False)
+    method.after_step(NOW, was_skipped=torch.tensor(False))
     assert all(not torch.equal(value, before[name]) for name, value in method.teacher.state_dict().items())
 
 

@@ -80,7 +80,7 @@ def test_logits_losses_and_centres_are_the_published_ones(is_centred: bool) -> N
     assert_near(view_after_view(found.logits["student"]), GOLDEN["dino_student"])
     swapped = found.logits["teacher"].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)  # its rows there: x2, then x1
     assert_near(view_after_view(swapped), GOLDEN["dino_teacher"])
-    found.method.after_step({"momentum_teacher": 1.0}, was_skipped=False)
+    found.method.after_step({"momentum_teacher": 1.0}, was_skipped=torch.tensor(False))
     after = GOLDEN["dino_centre_after" if is_centred else "dino_centre_after_zero"]
     assert_near(found.method.loss.centres.cls, after)
 
@@ -128,7 +128,7 @@ def test_four_steps_of_adamw_are_the_published_ones() -> None:
         method.before_step(now)
         clip_gradients(trained, 0.02, each=True)
         optimizer.step()
-        method.after_step(now, was_skipped=False)
+        method.after_step(now, was_skipped=torch.tensor(False))
         optimizer.zero_grad()
         losses.append(loss.item())
         if last:
@@ -175,13 +175,13 @@ def test_forward_moves_nothing_and_a_skipped_step_leaves_no_trace() -> None:
     nn.init.normal_(method.student.head.last_layer.weight_v)
     before = state_of(method)
     method(random_batch(seed=7), now)
-    method.after_step(now, was_skipped=True)
+    method.after_step(now, was_skipped=torch.tensor(True))
     assert all(torch.equal(value, before[name]) for name, value in state_of(method).items())
     with torch.no_grad():
         logits = method.teacher(random_batch()["view"].flatten(0, 1))[1]
     method(random_batch(), now)
     assert all(torch.equal(value, before[name]) for name, value in state_of(method).items())
-    method.after_step(now, was_skipped=False)
+    method.after_step(now, was_skipped=torch.tensor(False))
     torch.testing.assert_close(method.loss.centres.cls, 0.1 * logits.mean(0))
     moved = method.teacher.head.last_layer.weight_v
     halfway = 0.5 * (before["head.last_layer.weight_v"] + method.student.head.last_layer.weight_v)
@@ -196,7 +196,7 @@ def test_accumulated_parts_count_as_one_batch() -> None:
         parts({"view": rows}, now)
     whole(batch, now)
     for method in (parts, whole):
-        method.after_step(now, was_skipped=False)
+        method.after_step(now, was_skipped=torch.tensor(False))
     torch.testing.assert_close(parts.loss.centres.cls, whole.loss.centres.cls)
     assert whole.loss.centres.cls.abs().max() > 0
 

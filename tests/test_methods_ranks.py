@@ -33,7 +33,7 @@ def train(name: str, rows: slice, has_ranks: bool) -> dict:
             for parameter in parameters.values():
                 parameter -= 0.05 * parameter.grad
         method.zero_grad()
-        method.after_step(NOW, was_skipped=False)
+        method.after_step(NOW, was_skipped=torch.tensor(False))
     return {"losses": torch.stack(losses), "gradients": gradients, "state": method.state_dict()}
 
 

@@ -45,7 +45,7 @@ def assert_two_steps_train_all(argv: list[str]) -> None:
     method, dataset = in_3d.build(argv), in_3d.dataset_of(argv)
     now = in_3d.moment(method)
     method(in_3d.batch_of(dataset), now)
-    method.after_step(now, was_skipped=False)  # a queue is empty before the first step
+    method.after_step(now, was_skipped=torch.tensor(False))  # a queue is empty before the first step
     total, terms = method(in_3d.batch_of(dataset, in_3d.NUM_SAMPLES), now)
     total.backward()
     assert total.isfinite() and all(torch.as_tensor(term).isfinite() for term in terms.values())

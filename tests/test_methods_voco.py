@@ -156,9 +156,9 @@ def test_teacher_starts_as_a_copy_and_moves_after_steps_alone(variant):
             parameter += 1.0
     method(batch, NOW)
     method.eval()(batch, NOW)
-    method.after_step(NOW, was_skipped=True)
+    method.after_step(NOW, was_skipped=torch.tensor(True))
     assert all(torch.equal(value, before[name]) for name, value in method.teacher.state_dict().items())
-    method.after_step(NOW, was_skipped=False)
+    method.after_step(NOW, was_skipped=torch.tensor(False))
     for name, value in method.teacher.state_dict().items():
         moved = before[name] + 0.25 if value.is_floating_point() else before[name]
         torch.testing.assert_close(value, moved)

@@ -183,7 +183,7 @@ def step() -> tuple[VoCo, Tensor, Tensor]:
     )
     sizes = x.shape[1], len(first), len(last)
     method = method_of(heads=tuple(fill_module(Projector(*sizes), f"{part}.") for part in ("student", "teacher")))
-    method.after_step({}, was_skipped=False)
+    method.after_step({}, was_skipped=torch.tensor(False))
     return method, rows(bases, x, len(overlap)), overlap
 
 

@@ -50,7 +50,7 @@ def test_a_step_moves_every_weight_of_the_teacher_by_the_average() -> None:
     method = small_alice()
     perturb(method.student)
     before = {name: tensor.clone() for name, tensor in method.teacher.named_parameters()}
-    method.after_step(NOW, was_skipped=False)
+    method.after_step(NOW, was_skipped=torch.tensor(False))
     for name, tensor in method.teacher.named_parameters():
         expected = 0.9 * before[name] + 0.1 * method.student.get_parameter(name)
         torch.testing.assert_close(tensor, expected, msg=name)
@@ -60,7 +60,7 @@ def test_published_casa_is_shared_by_both_branches() -> None:
     method = small_alice(casa_variant="published")
     student, teacher = method.student, method.teacher
     perturb(student)
-    method.after_step(NOW, was_skipped=False)
+    method.after_step(NOW, was_skipped=torch.tensor(False))
     assert all(torch.equal(p, student.casa.get_parameter(name)) for name, p in teacher.casa.named_parameters())
     name = "head.mlp.0.weight"
     assert not torch.equal(teacher.get_parameter(name), student.get_parameter(name))
@@ -70,11 +70,11 @@ def test_a_skipped_step_leaves_teacher_and_centres_alone_and_the_next_one_starts
     method, fresh = small_alice(), small_alice()
     before = {name: value.clone() for name, value in method.state_dict().items()}
     method(small_batch(2, seed=1), NOW)
-    method.after_step(NOW, was_skipped=True)
+    method.after_step(NOW, was_skipped=torch.tensor(True))
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     for one in (method, fresh):
         one(small_batch(2, seed=2), NOW)
-        one.after_step(NOW, was_skipped=False)
+        one.after_step(NOW, was_skipped=torch.tensor(False))
     assert fresh.loss.centres.cls.any()
     for name, value in fresh.state_dict().items():
         assert torch.equal(method.state_dict()[name], value), name

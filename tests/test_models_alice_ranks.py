@@ -29,7 +29,7 @@ def train(batches: list[dict], wrap: Callable[[nn.Module], nn.Module], centring:
         with torch.no_grad():
             for parameter in trained.values():
                 parameter -= 0.01 * parameter.grad
-        method.after_step(NOW, was_skipped=False)
+        method.after_step(NOW, was_skipped=torch.tensor(False))
     return {
         "terms": torch.stack(history),
         "gradients": gradients,

@@ -136,7 +136,7 @@ class CropDataset(Dataset):
 
     def case_names(self, batch: Mapping[str, torch.Tensor]) -> list[str]:
         """The names of a batch's (or a sample's) cases, in its order."""
-        return [self.store.names[int(index)] for index in batch["case"].flatten()]
+        return [self.store.names[index] for index in batch["case"].flatten().tolist()]
 
     def _draw(self, index: int, attempt: int, seed: np.random.SeedSequence) -> Places:
         rng = np.random.Generator(np.random.Philox(seed))

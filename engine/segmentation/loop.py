@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from engine.checkpoint import CheckpointError, load_strictly, save_checkpoint, sync_folder, write_synced
+from engine.checks import MAX_SKIPPED_IN_A_ROW, CheckedStep, NonFiniteLossError, StepChecks
 from engine.device import autocast, pick_precision
 from engine.distributed import World, leave_together, seed_step, wrap
 from engine.logging import Clock, Meters, RunLog, SilentLog
-from engine.loop import MAX_SKIPPED_IN_A_ROW, NonFiniteLossError, agreed_checks
-from engine.optim import clip_gradients, load_optimizer
+from engine.optim import clip_gradients, load_optimizer, step_unless
 from engine.schedules import CosineSchedule
 from engine.segmentation.flags import FinetuneOptions
 from engine.segmentation.setup import KIND
@@ -133,15 +133,15 @@ def finetune(
     precision = pick_precision(options.precision, world.device)
     trained = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
     meters, clock, wrapped = Meters(), Clock(), None
-    num_skipped, is_saved, is_asked_to_stop = 0, True, False
+    checks, is_saved = StepChecks(world.device, run.scaler.is_enabled()), True
     with StopRequest() as stop:
-        while not is_asked_to_stop:
+        while not checks.is_asked_to_stop:
             # Validate the step before; a run that was ended in the middle of this begins with it
             if is_validation_due(run, options):
                 with clock.paused():
                     values = validate(stop)
                 if values is None:
-                    is_asked_to_stop = True
+                    checks.is_asked_to_stop = True
                     break
                 log.record("validation", run.step, 0, values)
                 judge(run, values["dice"], options, world, log)
@@ -179,21 +179,14 @@ def finetune(
             run.scaler.unscale_(run.optimizer)
             grad_norm = clip_gradients(trained, options.clip_grad)
 
-            # Finite check over ranks; the one value read from the device in every step
-            loss_is_broken, gradient_is_broken, is_asked_to_stop = agreed_checks([total.detach()], grad_norm, stop)
-            is_overflow = run.scaler.is_enabled() and gradient_is_broken and not loss_is_broken
-            num_skipped = num_skipped + 1 if is_overflow else 0
-            if loss_is_broken or (gradient_is_broken and not is_overflow) or num_skipped >= MAX_SKIPPED_IN_A_ROW:
-                overflows = f" ({num_skipped} steps in a row had to be skipped)" if num_skipped else ""
-                raise NonFiniteLossError(
-                    f"step {run.step}: loss {total.item():g} or gradient norm {grad_norm.item():g} is not finite"
-                    f"{overflows}; lower --lr, or use --precision fp32"
-                )
+            # Finite check over ranks
+            checked = checks.check(run.step, [total.detach()], grad_norm, [], stop.requested)
+            for broken in checks.read(must_know=is_reported(run.step + 1, options)):
+                refuse_broken(*broken)
 
             # Step
-            if not is_overflow:
-                run.scaler.step(run.optimizer)
-                meters.add({"loss": total.detach(), "grad_norm": grad_norm})
+            step_unless(checked.was_skipped, run.optimizer)
+            meters.add({"loss": total.detach(), "grad_norm": grad_norm}, ~checked.was_skipped)
             run.scaler.update()  # scales less after an overflow
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
@@ -202,20 +195,37 @@ def finetune(
             # Log
             log.advance()
             if run.step % options.log_freq == 0 or is_last:
-                log.record("train", run.step, 0, meters.read(world.device) | {"lr": rate} | clock.read())
+                log.record("train", run.step, 0, meters.read() | {"lr": rate} | clock.read())
 
             # Save, before a validation, which may take long
             is_due = run.step % options.save_freq == 0 or is_validation_due(run, options)
-            if is_due or is_last or is_asked_to_stop:
+            if is_due or is_last or checks.is_asked_to_stop:
                 is_saved = save(run, options, world)
     if not is_saved:
         raise CheckpointError(f"step {run.step} could not be saved, and the run ends here (see the warning)")
-    if is_asked_to_stop:
+    if checks.is_asked_to_stop:
         log.say(f"asked to stop: step {run.step} is saved")
     elif world.is_main and (not options.val_freq or run.best_step == 0):
         write_best(run, options.output_dir)  # no validation chose one
     leave_together(world)  # be rank 0 writing or not
-    return not is_asked_to_stop
+    return not checks.is_asked_to_stop
+
+
+def is_reported(step: int, options: FinetuneOptions) -> bool:
+    """Whether anything follows after so many steps that reads from the device: a log line, a checkpoint, validation."""
+    every = (options.log_freq, options.save_freq, options.val_freq)
+    return step == options.steps or any(freq and step % freq == 0 for freq in every)
+
+
+def refuse_broken(checked: CheckedStep, is_overflow: bool, num_skipped: int) -> None:
+    """Raise NonFiniteLossError, unless it is one of few overflows of fp16 in a row; arguments of `StepChecks.read`."""
+    if is_overflow and num_skipped < MAX_SKIPPED_IN_A_ROW:
+        return
+    overflows = f" ({num_skipped} steps in a row had to be skipped)" if is_overflow else ""
+    raise NonFiniteLossError(
+        f"step {checked.step}: loss {checked.losses[0].item():g} or gradient norm {checked.grad_norm.item():g} is not "
+        f"finite{overflows}; lower --lr, or use --precision fp32"
+    )
 
 
 def is_validation_due(run: FinetuneRun, options: FinetuneOptions) -> bool:

@@ -47,7 +47,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         wide = input if input.dtype == torch.float64 else input.float()
         rows = wide.transpose(0, 1).flatten(1)  # [C, places of all samples]
-        sums = SumOverRanks.apply(torch.cat([rows.sum(1), rows.new_tensor([rows.shape[1]])]))  # [C + 1]
+        sums = SumOverRanks.apply(torch.cat([rows.sum(1), rows.new_full((1,), rows.shape[1])]))  # [C + 1]
         num = sums[-1].detach()
         mean = sums[:-1] / num
         # A second sum instead of the mean of squares, which would lose the digits of a small variance.

@@ -266,14 +266,11 @@ class Alice(Method):
         if now["last_layer_frozen"] and self.student.head is not None:
             self.student.head.drop_last_layer_gradients()
 
-    def after_step(self, now: Now, was_skipped: bool) -> None:
+    def after_step(self, now: Now, was_skipped: Tensor) -> None:
         """Move the teacher and the centres. The published CASA is copied: there both branches share one."""
-        if was_skipped:
-            self.loss.forget()
-            return
         copied = ("casa.",) if self.teacher.casa is not None and self.teacher.casa.target_copies_online else ()
-        average_towards(self.teacher, self.student, now["momentum_teacher"], copied)
-        self.loss.update()
+        average_towards(self.teacher, self.student, now["momentum_teacher"], was_skipped, copied)
+        self.loss.update(was_skipped)
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
         """What the student saw and reconstructed, and where both networks' CASA looks."""

@@ -169,13 +169,10 @@ class CAiD(Method):
             return self.queue.keys, self.queue.no_negatives(cases)
         return joined(keys), owned_by(cases, joined(cases[:, 1]))
 
-    def after_step(self, now: Now, was_skipped: bool) -> None:
+    def after_step(self, now: Now, was_skipped: Tensor) -> None:
         """Move the teacher and put the keys into the queue; after a skipped step neither happens."""
-        if was_skipped:
-            self.queue.forget()
-            return
-        average_towards(self.teacher, self.student, self.options.momentum_teacher, with_buffers=False)
-        self.queue.apply()
+        average_towards(self.teacher, self.student, self.options.momentum_teacher, was_skipped, with_buffers=False)
+        self.queue.apply(was_skipped)
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
         """What the student saw and restored, and the targets."""

@@ -103,10 +103,7 @@ class DINO(Method):
         if now["last_layer_frozen"]:
             self.student.head.drop_last_layer_gradients()
 
-    def after_step(self, now: Now, was_skipped: bool) -> None:
+    def after_step(self, now: Now, was_skipped: Tensor) -> None:
         """Move the teacher and the centre; after a skipped step neither moves."""
-        if was_skipped:
-            self.loss.forget()
-            return
-        average_towards(self.teacher, self.student, now["momentum_teacher"])
-        self.loss.update()
+        average_towards(self.teacher, self.student, now["momentum_teacher"], was_skipped)
+        self.loss.update(was_skipped)

@@ -73,8 +73,13 @@ class Method(nn.Module):
     def before_step(self, now: Now) -> None:
         """Change gradients before they are clipped, for example to freeze a layer."""
 
-    def after_step(self, now: Now, was_skipped: bool) -> None:
-        """Move averages, centres and queues on; after a skipped step forget what `forward` collected instead."""
+    def after_step(self, now: Now, was_skipped: Tensor) -> None:
+        """Move averages, centres and queues on, and forget what `forward` collected for it.
+
+        Args:
+            was_skipped: bool scalar on the method's device. Where it is true nothing may change; do not read it
+                (`if was_skipped:` would wait for the device), but hand it on to what moves.
+        """
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
         """For pictures, rows [B * V, ...] in the order of `rows_of`; called in evaluation mode, without gradient.
@@ -93,13 +98,20 @@ def rows_of(entry: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_towards(
-    teacher: nn.Module, student: nn.Module, momentum: float, copied: tuple[str, ...] = (), with_buffers: bool = True
+    teacher: nn.Module,
+    student: nn.Module,
+    momentum: float,
+    was_skipped: Tensor | None = None,
+    copied: tuple[str, ...] = (),
+    with_buffers: bool = True,
 ) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, over the names that the teacher has.
 
     Args:
         momentum: 0 copies, 1 keeps.
-        copied: prefixes of names that are copied instead. Integers are copied too.
+        was_skipped: bool scalar on the networks' device; where it is true the teacher stays. None moves it.
+        copied: prefixes of names that are copied instead. So are counters (integers without axes); tables of integers
+            are constants of the architecture.
         with_buffers: also the running statistics of batch norms; false where the teacher follows batches of its own.
     """
     source = {**dict(student.named_parameters()), **dict(student.named_buffers())}
@@ -107,9 +119,14 @@ def average_towards(
     towards: list[Tensor] = []
     buffers = teacher.named_buffers() if with_buffers else ()
     for name, tensor in (*teacher.named_parameters(), *buffers):
-        if name.startswith(copied) or not tensor.is_floating_point():
-            tensor.copy_(source[name])
-        else:
+        if name.startswith(copied) or (not tensor.is_floating_point() and tensor.ndim == 0):
+            new = source[name]
+            tensor.copy_(new if was_skipped is None else torch.where(was_skipped, tensor, new))
+        elif tensor.is_floating_point():
             averaged.append(tensor)
             towards.append(source[name])
-    torch._foreach_lerp_(averaged, towards, 1.0 - momentum)
+    if was_skipped is None:
+        torch._foreach_lerp_(averaged, towards, 1.0 - momentum)
+    elif averaged:
+        weight = (1.0 - momentum) * (~was_skipped).to(averaged[0].dtype)
+        torch._foreach_lerp_(averaged, towards, [weight] * len(averaged))

@@ -203,10 +203,10 @@ class VoCo(Method):
         total = torch.stack(list(terms.values())).sum()
         return total, {name: value.detach() for name, value in (terms | monitors).items()}
 
-    def after_step(self, now: Now, was_skipped: bool) -> None:
+    def after_step(self, now: Now, was_skipped: Tensor) -> None:
         """Move the teacher."""
-        if not was_skipped and self.options.voco_variant != "paper":
-            average_towards(self.teacher, self.student, self.options.momentum_teacher)
+        if self.options.voco_variant != "paper":
+            average_towards(self.teacher, self.student, self.options.momentum_teacher, was_skipped)
 
 
 def split_rows(rows: Tensor, overlap: Tensor) -> Features:
