@@ -89,9 +89,13 @@ class Distillation(nn.Module):
             self.centres.collect(f"{name}_distribution", found)
         return found
 
+    def cross_entropies(self, targets: Tensor, logits: Tensor) -> Tensor:
+        """H of targets and a student's logits, both [..., K], for each row [...], in float32."""
+        return -(targets * F.log_softmax(logits.float() / self.options.student_temp, dim=-1)).sum(-1)
+
     def cross_entropy(self, targets: Tensor, logits: Tensor) -> Tensor:
-        """H of targets and a student's logits, both [..., K]: mean over all rows, in float32."""
-        return -(targets * F.log_softmax(logits.float() / self.options.student_temp, dim=-1)).sum(-1).mean()
+        """The mean of `cross_entropies` over all rows."""
+        return self.cross_entropies(targets, logits).mean()
 
     @property
     def mean_distribution(self) -> Tensor:

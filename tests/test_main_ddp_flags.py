@@ -28,6 +28,7 @@ channels_last cudnn_benchmark profile_steps
 nan_policy sync_batchnorm allreduce_bf16 dist_timeout_min resume keep_freq log_freq picture_freq val_freq num_val_pairs
 probe_freq probe_json_list probe_voxels probe_cases config print_config grid_bases grid_crops
 lambda4 dense_variant dense_points dense_maps dense_hidden_dim dense_temp dense_near_mm dense_warmup_epochs
+casa_target casa_temp casa_queries casa_normalise
 help
 """
 

@@ -13,11 +13,17 @@ from tests.small_alice import NOW, small_alice, small_batch
 
 NUM_RANKS = 2
 NUM_STEPS = 3
+FORMS = {
+    "mean": {"centring": "mean"},
+    "sinkhorn": {"centring": "sinkhorn"},
+    "contrast": {"casa_target": "contrast", "casa_normalise": True},
+    "deviation": {"casa_target": "deviation", "casa_queries": "masked", "shared_head_teacher": False},
+}
 
 
-def train(batches: list[dict], wrap: Callable[[nn.Module], nn.Module], centring: str) -> dict:
+def train(batches: list[dict], wrap: Callable[[nn.Module], nn.Module], form: str) -> dict:
     """Three steps of plain gradient descent with the moving average: loss terms, and all that it leaves behind."""
-    method = small_alice(centring=centring)
+    method = small_alice(**FORMS[form])
     network, history, gradients = wrap(method), [], []
     for batch in batches:
         method.zero_grad()
@@ -38,13 +44,13 @@ def train(batches: list[dict], wrap: Callable[[nn.Module], nn.Module], centring:
     }
 
 
-def run_rank(rank: int, folder: str, centring: str) -> None:
+def run_rank(rank: int, folder: str, form: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", NUM_RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
     joined = [small_batch(2 * NUM_RANKS, seed) for seed in range(NUM_STEPS)]
     shards = [{name: rows.chunk(NUM_RANKS)[rank] for name, rows in batch.items()} for batch in joined]
-    torch.save(train(shards, nn.parallel.DistributedDataParallel, centring), f"{folder}/{rank}.pt")
+    torch.save(train(shards, nn.parallel.DistributedDataParallel, form), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -58,11 +64,11 @@ def assert_close(ours: dict, expected: dict, tolerance: float) -> None:
         assert error <= tolerance * max(largest[name], floor), f"{name}: {error} against {largest[name]}"
 
 
-@pytest.mark.parametrize("centring", ["mean", "sinkhorn"])
-def test_two_ranks_equal_one_process(centring: str, tmp_path: Path) -> None:
-    run_ranks(run_rank, (str(tmp_path), centring), NUM_RANKS)
+@pytest.mark.parametrize("form", FORMS)
+def test_two_ranks_equal_one_process(form: str, tmp_path: Path) -> None:
+    run_ranks(run_rank, (str(tmp_path), form), NUM_RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(NUM_RANKS)]
-    whole = train([small_batch(2 * NUM_RANKS, seed) for seed in range(NUM_STEPS)], lambda method: method, centring)
+    whole = train([small_batch(2 * NUM_RANKS, seed) for seed in range(NUM_STEPS)], lambda method: method, form)
     torch.testing.assert_close(sum(r["terms"] for r in ranks) / NUM_RANKS, whole["terms"], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(ranks[0]["terms"], whole["terms"], rtol=1e-3)  # each rank did see another half
     for rank in ranks:

@@ -13,6 +13,7 @@ Letters used for shapes in `models/` and `losses/`:
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Size3 = tuple[int, int, int]
@@ -108,6 +109,19 @@ def upsample_mask(masked: Tensor, size: Size3) -> Tensor:
     batch, (depth, height, width) = masked.shape[0], masked.shape[1:]
     fine = fine.expand(batch, 1, depth, repeats[0], height, repeats[1], width, repeats[2])
     return fine.reshape(batch, 1, *size)
+
+
+def hidden_shares(masked: Tensor, size: Size3) -> Tensor:
+    """How much of each token's cell a block mask hides.
+
+    Args:
+        masked: bool [B, d, h, w].
+        size: the tokens' grid (D', H', W'), coarser or finer than the mask's.
+
+    Returns:
+        [B, D' * H' * W'] in [0, 1], in the order of `flatten_tokens`.
+    """
+    return F.interpolate(masked[:, None].float(), size=size, mode="area").flatten(1)
 
 
 def flatten_tokens(feature_map: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ belong to Q and K of sample i.
 
     loss        = lambda1 * loss_cls + lambda2 * loss_tokens + lambda3 * loss_recon + lambda4 * loss_dense
     loss_cls    = 1/2 [ H(t_cls(K), s_cls(Q)) + H(t_cls(Q), s_cls(K)) ]           crossed between the two patients
-    loss_tokens = 1/2 [ H(T(Q), S(Q)) + H(T(K), S(K)) ], mean over tokens         within one patient, through CASA
+    loss_tokens = 1/2 [ H(T(Q), S(Q)) + H(T(K), S(K)) ], mean over tokens         within one patient, through CASA;
+                  other forms: `models.methods.casa_term`
     loss_recon  = mean squared error against the un-augmented crop, mean over masked voxels, then over samples
     loss_dense  = features of single points against a frozen SAM's vectors (off by default): `models.methods.dense`
 
@@ -31,20 +32,21 @@ import torch
 from torch import Tensor, nn
 
 from datasets.samples.masks import MaskOptions
-from losses.collapse import distribution_monitors, feature_spread, mean_cosine
+from losses.collapse import distribution_monitors, feature_spread
 from losses.distillation import Distillation, DistillationOptions, swap_views
 from losses.reconstruction import reconstruction_error
 from models.backbones.interface import Backbone, MakeBackbone, flatten_tokens, pool_tokens, upsample_mask
 from models.heads import HeadOptions, ProjectionHead
 from models.layers.batch_norm import has_batch_norms
 from models.methods.casa import CASA_VARIANTS, CasaAttention, FigureCASA, PublishedCASA, relative_entropy
+from models.methods.casa_term import CasaAnswers, CasaOptions, casa_loss
 from models.methods.dense import FINEST_STRIDE, DenseHead, DenseOptions, dense_loss, dense_schedule
 from models.methods.method import Batch, Method, Now, average_towards, rows_of
 from models.methods.schedules import distillation_schedules
 
 
 @dataclass(frozen=True)
-class AliceOptions(MaskOptions, HeadOptions, DistillationOptions, DenseOptions):
+class AliceOptions(MaskOptions, HeadOptions, DistillationOptions, CasaOptions, DenseOptions):
     """Alice's flags.
 
     Attributes:
@@ -55,14 +57,8 @@ class AliceOptions(MaskOptions, HeadOptions, DistillationOptions, DenseOptions):
             code)
         cls_features: what cls is: pooled tokens of the deepest stage, or of all stages joined
         shared_head: student: tokens share the last layer of cls
-        shared_head_teacher: teacher: tokens use the moving average of cls's last layer
-        casa_variant: CASA as drawn, or as released
-        casa_heads: attention heads of CASA
-        casa_head_dim: width of one head
-        casa_hidden_dim: width of CASA's feed-forward block
-        casa_cosine_scale: compare CASA's queries and keys by cosine, times a trained scale that starts here; 0 = off
-        query_stride: stride of the encoder tokens that CASA asks with, voxels
-        key_stride: stride of the tokens that CASA asks, voxels
+        shared_head_teacher: teacher: tokens use the moving average of cls's last layer; false = of the student's token
+            layer, so that the whole of psi is the moving average of phi
     """
 
     lambda1: float = 1.0
@@ -72,17 +68,11 @@ class AliceOptions(MaskOptions, HeadOptions, DistillationOptions, DenseOptions):
     cls_features: Literal["deepest", "multiscale"] = "deepest"
     shared_head: bool = False
     shared_head_teacher: bool = True
-    casa_variant: Literal["figure", "published"] = "figure"
-    casa_heads: int = 8
-    casa_head_dim: int = 64
-    casa_hidden_dim: int = 2048
-    casa_cosine_scale: float = 0.0
-    query_stride: int = 16
-    key_stride: int = 8
 
     def __post_init__(self) -> None:
         HeadOptions.__post_init__(self)
         DistillationOptions.__post_init__(self)
+        CasaOptions.__post_init__(self)
         DenseOptions.__post_init__(self)
         weights = self.lambda1, self.lambda2, self.lambda3, self.lambda4
         if min(weights) < 0 or max(weights) == 0:
@@ -92,11 +82,11 @@ class AliceOptions(MaskOptions, HeadOptions, DistillationOptions, DenseOptions):
                 f"--mask_ratio {self.mask_ratio}, --lambda3 {self.lambda3}: expected masked voxels to reconstruct, or "
                 "--recon_on all"
             )
-        for name in ("casa_heads", "casa_head_dim", "casa_hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
-        if self.casa_cosine_scale < 0:
-            raise ValueError(f"--casa_cosine_scale must be 0 (off) or more, got {self.casa_cosine_scale}")
+        if self.lambda2 > 0 and self.casa_queries == "masked" and self.mask_ratio <= 0:
+            raise ValueError(
+                f"--casa_queries masked, --mask_ratio {self.mask_ratio}: expected masked places to ask from, or "
+                "--casa_queries all"
+            )
 
 
 class StudentOutputs(NamedTuple):
@@ -118,6 +108,7 @@ class TeacherOutputs(NamedTuple):
     casa_target: Tensor | None  # T [R, N, K]
     casa_shuffled: Tensor | None  # the same queries asked of another sample's view [R, N, K], to watch CASA ignore it
     dense_maps: list[Tensor] | None = None  # as the student's
+    casa_source: Tensor | None = None  # psi(Y) [R, M, K]
 
 
 class AliceStudent(nn.Module):
@@ -192,14 +183,14 @@ class AliceTeacher(nn.Module):
             return TeacherOutputs(None, None, None, None, dense_maps)
         pooled = pool_tokens(features, self.pooled_strides)
         cls_logits = self.head.project_cls(pooled) if self.head.last_layer is not None else None
-        target = shuffled = None
+        target = shuffled = source = None
         if self.casa is not None:
             source = self.head.project_decoder_tokens(flatten_tokens(features[self.key_stride]))  # [R, M, K]
             query = casa_query.detach()
             target = self.casa.align(query, source)
             # Rows of one sample stand together and show the same anatomy: the next sample's is another place.
             shuffled = self.casa.align(query, source.roll(2 if len(source) > 2 else 1, dims=0))
-        return TeacherOutputs(cls_logits, pooled, target, shuffled, dense_maps)
+        return TeacherOutputs(cls_logits, pooled, target, shuffled, dense_maps, source)
 
 
 class Alice(Method):
@@ -239,11 +230,15 @@ class Alice(Method):
             monitors |= distribution_monitors(targets, self.loss.mean_distribution)
             monitors["feature_std"] = feature_spread(teacher.cls_features)
         if options.lambda2:
-            targets = self.loss.targets("tokens", teacher.casa_target, now["teacher_temp"])
-            terms["loss_tokens"] = self.loss.cross_entropy(targets, student.casa_online)
-            monitors["casa_cos_right"] = mean_cosine(student.casa_online, teacher.casa_target)
-            monitors["casa_cos_shuffled"] = mean_cosine(student.casa_online, teacher.casa_shuffled)
-            monitors["casa_entropy"] = student.casa_entropy
+            answers = CasaAnswers(
+                student.casa_query,
+                student.casa_online,
+                teacher.casa_target,
+                teacher.casa_shuffled,
+                teacher.casa_source,
+            )
+            terms["loss_tokens"], found = casa_loss(options, self.loss, self.teacher.casa, answers, batch, now)
+            monitors |= found | {"casa_entropy": student.casa_entropy}
         if options.lambda3:
             terms["loss_recon"] = self._reconstruction_error(student.reconstruction, batch)
         if options.lambda4:
@@ -302,6 +297,7 @@ def make_student(options: AliceOptions, make_backbone: MakeBackbone) -> AliceStu
             options.casa_head_dim,
             options.casa_hidden_dim,
             cosine_scale=options.casa_cosine_scale,
+            normalise=options.casa_normalise,
         )
     if options.lambda1 or options.lambda2:
         asks_through_head = casa is not None and casa.projects_query_through_head

@@ -13,6 +13,10 @@ of the projection head, psi its moving average in the teacher. The normalisation
 logits, which are cosines: a bare layer norm's outputs of unit variance, divided by temperatures of 0.1 and below, are
 one-hot from the first step on (measured with K = 128: loss_tokens between 6 and 17, where a uniform guess costs 4.9).
 
+`--casa_normalise` takes the mean and the spread over tokens out of every channel of phi(H) and psi(Y), view by view:
+the mean of a view then answers nothing. Only with `--no-shared_head_teacher` is psi the moving average of phi to its
+last layer; by default it ends with that of cls's last layer. More flags of the term: `models.methods.casa_term`.
+
 At the start of training that attention is uniform to some 1e-5 of its entropy, and short runs leave it so: keys are
 cosines of a few hundredths that share most of their value, and Wq and Wk shrink further what differs. S and T then are
 means over the view. `--casa_cosine_scale` (figure only; 0 = off) compares q and K by cosine after the mean key, which
@@ -40,10 +44,22 @@ class MultiHeadCrossAttention(nn.Module):
     """Multi-head attention from given queries, followed by output projection, optional residual and layer norm."""
 
     def __init__(
-        self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, cosine_scale: float = 0.0
+        self,
+        query_dim: int,
+        model_dim: int,
+        num_heads: int,
+        head_dim: int,
+        cosine_scale: float = 0.0,
+        normalise: bool = False,
     ) -> None:
-        """`cosine_scale`: 0 for softmax(q k^T / sqrt(d)); else where the scale of the cosine form starts."""
+        """Build the projections.
+
+        Args:
+            cosine_scale: 0 for softmax(q k^T / sqrt(d)); else where the scale of the cosine form starts.
+            normalise: take each source's mean and spread over tokens out of its channels.
+        """
         super().__init__()
+        self.normalise = normalise
         inner_dim = num_heads * head_dim
         self.num_heads = num_heads
         self.w_qs: nn.Linear | None = nn.Linear(query_dim, inner_dim, bias=False)
@@ -60,6 +76,12 @@ class MultiHeadCrossAttention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, tokens, head_dim]
 
+    def _prepare(self, source: Tensor) -> Tensor:
+        """What keys and values are made of, [B, M, K]."""
+        if not self.normalise:
+            return source
+        return F.instance_norm(source.float().transpose(1, 2)).transpose(1, 2)
+
     def project_query(self, tokens: Tensor) -> Tensor:
         """q = Wq V: [B, N, query_dim] -> [B, N, inner]; by cosine: of unit length in each head, times its scale."""
         query = self.w_qs(tokens)
@@ -69,7 +91,7 @@ class MultiHeadCrossAttention(nn.Module):
         return query.transpose(1, 2).flatten(2)
 
     def project_keys(self, source: Tensor) -> Tensor:
-        """K = Wk of a source [B, M, K] -> [B, heads, M, head_dim].
+        """K = Wk of a prepared source [B, M, K] -> [B, heads, M, head_dim].
 
         By cosine: what differs from the mean over tokens, of unit length. The mean changes no softmax over tokens, and
         at the start it is most of every key.
@@ -82,11 +104,12 @@ class MultiHeadCrossAttention(nn.Module):
 
     def attention_weights(self, query: Tensor, source: Tensor) -> Tensor:
         """The softmax weights [B, heads, N, M] of projected queries [B, N, inner] over a source [B, M, K]."""
-        q, k = self._split_heads(query), self.project_keys(source)
+        q, k = self._split_heads(query), self.project_keys(self._prepare(source))
         return (q.to(k.dtype) @ k.transpose(-2, -1) * self.softmax_scale).softmax(-1)
 
     def forward(self, query: Tensor, source: Tensor, residual: Tensor | None = None) -> Tensor:
         """Projected queries [B, N, inner], source [B, M, K] (and residual [B, N, K]) -> [B, N, K]."""
+        source = self._prepare(source)
         v = self._split_heads(self.w_vs(source))
         q, k = self._split_heads(query).to(v.dtype), self.project_keys(source).to(v.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale).transpose(1, 2).flatten(2)
@@ -112,10 +135,17 @@ class CrossAttentionLayer(nn.Module):
     """Cross-attention and feed-forward under the published names."""
 
     def __init__(
-        self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int, cosine_scale: float = 0.0
+        self,
+        query_dim: int,
+        model_dim: int,
+        num_heads: int,
+        head_dim: int,
+        hidden_dim: int,
+        cosine_scale: float = 0.0,
+        normalise: bool = False,
     ) -> None:
         super().__init__()
-        self.MH_attn = MultiHeadCrossAttention(query_dim, model_dim, num_heads, head_dim, cosine_scale)
+        self.MH_attn = MultiHeadCrossAttention(query_dim, model_dim, num_heads, head_dim, cosine_scale, normalise)
         self.pos_ffn = FeedForward(model_dim, hidden_dim)
 
     def forward(self, query: Tensor, source: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -130,11 +160,20 @@ class FigureCASA(nn.Module):
     target_copies_online = False  # the target's weights are an exponential moving average
 
     def __init__(
-        self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int, cosine_scale: float = 0.0
+        self,
+        query_dim: int,
+        model_dim: int,
+        num_heads: int,
+        head_dim: int,
+        hidden_dim: int,
+        cosine_scale: float = 0.0,
+        normalise: bool = False,
     ) -> None:
         """Build for raw encoder tokens of `query_dim` channels and a projected space of `model_dim` = K."""
         super().__init__()
-        self.Cross_Att = CrossAttentionLayer(query_dim, model_dim, num_heads, head_dim, hidden_dim, cosine_scale)
+        self.Cross_Att = CrossAttentionLayer(
+            query_dim, model_dim, num_heads, head_dim, hidden_dim, cosine_scale, normalise
+        )
 
     def make_query(self, tokens: Tensor) -> Tensor:
         """q = Wq V: [B, N, query_dim] -> [B, N, inner]."""
@@ -162,7 +201,14 @@ class PublishedCASA(nn.Module):
     target_copies_online = True
 
     def __init__(
-        self, query_dim: int, model_dim: int, num_heads: int, head_dim: int, hidden_dim: int, cosine_scale: float = 0.0
+        self,
+        query_dim: int,
+        model_dim: int,
+        num_heads: int,
+        head_dim: int,
+        hidden_dim: int,
+        cosine_scale: float = 0.0,
+        normalise: bool = False,
     ) -> None:
         """Build for a projected space of `model_dim` = K; `query_dim` is not needed, queries are projected tokens."""
         super().__init__()
@@ -171,7 +217,7 @@ class PublishedCASA(nn.Module):
             raise ValueError(
                 f"--casa_cosine_scale {cosine_scale:g} needs --casa_variant figure: nothing like it was released"
             )
-        self.Cross_Att = CrossAttentionLayer(model_dim, model_dim, num_heads, head_dim, hidden_dim)
+        self.Cross_Att = CrossAttentionLayer(model_dim, model_dim, num_heads, head_dim, hidden_dim, normalise=normalise)
 
     def make_query(self, tokens: Tensor) -> Tensor:
         """Projected tokens [B, N, K] are the query themselves: Wq belongs to the shared cross-attention."""
