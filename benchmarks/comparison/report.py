@@ -140,9 +140,11 @@ def dice_part(
         )
     if plan.settings.memory:
         parts += ["The same with the labelled cases remembered:", dice_table(remembered, ends)]
+    parts.append(f"![Dice against the number of labels]({FIGURE})")
+    if not comparisons:
+        return parts
     return [
         *parts,
-        f"![Dice against the number of labels]({FIGURE})",
         f"Paired differences in Dice points, without memory; in brackets the 95 % t interval over {over} "
         f"({about_units(plan)}; the test cases are the same), in parentheses each of them; p of the two-sided paired t "
         "test, not corrected for the number of tests:",
@@ -158,7 +160,8 @@ def about_data(data_seed: int) -> str:
 
 def over_text(plan: Plan) -> str:
     """What means and intervals of Dice are over."""
-    return f"{len(plan.units)} {'pretrainings' if plan.settings.crossed_pretrainings else 'seeds'}"
+    number, name = len(plan.units), "pretraining" if plan.settings.crossed_pretrainings else "seed"
+    return f"{number} {name}" + ("s" if number > 1 else "")
 
 
 def about_units(plan: Plan) -> str:
