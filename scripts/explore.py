@@ -85,7 +85,7 @@ def read_for(flag: str, read: Callable[..., Volume], *arguments) -> Volume:
         raise ValueError(f"{flag} {error}") from error
 
 
-def make_session(flags: jsonargparse.Namespace) -> Session:
+def make_session(flags: jsonargparse.Namespace, options: FollowOptions) -> Session:
     """Read all files and the network."""
     network, info = load_embedder(flags.checkpoint_file)
     network = for_inference(network, flags.precision).to(pick_device(flags.device, 0))
@@ -104,7 +104,7 @@ def make_session(flags: jsonargparse.Namespace) -> Session:
     def embed(scan: Scan) -> Embedding:
         return embed_volume(network, scan.volume, info, flags.memory_mb, scan.name)
 
-    return Session(scans, embed, options_of(flags, FollowOptions), classes, references)
+    return Session(scans, embed, options, classes, references)
 
 
 def embed_all(session: Session) -> None:
@@ -119,10 +119,11 @@ def embed_all(session: Session) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
+    options = options_of(flags, FollowOptions)
     check_files(flags)
-    listening = listen(flags.port)
-    session = make_session(flags)
-    server = make_server(ExploreApp(session), listening)
+    with listen(flags.port) as listening:
+        session = make_session(flags, options)
+        server = make_server(ExploreApp(session), listening)
     print(f"open http://{HOST}:{server.port}/ in a browser; Ctrl-C ends", flush=True)
     Thread(target=embed_all, args=(session,), daemon=True).start()
     server.serve_forever()  # until Ctrl-C

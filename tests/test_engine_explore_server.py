@@ -121,7 +121,8 @@ def test_the_server_listens_on_this_machine_only_and_a_taken_port_is_named(sessi
         listen(port)
     with pytest.raises(ValueError, match="--port 70000: "):
         listen(70000)
-    server = make_server(ExploreApp(session), listening)
+    with listening:
+        server = make_server(ExploreApp(session), listening)
     assert server.port == port and server.socket.getsockname() == (HOST, port)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -21,7 +21,8 @@ IS_IDLE = "document.getElementById('message').textContent === ''"
 def served():
     """A session with labels of the first scan, and its address."""
     session = make_session(labels={0: CLASSES.to_classes(atlas_labels(0))}, classes=CLASSES, is_embedded=False)
-    server = make_server(ExploreApp(session), listen(0))
+    with listen(0) as listening:
+        server = make_server(ExploreApp(session), listening)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield session, f"http://{HOST}:{server.port}/"

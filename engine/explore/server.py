@@ -189,6 +189,5 @@ def listen(port: int) -> socket.socket:
 
 
 def make_server(app: ExploreApp, listening: socket.socket) -> BaseWSGIServer:
-    """A server on the socket of `listen`, which it takes over; a thread answers each request."""
-    with listening:
-        return make_wsgi_server(HOST, 0, app, threaded=True, request_handler=QuietHandler, fd=listening.fileno())
+    """A server on a socket of `listen`, of which it keeps a copy; a thread answers each request."""
+    return make_wsgi_server(HOST, 0, app, threaded=True, request_handler=QuietHandler, fd=listening.fileno())

@@ -76,7 +76,7 @@ class Session:
         self.scans, self.classes = list(scans), classes
         self._embed, self._options, self._references = embed, options, list(references)
         self._followers: dict[tuple[int, int], Follower] = {}
-        self._matching, self._claiming = Lock(), Lock()
+        self._matching, self._carrying, self._claiming = Lock(), Lock(), Lock()
 
     def embed_scan(self, scan: Scan) -> None:
         """Embed one scan; a failure is noted in it, so that the others can go on."""
@@ -184,18 +184,23 @@ class Session:
 
     def carry_to(self, number: int) -> None:
         """Carry labels to a scan; a failure is noted in it."""
-        scan = self.scans[number]
+        scan, volume = self.scans[number], self.scans[number].volume
         try:
-            references = self._references + [
-                Reference(other.embedding, self.classes.to_values(other.labels), other.volume.affine)
-                for other in self._labelled()
-            ]
-            volume = scan.volume
-            labels, _ = carry_labels(scan.embedding, references, volume.shape, volume.affine, hu=volume.array)
-            scan.labels = self.classes.to_classes(labels)
+            with self._carrying:  # one scan at a time: it takes all cores, and memory
+                carried = carry_labels(
+                    scan.embedding, self._all_references(), volume.shape, volume.affine, hu=volume.array
+                )
+            scan.labels = self.classes.to_classes(carried.labels)
             scan.label_state = READY
         except (ValueError, RuntimeError, MemoryError) as error:
             scan.error, scan.label_state = str(error) or type(error).__name__, FAILED
+
+    def _all_references(self) -> list[Reference]:
+        """The references from elsewhere, and the scans with labels of their own."""
+        return self._references + [
+            Reference(scan.embedding, self.classes.to_values(scan.labels), scan.volume.affine)
+            for scan in self._labelled()
+        ]
 
     def _can_carry(self, number: int) -> bool:
         """Whether a scan has no labels of its own, and all that labels would be carried from is embedded."""
