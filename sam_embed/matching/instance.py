@@ -22,12 +22,12 @@ from sam_embed.matching.nodes import Nodes, window_cost
 NUM_ITERATIONS = 20
 STEP_NODES = 0.1  # Adam's learning rate
 SMOOTHNESS = 0.05  # of differences between neighbours of the half grid, in squared nodes
-RADIUS = 2  # nodes: corrections beyond are cut off
+RADIUS = 1  # nodes: corrections beyond are cut off
 OFFSETS = np.array(list(itertools.product(range(-RADIUS, RADIUS + 1), repeat=3)))
 
 
 def optimised(scan: Nodes, reference: Nodes, displacement: np.ndarray) -> np.ndarray:
-    """Correct a map by up to two nodes.
+    """Correct a map by up to a node.
 
     Args:
         scan, reference: with vectors of the same network.
