@@ -20,9 +20,9 @@ from datasets.ct.geometry import index_to_world, world_to_index
 from sam_embed.matching.nodes import Nodes, window_cost
 
 NUM_ITERATIONS = 20
-STEP_NODES = 0.1  # Adam's learning rate
+STEP_NODES = 0.05  # Adam's learning rate
 SMOOTHNESS = 0.05  # of differences between neighbours of the half grid, in squared nodes
-RADIUS = 1  # nodes: corrections beyond are cut off
+RADIUS = 1  # nodes: what lies farther away is not seen
 OFFSETS = np.array(list(itertools.product(range(-RADIUS, RADIUS + 1), repeat=3)))
 
 
