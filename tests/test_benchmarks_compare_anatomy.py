@@ -217,7 +217,7 @@ def test_a_part_is_reported_as_far_as_it_is_done(ct_dir, tmp_path, monkeypatch):
     plan = compare_pretraining.make_plan(compare_pretraining.make_flags().parse_args(words))
     s = plan.settings
     cases = list_cases(s.num_unlabelled, s.num_labelled + s.num_test, s.data_seed)
-    write_dataset(plan.phantoms, [dataclasses.replace(case, coarsen=4.0) for case in cases], 1)
+    write_dataset(plan.phantoms, [dataclasses.replace(case, coarsen=3.0) for case in cases], 1)
     before = "data,sam,pretrain,probe,report"
     compare_pretraining.main([*words, "--arms", "mim,dense", "--stages", before])
     compare_pretraining.main([*words, "--arms", "scratch", "--stages", "finetune"])
