@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the weights that come with the repository, from phantoms to card: weights/sam_phantom.safetensors and .md. Two hours on
-# two CPU cores. May be stopped and run again: what is done is kept, and the training goes on.
+# Makes the weights that come with the repository, from phantoms on: SAM's with its card, the labelled phantoms, and a U-Net's.
+# Two and a half hours on two CPU cores. May be stopped and run again: what is done is kept, and the trainings go on.
 #   bash scripts/make_weights.sh                      folder of the work: results/weights
 #   WEIGHTS_DIR=/tmp/weights bash scripts/make_weights.sh
 set -euo pipefail
@@ -24,3 +24,9 @@ stage "pack" python scripts/pack_sam.py --checkpoint_file "$out/sam/checkpoint_b
     --data_text "phantoms of this repository's generator 2 (seed 300), some with unusual anatomy and artefacts" \
     --output weights/sam_phantom.safetensors
 stage "pack references" python scripts/pack_references.py "${data[@]}"
+stage "pretrain U-Net" python -m benchmarks.compare_pretraining --preset cpu --arms dense --pretrain_steps 300 \
+    --sam_checkpoint weights/sam_phantom.safetensors --stages data,sam,pretrain --output_dir "$out/alice"
+stage "extract U-Net" python extract_backbone_weights.py "$out/alice/pretrain/dense/seed0/checkpoint.pth" \
+    "$out/alice_unet_phantom.safetensors" --checkpoint_key student --half
+stage "without folders" python scripts/push_to_hub.py --weights "$out/alice_unet_phantom.safetensors" --output_dir "$out/published"
+cp "$out/published/model.safetensors" weights/alice_unet_phantom.safetensors

@@ -7,9 +7,10 @@ from monai.networks.nets import SwinUNETR
 from torch import Tensor, nn
 
 from engine.features import load_features
+from engine.flags import REPOSITORY
 from engine.weights import start_from
 from models import load_pretrained
-from models.backbones import BACKBONES
+from models.backbones import BACKBONES, segmentation_network
 from models.methods import METHODS
 from models.pretrained import LoadReport
 from models.segmenters import SEGMENTERS
@@ -205,3 +206,16 @@ def test_features_come_from_published_weights(folder):
     assert extract.report.share == 1 and len(extract.report.loaded) == SWIN_VIT["swin_unetr_v2"]
     with pytest.raises(WeightsError, match="--backbone swin_unetr_v2"):
         load_features(folder / "VoCo_B_SSL_head.pt", "cpu", feature_size=FEATURES)
+
+
+# Ours
+
+
+def test_the_unet_that_comes_along_fills_its_network_and_names_no_folder():
+    path = REPOSITORY / "weights" / "alice_unet_phantom.safetensors"
+    assert path.stat().st_size < 4e6 and b"/home/" not in path.read_bytes() and b"/tmp/" not in path.read_bytes()
+    network = segmentation_network("unet", 1, 14, 16)
+    report = load_pretrained(network, path, min_share=1.0, part="whole")
+    assert not report.misshapen and not report.unexpected and len(report.loaded) == 73
+    assert report.description["preprocessing"]["spacing_mm"] == [6.0, 6.0, 6.0]
+    assert all(value.isfinite().all() for value in network.state_dict().values())
