@@ -72,7 +72,7 @@ def test_report_holds_every_arm(compared):
     for arm in ("sam", "true"):
         assert found["pretraining"][arm]["values"]["voxels_seen"] == 2 * 2 * 2 * 32**3, "steps x pairs x crops x crop"
     assert set(found["seconds"]) == {"data", "sam", "pretrain", "probe", "finetune"}
-    assert list(found["probes"]) == ["sam", "true", "untrained"]
+    assert list(found["probes"]) == ["untrained", "sam", "true"]
     for by_probe in found["probes"].values():
         values = np.array([list(by_seed.values()) for by_seed in by_probe.values()])
         assert values.shape == (2, 2, 2) and ((values >= 0) & (values <= 1)).all(), "probes, pretrainings, splits"
