@@ -41,6 +41,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
+@torch.no_grad()
 def run(flags: jsonargparse.Namespace) -> dict:
     """Carry and judge.
 
@@ -55,7 +56,6 @@ def run(flags: jsonargparse.Namespace) -> dict:
             f"{flags.num_cases} (each 1 or more) need {wanted}"
         )
     torch.set_num_threads(flags.num_threads)
-    torch.set_grad_enabled(False)
     network, info = load_embedder(flags.checkpoint_file)
     network = for_inference(network)
 

@@ -80,13 +80,13 @@ def test_it_serves_its_scans_and_ends_quietly(corpus):
     )
     try:
         line = process.stdout.readline()
-        assert line.startswith("open http://127.0.0.1:") and "Ctrl-C" in line, process.communicate(timeout=60)
+        assert line.startswith("open http://127.0.0.1:") and "Ctrl-C" in line, process.communicate(timeout=300)
         address = line.split()[1]
-        with urllib.request.urlopen(f"{address}scans/1/axial/17", timeout=60) as answer:
+        with urllib.request.urlopen(f"{address}scans/1/axial/17", timeout=300) as answer:
             assert answer.read() == patient_volume(1).array[17].tobytes()
-        scans = json.load(urllib.request.urlopen(f"{address}scans", timeout=60))["scans"]
+        scans = json.load(urllib.request.urlopen(f"{address}scans", timeout=300))["scans"]
         assert [scan["labels"] for scan in scans] == [GIVEN, NONE]
     finally:
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 0 and "Traceback" not in errors, errors

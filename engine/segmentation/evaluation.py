@@ -5,7 +5,7 @@ its probabilities are brought to the second, and Dice and NSD are taken there, i
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,8 +174,9 @@ def check_pixel_sizes(cases: list[Case], tolerance_mm: Tolerances) -> None:
     pictures = [case.image for case in cases if kind_of(case.image) == RADIOGRAPH] if tolerance_mm else []
     unscaled = next((path for path in pictures if not read_radiograph(path).is_scaled), None)
     if unscaled is not None:
+        flag = "--flare22_nsd" if isinstance(tolerance_mm, Mapping) else f"--nsd_mm {tolerance_mm:g}"
         raise ValueError(
-            f"--nsd_mm {tolerance_mm}: {unscaled} does not say how large its pixels are, so there is no distance in "
+            f"{flag}: {unscaled} does not say how large its pixels are, so there is no distance in "
             "mm. Leave NSD out with --nsd_mm 0, or write the size into the files (PNG chunk pHYs)"
         )
 
