@@ -26,7 +26,7 @@ from datasets.ct.geometry import index_to_world, world_to_index
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.instance import optimised
 from sam_embed.matching.match import check_same_network
-from sam_embed.matching.nodes import Nodes, make_nodes, window_cost
+from sam_embed.matching.nodes import Nodes, make_nodes, points_of_grid, window_cost
 
 NUM_ROUNDS = 8  # of re-weighting the affine map
 AFFINE_SCALE_MM = 20.0  # matches that miss the affine map by more weigh less
@@ -55,10 +55,14 @@ class DenseMap:
     trust: np.ndarray
 
     @property
+    def points_mm(self) -> np.ndarray:
+        """World mm [d, h, w, 3] of the scan's nodes."""
+        return points_of_grid(self.trust.shape, self.affine)
+
+    @property
     def displacement_mm(self) -> np.ndarray:
         """[d, h, w, 3], from each node to its place."""
-        nodes = np.stack(np.meshgrid(*map(np.arange, self.trust.shape), indexing="ij"), axis=-1)
-        return self.places_mm - index_to_world(self.affine, nodes)
+        return self.places_mm - self.points_mm
 
 
 @torch.no_grad()
@@ -139,8 +143,7 @@ def cycle_of_maps_mm(found: DenseMap, back: DenseMap) -> np.ndarray:
     """How far from each node [d, h, w] its place is mapped back to, mm; `back` maps the other volume to the scan."""
     index = world_to_index(back.affine, found.places_mm.reshape(-1, 3)).T
     returned = [map_coordinates(back.places_mm[..., axis], index, order=1, mode="nearest") for axis in range(3)]
-    nodes = np.stack(np.meshgrid(*map(np.arange, found.trust.shape), indexing="ij"), axis=-1)
-    start_mm = index_to_world(found.affine, nodes).reshape(-1, 3)
+    start_mm = found.points_mm.reshape(-1, 3)
     return np.linalg.norm(np.stack(returned, axis=-1) - start_mm, axis=-1).reshape(found.trust.shape)
 
 

@@ -32,7 +32,7 @@ class Nodes:
     @cached_property
     def points_mm(self) -> np.ndarray:
         """World mm [d, h, w, 3] of all nodes."""
-        return index_to_world(self.affine, np.stack(np.meshgrid(*map(np.arange, self.shape), indexing="ij"), axis=-1))
+        return points_of_grid(self.shape, self.affine)
 
     @cached_property
     def spacing_mm(self) -> np.ndarray:
@@ -45,6 +45,11 @@ class Nodes:
         vectors = self.vectors.view(*self.shape, -1)[kept]
         shape = tuple(vectors.shape[:3])
         return Nodes(shape, self.affine @ np.diag([2.0, 2, 2, 1]), vectors.flatten(0, 2), self.body[kept])
+
+
+def points_of_grid(shape: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:
+    """World mm [d, h, w, 3] of all nodes of a grid."""
+    return index_to_world(affine, np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1))
 
 
 def make_nodes(embedding: Embedding, spacing_mm: float) -> Nodes:
