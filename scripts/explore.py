@@ -32,12 +32,13 @@ from datasets.ct.formats import EXPECTED
 from datasets.ct.nifti import Volume, read_ct, read_label_of
 from datasets.lists.data_list import unique_names
 from engine.device import pick_device
+from engine.embedding_flags import add_embedding_flags
 from engine.explore.server import HOST, ExploreApp, listen, make_server
 from engine.explore.session import FAILED, Scan, Session
 from engine.flags import add_options, make_parser, options_of, run_main
 from engine.references import PHANTOMS, check_embedded_by, classes_of, open_phantoms
 from sam_embed.checkpoint import EmbedderOptions, load_embedder
-from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
+from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.follow import FollowOptions
 
@@ -51,10 +52,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     parser.add_argument("--labels", type=str, nargs="+", default=[], help=label_help)
     parser.add_argument("--port", type=int, default=8000, help="of the page's address; 0 = any that is free")
     add_options(parser.add_argument_group("trust"), FollowOptions)
-    run = parser.add_argument_group("run")
-    run.add_argument("--memory_mb", type=float, default=2048.0, help="working memory of the embedding, MB")
-    run.add_argument("--precision", type=str, default="fp32", choices=list(PRECISIONS), help="bf16 suits GPUs")
-    run.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
+    add_embedding_flags(parser)
     return parser
 
 

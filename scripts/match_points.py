@@ -33,9 +33,10 @@ from datasets.ct.nifti import read_ct
 from datasets.lists.data_list import unique_names
 from datasets.lists.points import CSV_SUFFIX, NamedPoints, read_points, suffix_of, write_markups, write_table
 from engine.device import pick_device
+from engine.embedding_flags import add_embedding_flags
 from engine.flags import RunInfo, add_options, make_parser, options_of, run_main
 from sam_embed.checkpoint import EmbedderOptions, load_embedder
-from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
+from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.judging.follow_figure import MOST_ROWS, draw_followed
 from sam_embed.matching.follow import Followed, FollowOptions, check_inside, follow_points
 
@@ -53,10 +54,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     parser.add_argument("--output", type=str, required=True, help="where they are: .csv or .mrk.json")
     parser.add_argument("--figure", type=str | None, default=None, help="PNG: slices of query and key at each point")
     add_options(parser.add_argument_group("trust"), FollowOptions)
-    run = parser.add_argument_group("run")
-    run.add_argument("--memory_mb", type=float, default=2048.0, help="working memory of the embedding, MB")
-    run.add_argument("--precision", type=str, default="fp32", choices=list(PRECISIONS), help="bf16 suits GPUs")
-    run.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
+    add_embedding_flags(parser)
     return parser
 
 

@@ -45,11 +45,12 @@ from datasets.lists.data_list import Case, DataListError, unique_names, write_da
 from datasets.lists.label_classes import LabelClasses
 from datasets.lists.search import find_cases
 from engine import distributed
+from engine.embedding_flags import add_embedding_flags
 from engine.flags import RunInfo, add_options, add_switch, flags_as_dict, make_parser, run_main
 from engine.references import PHANTOMS, check_embedded_by, classes_of, open_phantoms
 from engine.segmentation.pictures import save_carried
 from sam_embed.checkpoint import EmbedderOptions, load_embedder
-from sam_embed.embeddings.embed import PRECISIONS, embed_volume, for_inference
+from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import Reference, carry_labels
 from sam_embed.matching.dense import dense_map
@@ -74,10 +75,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add_switch(data, "--overwrite", False, "label images again that are finished")
     add_switch(data, "--save_displacement", False, "write the displacement field to each reference")
     add_switch(data, "--warp", False, "write each reference moved onto the image's voxels")
-    run = parser.add_argument_group("run")
-    run.add_argument("--memory_mb", type=float, default=1024.0, help="working memory of the embedding, MB")
-    run.add_argument("--precision", type=str, default="fp32", choices=list(PRECISIONS), help="bf16 suits GPUs")
-    run.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to embed")
+    add_embedding_flags(parser, memory_mb=1024.0)
     return parser
 
 
