@@ -1,4 +1,4 @@
-"""Intensity augmentation of one view: the paths w and v of Alice's figure 2. Geometry is never touched.
+"""Intensity augmentation of one view: the paths w and v of Alice's figure 2. Geometry is not touched (see `move.py`).
 
 Every view (student and teacher alike) is cut from HU with its own jittered window and then gets its own draw of gamma,
 blur, noise, brightness and contrast; tokens of a student view and of its teacher view still correspond by position.
@@ -82,13 +82,17 @@ class ViewAugmenter:
     Args:
         options: strengths and probabilities.
         hu_min, hu_max: the window in HU that becomes [0, 1] (before jitter).
+        first: random transforms of the windowed crop that come before these.
     """
 
-    def __init__(self, options: AugmentOptions, hu_min: float, hu_max: float) -> None:
+    def __init__(
+        self, options: AugmentOptions, hu_min: float, hu_max: float, first: Sequence[RandomizableTransform] = ()
+    ) -> None:
         self.options = options
         self.hu_min = hu_min
         self.hu_max = hu_max
         self._transforms: list[RandomizableTransform] = [
+            *first,
             RandAdjustContrast(prob=options.gamma_prob, gamma=options.gamma_range),
             RandGaussianBlur(options.blur_sigma_vox, prob=options.blur_prob),
             RandFastNoise(options.noise_std, prob=options.noise_prob),

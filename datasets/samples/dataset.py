@@ -1,9 +1,9 @@
 """The crop dataset: sample i is V crops and their views, a pure function of (seed, i).
 
 A pairing rule (`pairings.py`) chooses the places of the V crops. A method names the views that it needs of every crop:
-"augmented" (the crop with intensity augmentation), "blocks" (a block mask), "distorted" (augmented and corrupted, with
-a clean target). Every random choice of sample i comes from NumPy's `SeedSequence([seed, i, attempt])`, so that ranks,
-workers, restarts and the order of reading change nothing.
+"augmented" (the crop with intensity augmentation), "moved" (zoomed, mirrored and turned before that), "blocks" (a block
+mask), "distorted" (augmented and corrupted, with a clean target). Every random choice of sample i comes from NumPy's
+`SeedSequence([seed, i, attempt])`, so that ranks, workers, restarts and the order of reading change nothing.
 Cases are dealt like cards: each run of `num_cases` samples visits every case once, in an order of its own.
 """
 
@@ -21,10 +21,11 @@ from datasets.samples.augment import AugmentOptions, ViewAugmenter, window
 from datasets.samples.crops import CropOptions, cut, start_at
 from datasets.samples.distort import DistortOptions, ViewDistorter
 from datasets.samples.masks import MaskOptions, draw_mask, mask_grid, num_masked_blocks
+from datasets.samples.move import RandMove
 from datasets.samples.pairings import Pairing, Places
 from datasets.store.format import StoreError
 
-VIEW_KINDS = ("augmented", "blocks", "distorted")
+VIEW_KINDS = ("augmented", "moved", "blocks", "distorted")
 MAX_ATTEMPTS = 20  # broken volumes in a row for one sample; more than that is no accident
 PAIRED_ATTEMPTS = 10  # after these, a sample of one volume: with few cases every pair may contain the broken one
 
@@ -78,6 +79,8 @@ class CropDataset(Dataset):
         self.augmenter = ViewAugmenter(augment, *self.hu_window)
         for name in self.names:
             self._own_window(name)  # flags that fit a volume's range badly are refused now, not in the run's middle
+        if "moved" in views.values():
+            self.mover = ViewAugmenter(augment, *self.hu_window, first=[RandMove(pairing.roi)])
         if "distorted" in views.values():
             self.distorter = ViewDistorter(self.augmenter, pairing.roi, distort)
         if "blocks" in views.values():
@@ -98,9 +101,9 @@ class CropDataset(Dataset):
 
         Returns:
             "crop": float32 [V, 1, D, H, W] in [0, 1], windowed and not augmented (reconstruction targets);
-            one entry for each name in `views`: augmented or distorted crops like "crop" (of a distorted view also
-            `<name>_target`: the clean crop, mirrored where the view is), or bool masks [V, d, h, w] on the block grid
-            (roi / mask_block), True = masked = in the loss;
+            one entry for each name in `views`: augmented, moved or distorted crops like "crop" (of a distorted view
+            also `<name>_target`: the clean crop, mirrored where the view is), or bool masks [V, d, h, w] on the block
+            grid (roi / mask_block), True = masked = in the loss;
             "case": int64 [V] index into `store.names`; "centre_mm": float32 [V, 3], crop centres in world mm;
             "score": float32; "is_fallback": bool; the rule's further facts ("overlap" of the grids); with `anatomy`
             the entries of `AnatomyPoints.sample`.
@@ -188,14 +191,17 @@ class CropDataset(Dataset):
             "is_fallback": torch.tensor(places.is_fallback),
             **{name: torch.from_numpy(value) for name, value in places.facts.items()},
         }
-        # Seeds go to masks view by view, then to augmented pictures crop by crop, then to distorted ones, at last to
-        # points; other orders would change every recorded run.
+        # Seeds go to masks view by view, then to augmented pictures crop by crop, to moved and to distorted ones,
+        # at last to points; other orders would change every recorded run.
         for name in [name for name, kind in self.views.items() if kind == "blocks"]:
             rngs = [np.random.Generator(np.random.Philox(seed)) for seed in seeds.spawn(len(crops_hu))]
             sample[name] = torch.stack([draw_mask(rng, self.grid, self.num_masked) for rng in rngs])
-        pictured = [name for name, kind in self.views.items() if kind == "augmented"]
-        made = [[self.augmenter(hu, seed, own) for seed in seeds.spawn(len(pictured))] for hu, own in cut_crops]
-        sample |= {name: torch.stack(views) for name, views in zip(pictured, zip(*made))}
+        for kind in ("augmented", "moved"):
+            pictured = [name for name, made_as in self.views.items() if made_as == kind]
+            if pictured:
+                make = self.augmenter if kind == "augmented" else self.mover
+                made = [[make(hu, seed, own) for seed in seeds.spawn(len(pictured))] for hu, own in cut_crops]
+                sample |= {name: torch.stack(views) for name, views in zip(pictured, zip(*made))}
         for name in [name for name, kind in self.views.items() if kind == "distorted"]:
             pairs = [self.distorter(hu, seed, own) for (hu, own), seed in zip(cut_crops, seeds.spawn(len(crops_hu)))]
             sample[name], sample[f"{name}_target"] = (torch.stack(column) for column in zip(*pairs))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from datasets.samples.move import MoveOptions
 from losses.collapse import distribution_monitors, feature_spread
 from losses.distillation import Distillation, DistillationOptions, swap_views
 from models.backbones.interface import Backbone, MakeBackbone, pool_tokens
@@ -26,8 +27,8 @@ from models.methods.schedules import distillation_schedules
 
 
 @dataclass(frozen=True)
-class DinoOptions(HeadOptions, DistillationOptions):
-    """DINO's flags: those of the head and of distillation, with the published values."""
+class DinoOptions(HeadOptions, DistillationOptions, MoveOptions):
+    """DINO's flags: those of the head, of distillation and of moved views, with the published values."""
 
     out_dim: int = 1024
     teacher_temp: float = 0.04
@@ -68,6 +69,8 @@ class DINO(Method):
         """Build student and teacher, an exact copy to begin with; torch's seed decides the weights."""
         super().__init__()
         self.options = options
+        if options.move_views:
+            self.views = {"view": "moved"}
         backbone = make_backbone(None, with_masks=False)
         head = ProjectionHead(
             in_dim=backbone.channels[max(backbone.channels)],

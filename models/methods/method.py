@@ -27,8 +27,8 @@ class Method(nn.Module):
     Attributes:
         Options: a dataclass; its fields are the method's flags.
         pairings: values of --pairing that it can use; the first is its default.
-        views: batch name -> what that entry is made of every crop ("augmented", "blocks", "distorted"); the class's
-            default, which an instance may overwrite. A distorted view NAME brings its clean target, NAME_target.
+        views: batch name -> what that entry is made of every crop ("augmented", "moved", "blocks", "distorted"); the
+            class's default, which an instance may overwrite. A distorted view NAME brings its target, NAME_target.
         constant_lr: parts of the student whose learning rate follows no schedule.
         sees_batch: a norm looks across samples, so that ranks and accumulated parts do not equal one big batch; an
             instance may overwrite it, where the backbone decides.

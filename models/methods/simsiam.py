@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasets.samples.move import MoveOptions
 from losses.collapse import feature_spread
 from models.backbones.interface import Backbone, MakeBackbone, pool_tokens
 from models.methods.method import Batch, Method, Now
 
 
 @dataclass(frozen=True)
-class SimSiamOptions:
+class SimSiamOptions(MoveOptions):
     """SimSiam's flags.
 
     Attributes:
@@ -71,6 +72,8 @@ class SimSiam(Method):
         """Build the student; torch's seed decides the weights."""
         super().__init__()
         self.options = options
+        if options.move_views:
+            self.views = {"view": "moved"}
         self.student = SimSiamStudent(make_backbone(None, with_masks=False), options)
 
     def forward(self, batch: Batch, now: Now) -> tuple[Tensor, dict[str, Tensor]]:
