@@ -51,7 +51,7 @@ def test_a_sample_holds_the_views_that_were_asked_for():
     facts = {"crop", "case", "centre_mm", "score", "is_fallback"}
     assert make_dataset("iou", views={})[0].keys() == facts
     assert make_dataset("iou", views={"view": "augmented"})[0].keys() == facts | {"view"}
-    with pytest.raises(ValueError, match="views of kind melted; expected augmented, blocks"):
+    with pytest.raises(ValueError, match="views of kind melted; expected augmented, moved, blocks"):
         make_dataset("iou", views={"view": "melted"})
 
 
