@@ -6,6 +6,8 @@ import pytest
 import torch
 from monai.networks.nets.swin_unetr import BasicLayer, PatchMerging, WindowAttention, compute_mask
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.layers import constants, window_attention
 from models.layers.window_attention import FastBasicLayer, FastWindowAttention, use_fast_window_attention
@@ -54,6 +56,58 @@ def test_other_ways_equal_monai_too(masked: bool, way: str) -> None:
     x = torch.randn(24, 36, 12)
     for ours, expected in zip(run(fast, x, mask), run(reference, x, mask)):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for one in tree_leaves(made):
+            self.largest = max(self.largest, one.numel() if isinstance(one, torch.Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_windows, num_parts", [(1, {False: 24, True: 2}), (5, {False: 5, True: 2})])
+def test_the_gradient_of_the_bias_is_summed_part_by_part(masked, num_windows, num_parts, monkeypatch) -> None:
+    """The largest tensor of the backward pass is a part's; two samples of 12 windows, with a mask whole samples."""
+    scores = 3 * 36 * 36  # of a window
+    monkeypatch.setattr(window_attention, "BIAS_GRADIENT_BYTES", num_windows * scores * 4)
+    mask = compute_mask((8, 6, 9), WINDOW, (2, 1, 1), "cpu") if masked else None
+    calls, plain = [], window_attention.fused_attention
+    monkeypatch.setattr(window_attention, "fused_attention", lambda *args: calls.append(len(args[0])) or plain(*args))
+    reference, fast = make_pair("fused")
+    x = torch.randn(24, 36, 12)
+    for ours, expected in zip(run(fast, x, mask), run(reference, x, mask)):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+    assert calls[0] == sum(calls[1:]) == 24 and len(calls) == 1 + num_parts[masked]
+    loss = fast(x, mask).square().sum()
+    with LargestTensor() as watched:
+        loss.backward()
+    queries_keys_values = 3 * x.numel()
+    assert watched.largest == max(max(calls[-num_parts[masked] :]) * scores, queries_keys_values) < 24 * scores
+
+
+def test_parts_equal_the_whole_in_half_precision_and_repeat_bit_by_bit(monkeypatch) -> None:
+    found = []
+    for part_bytes in (2**28, 5 * 3 * 36 * 36 * 2, 5 * 3 * 36 * 36 * 2):
+        monkeypatch.setattr(window_attention, "BIAS_GRADIENT_BYTES", part_bytes)
+        fast = make_pair("fused")[1]
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(run(fast, torch.randn(24, 36, 12), None))
+    for whole, part, again in zip(*found):
+        assert torch.equal(part, again) and part.dtype == whole.dtype
+        torch.testing.assert_close(part, whole, rtol=2e-2, atol=2e-2 * whole.abs().max().item())
+
+
+def test_without_gradients_nothing_is_cut(monkeypatch) -> None:
+    monkeypatch.setattr(window_attention, "BIAS_GRADIENT_BYTES", 1)
+    monkeypatch.setattr(window_attention.FusedAttentionByParts, "apply", lambda *args: pytest.fail("cut into parts"))
+    with torch.no_grad():
+        make_pair("fused")[1](torch.randn(24, 36, 12), None)
 
 
 def test_fused_attention_asks_for_four_axes_and_one_type(monkeypatch) -> None:

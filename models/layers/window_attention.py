@@ -3,7 +3,9 @@
 MONAI's version writes every window's [heads, n, n] matrix (n = 343 tokens) to memory several times, forward and
 backward, and keeps two of them per block for the backward pass. Here, on a CPU, a few windows at a time go through
 scores, softmax and product while they sit in the processor's cache, and the backward pass computes them again, as flash
-attention does (Dao et al., 2022). Other devices take torch's scaled_dot_product_attention.
+attention does (Dao et al., 2022). Other devices take torch's scaled_dot_product_attention. Its backward pass writes the position
+bias's gradient for every window before it sums them: 4 GB at stride 2 of 8 pairs of 96³ crops in half precision. Here
+it runs for as many windows at a time as fit `BIAS_GRADIENT_BYTES`, and computes each part again.
 
 MONAI's mask of shifted windows adds -100 to forbidden scores. Their weights of about 4e-44 are denormal numbers, which
 a CPU handles in microcode: measured, softmax takes 12 times as long and the product behind it 4 times. The mask is
@@ -31,6 +33,7 @@ MASK_FACTOR = 10.0
 # The bias trains, so its gradient is wanted: flash attention takes no bias, cuDNN's gives it no gradient.
 FUSED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 HEAD_BYTES = 16  # fused kernels read the channels of a head in whole steps of so many bytes
+BIAS_GRADIENT_BYTES = 2**28  # of all windows' gradients of the position bias that exist at one time
 WAYS = ("auto", "chunked", "fused", "monai")
 
 
@@ -113,6 +116,41 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor 
     return out[..., :width].reshape(shape)
 
 
+class FusedAttentionByParts(torch.autograd.Function):
+    """`fused_attention` whose backward pass goes through a few windows at a time."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, part: int) -> Tensor:
+        """As `fused_attention`; `part` windows go through the backward pass at a time."""
+        ctx.save_for_backward(q, k, v, bias, mask)
+        ctx.part = part
+        return fused_attention(q, k, v, bias, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v and the bias, which is summed in float32 part by part, in order."""
+        q, k, v, bias, mask = ctx.saved_tensors
+        found = [torch.empty_like(x) for x in (q, k, v)]
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+        for part in (slice(first, first + ctx.part) for first in range(0, len(q), ctx.part)):
+            leaves = [x[part].detach().requires_grad_() for x in (q, k, v)] + [bias.detach().requires_grad_()]
+            with torch.enable_grad():
+                out = fused_attention(*leaves, mask)
+            *of_part, of_bias = torch.autograd.grad(out, leaves, grad[part])
+            for whole, one in zip(found, of_part):
+                whole[part] = one
+            grad_bias += of_bias
+        return *found, grad_bias.to(bias.dtype), None, None
+
+
+def windows_at_a_time(q: Tensor, mask: Tensor | None) -> int:
+    """Windows whose gradients of the bias fit `BIAS_GRADIENT_BYTES`, whole samples where there is a mask; 1 or more."""
+    _, heads, tokens, _ = q.shape
+    unit = 1 if mask is None else len(mask)
+    return unit * max(1, BIAS_GRADIENT_BYTES // (unit * heads * tokens * tokens * q.element_size()))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, way: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(d) + bias + mask) v for q, k, v [W, h, n, d], bias [h, n, n], mask [w, n, n] or None.
 
@@ -120,6 +158,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, w
     """
     if way == "chunked" or (way == "auto" and q.device.type == "cpu"):
         return ChunkedAttention.apply(q * q.shape[-1] ** -0.5, k, v, bias, mask)
+    part = windows_at_a_time(q, mask)
+    if part < len(q) and torch.is_grad_enabled():
+        return FusedAttentionByParts.apply(q, k, v, bias, mask, part)
     return fused_attention(q, k, v, bias, mask)
 
 
