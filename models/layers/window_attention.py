@@ -3,9 +3,9 @@
 MONAI's version writes every window's [heads, n, n] matrix (n = 343 tokens) to memory several times, forward and
 backward, and keeps two of them per block for the backward pass. Here, on a CPU, a few windows at a time go through
 scores, softmax and product while they sit in the processor's cache, and the backward pass computes them again, as flash
-attention does (Dao et al., 2022). Other devices take torch's scaled_dot_product_attention. Its backward pass writes the position
-bias's gradient for every window before it sums them: 4 GB at stride 2 of 8 pairs of 96³ crops in half precision. Here
-it runs for as many windows at a time as fit `BIAS_GRADIENT_BYTES`, and computes each part again.
+attention does (Dao et al., 2022). Other devices take torch's scaled_dot_product_attention. Its backward pass writes the
+position bias's gradient for every window before it sums them: 4 GB at stride 2 of 8 pairs of 96³ crops in half
+precision. Here it runs for as many windows at a time as fit `BIAS_GRADIENT_BYTES`, and computes each part again.
 
 MONAI's mask of shifted windows adds -100 to forbidden scores. Their weights of about 4e-44 are denormal numbers, which
 a CPU handles in microcode: measured, softmax takes 12 times as long and the product behind it 4 times. The mask is
