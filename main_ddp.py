@@ -41,6 +41,7 @@ from engine.device import (
     compile_networks,
     explained_out_of_memory,
     make_scaler,
+    on_gpus,
     pick_device,
     pick_precision,
     use_channels_last,
@@ -184,9 +185,9 @@ def make_run(flags, method: Method, data: Data, options: LoopOptions, world: Wor
     method = method.to(world.device)
     if world.size > 1 and flags.sync_batchnorm:
         synchronise_batch_norms(method)
-    if flags.channels_last:
+    if on_gpus(flags.channels_last, world.device):
         use_channels_last(method)
-    torch.backends.cudnn.benchmark = flags.cudnn_benchmark
+    torch.backends.cudnn.benchmark = on_gpus(flags.cudnn_benchmark, world.device)
     crops, optimiser = options_of(flags, CropOptions), options_of(flags, OptimiserOptions)
     description = {
         "kind": flags.method,

@@ -43,6 +43,11 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
+def on_gpus(flag: bool | None, device: torch.device) -> bool:
+    """A flag that is on for GPUs unless it says otherwise (None = it does not)."""
+    return device.type == "cuda" if flag is None else flag
+
+
 def use_channels_last(*modules: nn.Module) -> None:
     """Store the weights of 3-D convolutions channels last; convolutions then compute in that layout. Values stay.
 

@@ -72,7 +72,7 @@ def add_resume(group) -> None:
     )
 
 
-def add_switch(group, name: str, default: bool, help: str) -> None:
+def add_switch(group, name: str, default: bool | None, help: str) -> None:
     """A boolean flag: `--name`, `--no_name` and `--name true|false` all work."""
     group.add_argument(name, action=jsonargparse.ActionYesNo(), nargs="?", default=default, help=help)
 
@@ -83,7 +83,7 @@ def add_options(group, Options: type, defaults: dict[str, typing.Any] | None = N
     A flag takes its type from the field's annotation and its help from the "Attributes" section of the docstring:
 
     - `int`, `float`, `str`, and these `| None`: one value, where YAML's `null` is None;
-    - `bool`: a switch, see `add_switch`;
+    - `bool`, `bool | None`: a switch, see `add_switch`;
     - `Literal["a", "b"]`, or a field with `metadata={"choices": [...]}`: one of these;
     - `tuple[float, float]`: two values; `tuple[float, ...]`: any number of values, one or more where it is `| None`.
 
@@ -108,7 +108,7 @@ def add_options(group, Options: type, defaults: dict[str, typing.Any] | None = N
         if field.name not in texts:
             raise ValueError(f"{Options.__name__}.{field.name}: the docstring's Attributes section does not explain it")
         default = defaults.get(field.name, default_of(field))
-        if annotations[field.name] is bool:
+        if annotations[field.name] in (bool, bool | None):
             add_switch(group, f"--{field.name}", default, texts[field.name])
             continue
         keywords = flag_type(annotations[field.name])

@@ -150,8 +150,8 @@ class RunningOptions(DeviceOptions):
 
     Attributes:
         use_fp16: short for --precision fp16
-        channels_last: 3-D convolutions in channels-last layout: same numbers, other speed
-        cudnn_benchmark: cuDNN tries its algorithms at the first step, and keeps the fastest
+        channels_last: 3-D convolutions in channels-last layout: same numbers, other speed; default: on a GPU
+        cudnn_benchmark: cuDNN tries its algorithms at the first step, and keeps the fastest; default: on a GPU
         sync_batchnorm: batch norms see the samples of all ranks
         allreduce_bf16: ranks exchange gradients in bf16: half the traffic, rounded; for slow networks between nodes
         compile: torch.compile: a slow first step, then faster ones; needs a C++ compiler (on a CPU, torch 2.6 aborts in
@@ -163,8 +163,8 @@ class RunningOptions(DeviceOptions):
     """
 
     use_fp16: bool = False
-    channels_last: bool = False
-    cudnn_benchmark: bool = False
+    channels_last: bool | None = None
+    cudnn_benchmark: bool | None = None
     sync_batchnorm: bool = True
     allreduce_bf16: bool = False
     compile: bool = False

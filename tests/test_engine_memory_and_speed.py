@@ -8,7 +8,7 @@ from torch import nn
 
 import main_ddp
 from engine.checkpoint import LATEST
-from engine.device import pick_precision, use_channels_last
+from engine.device import on_gpus, pick_precision, use_channels_last
 from engine.optim import load_optimizer, make_optimizer
 from tests.small_alice import NOW, run_alice, small_alice, small_batch
 from tests.tiny_run import add_store_and_table, arguments, log_of, make_corpus
@@ -142,6 +142,17 @@ def test_auto_is_bf16_only_where_the_gpu_computes_it(monkeypatch, has_bf16, expe
 
 
 # Runs
+
+
+@pytest.mark.parametrize(("flag", "on_cpu", "on_gpu"), [(None, False, True), (True, True, True), (False, False, False)])
+def test_flags_for_gpus_are_on_there_unless_they_are_off(flag, on_cpu, on_gpu):
+    assert on_gpus(flag, torch.device("cpu")) is on_cpu and on_gpus(flag, torch.device("cuda", 0)) is on_gpu
+
+
+def test_switches_without_a_value_may_stay_open(corpus, tmp_path):
+    for words, expected in ((), None), (["--channels_last"], True), (["--no_channels_last"], False):
+        flags = main_ddp.make_flags("alice").parse_args([*arguments(corpus, tmp_path), *words])
+        assert flags.channels_last is expected and flags.cudnn_benchmark is None
 
 
 def test_compiled_and_channels_last_run_saves_plain_names_and_is_resumed_without(corpus, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from models.backbones import BACKBONES
+from models.layers.channels_last import is_channels_last, make_channels_last
 from models.layers.convolution import SteadyConv3d, use_steady_convolutions
 
 
@@ -73,3 +74,27 @@ def test_a_step_in_bfloat16_leaves_finite_gradients_whatever_the_memory_held():
         y.float().square().mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
     assert found[0].isfinite().all() and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("stride", "has_bias"), [(1, True), (2, False), ((1, 2, 2), True)])
+def test_one_voxel_convolutions_keep_the_layout_and_the_numbers(stride, has_bias):
+    """One thread is where torch's own kernel does not."""
+    torch.manual_seed(0)
+    plain = nn.Conv3d(6, 4, 1, stride, bias=has_bias)
+    ours = nn.Conv3d(6, 4, 1, stride, bias=has_bias)
+    ours.load_state_dict(plain.state_dict())
+    use_steady_convolutions(ours)
+    x = make_channels_last(torch.randn(2, 6, 5, 4, 3))
+    found = []
+    for convolution in (ours, plain):
+        one = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        y = convolution(one)
+        y.square().sum().backward()
+        found.append([y, one.grad, *(p.grad for p in convolution.parameters())])
+    assert is_channels_last(found[0][0]) and is_channels_last(found[0][1])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = ours(x)
+    assert half.dtype == torch.bfloat16 and (half.float() - found[0][0]).abs().max() < 0.05
