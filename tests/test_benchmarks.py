@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import all as all_benchmarks
-from benchmarks import data_wait, matching, pairing, store_building
+from benchmarks import data_wait, layouts, matching, pairing, store_building
 from benchmarks.results import HEADER, run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,3 +94,11 @@ def test_all_prints_one_table_and_saves_every_figure(tmp_path, capsys):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="--only names nonsense"):
         all_benchmarks.main(["--only", "[nonsense]"])
+
+
+def test_layouts_are_compared_on_equal_outputs(capsys):
+    layouts.main(["--quick", "--device=cpu", "--num_threads=1"])
+    printed = capsys.readouterr().out
+    assert all(f"| {way} |" in printed for way in layouts.WAYS) and "20 instance norms, fp32 on cpu" in printed
+    found = layouts.run(layouts.make_flags().parse_args(["--quick", "--device=cpu", "--num_threads=1"]))
+    assert found["largest_difference"] < 1e-3

@@ -71,7 +71,7 @@ def results(function, x: torch.Tensor, *parameters: torch.Tensor) -> list[torch.
     leaves = [x.clone(memory_format=torch.preserve_format), *parameters]
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     out = function(*leaves)
-    along = torch.linspace(-1, 1, out.numel()).bfloat16().to(out.dtype).view(out.shape)  # values that every type holds
+    along = torch.linspace(-1, 1, out.numel()).bfloat16().to(out).view(out.shape)  # values that every type holds
     return [out, *torch.autograd.grad(out, leaves, along)]
 
 
@@ -136,6 +136,22 @@ def test_compiled_kernels_give_the_same_numbers(monkeypatch) -> None:
         for one, other in zip(found, expected):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
         monkeypatch.setattr(instance_norm, "kernel_of", lambda function, device: instance_norm.compiled(function))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_compiles_it_and_gets_the_cpus_numbers(dtype) -> None:
+    instance_norm.compiled.cache_clear()
+    for size in ((2, 6, 5, 4, 3), (2, 32, 24, 24, 24)):
+        x, weight, bias = random_map(*size), torch.linspace(0.5, 1.5, size[1]), torch.linspace(-1, 1, size[1])
+        x = x.to(dtype)
+        on_cpu = results(lambda *leaves: LayoutNorm.apply(*leaves, 1e-5, 0.01), x, weight, bias)
+        on_gpu = results(lambda *leaves: LayoutNorm.apply(*leaves, 1e-5, 0.01), x.cuda(), weight.cuda(), bias.cuda())
+        assert is_channels_last(on_gpu[0]) and on_gpu[0].dtype == dtype
+        for one, other in zip(on_gpu, on_cpu):
+            tolerance = (1e-4 if dtype == torch.float32 else 2e-2) * other.abs().max().item()
+            torch.testing.assert_close(one.cpu(), other, rtol=0, atol=tolerance)
 
 
 def test_a_machine_that_cannot_compile_is_warned_once(monkeypatch, caplog) -> None:
