@@ -13,17 +13,20 @@ out="${QUICKSTART_DIR:-results/quickstart}"
 mkdir -p "$out"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
 
-stage "phantom CT" python scripts/make_phantom_dataset.py --out_dir "$out/data" --num_unlabelled 28 --num_labelled 5 --seed 0
-stage "data list" python scripts/create_json.py --data_dir "$out/data" --output "$out/data.json" --cases unlabelled --num_validation 6
+stage "phantom CT" python scripts/make_phantom_dataset.py --out_dir "$out/data" --num_unlabelled 22 --num_labelled 5 --seed 0
+stage "data list" python scripts/create_json.py --data_dir "$out/data" --output "$out/data.json" --cases unlabelled --num_validation 4
 stage "volume store" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/data.json" \
     --store_dir "$out/store" --spacing_mm 3 3 3
 stage "embed" python scripts/generate_sam_embeddings.py --store_dir "$out/store" --embed_dir "$out/embeddings"
 stage "evaluate matching" python scripts/evaluate_matching.py --store_dir "$out/store" --json_list "$out/data.json" \
-    --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" --output "$out/matching.json"
+    --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" --num_points 32 \
+    --output "$out/matching.json"
 stage "mine pairs" python scripts/mine_pairs.py --embed_dir "$out/embeddings" --json_list "$out/data.json" \
-    --num_points 64 --num_partners 8
+    --num_points 64 --num_partners 4
+# MONAI's SwinUNETR, a quarter of the recipe's steps: enough to see all terms of Alice and to have weights.
 stage "pretrain Alice" --own "$out/alice" python main_ddp.py --config configs/quickstart.yaml --data_dir "$out/data" \
-    --json_list "$out/data.json" --store_dir "$out/store" --embed_dir "$out/embeddings" --output_dir "$out/alice"
+    --json_list "$out/data.json" --store_dir "$out/store" --embed_dir "$out/embeddings" --output_dir "$out/alice" \
+    --epochs 1 --warmup_epochs 0.5 --freeze_last_layer 0 --val_freq 1 --picture_freq 8
 stage "extract weights" python extract_backbone_weights.py "$out/alice/checkpoint.pth" "$out/alice_teacher.pth" --checkpoint_key teacher
 
 # What is it good for? A U-Net at 6 mm is quick enough to pretrain, and to finetune with one labelled patient, with and without.
@@ -40,7 +43,7 @@ budget=(--config configs/finetune_quickstart.yaml --backbone unet --feature_size
     --num_labelled 1 --resume none --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm")
 stage "finetune scratch" python scripts/finetune_segmentation.py "${budget[@]}" --weights none --output_dir "$out/finetune_scratch"
 stage "finetune Alice" python scripts/finetune_segmentation.py "${budget[@]}" --weights "$out/alice_unet.safetensors" \
-    --freeze_encoder_steps 200 --memory true --output_dir "$out/finetune_alice"   # new layers first, then all
+    --freeze_encoder_steps 100 --memory true --output_dir "$out/finetune_alice"   # new layers first, then all
 stage "judge without memory" python scripts/evaluate_segmentation.py --checkpoint_file "$out/finetune_alice/best.pth" \
     --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm" --memory false --no_pictures \
     --overlap 0.25 --window_batch 8 --output_dir "$out/finetune_alice/evaluation_alone"

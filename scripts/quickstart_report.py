@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     draw_matches(folder, folder / "matched_landmarks.png")
     draw_sample_sheet([pairs[index] for index in range(NUM_SHEET_PAIRS)], folder / "paired_crops.png", pairs.store)
-    shutil.copyfile(folder / "alice" / "reconstruction.png", folder / "reconstruction.png")
+    shutil.copyfile(folder / "alice_unet" / "reconstruction.png", folder / "reconstruction.png")
     shutil.copyfile(folder / "finetune_alice" / EVALUATION / OVERLAY, folder / "segmentation.png")
     RunInfo.collect(flags).write(folder, "report_run.json")
     pictures = ", ".join(str(folder / f"{name}.png") for name in PICTURES)
