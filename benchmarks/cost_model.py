@@ -6,7 +6,8 @@ The step is walked through without computing it (fake tensors), so that no GPU i
 those of convolutions and matrix products, two per multiply-add. Bytes are the activations kept for the backward pass in
 bf16, written once and read once, and weights, gradients, moments and moving average, each touched as AdamW needs: less
 than any real step moves, since normalisations and activations in between are left out. The floor is the larger of the
-two times at the GPU's peak rates; nobody reaches it.
+two times at the GPU's peak rates; nobody reaches it. The levers are what a step moves beyond that, and what would save
+it: estimates from the sizes of tensors, at the rates of the GPU's memory and of its connections.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from benchmarks.pretrain_step import NOW, make_alice, synthetic_batch
 from benchmarks.results import benchmark_parser, command, table
 from benchmarks.step_overheads import Answer
 from engine.device import autocast
+from models.layers.window_attention import FastWindowAttention
 from models.methods.alice import AliceStudent
 from models.methods.method import rows_of
 
@@ -53,6 +55,8 @@ class StepCost:
         student, teacher, backward: FLOPs of the three passes.
         kept_bytes: activations kept for the backward pass.
         num_trained, num_averaged: parameters of student and teacher.
+        norm_elements: values that the student's instance norms give.
+        bias_elements: of window attention's added term, a matrix for each window and head of the student.
     """
 
     parts: dict[str, float]
@@ -62,6 +66,8 @@ class StepCost:
     kept_bytes: float
     num_trained: int
     num_averaged: int
+    norm_elements: float
+    bias_elements: float
 
     @property
     def flops(self) -> float:
@@ -106,6 +112,20 @@ def step_cost(roi: tuple[int, int, int], num_pairs: int = 2, **options) -> StepC
             kept[storage._cdata] = storage
         return tensor
 
+    counts_of_elements = {"norm": 0, "bias": 0}
+
+    def count_norm(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        counts_of_elements["norm"] += output.numel()
+
+    def count_bias(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        windows, tokens, _ = inputs[0].shape
+        counts_of_elements["bias"] += windows * module.num_heads * tokens**2
+
+    for part in student.modules():
+        if isinstance(part, nn.modules.instancenorm._InstanceNorm):
+            part.register_forward_hook(count_norm)
+        elif isinstance(part, FastWindowAttention):
+            part.register_forward_hook(count_bias)
     with fake(method):
         batch = synthetic_batch(num_pairs, roi, CPU)
         counting, keeping = FlopCounterMode(display=False), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
@@ -121,7 +141,32 @@ def step_cost(roi: tuple[int, int, int], num_pairs: int = 2, **options) -> StepC
     parts = {part: sum(flops_of(name, counts) for name in names) / num_pairs for part, names in PARTS.items()}
     passes = [counter.get_total_flops() / num_pairs for counter in (forward, target_pass, backward)]
     kept_bytes = sum(storage.nbytes() for storage in kept.values()) / num_pairs
-    return StepCost(parts, *passes, kept_bytes, num_trained, num_averaged)
+    elements = [count / num_pairs for count in counts_of_elements.values()]
+    return StepCost(parts, *passes, kept_bytes, num_trained, num_averaged, *elements)
+
+
+def levers(cost: StepCost, roi: tuple[int, int, int], flags) -> dict[str, dict[str, float]]:
+    """What a step moves beyond the floor, and the time that this takes: {lever: {"gb": ..., "ms": ...}}.
+
+    Norms in torch's own form: the convolution's output is converted to contiguous and back (4 passes over it), is read
+    twice and written (3), and the activation reads and writes (2); as much again backward. One fused kernel that keeps
+    the layout reads twice and writes once, and as much again backward. Window attention writes and reads the gradient
+    of its added term. Views of a pair: float32 student's, teacher's and clean crops of both, or int16 crops.
+    """
+    memory, pairs = flags.memory_tb_per_s * 1e12, flags.batch_size
+    norms = 2 * 2 * cost.norm_elements * pairs  # bf16, forward and backward
+    voxels = 2 * math.prod(roi) * pairs
+    gradients = 4 * cost.num_trained
+    moved = {
+        "norms and layout, torch's": (9 * norms, memory),
+        "norms and layout, fused and channels last": (3 * norms, memory),
+        "gradient of the position bias, written and read": (2 * 2 * cost.bias_elements * pairs, memory),
+        "views to the device, float32": (3 * 4 * voxels, flags.pcie_gb_per_s * GB),
+        "views to the device, int16 crops": (2 * voxels, flags.pcie_gb_per_s * GB),
+        "gradients between ranks, float32": (2 * gradients, flags.network_gb_per_s * GB),
+        "gradients between ranks, --allreduce_bf16": (gradients, flags.network_gb_per_s * GB),
+    }
+    return {name: {"gb": size / GB, "ms": 1000 * size / rate} for name, (size, rate) in moved.items()}
 
 
 def flops_of(name: str, counts: dict[str, float]) -> float:
@@ -140,6 +185,8 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--batch_size", type=int, default=8, help="pairs per GPU and step")
     add("--peak_tflops", type=float, default=790.0, help="the GPU's bf16 rate, TFLOP/s (H200: 790 reached)")
     add("--memory_tb_per_s", type=float, default=4.8, help="the GPU's memory rate, TB/s (H200: 4.8)")
+    add("--pcie_gb_per_s", type=float, default=50.0, help="host to GPU, GB/s (PCIe 5: 50)")
+    add("--network_gb_per_s", type=float, default=50.0, help="between GPUs, GB/s each (400 Gbit/s: 50)")
     add("--pairs_per_s", type=float, default=0.0, help="measured pairs per second and GPU; 0 = --utilisation instead")
     add("--utilisation", type=float, default=0.25, help="share of the floor's speed that is assumed, 0 to 1")
     add("--num_volumes", type=int, nargs="+", default=[2000, 160000], help="corpora")
@@ -165,6 +212,7 @@ def run(flags) -> dict:
             "memory_ms": 1000 * memory_s,
             "pairs_per_s": flags.batch_size / floor_s,
         },
+        "levers": levers(cost, tuple(flags.roi), flags),
         "pairs_per_s": speed,
         "speed_is_measured": bool(flags.pairs_per_s),
         "share_of_floor": speed * floor_s / flags.batch_size,
@@ -220,7 +268,11 @@ def markdown(found: dict) -> str:
         f"{found['epochs']} pairs a volume."
     )
     parts = table(lines, ("part of the student's forward pass", "TFLOP a pair", "share"))
-    return "\n\n".join([parts, text, table(costs, [heading for heading, _ in columns.values()])])
+    moved = table(
+        [(name, f"{lever['gb']:.1f}", f"{lever['ms']:.1f}") for name, lever in found["levers"].items()],
+        (f"beyond the floor, {found['batch_size']} pairs", "GB a step", "ms"),
+    )
+    return "\n\n".join([parts, text, moved, table(costs, [heading for heading, _ in columns.values()])])
 
 
 main = command(__name__, make_flags, run, markdown)

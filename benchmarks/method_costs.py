@@ -5,6 +5,9 @@
 A step is one forward and backward pass of all crops through student and teacher, walked through without computing it
 (see `benchmarks.cost_model`). FLOPs are those of convolutions and matrix products, two per multiply-add. A voxel that
 two crops show counts twice, as in the comparison of pretrainings. Augmentation, optimiser and averages are left out.
+
+A second table says what corpora cost: GPU hours at an assumed share of the GPU's peak, every method seeing the same
+number of voxels of each volume.
 """
 
 import dataclasses
@@ -43,7 +46,17 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--backbone", type=str, default="swin_unetr", choices=[name for name in BACKBONES if name != "resnet50_unet"])
     add("--roi", type=int, nargs=3, default=[64, 64, 64], help="crop D H W, voxels")
     add("--feature_size", type=int, default=48, help="the backbone's channels at stride 2")
+    add("--num_volumes", type=int, nargs="+", default=[2000, 160000], help="corpora")
+    add("--crops_per_volume", type=float, default=2000.0, help="crops of 96 voxels a side that each volume is seen in")
+    add("--peak_tflops", type=float, default=790.0, help="the GPU's bf16 rate, TFLOP/s (H200: 790 reached)")
+    add("--utilisation", type=float, default=0.2, help="share of that rate which a step is assumed to reach, 0 to 1")
     return parser
+
+
+def gpu_hours(gflop_per_million_voxels: float, num_volumes: int, flags: jsonargparse.Namespace) -> float:
+    """Hours of one GPU for a corpus."""
+    million_voxels = num_volumes * flags.crops_per_volume * 96**3 / 1e6
+    return million_voxels * gflop_per_million_voxels / (1000 * flags.peak_tflops * flags.utilisation) / 3600
 
 
 def step_flops(method: Method, case: Case, roi: tuple[int, int, int]) -> int:
@@ -75,11 +88,14 @@ def run(flags: jsonargparse.Namespace) -> dict:
             "num_trained": sum(p.numel() for p in method.student.parameters() if p.requires_grad),
             "gflop_per_million_voxels": step_flops(method, case, roi) / voxels * 1e6 / 1e9,
         }
-    return {"backbone": flags.backbone, "roi": list(roi), "feature_size": feature_size, "methods": found}
+        cost = found[name]["gflop_per_million_voxels"]
+        found[name]["gpu_hours"] = {str(number): gpu_hours(cost, number, flags) for number in flags.num_volumes}
+    assumed = {name: getattr(flags, name) for name in ("crops_per_volume", "peak_tflops", "utilisation")}
+    return {"backbone": flags.backbone, "roi": list(roi), "feature_size": feature_size, "methods": found} | assumed
 
 
 def markdown(found: dict) -> str:
-    """A line a method; the last column is relative to the first method."""
+    """Two tables with a line a method; the last column of the first is relative to the first method."""
     least = next(iter(found["methods"].values()))["gflop_per_million_voxels"]
     lines = [
         (
@@ -91,7 +107,17 @@ def markdown(found: dict) -> str:
         )
         for name, cost in found["methods"].items()
     ]
-    return table(lines, ("method", "crops a sample", "trained parameters", "GFLOP a million voxels", "ratio"))
+    counted = table(lines, ("method", "crops a sample", "trained parameters", "GFLOP a million voxels", "ratio"))
+    hours = {name: cost["gpu_hours"] for name, cost in found["methods"].items()}
+    reached = f"{found['utilisation']:.0%} of {found['peak_tflops']:g} TFLOP/s"
+    seen = f"{found['crops_per_volume']:g} crops of 96 voxels a side"
+    assumed = f"GPU hours where a step reaches {reached} and each volume is seen in {seen}:"
+    volumes = list(next(iter(hours.values())))
+    costs = table(
+        [(name, *(f"{corpora[number]:,.0f}" for number in volumes)) for name, corpora in hours.items()],
+        ("method", *(f"{int(number):,} volumes" for number in volumes)),
+    )
+    return "\n\n".join([counted, assumed, costs])
 
 
 main = command(__name__, make_flags, run, markdown)

@@ -47,6 +47,20 @@ def test_figures_of_a_corpus(cost):
     assert found["gradients_gb_per_s_per_gpu"] == pytest.approx(4 * cost.num_trained * 5 / 8 / 1e9)
 
 
+def test_levers_follow_the_sizes_of_tensors(cost):
+    """Windows of 7 at strides 2 and 4 are padded: 5 x 3 x 3 and 3 x 2 x 2 of them; below, one window holds the map."""
+    words = ["--batch_size=4", "--memory_tb_per_s=1", "--pcie_gb_per_s=2", "--network_gb_per_s=1"]
+    found = cost_model.levers(cost, ROI, cost_model.make_flags().parse_args(words))
+    windows = [5 * 3 * 3 * 3 * 343**2, 3 * 2 * 2 * 6 * 343**2, 2 * 12 * 196**2, 24 * 16**2]
+    assert cost.bias_elements > 2 * 2 * sum(windows[:2])  # two views, two blocks a stage
+    assert cost.norm_elements > 2 * 4 * FEATURES * math.prod(ROI)  # decoder1 and encoder1 alone
+    names = list(found)
+    assert found[names[1]]["gb"] == pytest.approx(found[names[0]]["gb"] / 3)
+    assert found["views to the device, float32"]["gb"] == pytest.approx(4 * 2 * 3 * 4 * math.prod(ROI) / 1e9)
+    for whole, part, ratio in ((3, 4, 6), (5, 6, 2)):
+        assert found[names[whole]]["ms"] == pytest.approx(ratio * found[names[part]]["ms"])
+
+
 def test_command_prints_tables_and_writes_figures(cost, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cost_model, "step_cost", lambda roi, feature_size: cost)
     output = tmp_path / "cost.json"

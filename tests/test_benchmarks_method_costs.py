@@ -10,7 +10,15 @@ def test_every_method_is_counted_per_voxel():
     cost = {name: entry["gflop_per_million_voxels"] for name, entry in found["methods"].items()}
     assert {case.method for case in method_costs.CASES.values()} == set(METHODS)
     assert cost["simsiam"] < cost["dino"] < cost["caid"] < cost["masked image modelling"] < cost["alice"]
-    assert method_costs.markdown(found).count("\n") == 1 + len(cost)
+    text = method_costs.markdown(found)
+    assert "160,000 volumes" in text and all(text.count(f"| {name} |") == 2 for name in cost)
+
+
+def test_hours_follow_the_work():
+    """One volume in one crop at 1 GFLOP a million voxels and 1 TFLOP/s: 0.885 ms."""
+    words = ["--crops_per_volume=1", "--peak_tflops=2", "--utilisation=0.5"]
+    flags = method_costs.make_flags().parse_args(words)
+    assert abs(3600 * method_costs.gpu_hours(1.0, 1, flags) / 0.884736e-3 - 1) < 1e-9
 
 
 def test_flops_of_the_unet_follow_the_voxels():
