@@ -12,14 +12,10 @@ from torch import nn
 from engine.device import use_channels_last
 from models.backbones.swin_unetr import SwinUNETRBackbone
 from models.backbones.unet import UNetBackbone
-from models.layers import instance_norm
+from models.layers import layout_norm
 from models.layers.channels_last import is_channels_last, make_channels_last
-from models.layers.instance_norm import (
-    LayoutNorm,
-    SteadyInstanceNorm2d,
-    SteadyInstanceNorm3d,
-    use_steady_instance_norm,
-)
+from models.layers.instance_norm import SteadyInstanceNorm2d, SteadyInstanceNorm3d, use_steady_instance_norm
+from models.layers.layout_norm import LayoutNorm
 
 
 def gradient_error(norm: nn.Module, x: torch.Tensor, along: torch.Tensor) -> float:
@@ -127,7 +123,7 @@ def test_the_backward_pass_keeps_the_input_alone() -> None:
 
 def test_compiled_kernels_give_the_same_numbers(monkeypatch) -> None:
     """What CUDA devices run, compiled for the CPU; a second size takes the same code."""
-    monkeypatch.setattr(instance_norm, "kernel_of", lambda function, device: instance_norm.compiled(function))
+    monkeypatch.setattr(layout_norm, "kernel_of", lambda function, device: layout_norm.compiled(function))
     for size in ((2, 6, 5, 4, 3), (2, 6, 8, 8, 8)):
         x, parameters = random_map(*size), (torch.linspace(0.5, 1.5, 6), torch.linspace(-1, 1, 6))
         found = results(lambda *leaves: LayoutNorm.apply(*leaves, 1e-5, 0.01), x, *parameters)
@@ -135,14 +131,14 @@ def test_compiled_kernels_give_the_same_numbers(monkeypatch) -> None:
         expected = results(lambda *leaves: LayoutNorm.apply(*leaves, 1e-5, 0.01), x, *parameters)
         for one, other in zip(found, expected):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
-        monkeypatch.setattr(instance_norm, "kernel_of", lambda function, device: instance_norm.compiled(function))
+        monkeypatch.setattr(layout_norm, "kernel_of", lambda function, device: layout_norm.compiled(function))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_compiles_it_and_gets_the_cpus_numbers(dtype) -> None:
-    instance_norm.compiled.cache_clear()
+    layout_norm.compiled.cache_clear()
     for size in ((2, 6, 5, 4, 3), (2, 32, 24, 24, 24)):
         x, weight, bias = random_map(*size), torch.linspace(0.5, 1.5, size[1]), torch.linspace(-1, 1, size[1])
         x = x.to(dtype)
@@ -162,7 +158,7 @@ def test_a_machine_that_cannot_compile_is_warned_once(monkeypatch, caplog) -> No
         return call
 
     monkeypatch.setattr(torch, "compile", refuse)
-    kernel = instance_norm.compiled.__wrapped__(lambda x: x + 1)
+    kernel = layout_norm.compiled.__wrapped__(lambda x: x + 1)
     with caplog.at_level(logging.WARNING):
         assert kernel(1) == kernel(1) == 2
     assert [record.getMessage() for record in caplog.records] == [

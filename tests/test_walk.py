@@ -15,7 +15,10 @@ from scripts.quickstart_report import PICTURES
 
 SMALL_SAM = "--steps 2 --view_shape 32 32 32 --spacing_mm 8 8 8 --width 16 --embed_dim 16 --num_points 32 --val_cases 0"
 SMALL_ALICE = "--config configs/smoke.yaml --pairing sam --min_score -1 --max_cycle_mm 1e6 --batch_size 1 --device cpu"
-SMALL_UNET = "--config configs/quickstart_unet.yaml --feature_size 8 --epochs 1 --steps_per_epoch 2 --batch_size 2 --picture_freq 2"
+SMALL_UNET = (
+    "--config configs/quickstart_unet.yaml --feature_size 8 --epochs 1 --steps_per_epoch 2 --batch_size 2 "
+    "--picture_freq 2"
+)
 SMALL_FINETUNING = (
     "--config configs/finetune_quickstart.yaml --backbone unet --feature_size 8 --roi_x 32 --roi_y 32 --roi_z 32 "
     "--spacing_mm 6 --steps 2 --warmup_steps 0 --overlap 0 --num_labelled 1 --device cpu"
