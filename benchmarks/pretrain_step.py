@@ -75,6 +75,7 @@ QUICK = {
     "casa_head_dim": 8,
     "casa_hidden_dim": 16,
 }
+ON_GPUS = {"channels_last": True, "cudnn_benchmark": True}  # flags whose default is on there
 COLUMNS = ("crop", "pairs", "setting", "ms a step", "pairs/s", "speed-up", "reserved GB", "tensors GB", "note")
 
 
@@ -97,7 +98,7 @@ class Setting:
 
 
 def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bool = False) -> list[Setting]:
-    """From the naive composition up: each line adds one change to the line before, the last five to the default.
+    """From the naive composition up: each line adds one change to the line before; those behind the default change it.
 
     What leaves fp32 comes after what does not, so that the lines before it show what is gained at equal settings.
     """
@@ -107,25 +108,25 @@ def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bo
         "+ views together, teacher without decoder": {"is_naive": False},
         "+ fast window attention": {"attention": "auto"},
         f"+ {precision}": {"precision": precision},
-        "+ fused AdamW (the default)": {"fused_optimizer": True},
+        "+ fused AdamW": {"fused_optimizer": True},
+        **({} if on_cpu else {"+ channels last, cuDNN's trials": ON_GPUS}),
     }
     lines = [Setting("", roi, num_pairs)]
     for name, change in changes.items():
         lines.append(replace(lines[-1], name=name, **change))
-    further = {
-        "--channels_last": {"channels_last": True},
-        "--cudnn_benchmark": {"cudnn_benchmark": True},
-        "both": {"channels_last": True, "cudnn_benchmark": True},
-        "--use_checkpoint": {"use_checkpoint": True},
-        "--compile": {"is_compiled": True},
-    }
+    lines[-1] = replace(lines[-1], name=f"{lines[-1].name} (the default)")
+    without = {f"--no_{name}": {name: False} for name in ON_GPUS}
+    layouts = {"--channels_last": {"channels_last": True}} if on_cpu else without
+    further = layouts | {"--use_checkpoint": {"use_checkpoint": True}, "--compile": {"is_compiled": True}}
     return lines[1:] + [replace(lines[-1], name=f"default + {name}", **change) for name, change in further.items()]
 
 
-def memory_grid(sizes: dict[tuple[int, int, int], list[int]], precision: str) -> list[Setting]:
+def memory_grid(sizes: dict[tuple[int, int, int], list[int]], precision: str, on_cpu: bool = False) -> list[Setting]:
     """The default at growing batch sizes, without and with --use_checkpoint."""
+    layout = {} if on_cpu else ON_GPUS
+    names = {False: "default", True: "--use_checkpoint"}
     return [
-        Setting("--use_checkpoint" if again else "default", roi, n, precision, "auto", True, use_checkpoint=again)
+        Setting(names[again], roi, n, precision, "auto", True, use_checkpoint=again, **layout)
         for again in (False, True)
         for roi, batch_sizes in sizes.items()
         for n in batch_sizes
@@ -295,10 +296,10 @@ def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], li
         lines = ladder(small, 1, precision, device.type == "cpu")
         if device.type == "cpu":  # where compiling takes minutes
             lines = [setting for setting in lines if not setting.is_compiled]
-        return lines, memory_grid({small: [1, 2]}, precision)
+        return lines, memory_grid({small: [1, 2]}, precision, device.type == "cpu")
     if device.type == "cpu":  # a step of one pair at 96³ takes a minute on 2 cores
         speed = [*ladder((96,) * 3, 1, precision, True)[:6], *ladder((64,) * 3, 1, precision, True)]
-        grid = memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision)
+        grid = memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision, on_cpu=True)
         return speed, [replace(setting, keep_memory=True) for setting in grid]
     sizes = {(96,) * 3: [1, 2, 4, 8, 16], (64,) * 3: [2, 8, 32], (128,) * 3: [1, 2, 4]}
     return [*ladder((96,) * 3, 4, precision), *ladder((64,) * 3, 8, precision)[:-1]], memory_grid(sizes, precision)

@@ -145,6 +145,7 @@ def test_the_first_settings_compare_at_equal_precision():
     naive, default = settings[:2]
     assert (naive.name, naive.precision, naive.is_naive, naive.attention) == (NAIVE, "bf16", True, "monai")
     assert (default.name, default.precision, default.is_naive) == (DEFAULT, "bf16", False) and default.fused_optimizer
+    assert default.channels_last and default.cudnn_benchmark, "as main_ddp.py runs on a GPU"
     assert {setting.precision for setting in settings if setting.name == FP32} == {"fp32"}
     assert sum(setting.is_compiled for setting in settings) == 1
     names = [setting.name for setting in settings]

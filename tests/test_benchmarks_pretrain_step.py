@@ -45,7 +45,7 @@ def test_settings_after_the_time_limit_are_left_out(capsys):
     )
     assert all("left out" in result["found"]["error"] for result in found["settings"])
     num_lines = len(ladder(SMALL, 1, "bf16", on_cpu=True)) - 1  # compiling is left out
-    assert len(found["settings"]) == num_lines + len(memory_grid({SMALL: [1, 2]}, "bf16"))
+    assert len(found["settings"]) == num_lines + len(memory_grid({SMALL: [1, 2]}, "bf16", on_cpu=True))
     assert "- / -" in pretrain_step.markdown(found)
 
 

@@ -16,7 +16,7 @@ TOY_PAIRS, TOY_ROI = 1, (64, 32, 32)
 NUM_STEPS = 6  # timed, of each setting
 NAIVE, DEFAULT, FP32 = "MONAI's form", "default", "MONAI's form, fp32"
 # One for each way through the code
-TOY_SETTINGS = (NAIVE, DEFAULT, "default + both", "default + --use_checkpoint", "default + --compile")
+TOY_SETTINGS = (NAIVE, DEFAULT, "default + --no_channels_last", "default + --use_checkpoint", "default + --compile")
 CASES, TOY_CASES, TOY_COARSEN = 8, 2, 2.0
 WAIT_STEPS, WAIT_WORKERS = 60, 12
 
