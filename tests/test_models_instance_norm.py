@@ -121,6 +121,23 @@ def test_the_backward_pass_keeps_the_input_alone() -> None:
     assert [one.data_ptr() for one in large] == [x.data_ptr()]
 
 
+def test_what_follows_may_work_in_place() -> None:
+    """Blocks of other libraries activate and add in place."""
+    x, added = random_map(2, 6, 5, 4, 3), random_map(2, 6, 5, 4, 3).flip(0)
+    found = []
+    for in_place in (True, False):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = LayoutNorm.apply(leaf, None, None, 1e-5, 1.0)
+        if in_place:
+            y += added
+            F.leaky_relu_(y, 0.1)
+        else:
+            y = F.leaky_relu(y + added, 0.1)
+        y.square().sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_compiled_kernels_give_the_same_numbers(monkeypatch) -> None:
     """What CUDA devices run, compiled for the CPU; a second size takes the same code."""
     monkeypatch.setattr(layout_norm, "kernel_of", lambda function, device: layout_norm.compiled(function))

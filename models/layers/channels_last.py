@@ -1,7 +1,4 @@
-"""Maps whose channels lie beside each other in memory: [B, C, D, H, W] (or [B, C, H, W]) stored as [B, D, H, W, C].
-
-Letters: B samples, C channels, N places of a map.
-"""
+"""Maps whose channels lie beside each other in memory: [B, C, D, H, W] (or [B, C, H, W]) stored as [B, D, H, W, C]."""
 
 import torch
 from torch import Tensor
@@ -18,13 +15,3 @@ def is_channels_last(x: Tensor) -> bool:
 def make_channels_last(x: Tensor) -> Tensor:
     """The same map, copied where it does not lie channels last."""
     return x.contiguous(memory_format=LAYOUT_OF[x.ndim])
-
-
-def to_rows(x: Tensor) -> Tensor:
-    """[B, C, ...] channels last -> [B, N, C], the same memory."""
-    return x.movedim(1, -1).flatten(1, -2)
-
-
-def from_rows(rows: Tensor, shape: torch.Size) -> Tensor:
-    """[B, N, C] -> [B, C, ...] channels last, the same memory."""
-    return rows.unflatten(1, shape[2:]).movedim(-1, 1)

@@ -5,7 +5,8 @@
 Plain operations in float32; on CUDA devices torch.compile makes few kernels of them, and the backward pass computes
 again what it needs. Ulyanov et al., "Instance normalization" (2016).
 
-Letters: B samples, C channels, N places of a map.
+Elementwise operations keep the layout of their input, so the output lies as the input does. Letters: B samples, C
+channels.
 """
 
 import functools
@@ -16,46 +17,56 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.layers.channels_last import from_rows, make_channels_last, to_rows
+from models.layers.channels_last import make_channels_last
 
 logger = logging.getLogger(__name__)
 
 
-def normalise(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> tuple[Tensor, ...]:
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> tuple[Tensor, ...]:
     """y = LeakyReLU((x - mean) / sqrt(var + eps) * weight + bias), in float32 inside.
 
     Args:
-        rows: [B, N, C].
+        x: [B, C, ...].
         weight, bias: [C], or None.
         slope: of the LeakyReLU below 0; 1 = none.
 
     Returns:
-        y like `rows`; mean and 1 / sqrt(var + eps) in float32, [B, 1, C].
+        y like `x`; mean and 1 / sqrt(var + eps) in float32, [B, C, 1 ...].
     """
-    x = rows.float()
-    var, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
+    wide = x.float()
+    var, mean = torch.var_mean(wide, places_of(x), correction=0, keepdim=True)
     scale = torch.rsqrt(var + eps)
-    y = (x - mean) * scale
+    y = (wide - mean) * scale
     if weight is not None:
-        y = y * weight.float() + bias.float()
+        y = y * beside(weight, x) + beside(bias, x)
     if slope != 1:
         y = torch.where(y < 0, y * slope, y)
-    return y.to(rows.dtype), mean, scale
+    return y.to(x.dtype), mean, scale
 
 
 def normalise_backward(
-    grad: Tensor, rows: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float
+    grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `normalise`: of `rows` [B, N, C], weight [C] and bias [C]; what was computed is computed again."""
-    unit = (rows.float() - mean) * scale
+    """Gradients of `normalise`: of `x` [B, C, ...], weight [C] and bias [C]; what was computed is computed again."""
+    unit = (x.float() - mean) * scale
     grad = grad.float()
     if slope != 1:
-        y = unit if weight is None else unit * weight.float() + bias.float()
+        y = unit if weight is None else unit * beside(weight, x) + beside(bias, x)
         grad = torch.where(y < 0, grad * slope, grad)
-    along, total = (grad * unit).sum(1, keepdim=True), grad.sum(1, keepdim=True)  # [B, 1, C]
-    factor = scale if weight is None else scale * weight.float()
-    of_rows = (grad - (total + unit * along) / rows.shape[1]) * factor
-    return of_rows.to(rows.dtype), along.sum((0, 1)), total.sum((0, 1))
+    along, total = (one.sum(places_of(x), keepdim=True) for one in (grad * unit, grad))  # [B, C, 1 ...]
+    factor = scale if weight is None else scale * beside(weight, x)
+    of_x = (grad - (total + unit * along) / x[0, 0].numel()) * factor
+    return of_x.to(x.dtype), along.sum(0).flatten(), total.sum(0).flatten()
+
+
+def places_of(x: Tensor) -> tuple[int, ...]:
+    """The axes of a map behind samples and channels."""
+    return tuple(range(2, x.ndim))
+
+
+def beside(values: Tensor, x: Tensor) -> Tensor:
+    """Values [C] in float32, to be multiplied with a map [B, C, ...]."""
+    return values.float().view(1, -1, *[1] * (x.ndim - 2))
 
 
 @functools.cache
@@ -94,9 +105,9 @@ class LayoutNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> Tensor:
         """[B, C, ...] channels last -> the same shape, type and layout."""
         ctx.slope = slope
-        y, mean, scale = kernel_of(normalise, x.device)(to_rows(x), weight, bias, eps, slope)
+        y, mean, scale = kernel_of(normalise, x.device)(x, weight, bias, eps, slope)
         ctx.save_for_backward(x, mean, scale, weight, bias)
-        return from_rows(y, x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -104,9 +115,7 @@ class LayoutNorm(torch.autograd.Function):
         """Gradients of x, weight and bias."""
         x, mean, scale, weight, bias = ctx.saved_tensors
         grad = make_channels_last(grad)
-        found = kernel_of(normalise_backward, x.device)(
-            *(to_rows(grad), to_rows(x), mean, scale, weight, bias, ctx.slope)
-        )
+        found = kernel_of(normalise_backward, x.device)(grad, x, mean, scale, weight, bias, ctx.slope)
         of_x, of_weight, of_bias = found
         own = (None, None) if weight is None else (of_weight.to(weight.dtype), of_bias.to(bias.dtype))
-        return from_rows(of_x, x.shape), *own, None, None
+        return of_x, *own, None, None
