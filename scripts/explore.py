@@ -16,8 +16,10 @@ log in to this machine can open the address while the command runs; Ctrl-C ends 
 ssh -L 8000:127.0.0.1:8000 HOST.
 """
 
+import contextlib
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +118,19 @@ def embed_all(session: Session) -> None:
             tqdm.write(f"failed {scan.name}: {scan.error}", file=sys.stderr)
 
 
+def leave(*_: object) -> None:
+    """End the process at once, without Python's clean-up: the handler of Ctrl-C.
+
+    A thread may still be embedding or carrying inside torch, and none can be stopped there. Python's clean-up would
+    unwind it through C++ code, which aborts the process. Nothing is lost: this command writes no files. An exception
+    in place of the handler could be raised where Python ignores it, in the callback of a finished thread.
+    """
+    with contextlib.suppress(RuntimeError):  # the signal came while something was being printed
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = make_flags().parse_args(argv)
     options = options_of(flags, FollowOptions)
@@ -123,23 +138,12 @@ def main(argv: list[str] | None = None) -> None:
     with listen(flags.port) as listening:
         session = make_session(flags, options)
         server = make_server(ExploreApp(session), listening)
+    signal.signal(signal.SIGINT, leave)
     print(f"open http://{HOST}:{server.port}/ in a browser; Ctrl-C ends", flush=True)
     Thread(target=embed_all, args=(session,), daemon=True).start()
     server.serve_forever()  # until Ctrl-C
 
 
-def leave() -> None:
-    """End the process at once, without Python's clean-up.
-
-    A thread may still be embedding or carrying inside torch, and none can be stopped there. Python's clean-up would
-    unwind it through C++ code, which aborts the process. Nothing is lost: this command writes no files.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
     run_main(main)
-    leave()

@@ -72,7 +72,7 @@ def results(function, x: torch.Tensor, *parameters: torch.Tensor) -> list[torch.
 
 
 @pytest.mark.parametrize("slope", [1.0, 0.01])
-@pytest.mark.parametrize("size", [(2, 6, 5, 4, 3), (2, 6, 5, 4), (1, 3, 2, 1, 1)])
+@pytest.mark.parametrize("size", [(2, 6, 5, 4, 3), (2, 6, 5, 4), (1, 3, 2, 2, 2)])
 def test_a_channels_last_map_stays_one_and_keeps_its_numbers(size, slope, monkeypatch) -> None:
     """On a CPU, and as on other devices; against torch's norm in double precision."""
     x = random_map(*size)

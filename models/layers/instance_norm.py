@@ -1,8 +1,10 @@
 """Instance norm that keeps the layout of its input and stays right in half precision on CPU.
 
-**Layout.** Torch's instance norm makes its input contiguous. In a channels-last network every norm then copies its map,
-and the convolution behind it reads the slow layout. Here a channels-last map stays one: on a CPU by torch's group norm
-with one channel a group, which is the same thing; elsewhere by `models.layers.layout_norm`.
+**Layout.** Torch's instance norm makes its input contiguous, so that the convolution behind it reads the slow layout.
+Here a channels-last map stays one: on a CPU by a copy of what torch's norm gives, elsewhere by
+`models.layers.layout_norm`. Torch's group norm with one channel a group would need no copy on a CPU. It takes a
+channels-last variance as the mean of squares less the square of the mean: measured on 32x32x32 places, outputs are
+off by 0.005 where the mean is 10 deviations, and by 0.3 where it is 100.
 
 **Half precision.** PyTorch's CPU kernel keeps mean and inverse deviation of bfloat16 and float16 input in that same
 format. Over the few tokens of a deep stage, or wherever a masked crop makes a channel nearly constant, the rounded mean
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
 from torch import Tensor, nn
 
-from models.layers.channels_last import is_channels_last
+from models.layers.channels_last import is_channels_last, make_channels_last
 from models.layers.layout_norm import LayoutNorm
 
 HALF = (torch.bfloat16, torch.float16)
@@ -35,7 +37,7 @@ class _SteadyInstanceNorm(nn.modules.instancenorm._InstanceNorm):
         if self.track_running_stats or not is_channels_last(x):
             return leaky(self._plain(x), slope)
         if x.device.type == "cpu":
-            return leaky(self._grouped(x), slope)
+            return leaky(make_channels_last(self._plain(x)), slope)
         self._check_input_dim(x)
         return LayoutNorm.apply(x, self.weight, self.bias, self.eps, slope)
 
@@ -43,11 +45,6 @@ class _SteadyInstanceNorm(nn.modules.instancenorm._InstanceNorm):
         if x.device.type == "cpu" and x.dtype in HALF:
             return super().forward(x.float()).to(x.dtype)
         return super().forward(x)
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        wide = x.float() if x.dtype in HALF else x
-        return F.group_norm(wide, x.shape[1], self.weight, self.bias, self.eps).to(x.dtype)
 
 
 def leaky(x: Tensor, slope: float) -> Tensor:
