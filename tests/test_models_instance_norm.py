@@ -97,6 +97,23 @@ def test_a_channels_last_map_stays_one_and_keeps_its_numbers(size, slope, monkey
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_a_gradient_may_arrive_channels_last(num_samples) -> None:
+    """Of a contiguous map too: torch's own backward pass of a single sample is then wrong on a CPU."""
+    x = random_map(num_samples, 6, 5, 4, 3).contiguous()
+    norm = SteadyInstanceNorm3d(6, affine=True)
+
+    def before(norm):
+        return lambda x: F.leaky_relu(make_channels_last(norm(x)), 0.01)
+
+    expected = results(before(copy.deepcopy(norm).double()), x.double())
+    exact = results(lambda x: F.leaky_relu(F.instance_norm(x), 0.01), x.double())
+    found = results(before(norm), x)
+    for one, same, other in zip(found, expected, exact):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(same, other)
+
+
 @pytest.mark.parametrize("slope", [1.0, 0.01])
 def test_half_precision_has_float32_inside(slope) -> None:
     x = random_map(2, 6, 5, 4, 3, dtype=torch.bfloat16)
