@@ -30,6 +30,7 @@ import torch
 from datasets.ct.geometry import CANONICAL_AXCODES
 from datasets.ct.images import CT
 from datasets.samples.crops import CropOptions
+from datasets.samples.dataset import CutSamples
 from datasets.samples.loader import make_pair_loader
 from datasets.samples.masks import MaskOptions
 from datasets.samples.pairings import PairingOptions
@@ -310,8 +311,8 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
     if flags.compile:
         compile_networks(*method.networks().values())
     loader = make_pair_loader(
-        data.training, flags.batch_size, world.rank, world.size, flags.num_workers, run.step, options.num_steps,
-        flags.accumulate_steps, pin_memory=world.device.type == "cuda",
+        CutSamples(data.training), flags.batch_size, world.rank, world.size, flags.num_workers, run.step,
+        options.num_steps, flags.accumulate_steps, pin_memory=world.device.type == "cuda",
     )  # fmt: skip
     held_out, judged_at = held_out_batches(flags, data, world), values_at(schedules, options.num_steps)
     saver = BackgroundSaver(output_dir)

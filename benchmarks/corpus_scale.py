@@ -30,7 +30,7 @@ from benchmarks.corpus import corpus_flags, make_corpus, open_training, write_ph
 from benchmarks.results import Rows, benchmark_parser, command, table, words
 from datasets.ct.nifti import read_ct, write_nifti
 from datasets.lists.data_list import Case
-from datasets.samples.dataset import CropDataset
+from datasets.samples.dataset import CropDataset, CutSamples
 from datasets.samples.loader import make_pair_loader
 from datasets.store.volumes import VolumeStore
 from engine.flags import REPOSITORY
@@ -126,7 +126,8 @@ def measure_loading(dataset: CropDataset, flags: jsonargparse.Namespace) -> dict
     steps_per_epoch = len(dataset) // flags.batch_size
     num_steps = steps_per_epoch * flags.num_epochs
     before = set(multiprocessing.active_children())
-    batches = iter(make_pair_loader(dataset, flags.batch_size, num_workers=flags.num_workers, num_steps=num_steps))
+    samples = CutSamples(dataset)
+    batches = iter(make_pair_loader(samples, flags.batch_size, num_workers=flags.num_workers, num_steps=num_steps))
     workers = [process.pid for process in set(multiprocessing.active_children()) - before]
     waits, memory = [], []
     for step in tqdm(range(num_steps), desc="batches"):

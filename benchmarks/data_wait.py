@@ -84,7 +84,7 @@ def make_phantom_corpus(folder: Path, num_cases: int, coarsen: float = 1.0) -> N
 def figures(folder: Path, flags: jsonargparse.Namespace) -> dict:
     """What the run that ended in this folder says of itself, and what one process can load."""
     counted = read_log(folder / "run", "train")[1:]
-    one_process_s = timed(open_training(run_words(folder, flags)).__getitem__, range(20)).wall_s
+    one_process_s = timed(open_training(run_words(folder, flags)).cut, range(20)).wall_s
     return {
         "data_wait_share": statistics.mean(line["data_wait_share"] for line in counted),
         "data_wait_most": max(line["data_wait_share"] for line in counted),

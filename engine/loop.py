@@ -88,7 +88,7 @@ def pretrain(
         run: method and optimiser; `run.step` counts the steps done.
         wrapped: the method as the loop calls it: DDP around it, or the method itself.
         dataset: where the batches come from; it names their cases.
-        batches: endless; `num_parts` of them make one step. Tensors on the CPU.
+        batches: endless; `num_parts` of them make one step. On the CPU, as `CutSamples` are.
 
     Returns:
         True when the run is complete, False when a signal ended it after a checkpoint.
@@ -117,13 +117,13 @@ def pretrain(
                 batch = next(batches)
                 clock.data_arrived(len(batch["score"]) * world.size)
                 cases += dataset.case_names(batch)
-                moved = on_device(batch, world.device)
+                made = dataset.make_views(batch, world.device)
                 with delayed_sync(wrapped, part + 1 < options.num_parts):
                     with autocast(options.precision, world.device):
-                        total, terms = wrapped(moved, now)
+                        total, terms = wrapped(made, now)
                     run.scaler.scale(total / options.num_parts).backward()
                 losses.append(total.detach())
-                values_of_parts.append({"loss": total.detach(), **terms, **describe_batch(moved)})
+                values_of_parts.append({"loss": total.detach(), **terms, **describe_batch(made)})
 
             # Clip over all trained modules
             run.scaler.unscale_(run.optimizer)
@@ -178,7 +178,7 @@ def pretrain(
             # Look: pictures, validation, probes
             with clock.paused():
                 if options.picture_freq and (run.step % options.picture_freq == 0 or is_last) and world.is_main:
-                    hooks.draw(batch, run.step)
+                    hooks.draw(made, run.step)
                 if is_validated:
                     hooks.saved()  # validation may start processes, which must not happen while a thread writes
                     log.record("validation", run.step, epoch, hooks.validate())

@@ -2,9 +2,11 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from datasets.ct.images import CT, NAMES
 from datasets.lists.data_list import Case, DataListError, load_data_list
@@ -12,7 +14,7 @@ from datasets.lists.label_classes import read_classes
 from datasets.samples.anatomy import AnatomyPoints
 from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.crops import CropOptions
-from datasets.samples.dataset import CropDataset
+from datasets.samples.dataset import CropDataset, CutSamples
 from datasets.samples.distort import DistortOptions
 from datasets.samples.loader import make_pair_loader
 from datasets.samples.masks import MaskOptions
@@ -154,11 +156,30 @@ def make_dataset(
     return CropDataset(store, pairing, views, crops, masks, seed=seed, distort=distort, anatomy=anatomy)
 
 
+class HeldOutBatches:
+    """Batches with their views, the same ones whenever it is iterated.
+
+    Args:
+        loader: batches of `CutSamples` of the dataset.
+        dataset: makes their views.
+        device: where they are wanted.
+    """
+
+    def __init__(self, loader: Iterable[dict], dataset: CropDataset, device: torch.device) -> None:
+        self.loader, self.dataset, self.device = loader, dataset, device
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in self.loader:
+            yield self.dataset.make_views(batch, self.device)
+
+
 def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:
-    """This rank's share of the held-out samples: the same ones every time, as many on every rank."""
+    """This rank's share of the held-out samples, on its device: the same ones every time, as many on every rank."""
     if data.validation is None:
         return []
     num_steps = -(-flags.num_val_pairs // (flags.batch_size * world.size))
-    return make_pair_loader(
-        data.validation, flags.batch_size, world.rank, world.size, min(flags.num_workers, 2), num_steps=num_steps
-    )
+    loader = make_pair_loader(
+        CutSamples(data.validation), flags.batch_size, world.rank, world.size, min(flags.num_workers, 2),
+        num_steps=num_steps,
+    )  # fmt: skip
+    return HeldOutBatches(loader, data.validation, world.device)

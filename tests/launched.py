@@ -195,10 +195,12 @@ def poison_sample(index: int) -> None:
     """The reconstruction target of one sample holds a NaN."""
     from datasets.samples.dataset import CropDataset
 
-    plain = CropDataset.__getitem__
+    plain = CropDataset.cut
 
     def poisoned(self: CropDataset, now: int) -> dict:
         sample = plain(self, now)
-        return sample | {"crop": sample["crop"] * float("nan")} if now == index else sample
+        if now == index:
+            sample["draws"]["window"] *= float("nan")
+        return sample
 
-    CropDataset.__getitem__ = poisoned
+    CropDataset.cut = poisoned

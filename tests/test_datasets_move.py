@@ -10,7 +10,7 @@ import torch
 from datasets.samples import move
 from datasets.samples.augment import AugmentOptions, ViewAugmenter
 from datasets.samples.crops import CropOptions
-from datasets.samples.move import RandMove
+from datasets.samples.move import ViewMover
 from engine.pretrain_flags import chosen_method, make_pretrain_flags
 from models.backbones import BACKBONES
 from models.methods import METHODS
@@ -53,10 +53,10 @@ def test_zooms_keep_size_and_centre_and_fill_with_air(monkeypatch, roi):
     for name in ("MIRROR_PROB", "TURN_PROB"):
         monkeypatch.setattr(move, name, 0.0)
     monkeypatch.setattr(move, "ZOOM_PROB", 1.0)
-    drawn = RandMove(roi)
+    mover = ViewMover(roi)
     widths = []
     for seed in range(30):
-        moved = drawn.set_random_state(state=np.random.RandomState(seed))(torch.ones(1, *roi)).numpy()
+        moved = mover.make(torch.ones(1, *roi), mover.draw(np.random.RandomState(seed))).numpy()
         assert moved.shape == (1, *roi) and moved.max() > 0.999
         rim = [moved.take(0, axis) for axis in ((2, 3) if roi[0] == 1 else (1, 2, 3))]
         is_smaller = [bool((side == 0).all()) for side in rim]
@@ -79,7 +79,7 @@ def test_intensities_follow_the_move():
     hu = np.zeros((1, 16, 16), np.int16)
     hu[:, :8] = 200
     options = AugmentOptions(window_prob=0, gamma_prob=0, blur_prob=0, noise_prob=0, contrast_prob=0, brightness_prob=1)
-    moved = ViewAugmenter(options, -100, 250, first=[RandMove((1, 16, 16))])
+    moved = ViewAugmenter(options, -100, 250, ViewMover((1, 16, 16)))
     views = [moved(hu, np.random.SeedSequence(seed)) for seed in range(20)]
     assert any(view.min() > 0.01 for view in views)  # the zoom's rim is 0 before the shift, and lighter after it
     assert all(view.shape == (1, 1, 16, 16) for view in views)

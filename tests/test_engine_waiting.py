@@ -25,6 +25,7 @@ RUNS: dict[str, tuple[str, dict]] = {
     "overflows are skipped": ("dino", {"precision": "fp16"}),
     "broken steps are skipped": ("caid", {"nan_policy": "skip", "accumulate_steps": 2}),
     "sinkhorn, sgd": ("alice", {"centring": "sinkhorn", "optimizer": "sgd", "clip_each": True}),
+    "moved views": ("dino", {"move_views": True}),
     "window attention": ("alice", {"backbone": "swin_unetr", "feature_size": 12, "roi_z": 64}),
     "window attention of nnFormer": ("alice", {"backbone": "nnformer"}),
 }

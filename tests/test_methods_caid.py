@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from datasets.samples.crops import CropOptions
-from datasets.samples.distort import DistortOptions
+from datasets.samples.distort import DistortOptions, ViewDistorter, random_orders, shuffle_tiles
 from losses.contrast import EMPTY, KeyQueue, contrast_logits, contrast_loss, directions
 from models.backbones import BACKBONES
 from models.methods.caid import CAiD, CaidOptions
@@ -504,6 +504,10 @@ def distorted_dataset(views=None, augment: bool = False, **options):
     )
 
 
+def distorter_of(dataset) -> ViewDistorter:
+    return dataset.view_maker.makers["distorted"]
+
+
 def test_targets_are_mirrored_with_their_views() -> None:
     """In the published code half of all targets are mirrored against their input."""
     dataset, num_mirrored = distorted_dataset(), 0
@@ -514,41 +518,56 @@ def test_targets_are_mirrored_with_their_views() -> None:
             num_mirrored += is_mirrored
             assert is_mirrored or torch.equal(target, crop)
     assert 8 < num_mirrored < 32
-    distorter = dataset.distorter
-    distorter.shuffle.prob = distorter.curve.prob = distorter.paint_inside.prob = distorter.paint_outside.prob = 0.0
+    distorter = distorter_of(dataset)
+    distorter.shuffle_prob = distorter.curve_prob = distorter.paint_prob = 0.0
     for index in range(5):
         assert torch.equal(dataset[index]["view"], dataset[index]["view_target"]), "nothing but the flip is left"
 
 
 def test_each_corruption_changes_what_it_should() -> None:
-    distorter, seed = distorted_dataset(roi=(24, 32, 40)).distorter, np.random.SeedSequence(1)
+    distorter, seed = distorter_of(distorted_dataset(roi=(24, 32, 40))), np.random.SeedSequence(1)
     hu = np.random.default_rng(0).integers(-100, 200, (24, 32, 40)).astype(np.int16)
-    transforms = {name: getattr(distorter, name) for name in ("shuffle", "curve", "paint_inside", "paint_outside")}
+    corruptions = ("shuffle", "curve", "paint")
 
-    def shares_changed(name: str) -> list[float]:
-        for other, transform in transforms.items():
-            transform.prob = float(other == name)
-        pairs = [distorter(hu, one) for one in seed.spawn(24)]
+    def pairs_changed_by(name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        for other in corruptions:
+            setattr(distorter, f"{other}_prob", float(other == name))
+        pairs = [distorter(hu, one) for one in seed.spawn(48)]
         assert all(view.shape == target.shape and view.min() >= 0 and view.max() <= 1 for view, target in pairs)
-        if name == "shuffle":
-            assert all(torch.equal(view.flatten().sort()[0], target.flatten().sort()[0]) for view, target in pairs)
+        return pairs
+
+    def shares(pairs) -> list[float]:
         return [(view != target).float().mean().item() for view, target in pairs]
 
-    assert 0.5 < np.mean(shares_changed("shuffle")) < 1
-    assert min(shares_changed("curve")) > 0.5
-    inside, outside = shares_changed("paint_inside"), shares_changed("paint_outside")
-    # One view in five is painted inside: at most 5 blocks of a third of each side, 5/27 of it.
-    assert 0 < max(inside) <= 5 / 27 and sum(share > 0 for share in inside) < 12
-    # At least one window of 3/7 of each side stays, at most 5 of 4/7.
-    assert sum(share > 0 for share in outside) > 12 and max(outside) <= 1 - (3 / 7 - 1 / 24) ** 3
+    shuffled = pairs_changed_by("shuffle")
+    assert all(torch.equal(view.flatten().sort()[0], target.flatten().sort()[0]) for view, target in shuffled)
+    assert 0.5 < np.mean(shares(shuffled)) < 1
+    assert min(shares(pairs_changed_by("curve"))) > 0.5
+    painted = shares(pairs_changed_by("paint"))
+    # One view in five is painted inside: at most 5 blocks of a third of each side, 5/27 of it. Of the others at least
+    # one window of 3/7 of each side stays, at most 5 of 4/7.
+    inside = [share for share in painted if share <= 5 / 27]
+    assert 2 <= len(inside) <= 20 and min(inside) > 0
+    assert max(painted) <= 1 - (3 / 7 - 1 / 24) ** 3
+
+
+def test_shuffled_voxels_stay_in_their_tile() -> None:
+    image = torch.arange(9 * 8 * 7.0).reshape(9, 8, 7)
+    shuffled = image.clone()
+    shuffle_tiles(shuffled, (4, 2, 3), (1, 0, 1), 5)
+    tiles = [(slice(d, d + 4), slice(h, h + 2), slice(w, w + 3)) for d in (1, 5) for h in (0, 2, 4, 6) for w in (1, 4)]
+    assert all(torch.equal(shuffled[tile].flatten().sort()[0], image[tile].flatten().sort()[0]) for tile in tiles)
+    assert torch.equal(shuffled[0], image[0]) and torch.equal(shuffled[..., 0], image[..., 0])  # rests at the borders
+    orders = random_orders(5, 4000, 4, torch.device("cpu"))
+    counts = orders.unique(dim=0, return_counts=True)[1]
+    assert len(counts) == 24 and counts.min() > 110, "all orders of four are equally likely: 167 each on average"
 
 
 def test_painted_places_hold_noise_or_zero() -> None:
     for fill_with, num_values in (("noise", 2), ("zero", 1)):
-        distorter = distorted_dataset().distorter
-        distorter = type(distorter)(distorter.augmenter, (16, 24, 32), DistortOptions(distort_fill=fill_with))
-        distorter.shuffle.prob, distorter.curve.prob = 0.0, 0.0
-        distorter.paint_outside.prob = distorter.paint_inside.prob = 1.0
+        distorter = distorter_of(distorted_dataset())
+        distorter = ViewDistorter(distorter.augmenter, (16, 24, 32), DistortOptions(distort_fill=fill_with))
+        distorter.shuffle_prob, distorter.curve_prob, distorter.paint_prob = 0.0, 0.0, 1.0
         hu = np.full((16, 24, 32), 100, np.int16)
         view, target = distorter(hu, np.random.SeedSequence(3))
         painted = view[view != target]
@@ -575,7 +594,7 @@ def test_other_views_draw_what_they_drew_before() -> None:
 
 
 def test_slices_are_distorted_within_their_plane() -> None:
-    distorter = distorted_dataset(roi=(1, 24, 32)).distorter
+    distorter = distorter_of(distorted_dataset(roi=(1, 24, 32)))
     hu = np.random.default_rng(0).integers(-100, 200, (1, 24, 32)).astype(np.int16)
     for seed in np.random.SeedSequence(0).spawn(10):
         view, target = distorter(hu, seed)

@@ -107,12 +107,14 @@ def set_clock(hours: float) -> None:
 
 def poison_samples(indices: Sequence[int]) -> None:
     """Some samples hold NaN: all crops and views of them."""
-    plain = CropDataset.__getitem__
+    plain = CropDataset.cut
 
     def poisoned(self: CropDataset, index: int) -> dict:
         sample = plain(self, index)
-        if index not in indices:
-            return sample
-        return {name: value * float("nan") if value.ndim == 5 else value for name, value in sample.items()}
+        if index in indices:
+            draws = sample["draws"]
+            for windows in (draws["window"], *(drawn["look"] for name, drawn in draws.items() if name != "window")):
+                windows[..., :2] = float("nan")
+        return sample
 
-    CropDataset.__getitem__ = poisoned
+    CropDataset.cut = poisoned

@@ -15,10 +15,10 @@ from benchmarks.data_wait import SPACING_MM, read_log
 from benchmarks.gpu_parts.apart import Workplace
 from benchmarks.pretrain_step import GB, clock, training
 from benchmarks.results import reset_peak_resident, resident_bytes, words
+from datasets.samples.dataset import CutSamples
 from datasets.samples.loader import make_pair_loader
 from engine.distributed import World
 from engine.flags import REPOSITORY, available_cpus
-from engine.loop import on_device
 from engine.optim import make_optimizer
 from engine.pretrain_data import open_data
 
@@ -126,7 +126,7 @@ def make_step(words: list[str], device: torch.device) -> Callable[[int], object]
     flags = main_ddp.make_flags(main_ddp.chosen_method(words)).parse_args(words)
     method = main_ddp.check_and_build(flags)
     samples = open_data(flags, method, World()).training
-    batch = on_device(next(iter(make_pair_loader(samples, flags.batch_size))), device)
+    batch = samples.make_views(next(iter(make_pair_loader(CutSamples(samples), flags.batch_size))), device)
     method = method.to(device)
     optimizer = make_optimizer(
         method.student,

@@ -1,9 +1,10 @@
 """Intensity augmentation of one view: the paths w and v of Alice's figure 2. Geometry is not touched (see `move.py`).
 
 Every view (student and teacher alike) is cut from HU with its own jittered window and then gets its own draw of gamma,
-blur, noise, brightness and contrast; tokens of a student view and of its teacher view still correspond by position.
-Gamma, brightness and contrast are MONAI's. Noise and blur are ours: for 96 x 96 x 96 voxels on one core MONAI's take 28
-and 45 ms, ours 7 and 7 ms, and loading must keep up with a GPU.
+blur, noise, contrast and brightness; tokens of a student view and of its teacher view still correspond by position.
+
+What a view will be is drawn where its crop is cut, as a few numbers. Its voxels are made where they are needed, on the
+training device, and are the same on every device up to rounding. Nothing there waits for the device.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,14 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.transforms import RandAdjustContrast, RandomizableTransform, RandScaleIntensity, RandShiftIntensity
 
 from datasets.ct.intensity import CT_WINDOW_HU, window_hu
+from datasets.samples.counted_noise import KEYS, normal_field
+from datasets.samples.move import ViewMover
+
+Draws = dict[str, torch.Tensor]  # float64, on the CPU
+LOOK = ("low", "high", "gamma", "sigma_vox", "noise_std", "noise_key", "factor", "offset")
+PLAIN_LOOK = {"gamma": 1.0, "sigma_vox": 0.0, "noise_std": 0.0, "noise_key": 0.0, "factor": 1.0, "offset": 0.0}
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,11 @@ class AugmentOptions:
         return cls(window_prob=0, gamma_prob=0, blur_prob=0, noise_prob=0, contrast_prob=0, brightness_prob=0)
 
 
-def window(hu: np.ndarray, hu_min: float, hu_max: float) -> torch.Tensor:
+def window(hu: np.ndarray | torch.Tensor, hu_min: float, hu_max: float) -> torch.Tensor:
     """A crop's window: int16 HU [D, H, W] -> float32 [1, D, H, W] in [0, 1]; channels [C, D, H, W] stay."""
-    shown = window_hu(torch.from_numpy(np.ascontiguousarray(hu)), hu_min, hu_max)
+    if isinstance(hu, np.ndarray):
+        hu = torch.from_numpy(np.ascontiguousarray(hu))
+    shown = window_hu(hu, hu_min, hu_max)
     return shown.unsqueeze_(0) if shown.ndim == 3 else shown
 
 
@@ -82,23 +90,12 @@ class ViewAugmenter:
     Args:
         options: strengths and probabilities.
         hu_min, hu_max: the window in HU that becomes [0, 1] (before jitter).
-        first: random transforms of the windowed crop that come before these.
+        mover: moves the windowed crop before its intensities are changed; None = the geometry stays.
     """
 
-    def __init__(
-        self, options: AugmentOptions, hu_min: float, hu_max: float, first: Sequence[RandomizableTransform] = ()
-    ) -> None:
-        self.options = options
-        self.hu_min = hu_min
-        self.hu_max = hu_max
-        self._transforms: list[RandomizableTransform] = [
-            *first,
-            RandAdjustContrast(prob=options.gamma_prob, gamma=options.gamma_range),
-            RandGaussianBlur(options.blur_sigma_vox, prob=options.blur_prob),
-            RandFastNoise(options.noise_std, prob=options.noise_prob),
-            RandScaleIntensity(factors=options.contrast, prob=options.contrast_prob),
-            RandShiftIntensity(offsets=options.brightness, prob=options.brightness_prob),
-        ]
+    def __init__(self, options: AugmentOptions, hu_min: float, hu_max: float, mover: ViewMover | None = None) -> None:
+        self.options, self.mover = options, mover
+        self.hu_min, self.hu_max = hu_min, hu_max
 
     def __call__(
         self, hu: np.ndarray, seed: np.random.SeedSequence, own_window: tuple[float, float] | None = None
@@ -113,12 +110,49 @@ class ViewAugmenter:
         Returns:
             float32 [C, D, H, W] in [0, 1], C = 1 of a single channel.
         """
-        random = np.random.RandomState(np.random.MT19937(seed))
+        return self.make(torch.from_numpy(np.ascontiguousarray(hu)), self.draw(seed, own_window))
+
+    def draw(self, seed: np.random.SeedSequence, own_window: tuple[float, float] | None = None) -> Draws:
+        """What a view will be: "look", the numbers that `LOOK` names, and "move" where there is a mover."""
+        options, random = self.options, np.random.RandomState(np.random.MT19937(seed))
         low, high = self._draw_window(random, own_window)
-        view = window(hu, low, high)
-        for transform in self._transforms:
-            view = transform.set_random_state(state=random)(view).as_subclass(torch.Tensor)  # sheds MONAI's MetaTensor
-        return view.clamp_(0.0, 1.0)
+        move = {} if self.mover is None else {"move": self.mover.draw(random)}
+        look = {"low": low, "high": high, **PLAIN_LOOK}
+        if random.uniform() < options.gamma_prob:
+            look["gamma"] = random.uniform(*options.gamma_range)
+        if random.uniform() < options.blur_prob:
+            look["sigma_vox"] = random.uniform(*options.blur_sigma_vox)
+        if random.uniform() < options.noise_prob and options.noise_std > 0:
+            look["noise_std"] = random.uniform(0.0, options.noise_std)
+            look["noise_key"] = random.randint(0, KEYS, dtype=np.int64)
+        if random.uniform() < options.contrast_prob:
+            look["factor"] = 1 + random.uniform(-options.contrast, options.contrast)
+        if random.uniform() < options.brightness_prob:
+            look["offset"] = random.uniform(-options.brightness, options.brightness)
+        return {"look": torch.tensor([look[name] for name in LOOK], dtype=torch.float64), **move}
+
+    def make(self, hu: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """The view that was drawn.
+
+        Args:
+            hu: int16 [D, H, W] in HU, or [C, D, H, W], on any device.
+            draws: as from `draw`; on the CPU, since the host decides by them what there is to do.
+
+        Returns:
+            float32 [C, D, H, W] in [0, 1] on the crop's device.
+        """
+        look = dict(zip(LOOK, draws["look"].tolist(), strict=True))
+        view = window(hu, look["low"], look["high"])
+        if self.mover is not None:
+            view = self.mover.make(view, draws["move"])
+        if look["gamma"] != 1:
+            view = power(view, look["gamma"])
+        if look["sigma_vox"] > 0:
+            view = gaussian_blur(view, [look["sigma_vox"]] * 3)
+        if look["noise_std"] > 0:
+            noise = normal_field(int(look["noise_key"]), tuple(view.shape), view.device)
+            view = view.add_(noise, alpha=look["noise_std"])
+        return view.mul_(look["factor"]).add_(look["offset"]).clamp_(0.0, 1.0)
 
     def _draw_window(
         self, random: np.random.RandomState, own_window: tuple[float, float] | None
@@ -132,47 +166,11 @@ class ViewAugmenter:
         return low + shift[0], max(high + shift[1], low + shift[0] + (high - low) / 2)
 
 
-class RandFastNoise(RandomizableTransform):
-    """Additive Gaussian noise in float32, its standard deviation uniform in [0, std].
-
-    Args:
-        std: largest standard deviation, on the image's scale.
-        prob: probability that noise is added at all.
-    """
-
-    def __init__(self, std: float, prob: float) -> None:
-        RandomizableTransform.__init__(self, prob)
-        self.std = std
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """Noise on an image of any shape."""
-        self.randomize(None)
-        if not self._do_transform or self.std == 0:
-            return image
-        std = self.R.uniform(0.0, self.std)
-        generator = torch.Generator().manual_seed(int(self.R.randint(0, 2**63 - 1, dtype=np.int64)))
-        return image + torch.randn(image.shape, generator=generator).mul_(std)
-
-
-class RandGaussianBlur(RandomizableTransform):
-    """Separable Gaussian blur with one standard deviation for all axes, truncated at 2.5 of them; borders continue.
-
-    Args:
-        sigma_vox: range of the standard deviation, in voxels.
-        prob: probability that the image is blurred at all.
-    """
-
-    def __init__(self, sigma_vox: tuple[float, float], prob: float) -> None:
-        RandomizableTransform.__init__(self, prob)
-        self.sigma_vox = sigma_vox
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """Blur an image [C, D, H, W]."""
-        self.randomize(None)
-        if not self._do_transform:
-            return image
-        sigma = self.R.uniform(*self.sigma_vox)
-        return gaussian_blur(image, [sigma] * 3)
+def power(image: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Intensities to the power of gamma, between the image's own lowest and highest value, which stay; in place."""
+    low, high = image.aminmax()
+    span = high - low
+    return image.sub_(low).div_(span + 1e-7).pow_(gamma).mul_(span).add_(low)
 
 
 def gaussian_blur(image: torch.Tensor, sigmas_vox: Sequence[float]) -> torch.Tensor:

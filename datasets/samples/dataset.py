@@ -1,5 +1,9 @@
 """The crop dataset: sample i is V crops and their views, a pure function of (seed, i).
 
+A sample is made in two steps. `CropDataset.cut` reads crops and draws what their views will be: that is for loading
+processes (`CutSamples`). `CropDataset.make_views` makes the views of a batch on the training device. Asked for sample
+i itself, the dataset does both.
+
 A pairing rule (`pairings.py`) chooses the places of the V crops. A method names the views that it needs of every crop:
 "augmented" (the crop with intensity augmentation), "moved" (zoomed, mirrored and turned before that), "blocks" (a block
 mask), "distorted" (augmented and corrupted, with a clean target). Every random choice of sample i comes from NumPy's
@@ -12,20 +16,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from datasets.ct.images import CT, RADIOGRAPH
 from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
 from datasets.samples.anatomy import AnatomyPoints
-from datasets.samples.augment import AugmentOptions, ViewAugmenter, window
+from datasets.samples.augment import AugmentOptions
 from datasets.samples.crops import CropOptions, cut, start_at
-from datasets.samples.distort import DistortOptions, ViewDistorter
+from datasets.samples.distort import DistortOptions
 from datasets.samples.masks import MaskOptions, draw_mask, mask_grid, num_masked_blocks
-from datasets.samples.move import RandMove
 from datasets.samples.pairings import Pairing, Places
+from datasets.samples.views import PICTURED_KINDS, ViewMaker
 from datasets.store.format import StoreError
 
-VIEW_KINDS = ("augmented", "moved", "blocks", "distorted")
+VIEW_KINDS = (*PICTURED_KINDS, "blocks")
 MAX_ATTEMPTS = 20  # broken volumes in a row for one sample; more than that is no accident
 PAIRED_ATTEMPTS = 10  # after these, a sample of one volume: with few cases every pair may contain the broken one
 
@@ -76,13 +80,9 @@ class CropDataset(Dataset):
         if augment is None:
             augment = AugmentOptions() if self.crops.augment else AugmentOptions.off()
         self.hu_window = fill_ends((self.crops.a_min, self.crops.a_max), CT_WINDOW_HU)
-        self.augmenter = ViewAugmenter(augment, *self.hu_window)
+        self.view_maker = ViewMaker(self.views, pairing.roi, self.hu_window, augment, distort)
         for name in self.names:
             self._own_window(name)  # flags that fit a volume's range badly are refused now, not in the run's middle
-        if "moved" in views.values():
-            self.mover = ViewAugmenter(augment, *self.hu_window, first=[RandMove(pairing.roi)])
-        if "distorted" in views.values():
-            self.distorter = ViewDistorter(self.augmenter, pairing.roi, distort)
         if "blocks" in views.values():
             masks = masks or MaskOptions()
             self.grid = mask_grid(pairing.roi, masks.mask_block)
@@ -111,6 +111,15 @@ class CropDataset(Dataset):
         Raises:
             BrokenVolumeError: `MAX_ATTEMPTS` samples in a row met unreadable volumes.
         """
+        sample = self.make_views(default_collate([self.cut(index)]))
+        return {name: value[0] for name, value in sample.items()}
+
+    def cut(self, index: int) -> dict:
+        """Sample `index` before its views are made: int16 crops "hu" [V, D, H, W], "draws" of its views, and all else.
+
+        Raises:
+            BrokenVolumeError: as `__getitem__`.
+        """
         for attempt in range(MAX_ATTEMPTS):
             seeds = np.random.SeedSequence([self.seed, int(index), attempt])
             places = self._draw(int(index), attempt, seeds.spawn(1)[0])
@@ -119,11 +128,23 @@ class CropDataset(Dataset):
             except BrokenVolumeError as error:
                 last_error = error
                 continue
-            return self._sample(places, crops_hu, seeds)
+            return self._cut_sample(places, crops_hu, seeds)
         raise BrokenVolumeError(
             f"sample {index}: {MAX_ATTEMPTS} samples in a row met volumes that cannot be read; the last one: "
             f"{last_error}. Check --store_dir (scripts/prepare_volumes.py rebuilds what is damaged)"
         )
+
+    def make_views(self, batch: Mapping, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """A batch on a device, with crops and views.
+
+        Args:
+            batch: collated samples of `cut`, on the CPU; one that has its views already is moved alone.
+
+        Returns:
+            The entries of `__getitem__`, each [B, ...].
+        """
+        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if name != "draws"}
+        return moved | self.view_maker.make(moved.pop("hu"), batch["draws"]) if "hu" in moved else moved
 
     def places(self, index: int) -> Places:
         """Where sample `index` would be cut if no volume were broken; reads no voxel."""
@@ -178,33 +199,21 @@ class CropDataset(Dataset):
             return None
         return self.store.record(name).window(self.crops.a_min, self.crops.a_max)
 
-    def _sample(
-        self, places: Places, crops_hu: list[np.ndarray], seeds: np.random.SeedSequence
-    ) -> dict[str, torch.Tensor]:
-        own_windows = [self._own_window(name) for name in places.names]
-        cut_crops = list(zip(crops_hu, own_windows))
+    def _cut_sample(self, places: Places, crops_hu: list[np.ndarray], seeds: np.random.SeedSequence) -> dict:
         sample = {
-            "crop": torch.stack([window(hu, *(own or self.hu_window)) for hu, own in cut_crops]),
+            "hu": torch.from_numpy(np.stack(crops_hu)),
             "case": torch.tensor([self._store_index[name] for name in places.names]),
             "centre_mm": torch.from_numpy(places.points_mm.astype(np.float32)),
             "score": torch.tensor(places.score, dtype=torch.float32),
             "is_fallback": torch.tensor(places.is_fallback),
             **{name: torch.from_numpy(value) for name, value in places.facts.items()},
         }
-        # Seeds go to masks view by view, then to augmented pictures crop by crop, to moved and to distorted ones,
-        # at last to points; other orders would change every recorded run.
+        # Seeds go to masks view by view, then to pictures, at last to points; other orders would change every recorded
+        # run.
         for name in [name for name, kind in self.views.items() if kind == "blocks"]:
             rngs = [np.random.Generator(np.random.Philox(seed)) for seed in seeds.spawn(len(crops_hu))]
             sample[name] = torch.stack([draw_mask(rng, self.grid, self.num_masked) for rng in rngs])
-        for kind in ("augmented", "moved"):
-            pictured = [name for name, made_as in self.views.items() if made_as == kind]
-            if pictured:
-                make = self.augmenter if kind == "augmented" else self.mover
-                made = [[make(hu, seed, own) for seed in seeds.spawn(len(pictured))] for hu, own in cut_crops]
-                sample |= {name: torch.stack(views) for name, views in zip(pictured, zip(*made))}
-        for name in [name for name, kind in self.views.items() if kind == "distorted"]:
-            pairs = [self.distorter(hu, seed, own) for (hu, own), seed in zip(cut_crops, seeds.spawn(len(crops_hu)))]
-            sample[name], sample[f"{name}_target"] = (torch.stack(column) for column in zip(*pairs))
+        sample["draws"] = self.view_maker.draw(seeds, [self._own_window(name) for name in places.names])
         if self.anatomy is not None:
             sample |= self._anatomy(places, seeds)
         return sample
@@ -215,6 +224,20 @@ class CropDataset(Dataset):
         starts = [start_at(record, point, roi) for record, point in zip(records, places.points_mm)]
         rngs = [np.random.Generator(np.random.Philox(seed)) for seed in seeds.spawn(len(records))]
         return self.anatomy.sample(rngs, records, starts, roi)
+
+
+class CutSamples(Dataset):
+    """The samples of a dataset as loading processes deliver them: cut and drawn; `make_views` does the rest."""
+
+    def __init__(self, dataset: CropDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        """Sample `index` of `CropDataset.cut`."""
+        return self.dataset.cut(index)
 
 
 def describe_batch(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

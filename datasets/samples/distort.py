@@ -11,7 +11,8 @@ Half of the views are mirrored left to right, and the target with them: no netwo
 Painted places hold noise, or 0, which looks like air. The published shuffling draws 10,000 overlapping windows of
 random sizes; here the tiles of one view have one size and lie side by side, which takes a fraction of the time.
 
-Everything is written in shares of a side, so that crops of depth 1 are distorted within their plane.
+Everything is written in shares of a side, so that crops of depth 1 are distorted within their plane. As in
+`augment.py`, what happens to a view is drawn where its crop is cut, and done where the view is made.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from monai.transforms import RandCoarseDropout, RandomizableTransform
+from monai.transforms import RandCoarseDropout
 
-from datasets.samples.augment import ViewAugmenter, window
+from datasets.samples.augment import Draws, ViewAugmenter, window
+from datasets.samples.counted_noise import KEYS, random_bits, uniform_field
 
 SHUFFLE_PROB, CURVE_PROB, PAINT_PROB, OUTSIDE_SHARE, FLIP_PROB = 0.5, 0.9, 0.9, 0.8, 0.5
 TILE_SHARE = 1 / 10  # largest side of a tile
@@ -47,17 +49,10 @@ class ViewDistorter:
 
     def __init__(self, augmenter: ViewAugmenter, roi: Sequence[int], options: DistortOptions | None = None) -> None:
         """`roi`: the crop (D, H, W) in voxels."""
-        fill = (0.0, 1.0) if (options or DistortOptions()).distort_fill == "noise" else 0.0
-        self.augmenter = augmenter
-        self.shuffle = RandTileShuffle(sides(roi, TILE_SHARE), SHUFFLE_PROB)
-        self.curve = RandBezierCurve(CURVE_PROB)
-        self.paint_outside, self.paint_inside = (
-            RandCoarseDropout(
-                holes=1, max_holes=MOST_BLOCKS, spatial_size=sides(roi, low), max_spatial_size=sides(roi, high),
-                dropout_holes=is_inside, fill_value=fill, prob=PAINT_PROB,
-            )
-            for is_inside, (low, high) in ((False, OUTSIDE_SHARES), (True, INSIDE_SHARES))
-        )  # fmt: skip
+        self.augmenter, self.roi = augmenter, tuple(roi)
+        self.has_noise = (options or DistortOptions()).distort_fill == "noise"
+        self.most_tile = sides(roi, TILE_SHARE)
+        self.shuffle_prob, self.curve_prob, self.paint_prob = SHUFFLE_PROB, CURVE_PROB, PAINT_PROB
 
     def __call__(
         self, hu: np.ndarray, seed: np.random.SeedSequence, own_window: tuple[float, float] | None = None
@@ -66,15 +61,85 @@ class ViewDistorter:
 
         `own_window` is that of a radiograph or an MR, as in `ViewAugmenter`.
         """
+        return self.make(torch.from_numpy(np.ascontiguousarray(hu)), self.draw(seed, own_window))
+
+    def draw(self, seed: np.random.SeedSequence, own_window: tuple[float, float] | None = None) -> Draws:
+        """What a view and its target will be.
+
+        "look": as of `ViewAugmenter`; "window": of the target [2]; "tiles": their sides [3] (0 = none), the first
+        one's start [3] and a key; "curve": a table [CURVE_LEVELS]; "blocks": start and end [MOST_BLOCKS, 2, 3] of
+        what is painted, or of what is left of all; "paint": whether there are blocks, whether they are painted
+        inside, and a key; "flip": 0 or 1.
+        """
         looks, corrupts = seed.spawn(2)
-        view = self.augmenter(hu, looks, own_window)
-        target = window(hu, *(own_window or (self.augmenter.hu_min, self.augmenter.hu_max)))
         random = np.random.RandomState(np.random.MT19937(corrupts))
-        paint = self.paint_outside if random.uniform() < OUTSIDE_SHARE else self.paint_inside
-        is_flipped = random.uniform() < FLIP_PROB
-        for transform in (self.shuffle, self.curve, paint):
-            view = transform.set_random_state(state=random)(view).as_subclass(torch.Tensor)  # sheds MONAI's MetaTensor
-        return (view.flip(-1), target.flip(-1)) if is_flipped else (view, target)
+        is_inside, is_flipped = random.uniform() >= OUTSIDE_SHARE, random.uniform() < FLIP_PROB
+        blocks = np.zeros((MOST_BLOCKS, 2, 3))
+        tiles, curve = self._draw_tiles(random), draw_curve(random, self.curve_prob)
+        paint = random.uniform() < self.paint_prob
+        if paint:
+            drawn = self._draw_blocks(random, is_inside)
+            blocks[: len(drawn)] = drawn
+        drawn = {
+            "window": own_window or (self.augmenter.hu_min, self.augmenter.hu_max),
+            "tiles": tiles,
+            "curve": curve,
+            "blocks": blocks,
+            "paint": (paint, is_inside, random.randint(0, KEYS, dtype=np.int64)),
+            "flip": is_flipped,
+        }
+        return self.augmenter.draw(looks, own_window) | {
+            # The curve alone goes to the device, and not every device knows float64.
+            name: torch.as_tensor(value, dtype=torch.float32 if name == "curve" else torch.float64)
+            for name, value in drawn.items()
+        }
+
+    def make(self, hu: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """The view and its target, on the crop's device; `hu` and `draws` as for `ViewAugmenter.make`."""
+        view, target = self.augmenter.make(hu, draws), window(hu, *draws["window"].tolist())
+        *sizes, key = map(int, draws["tiles"].tolist())
+        if sizes[0]:
+            shuffle_tiles(view[0], sizes[:3], sizes[3:], key)
+        if draws["curve"][-1] > 0:
+            view = through_curve(view, draws["curve"])
+        has_blocks, is_inside, key = draws["paint"].tolist()
+        if has_blocks:
+            self._paint(view, draws["blocks"], bool(is_inside), int(key))
+        return (view.flip(-1), target.flip(-1)) if draws["flip"] else (view, target)
+
+    def _draw_tiles(self, random: np.random.RandomState) -> list[int]:
+        """Sides of tiles, uniform from 1 to the most; where the first one begins; and the key of their shuffles.
+
+        A rest smaller than a tile stays at the borders.
+        """
+        if random.uniform() >= self.shuffle_prob:
+            return [0] * 7
+        tile = [int(random.randint(1, most + 1)) for most in self.most_tile]
+        starts = [int(random.randint(0, side % one + 1)) for side, one in zip(self.roi, tile)]
+        return [*tile, *starts, random.randint(0, KEYS, dtype=np.int64)]
+
+    def _draw_blocks(self, random: np.random.RandomState, is_inside: bool) -> list[list[list[int]]]:
+        """Starts and ends of 1 to 5 blocks (inside) or windows; MONAI draws them."""
+        low, high = INSIDE_SHARES if is_inside else OUTSIDE_SHARES
+        boxes = RandCoarseDropout(
+            holes=1, max_holes=MOST_BLOCKS, spatial_size=sides(self.roi, low), max_spatial_size=sides(self.roi, high),
+            prob=1.0,
+        ).set_random_state(state=random)  # fmt: skip
+        boxes.randomize(self.roi)
+        return [[[part.start for part in hole[1:]], [part.stop for part in hole[1:]]] for hole in boxes.hole_coords]
+
+    def _paint(self, view: torch.Tensor, blocks: torch.Tensor, is_inside: bool, key: int) -> None:
+        """Paint over the blocks, or over all but them, in place."""
+        shape = tuple(view.shape)
+        paint = uniform_field(key, shape, view.device) if self.has_noise else torch.zeros_like(view)
+        boxes = [(slice(None), *map(slice, start, stop)) for start, stop in blocks.long().tolist() if stop > start]
+        if is_inside:
+            for box in boxes:
+                view[box] = paint[box]
+            return
+        for box in boxes:
+            paint[box] = view[box]
+        view.copy_(paint)
 
 
 def sides(roi: Sequence[int], share: float) -> tuple[int, ...]:
@@ -82,54 +147,58 @@ def sides(roi: Sequence[int], share: float) -> tuple[int, ...]:
     return tuple(max(1, int(side * share)) for side in roi)
 
 
-class RandTileShuffle(RandomizableTransform):
-    """Cuts the image into tiles and shuffles the voxels of each; a rest smaller than a tile stays at the borders.
+def shuffle_tiles(image: torch.Tensor, tile: Sequence[int], starts: Sequence[int], key: int) -> None:
+    """Shuffle the voxels of each tile of an image [D, H, W], in place.
 
     Args:
-        most: largest side of a tile along each axis, voxels; the sides of one image's tiles are uniform from 1 to it.
-        prob: probability that the image is shuffled at all.
+        tile: sides of a tile, voxels.
+        starts: where the first tile begins; a rest smaller than a tile stays at the borders.
+        key: decides the shuffles.
     """
-
-    def __init__(self, most: tuple[int, ...], prob: float) -> None:
-        RandomizableTransform.__init__(self, prob)
-        self.most = most
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """A shuffled copy of an image [1, D, H, W]."""
-        self.randomize(None)
-        if not self._do_transform:
-            return image
-        tile = [int(self.R.randint(1, most + 1)) for most in self.most]
-        nums = [side // one for side, one in zip(image.shape[1:], tile)]
-        starts = [self.R.randint(0, side - n * t + 1) for side, n, t in zip(image.shape[1:], nums, tile)]
-        shuffled = image.clone()
-        part = shuffled[0][tuple(slice(start, start + n * t) for start, n, t in zip(starts, nums, tile))]
-        d, h, w, a, b, c = *nums, *tile
-        tiles = part.reshape(d, a, h, b, w, c).permute(0, 2, 4, 1, 3, 5).reshape(-1, a * b * c)  # [tiles, voxels]
-        tiles = tiles.gather(1, torch.from_numpy(self.R.random_sample(tuple(tiles.shape)).argsort(axis=1)))
-        part.copy_(tiles.reshape(d, h, w, a, b, c).permute(0, 3, 1, 4, 2, 5).reshape(part.shape))
-        return shuffled
+    nums = [(side - start) // one for side, start, one in zip(image.shape, starts, tile)]
+    part = image[tuple(slice(start, start + n * t) for start, n, t in zip(starts, nums, tile))]
+    d, h, w, a, b, c = *nums, *tile
+    tiles = part.reshape(d, a, h, b, w, c).permute(0, 2, 4, 1, 3, 5).reshape(-1, a * b * c)  # [tiles, voxels]
+    tiles = tiles.gather(1, random_orders(key, *tiles.shape, image.device))
+    part.copy_(tiles.reshape(d, h, w, a, b, c).permute(0, 3, 1, 4, 2, 5).reshape(part.shape))
 
 
-class RandBezierCurve(RandomizableTransform):
-    """Maps intensities in [0, 1] through a cubic Bezier curve from (0, 0) to (1, 1) with two random control points.
+def random_orders(key: int, num: int, length: int, device: torch.device) -> torch.Tensor:
+    """`num` permutations of 0 to `length` - 1, int64 [num, length].
 
-    Half of the time the heights are sorted, so that the curve rises; else it may fall in between.
-
-    Args:
-        prob: probability that the image is changed at all.
+    Positions stand in the lowest bits of what is sorted. So no two are equal, and every sort gives the same order:
+    NumPy's, which is seven times as fast as PyTorch's on a CPU, and a GPU's.
     """
+    spare = 2 ** max(1, (length - 1).bit_length()) - 1
+    keys = random_bits(key, num * length, device).view(num, length)
+    keys = keys.bitwise_and_(~spare).bitwise_or_(torch.arange(length, dtype=torch.int32, device=device))
+    if keys.device.type == "cpu":
+        return torch.from_numpy(keys.numpy().argsort(axis=1))
+    return keys.argsort(dim=1)
 
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """The image of any shape, values in [0, 1], through the curve."""
-        self.randomize(None)
-        if not self._do_transform:
-            return image
-        x1, x2, y1, y2 = self.R.uniform(size=4)
-        along = np.linspace(0, 1, CURVE_LEVELS)
-        first, second, last = 3 * along * (1 - along) ** 2, 3 * along**2 * (1 - along), along**3
-        heights = first * y1 + second * y2 + last
-        if self.R.uniform() < 0.5:
-            heights = np.sort(heights)
-        table = np.interp(along, first * x1 + second * x2 + last, heights)
-        return torch.from_numpy(table.astype(np.float32))[(image * (CURVE_LEVELS - 1)).round().int()]
+
+def draw_curve(random: np.random.RandomState, prob: float) -> np.ndarray:
+    """A cubic Bezier curve from (0, 0) to (1, 1) with two random control points, as a table over [0, 1].
+
+    Half of the time the heights are sorted, so that the curve rises; else it may fall in between. Without a curve
+    (probability 1 - `prob`) the table is 0.
+    """
+    if random.uniform() >= prob:
+        return np.zeros(CURVE_LEVELS)
+    x1, x2, y1, y2 = random.uniform(size=4)
+    along = np.linspace(0, 1, CURVE_LEVELS)
+    first, second, last = 3 * along * (1 - along) ** 2, 3 * along**2 * (1 - along), along**3
+    heights = first * y1 + second * y2 + last
+    if random.uniform() < 0.5:
+        heights = np.sort(heights)
+    return np.interp(along, first * x1 + second * x2 + last, heights)
+
+
+def through_curve(image: torch.Tensor, curve: torch.Tensor) -> torch.Tensor:
+    """An image of any shape, values in [0, 1], through a table over [0, 1], interpolated linearly."""
+    curve = curve.to(image.device, torch.float32, non_blocking=True)
+    place = image.flatten().mul(len(curve) - 1)
+    below = place.floor().clamp_(0, len(curve) - 2)
+    index = below.int()
+    rise = curve.diff().index_select(0, index)
+    return place.sub_(below).mul_(rise).add_(curve.index_select(0, index)).view(image.shape)

@@ -34,7 +34,8 @@ def make_pair_loader(
         num_steps: optimiser steps of the whole run counted from step 0 (None = without an end).
         accumulation: micro-batches per optimiser step.
         pin_memory: page-locked batches, for CUDA.
-        prefetch_factor: batches that each worker prepares ahead; a sample of 96^3 voxels takes 21 MB of /dev/shm.
+        prefetch_factor: batches that each worker prepares ahead; a cut sample of two crops of
+            96^3 voxels takes 3.6 MB of /dev/shm.
     """
     return ShelteredLoader(
         dataset,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.transforms import RandFlip, RandomizableTransform, RandRotate90, RandZoom
+import torch.nn.functional as F
 
 ZOOM_PROB, MIRROR_PROB, TURN_PROB = 0.75, 0.5, 0.5
 ZOOM_RANGE = (0.8, 1.2)
@@ -30,7 +30,7 @@ class MoveOptions:
     move_views: bool = False
 
 
-class RandMove(RandomizableTransform):
+class ViewMover:
     """Zoom, mirrors and turn of a crop; a crop of depth 1 stays in its plane."""
 
     def __init__(self, roi: Sequence[int]) -> None:
@@ -39,27 +39,29 @@ class RandMove(RandomizableTransform):
         Raises:
             ValueError: slices that are not square, which cannot turn.
         """
-        RandomizableTransform.__init__(self)
         if roi[1] != roi[2]:
             raise ValueError(f"--move_views turns slices: expected --roi_y as --roi_x, received {roi[1]} and {roi[2]}")
         self.is_flat = roi[0] == 1
-        num_axes = 2 if self.is_flat else 3
-        mode = "bilinear" if self.is_flat else "trilinear"
-        self.transforms: list[RandomizableTransform] = [
-            RandZoom(ZOOM_PROB, *ZOOM_RANGE, mode=mode, padding_mode="constant"),
-            *(RandFlip(MIRROR_PROB, axis) for axis in range(num_axes)),
-            RandRotate90(TURN_PROB, max_k=3, spatial_axes=(num_axes - 2, num_axes - 1)),
-        ]
 
-    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> "RandMove":
-        """All parts draw from one generator, one after the other."""
-        for transform in self.transforms:
-            transform.set_random_state(seed, state)
-        return self
+    def draw(self, random: np.random.RandomState) -> torch.Tensor:
+        """A move: zoom (1 = none), whether D, H and W are mirrored, quarter turns; float64 [5]."""
+        zoom = random.uniform(*ZOOM_RANGE) if random.uniform() < ZOOM_PROB else 1.0
+        mirrors = [random.uniform() < MIRROR_PROB and not (self.is_flat and axis == 0) for axis in range(3)]
+        turns = random.randint(1, 4) if random.uniform() < TURN_PROB else 0
+        return torch.tensor([zoom, *mirrors, turns], dtype=torch.float64)
 
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """A crop [C, D, H, W] in [0, 1], moved."""
-        moved = image.squeeze(1) if self.is_flat else image
-        for transform in self.transforms:
-            moved = transform(moved)
-        return moved.unsqueeze(1) if self.is_flat else moved
+    def make(self, image: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        """A crop [C, D, H, W] in [0, 1], on any device, moved."""
+        zoom, *mirrors, turns = move.tolist()
+        if zoom != 1:
+            image = zoomed(image.squeeze(1), zoom).unsqueeze(1) if self.is_flat else zoomed(image, zoom)
+        image = image.flip([axis for axis, is_mirrored in enumerate(mirrors, start=1) if is_mirrored])
+        return image.rot90(int(turns), (2, 3))
+
+
+def zoomed(image: torch.Tensor, factor: float) -> torch.Tensor:
+    """An image [C, (D,) H, W] magnified about its centre, interpolated linearly; what comes in is 0."""
+    num_axes = image.ndim - 1
+    scaled = torch.eye(num_axes, num_axes + 1, device=image.device).div_(factor)
+    grid = F.affine_grid(scaled[None], [1, *image.shape], align_corners=False)
+    return F.grid_sample(image[None], grid, align_corners=False)[0]

@@ -33,7 +33,7 @@ def draw_pictures(
     method: Method, dataset: CropDataset, batch: dict, step: int, precision: str, output_dir: Path, log: RunLog
 ) -> None:
     """The sheets of a batch's first samples, to TensorBoard and (the latest of each) as PNG into the run's folder."""
-    batch = {name: value[:NUM_PICTURED] for name, value in batch.items()}
+    batch = {name: value[:NUM_PICTURED].cpu() for name, value in batch.items()}
     log.image("samples", figure_pixels(sample_figure(samples_of(batch), dataset.store, first_view(dataset))), step)
     for name, figure in sheets(method, dataset, batch, precision).items():
         log.image(name, figure_pixels(figure), step)
