@@ -72,6 +72,8 @@ def make_flags() -> jsonargparse.ArgumentParser:
     data.add_argument("--output_dir", type=str, required=True, help="folder of the results; made if missing")
     list_help = "data list (JSON) of the labelled images, for finetuning with --data_dir OUTPUT_DIR"
     data.add_argument("--data_list", type=str | None, default=None, help=list_help)
+    references_help = "list the references too, with weight 1; a finetuning with --memory then remembers them alone"
+    add_switch(data, "--list_references", False, references_help)
     add_switch(data, "--overwrite", False, "label images again that are finished")
     add_switch(data, "--save_displacement", False, "write the displacement field to each reference")
     add_switch(data, "--warp", False, "write each reference moved onto the image's voxels")
@@ -93,7 +95,11 @@ def check_references(flags: jsonargparse.Namespace) -> None:
                 f"--warp and --save_displacement need references of your own: of the {PHANTOMS} only embeddings and "
                 "labels come along"
             )
+        if flags.list_references:
+            raise ValueError(f"--list_references lists files of your own, and the {PHANTOMS} have none")
         return
+    if flags.list_references and not flags.data_list:
+        raise ValueError("--list_references needs --data_list, the file to list them in")
     if len(flags.reference) != len(flags.labels):
         raise ValueError(
             f"--reference names {len(flags.reference)} files and --labels {len(flags.labels)}; expected one label map "
@@ -301,9 +307,11 @@ def report(
         raise ValueError(f"{flags.output_dir}: no image could be labelled; the reasons are above")
     if flags.data_list:
         cases = list_cases(images, results, labelled)
+        left_out = f"; {len(labelled) - len(cases)} images without any label left out" * (len(cases) < len(labelled))
+        if flags.list_references:
+            cases = with_references(flags, cases)
         labels = {str(value): name for value, name in zip(classes.values, classes.names)}
         write_data_list(flags.data_list, flags.output_dir, cases, labels=labels)
-        left_out = f"; {len(labelled) - len(cases)} images without any label left out" * (len(cases) < len(labelled))
         print(f"wrote {flags.data_list}{left_out}")
 
 
@@ -318,6 +326,16 @@ def list_cases(images: dict[str, Path], results: dict[str, Results], labelled: l
         if len(sure) and (weight := round(float(sure.mean()), 3)):
             cases.append(Case(name, images[name].resolve(), results[name].label, weight=weight))
     return cases
+
+
+def with_references(flags: jsonargparse.Namespace, cases: list[Case]) -> list[Case]:
+    """The references, whose labels were drawn, before the cases; an image that is a reference is listed once, as it."""
+    files = [Path(path).resolve() for path in flags.reference]
+    others = [case for case in cases if case.image not in files]
+    taken, references = {case.name for case in others}, []
+    for name, image, label in zip(unique_names([file.as_posix() for file in files]), files, flags.labels):
+        references.append(Case(f"reference_{name}" if name in taken else name, image, Path(label).resolve()))
+    return references + others
 
 
 if __name__ == "__main__":

@@ -139,6 +139,17 @@ def test_memory_cases_limits_what_is_remembered(corpus, sam, tmp_path):
     assert Memory(**load_checkpoint(tmp_path / "best.pth")["memory"]).names == ["case0"]
 
 
+def test_cases_with_carried_labels_are_remembered_only_where_no_label_was_drawn(corpus, sam, tmp_path):
+    content = json.loads((corpus / "list.json").read_text())
+    for weights, names in (((0.6, 1, 0.9), ["case1"]), ((0.6, 0.5, 0.9), ["case0", "case1", "case2"])):
+        for entry, weight in zip(content["training"], weights):
+            entry["weight"] = weight
+        (tmp_path / "list.json").write_text(json.dumps(content))
+        flags = with_memory(sam, json_list=tmp_path / "list.json", steps=1, val_freq=0, evaluate="false")
+        command.main(finetune_arguments(corpus, tmp_path / names[0], **flags))
+        assert Memory(**load_checkpoint(tmp_path / names[0] / "best.pth")["memory"]).names == names
+
+
 def test_strength_is_learnt_once_and_kept_in_the_best_weights(corpus, sam, tmp_path, monkeypatch, capsys):
     flags = {"memory": "true", "sam_checkpoint": sam, "memory_cases": 2, "steps": 1, "val_freq": 1, "evaluate": "false"}
     command.main(finetune_arguments(corpus, tmp_path, **flags))

@@ -70,6 +70,19 @@ def test_labels_lie_on_the_images_own_voxels_and_are_listed(corpus, tmp_path, ca
     assert "2 labelled, 0 were finished, 0 failed" in capsys.readouterr().out
 
 
+def test_references_are_listed_with_their_drawn_labels(corpus, tmp_path):
+    data_list, listed = tmp_path / "out" / "list.json", ["--list_references", "true"]
+    reference = corpus / "patient0.nii.gz"
+    words = command(corpus, tmp_path / "out", images=("images", reference.name))
+    propagate_labels.main([*words, "--data_list", str(data_list), *listed])
+    first, *others = load_data_list(data_list, tmp_path / "out")
+    assert (first.name, first.weight) == ("patient0", 1) and first.image.samefile(reference)
+    assert first.label.samefile(corpus / "patient0_label.nii.gz")
+    assert [case.name for case in others] == ["other", "same"] and max(case.weight for case in others) < 1
+    with pytest.raises(ValueError, match="--list_references needs --data_list"):
+        propagate_labels.main([*words, *listed])
+
+
 def test_finished_images_are_skipped_and_other_references_refused(corpus, tmp_path, capsys):
     words = command(corpus, tmp_path, images=["images/same_0000.nii.gz"])
     propagate_labels.main(words)

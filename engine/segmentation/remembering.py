@@ -36,8 +36,12 @@ MOST_LEFT_OUT = 4  # the first so many cases are left out in turn: each takes as
 def remember_cases(
     cases: list[Case], store: VolumeStore, classes: LabelClasses, sam: Sam, options: MemoryOptions
 ) -> Memory:
-    """The memory of the first labelled cases, from their files, or from the store where there are none any more."""
-    kept = cases[: options.memory_cases or None]
+    """The memory of the first labelled cases, from their files, or from the store where there are none any more.
+
+    Cases of a weight below 1 have carried labels: they are remembered where no others are listed.
+    """
+    drawn = [case for case in cases if case.weight >= 1]
+    kept = (drawn or cases)[: options.memory_cases or None]
     read = ct_reader(kept, store)
     scans = ((sam.embed(read(case.name), case.name), label_of(case, store, classes)) for case in kept)
     return make_memory(scans, sam, len(classes), options)
