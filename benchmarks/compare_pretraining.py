@@ -22,11 +22,14 @@ finetuned with each of five choices of 1, 4 and 15 labelled cases, and judged wi
 have intervals over pretrainings (benchmarks/comparison/claims.py). Its phantoms are of a seed that no recipe was chosen
 with; to choose one, take another seed (--data_seed 10 or 11).
 
+The preset eva judges frozen encoders as kaiko.ai's eva does radiology's: SwinUNETR's decoder is trained on top, five
+times, with all 15 labelled phantoms; a frozen random encoder and a whole training from scratch stand beside it.
+
 Everything is done by the project's own commands; `OUTPUT_DIR/jobs` holds their words, seconds and logs. The same
 command again goes on where it was stopped, and does anew what its flags have changed. `report/` receives comparison.md,
 comparison.json and the figure dice_over_labels.png, of what is done; the report stage alone can be run at any time.
 
-gpu: estimated at under 25 minutes on one GPU with 16 cores, not yet measured. cpu: two hours on 2 cores. anatomy: a
+gpu and eva: estimated at under 25 minutes on one GPU with 16 cores, not yet measured. cpu: two hours on 2 cores. anatomy: a
 pretraining is to take a quarter of an hour on one core; the whole preset a day on 2 cores, not yet measured. smoke: two
 minutes, to see that it runs.
 """

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from benchmarks.comparison.arms import ANATOMY_ARMS, USUAL_ARMS
+from benchmarks.comparison.arms import ANATOMY_ARMS, UNTRAINED, USUAL_ARMS
 from engine.flags import FlagChecks, add_switch
 from sam_embed.checkpoint import SHIPPED
 
@@ -110,6 +110,12 @@ PRESETS: dict[str, dict] = {
         **{"pretrain_seeds": (0, 1, 2, 3, 4), "seeds": (0, 1, 2, 3, 4), "crossed_pretrainings": 3},
         "pretrain_steps": 360,  # a quarter of an hour on one slow core
         **{"probe_mlp": True, "memory": True, "shots": (1, 4, 15)},
+    },
+    # As kaiko.ai's eva judges radiology encoders: frozen, under a SwinUNETR decoder, means of five trainings of it.
+    "eva": {
+        "arms": ",".join((*UNTRAINED, "mim", "sam", "voco", "dense", "alice")),
+        **{"weights_flags": "--freeze_encoder_steps=-1", "scratch_flags": "--freeze_encoder_steps=-1"},
+        **{"shots": (15,), "seeds": (0, 1, 2, 3, 4), "sam_checkpoint": str(SHIPPED)},
     },
     "smoke": {
         **{"num_unlabelled": 4, "num_held_out": 1, "num_labelled": 2, "num_test": 2, "spacing_mm": 8.0},
