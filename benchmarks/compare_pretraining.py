@@ -29,9 +29,9 @@ Everything is done by the project's own commands; `OUTPUT_DIR/jobs` holds their 
 command again goes on where it was stopped, and does anew what its flags have changed. `report/` receives comparison.md,
 comparison.json and the figure dice_over_labels.png, of what is done; the report stage alone can be run at any time.
 
-gpu and eva: estimated at under 25 minutes on one GPU with 16 cores, not yet measured. cpu: two hours on 2 cores. anatomy: a
-pretraining is to take a quarter of an hour on one core; the whole preset a day on 2 cores, not yet measured. smoke: two
-minutes, to see that it runs.
+gpu and eva: estimated at under 25 minutes on one GPU with 16 cores, not yet measured. cpu: two hours on 2 cores.
+anatomy: a pretraining is to take a quarter of an hour on one core; the whole preset a day on 2 cores, not yet
+measured. smoke: two minutes, to see that it runs.
 """
 
 import time

@@ -410,7 +410,7 @@ def test_presets_can_be_changed(preset):
 def test_eva_trains_decoders_on_frozen_encoders_five_times(tmp_path):
     plan = make_plan(make_flags().parse_args(["--preset", "eva", "--output_dir", str(tmp_path)]))
     assert {arm for arm, _, _ in plan.finetune} == {"scratch", "scratch_own", "mim", "sam", "voco", "dense", "alice"}
-    for (arm, shots, run), job in plan.finetune.items():
+    for (arm, shots, _), job in plan.finetune.items():
         assert ("--freeze_encoder_steps=-1" in job.calls[0].words) == (arm != "scratch") and shots == 15
         assert ("none" in " ".join(job.calls[0].words)) == arm.startswith("scratch")
     assert len(plan.finetune) == 7 * 5 and len({run.seed for _, _, run in plan.finetune}) == 5

@@ -69,12 +69,29 @@ def sample_vectors(values: Tensor, index: np.ndarray) -> Tensor:
     weight = index - low
     total = torch.zeros(len(index), values.shape[0], device=values.device)
     for corner in np.ndindex(2, 2, 2):
-        at = np.minimum(low + corner, size - 1)
+        at = torch.from_numpy(np.minimum(low + corner, size - 1)).to(values.device)
         share = np.prod(np.where(corner, weight, 1 - weight), axis=1).astype(np.float32)
-        d, h, w = torch.from_numpy(at.T).to(values.device)
-        corners = values[:, d, h, w].float().T
-        total += torch.from_numpy(share).to(values.device)[:, None] * corners
+        total += torch.from_numpy(share).to(values.device)[:, None] * vectors_at(values, at)
     return F.normalize(total, dim=1)
+
+
+def vectors_at(values: Tensor, index: Tensor) -> Tensor:
+    """The vectors of whole voxels.
+
+    Args:
+        values: [C, d, h, w].
+        index: int64 [N, 3], inside of the grid.
+
+    Returns:
+        float32 [N, C].
+    """
+    (_, _, height, width), table = values.shape, values.flatten(1)
+    d, h, w = index.unbind(dim=1)
+    flat = (d * height + h) * width + w
+    # On a CPU three times as fast as values[:, d, h, w], and faster still from rows, where those are soon made.
+    if table.shape[1] <= len(index):
+        return table.T.contiguous().index_select(0, flat).float()
+    return table.index_select(1, flat).T.float()
 
 
 def query_vectors(embedding: Embedding, points_mm: np.ndarray) -> QueryVectors:
@@ -188,14 +205,13 @@ def score_at(query: Embedding, key: Embedding, points_mm: np.ndarray, places_mm:
 
 def _similarity_at(vectors: QueryVectors, key: Embedding, index: Tensor) -> Tensor:
     """Similarity [N] of each query vector to one fine voxel [N, 3] of the key."""
-    at = index.unbind(dim=1)
-    fine_at = key.fine[:, at[0], at[1], at[2]].float().T
-    coarse_index = [positions[axis_index.cpu().numpy()] for positions, axis_index in zip(key.coarse_positions, at)]
+    voxels = index.cpu().numpy().T
+    coarse_index = [positions[axis_index] for positions, axis_index in zip(key.coarse_positions, voxels)]
     coarse_at = sample_vectors(key.coarse, np.stack(coarse_index, axis=1))
-    total = (vectors.fine * fine_at).sum(dim=1) + (vectors.coarse * coarse_at).sum(dim=1)
+    total = (vectors.fine * vectors_at(key.fine, index)).sum(dim=1) + (vectors.coarse * coarse_at).sum(dim=1)
     if vectors.semantic is None:
         return total / 2
-    return (total + (vectors.semantic * key.semantic[:, at[0], at[1], at[2]].float().T).sum(dim=1)) / 3
+    return (total + (vectors.semantic * vectors_at(key.semantic, index)).sum(dim=1)) / 3
 
 
 def _parabola_offset(vectors: QueryVectors, key: Embedding, index: Tensor) -> Tensor:
