@@ -18,7 +18,7 @@ from datasets.ct.intensity import CT_WINDOW_HU, window_hu
 from datasets.samples.counted_noise import KEYS, normal_field
 from datasets.samples.move import ViewMover
 
-Draws = dict[str, torch.Tensor]  # float64, on the CPU
+Draws = dict[str, torch.Tensor]  # what a view will be: a few numbers, on the CPU
 LOOK = ("low", "high", "gamma", "sigma_vox", "noise_std", "noise_key", "factor", "offset")
 PLAIN_LOOK = {"gamma": 1.0, "sigma_vox": 0.0, "noise_std": 0.0, "noise_key": 0.0, "factor": 1.0, "offset": 0.0}
 
