@@ -30,7 +30,8 @@ def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this benchmark."""
     parser = benchmark_parser(__doc__, "one round of a tiny network", device=True, num_threads=2)
     add = parser.add_argument
-    add("--backbone", type=str, choices=sorted(BACKBONES), default="unet", help="network")
+    of_volumes = sorted(name for name, kind in BACKBONES.items() if 3 in kind.spatial_dims)
+    add("--backbone", type=str, choices=of_volumes, default="unet", help="network")
     add("--feature_size", type=int, default=16, help="its channels at stride 2")
     add("--side", type=int, default=32, help="of a crop, voxels")
     add("--num_crops", type=int, default=16, help="crops a step")
