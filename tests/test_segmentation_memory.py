@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import binary_erosion
 
 from datasets.ct.nifti import Volume
 from datasets.lists.label_classes import LabelClasses
@@ -22,7 +23,7 @@ from engine.segmentation.setup import Preprocessing
 from engine.segmentation.sliding_window import WindowOptions
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.carry import count_votes
+from sam_embed.matching.carry import count_votes, is_outside
 from sam_embed.matching.kept import kept, load_references, reference_of, save_references
 from sam_embed.matching.nodes import make_nodes, thinned
 from tests.sam_fakes import (
@@ -172,7 +173,7 @@ def test_options_set_the_strength():
     sam.path, sam.info = "sam.pth", dataclasses.replace(SAM_INFO, fingerprint="atlas")
     scans = [(patient(1), labels_of(1))]
     made = make_memory(scans, sam, NUM_CLASSES, MemoryOptions(memory=True))
-    assert (made.weight, made.blur_mm, made.is_learnt) == (3.0, 6.0, False)
+    assert (made.weight, made.blur_mm, made.is_learnt) == (3.0, 3.0, False)
     made = make_memory(scans, sam, NUM_CLASSES, MemoryOptions(memory=True, memory_weight=0.0, memory_blur_mm=2.0))
     assert (made.weight, made.blur_mm, made.is_learnt) == (0.0, 2.0, False)
     assert "1 labelled case (patient1), weight 0, blur 2 mm" in made.describe()
@@ -192,6 +193,42 @@ def test_labels_arrive_at_another_patient_and_at_the_same_scan_under_another_nam
     for value in (1, 4):
         assert dice(carried == value, atlas_labels(1) == value) > 0.8, value
         assert dice(again == value, atlas_labels(2) == value) > 0.9, value
+
+
+@pytest.mark.parametrize("flips", [(), (0,), (1, 2)])
+def test_outside_is_what_the_body_does_not_hold_on_any_grid(flips):
+    rng, scan = np.random.default_rng(0), patient(1)
+    body = np.zeros(scan.body.shape, bool)
+    body[2:-2, 3:, 2:-3] = True
+    scan = dataclasses.replace(scan, body=torch.from_numpy(body))
+    shape = (21, 23, 25)
+    affine = np.asarray(AFFINE, dtype=np.float64) @ np.diag([0.9, 0.8, 0.7, 1])
+    for axis in flips:
+        affine[:3, 3] += affine[:3, axis] * (shape[axis] - 1)
+        affine[:3, axis] *= -1
+    found = is_outside(scan, shape, affine)
+    for voxel in rng.integers(0, shape, (300, 3)):
+        at = np.linalg.inv(scan.fine_affine) @ affine @ np.append(voxel, 1)
+        near = np.rint(at[:3]).astype(int)
+        held = all(0 <= n < size for n, size in zip(near, body.shape))
+        around = body[tuple(slice(max(n - 1, 0), n + 2) for n in near)] if held else np.zeros(0)
+        if held and around.all():
+            assert not found[tuple(voxel)]
+        if not around.any() and not all(-1 <= a <= size for a, size in zip(at, body.shape)):
+            assert found[tuple(voxel)]
+    assert 0.1 < found.mean() < 0.9
+
+
+def test_outside_of_the_body_the_memory_speaks_for_background():
+    """A network that has seen little air finds organs there."""
+    recall, scan = recall_of(2), patient(1)
+    body = scan.body.clone()
+    body[:, : body.shape[1] // 2] = False
+    odds = recall.prior(dataclasses.replace(scan, body=body), SHAPE, AFFINE).odds.float()
+    outside = torch.from_numpy(is_outside(dataclasses.replace(scan, body=body), odds.shape[1:], AFFINE))
+    assert outside.any() and not outside.all()
+    deep = torch.from_numpy(binary_erosion(outside.numpy(), iterations=3))
+    assert deep.any() and (odds[:, deep].argmax(0) == 0).all() and (odds[0, deep] > 10 * odds[1:, deep].amax(0)).all()
 
 
 def test_a_case_never_remembers_itself():

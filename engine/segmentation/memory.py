@@ -22,12 +22,12 @@ from engine.segmentation.setup import Preprocessing
 from sam_embed.checkpoint import SHIPPED, CheckpointError, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.carry import NODE_MM, VOTE_MM, Reference, coarser_grid, count_votes
+from sam_embed.matching.carry import NODE_MM, VOTE_MM, Reference, coarser_grid, count_votes, is_outside
 from sam_embed.matching.kept import kept, reference_of
 from sam_embed.matching.nodes import thinned
 from sam_embed.network import AnatomicalEmbedder
 
-WEIGHT, BLUR_MM = 3.0, 6.0  # where nothing is learnt; measured with a network on a grid of 6 mm
+WEIGHT, BLUR_MM = 3.0, 3.0  # where nothing is learnt; measured with networks on grids of 4 and 6 mm
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MemoryOptions(RecallOptions):
         memory_cases: remember the first so many training cases; 0 = all (each takes seconds of every prediction)
         memory_weight: of the carried labels' log-probabilities, beside the network's; unset = learnt by leaving out one
             remembered case after the other, of a single case 3
-        memory_blur_mm: blur of the carried labels (sigma, mm); unset = learnt likewise, of a single case 6
+        memory_blur_mm: blur of the carried labels (sigma, mm); unset = learnt likewise, of a single case 3
     """
 
     memory: bool = False
@@ -168,13 +168,15 @@ class Recall:
     def votes(self, scan: Embedding, shape: Sequence[int], affine: np.ndarray) -> tuple[Votes | None, int]:
         """The labels behind `prior`, on a grid of 3 mm or wider over the same box, and how many cases carried them.
 
-        Several cases are weighed by score, spread and cycle error.
+        Several cases are weighed by score, spread and cycle error. Outside of the scan's body is background.
         """
         others = [reference for reference in self.references if not is_same_case(reference.embedding, scan)]
         if not others or not scan.body.any():
             return None, 0
         grid = coarser_grid(shape, affine, VOTE_MM)
         counts, classes, reach = count_votes(scan, others, *grid)
+        outside = is_outside(scan, *grid)  # a network that has seen little air finds organs there, too
+        counts[0][outside], reach[outside] = 1, 1
         return Votes(counts, classes.tolist(), reach, grid[1]), len(others)
 
 

@@ -29,7 +29,7 @@ from engine.segmentation.segmenter import Segmenter, open_segmenter
 from engine.segmentation.setup import KIND
 
 WEIGHTS = (2.0, 3.0, 4.0, 5.0)
-BLURS_MM = (3.0, 6.0, 9.0, 12.0)
+BLURS_MM = (2.0, 3.0, 4.0, 6.0)
 MOST_LEFT_OUT = 4  # the first so many cases are left out in turn: each takes as long as a prediction from all others
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import map_coordinates
 
 from datasets.ct.geometry import mask_box, spacing_of, world_to_index
 from sam_embed.embeddings.embedding_store import Embedding
@@ -200,6 +201,17 @@ def sample_map(
     sampled = F.grid_sample(maps, nodes.flip(-1)[None], mode="bilinear", padding_mode="border", align_corners=False)
     sampled = sampled[0].flatten(1).numpy()
     return sampled[:3].T, *sampled[3:]
+
+
+def is_outside(scan: Embedding, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
+    """Which voxels of a grid, index -> world mm, lie outside of a scan's body, where no organ is; bool [D, H, W]."""
+    to_body = np.linalg.inv(scan.fine_affine) @ np.asarray(affine, dtype=np.float64)
+    axes = np.meshgrid(*(np.arange(size, dtype=np.float32) for size in shape), indexing="ij", sparse=True)
+    index = [sum(to_body[row, k] * axes[k] for k in range(3)) + to_body[row, 3] for row in range(3)]
+    share = map_coordinates(scan.body.numpy().astype(np.float32), index, order=1, mode="nearest")
+    # The embedded box is the body's, but for rounding: within a voxel of it the body may go on to the scan's end.
+    is_beyond = [(at < -1) | (at > size) for at, size in zip(index, scan.body.shape)]
+    return (share <= LEAST_BODY) | is_beyond[0] | is_beyond[1] | is_beyond[2]
 
 
 def _agreement(scan: Nodes, reference: Nodes, found: DenseMap, back: DenseMap) -> np.ndarray:
