@@ -326,6 +326,7 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
         saved=saver.wait,
         watch=CollapseWatch(),
         probe=lambda: watch_probe(method, data.probe, probing, world),
+        prepare=data.training.make_views,
     )
     if flags.probe_freq and run.step == 0:
         log.record("probe", 0, 0, hooks.probe())  # what random weights can do: the numbers to beat

@@ -55,12 +55,13 @@ class LoopOptions:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls at its rarer moments.
+    """What the loop calls of others: at its rarer moments, and to make a batch's views.
 
     validate() -> means over held-out samples (all ranks take part); draw(batch, step) adds pictures (rank 0 only);
     save(epoch or None) begins to write a checkpoint, None = no numbered copy (rank 0 only); saved() waits until nothing
     is being written -> whether the last checkpoint was; watch(means of an epoch) -> warnings for the user;
-    probe() -> what frozen features say of organs (rank 0 works, the others wait and get nothing).
+    probe() -> what frozen features say of organs (rank 0 works, the others wait and get nothing);
+    prepare(batch, device) -> the batch on the device, with its views (`CropDataset.make_views`).
     """
 
     validate: Callable[[], dict[str, float]]
@@ -69,6 +70,7 @@ class Hooks:
     saved: Callable[[], bool]
     watch: Callable[[dict[str, float]], list[str]] = lambda means: []
     probe: Callable[[], dict[str, float]] = dict
+    prepare: Callable[[dict, torch.device], dict] = lambda batch, device: on_device(batch, device)
 
 
 def pretrain(
@@ -88,7 +90,7 @@ def pretrain(
         run: method and optimiser; `run.step` counts the steps done.
         wrapped: the method as the loop calls it: DDP around it, or the method itself.
         dataset: where the batches come from; it names their cases.
-        batches: endless; `num_parts` of them make one step. On the CPU, as `CutSamples` are.
+        batches: endless; `num_parts` of them make one step. Tensors on the CPU.
 
     Returns:
         True when the run is complete, False when a signal ended it after a checkpoint.
@@ -117,7 +119,7 @@ def pretrain(
                 batch = next(batches)
                 clock.data_arrived(len(batch["score"]) * world.size)
                 cases += dataset.case_names(batch)
-                made = dataset.make_views(batch, world.device)
+                made = hooks.prepare(batch, world.device)
                 with delayed_sync(wrapped, part + 1 < options.num_parts):
                     with autocast(options.precision, world.device):
                         total, terms = wrapped(made, now)
