@@ -317,8 +317,13 @@ def train(flags, run: RunState, data: Data, options: LoopOptions, world: World, 
     held_out, judged_at = held_out_batches(flags, data, world), values_at(schedules, options.num_steps)
     saver = BackgroundSaver(output_dir)
     probing = ProbeOptions(options_of(flags, CropOptions).roi, flags.a_min, flags.a_max, precision=options.precision)
+
+    def validate_now() -> dict[str, float]:
+        made = (data.validation.make_views(batch, world.device) for batch in held_out)
+        return validate(method, made, judged_at, options.precision, world)
+
     hooks = Hooks(
-        validate=lambda: validate(method, held_out, judged_at, options.precision, world),
+        validate=validate_now,
         draw=lambda batch, step: draw_pictures(method, data.training, batch, step, options.precision, output_dir, log),
         save=lambda epoch: saver.save(
             run.as_checkpoint(options.steps_per_epoch), None if epoch is None else f"checkpoint{epoch:04d}.pth"

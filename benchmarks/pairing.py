@@ -217,13 +217,13 @@ def run(flags: jsonargparse.Namespace) -> dict:
     found["agree"] = found["crop_difference"] < CROP_TOLERANCE
     if not found["agree"]:
         raise RuntimeError(f"the crops of both ways differ: {found}")
+    speedups = {
+        f"speedup_{way}{suffix}": found[f"published_{clock}"] / found[f"{way}_{clock}"]
+        for way in ("crops", "cut", "sample")
+        for suffix, clock in (("", "wall_s"), ("_cpu", "cpu_s"))
+    }
     return found | {
-        "speedup_crops": found["published_wall_s"] / found["crops_wall_s"],
-        "speedup_crops_cpu": found["published_cpu_s"] / found["crops_cpu_s"],
-        "speedup_cut": found["published_wall_s"] / found["cut_wall_s"],
-        "speedup_cut_cpu": found["published_cpu_s"] / found["cut_cpu_s"],
-        "speedup_sample": found["published_wall_s"] / found["sample_wall_s"],
-        "speedup_sample_cpu": found["published_cpu_s"] / found["sample_cpu_s"],
+        **speedups,
         "roi": flags.roi,
         "num_threads": flags.num_threads,
     }

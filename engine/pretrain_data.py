@@ -2,11 +2,9 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from datasets.ct.images import CT, NAMES
 from datasets.lists.data_list import Case, DataListError, load_data_list
@@ -156,30 +154,12 @@ def make_dataset(
     return CropDataset(store, pairing, views, crops, masks, seed=seed, distort=distort, anatomy=anatomy)
 
 
-class HeldOutBatches:
-    """Batches with their views, the same ones whenever it is iterated.
-
-    Args:
-        loader: batches of `CutSamples` of the dataset.
-        dataset: makes their views.
-        device: where they are wanted.
-    """
-
-    def __init__(self, loader: Iterable[dict], dataset: CropDataset, device: torch.device) -> None:
-        self.loader, self.dataset, self.device = loader, dataset, device
-
-    def __iter__(self) -> Iterator[dict]:
-        for batch in self.loader:
-            yield self.dataset.make_views(batch, self.device)
-
-
 def held_out_batches(flags, data: Data, world: World) -> Iterable[dict]:
-    """This rank's share of the held-out samples, on its device: the same ones every time, as many on every rank."""
+    """This rank's share of the held-out samples, without views: the same every time, as many on every rank."""
     if data.validation is None:
         return []
     num_steps = -(-flags.num_val_pairs // (flags.batch_size * world.size))
-    loader = make_pair_loader(
+    return make_pair_loader(
         CutSamples(data.validation), flags.batch_size, world.rank, world.size, min(flags.num_workers, 2),
         num_steps=num_steps,
     )  # fmt: skip
-    return HeldOutBatches(loader, data.validation, world.device)

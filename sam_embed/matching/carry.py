@@ -33,7 +33,7 @@ from sam_embed.matching.dense import (
 )
 from sam_embed.matching.intensity import sharpened, shrunk
 from sam_embed.matching.match import check_same_network
-from sam_embed.matching.nodes import Nodes, make_nodes
+from sam_embed.matching.nodes import Nodes, make_nodes, points_of_grid
 from sam_embed.matching.search import linear_weights
 
 NODE_MM = 8.0
@@ -205,13 +205,10 @@ def sample_map(
 
 def is_outside(scan: Embedding, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
     """Which voxels of a grid, index -> world mm, lie outside of a scan's body, where no organ is; bool [D, H, W]."""
-    to_body = np.linalg.inv(scan.fine_affine) @ np.asarray(affine, dtype=np.float64)
-    axes = np.meshgrid(*(np.arange(size, dtype=np.float32) for size in shape), indexing="ij", sparse=True)
-    index = [sum(to_body[row, k] * axes[k] for k in range(3)) + to_body[row, 3] for row in range(3)]
-    share = map_coordinates(scan.body.numpy().astype(np.float32), index, order=1, mode="nearest")
+    index = world_to_index(scan.fine_affine, points_of_grid(tuple(shape), affine))
+    share = map_coordinates(scan.body.numpy().astype(np.float32), np.moveaxis(index, -1, 0), order=1, mode="nearest")
     # The embedded box is the body's, but for rounding: within a voxel of it the body may go on to the scan's end.
-    is_beyond = [(at < -1) | (at > size) for at, size in zip(index, scan.body.shape)]
-    return (share <= LEAST_BODY) | is_beyond[0] | is_beyond[1] | is_beyond[2]
+    return (share <= LEAST_BODY) | ((index < -1) | (index > scan.body.shape)).any(axis=-1)
 
 
 def _agreement(scan: Nodes, reference: Nodes, found: DenseMap, back: DenseMap) -> np.ndarray:

@@ -35,7 +35,7 @@ class QueryVectors(NamedTuple):
     coarse: Tensor
     semantic: Tensor | None
 
-    def rows(self, chosen: Tensor | slice) -> "QueryVectors":
+    def rows(self, chosen: Tensor) -> "QueryVectors":
         """Those of some points."""
         return QueryVectors(*(part if part is None else part[chosen] for part in self))
 
@@ -79,27 +79,15 @@ class SearchGrid:
     def on_fine(self, values: Tensor, first: int, last: int) -> Tensor:
         """Interpolate values [N, d', h', w'] at the fine slices first..last (exclusive): [N, last - first, h, w].
 
-        Three matrix products: many times faster than gathering neighbours, as the coarse grid is short. Beyond the
-        outermost coarse voxels their value continues.
+        Three matrix products: many times faster than gathering neighbours, as the coarse grid is short. In memory the
+        slices stand in front: what lies between two coarse slices is then one product with a long side, several times
+        as fast as N products with short ones. Beyond the outermost coarse voxels their value continues.
         """
         along_d, along_h, along_w = self.weights
         used = along_d[first:last].any(dim=0).nonzero()  # the few coarse slices between which these fine ones lie
         low, high = int(used[0]), int(used[-1]) + 1
-        in_slice = along_h @ (values[:, low:high] @ along_w.T)  # [N, high - low, h, w]
-        return (along_d[first:last, low:high] @ in_slice.flatten(2)).unflatten(2, in_slice.shape[2:])
-
-    def cosines_on_fine(self, values: Tensor, first: int, last: int) -> Tensor:
-        """As `on_fine`, divided by the interpolated vectors' lengths: [last - first, N, h * w].
-
-        With slices in front, what lies between two coarse slices is one product with a long side, several times as
-        fast as N products with short ones.
-        """
-        along_d, along_h, along_w = self.weights
-        used = along_d[first:last].any(dim=0).nonzero()
-        low, high = int(used[0]), int(used[-1]) + 1
-        planes = (along_h @ (values[:, low:high] @ along_w.T)).transpose(0, 1).flatten(1)  # [high - low, N * h * w]
-        cosines = (along_d[first:last, low:high] @ planes).view(last - first, len(values), -1)
-        return cosines.mul_(self.inverse_length[first:last].flatten(1)[:, None])
+        in_slice = (along_h @ (values[:, low:high] @ along_w.T)).transpose(0, 1)  # [high - low, N, h, w]
+        return (along_d[first:last, low:high] @ in_slice.flatten(1)).unflatten(1, in_slice.shape[1:]).transpose(0, 1)
 
     def _interpolated_length(self) -> Tensor:
         """Squared, it is a sum over pairs of neighbours of two weights times a scalar product on the coarse grid.
@@ -201,20 +189,42 @@ def _max_over_runs(values: Tensor, ranges: list[list[tuple[int, int]]]) -> Tenso
     return values
 
 
+def maps_of(vectors: QueryVectors, key: Embedding) -> list[tuple[Tensor, Tensor]]:
+    """Each of the key's maps on its fine grid [C, d, h, w], and the query vectors [N, C] for it."""
+    pairs = [(key.fine, vectors.fine), (key.semantic, vectors.semantic)]
+    return pairs[: 1 if key.semantic is None else 2]
+
+
+def slices_of(part: Tensor, first: int, last: int) -> Tensor:
+    """The slices first..last (exclusive) of a map, float32 [last - first, C, h * w]."""
+    return part[:, first:last].float().flatten(2).transpose(0, 1)
+
+
+def summed_cosines(
+    grid: SearchGrid, coarse_similarity: Tensor, maps: list[tuple[Tensor, Tensor]], first: int, last: int
+) -> Tensor:
+    """The sum of the coarse cosine and those of further maps at the slices first..last (exclusive), [slices, N, h * w].
+
+    Args:
+        coarse_similarity: [N, d', h', w'], dot products on the key's coarse grid.
+        maps: for each, `slices_of` it and its query vectors [N, C].
+    """
+    total = grid.on_fine(coarse_similarity, first, last).transpose(0, 1).flatten(2)
+    total.mul_(grid.inverse_length[first:last].flatten(1)[:, None])
+    for slices, asked in maps:
+        total.baddbmm_(asked.expand(last - first, -1, -1), slices)
+    return total
+
+
 def similarity_slab(vectors: QueryVectors, coarse_similarity: Tensor, key: Embedding, first: int, last: int) -> Tensor:
     """Mean similarity [N, last - first, h, w] of the query vectors to the key's fine slices first..last (exclusive).
 
     Args:
         coarse_similarity: [N, d', h', w'], dot products on the key's coarse grid.
     """
-    grid = grid_of(key)
-    slab = grid.on_fine(coarse_similarity, first, last).div_(grid.length[first:last])
-    total = slab.flatten(1)  # [N, (last - first) * h * w], the same memory
-    total.addmm_(vectors.fine, key.fine[:, first:last].float().flatten(1))
-    if vectors.semantic is None:
-        return slab.div_(2)
-    total.addmm_(vectors.semantic, key.semantic[:, first:last].float().flatten(1))
-    return slab.div_(3)
+    maps = [(slices_of(part, first, last), asked) for part, asked in maps_of(vectors, key)]
+    total = summed_cosines(grid_of(key), coarse_similarity, maps, first, last).div_(1 + len(maps))
+    return total.unflatten(2, key.fine.shape[2:]).transpose(0, 1)
 
 
 def search_all(vectors: QueryVectors, key: Embedding, memory_mb: float) -> tuple[Tensor, Tensor]:
@@ -225,7 +235,7 @@ def search_all(vectors: QueryVectors, key: Embedding, memory_mb: float) -> tuple
     """
     num_points, (depth, height, width) = len(vectors.fine), key.fine.shape[1:]
     grid, coarse = grid_of(key), coarse_similarities(vectors, key)
-    maps = [(key.fine, vectors.fine), (key.semantic, vectors.semantic)][: 1 if key.semantic is None else 2]
+    maps = maps_of(vectors, key)
     # On a CPU a few queries at a time: their similarities are then read again while they are in its cache.
     num_rows = min(num_points, ROWS_PER_BLOCK) if coarse.device.type == "cpu" else num_points
     bytes_per_slice = 4 * height * width * (2 * num_rows + 2 * key.fine.shape[0])
@@ -234,12 +244,11 @@ def search_all(vectors: QueryVectors, key: Embedding, memory_mb: float) -> tuple
     where = torch.zeros(num_points, dtype=torch.int64, device=coarse.device)
     for first in range(0, depth, num_slices):
         last = min(depth, first + num_slices)
-        slices = [part[:, first:last].float().flatten(2).transpose(0, 1) for part, _ in maps]  # [slices, C, h * w]
+        slices = [slices_of(part, first, last) for part, _ in maps]
         for start in range(0, num_points, num_rows):
             rows = slice(start, start + num_rows)
-            total = grid.cosines_on_fine(coarse[rows], first, last)  # [slices, rows, h * w]
-            for part, (_, asked) in zip(slices, maps):
-                total.baddbmm_(asked[rows].expand(last - first, -1, -1), part)
+            asked = [(part, of_all[rows]) for part, (_, of_all) in zip(slices, maps)]
+            total = summed_cosines(grid, coarse[rows], asked, first, last)
             score, flat = _row_maxima(total)
             score, at = score.max(dim=0)
             flat = flat.gather(0, at[None])[0] + (first + at) * height * width
