@@ -23,7 +23,7 @@ from engine.segmentation.setup import Preprocessing
 from engine.segmentation.sliding_window import WindowOptions
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.carry import count_votes, is_outside
+from sam_embed.matching.carry import Reference, count_votes, is_outside, labels_shown_whole
 from sam_embed.matching.kept import kept, load_references, reference_of, save_references
 from sam_embed.matching.nodes import make_nodes, thinned
 from tests.sam_fakes import (
@@ -105,6 +105,19 @@ def test_places_that_no_case_shows_change_nothing():
     plain = torch.softmax(torch.randn(3, *reach.shape, generator=torch.Generator().manual_seed(0)), dim=0)
     fused = torch.stack(list(fuse(iter(plain.unbind(1)), prior, reach.shape, prior.affine, False)), dim=1)
     torch.testing.assert_close(fused[..., 6:], plain[..., 6:])
+
+
+def test_what_a_case_shows_whole_cannot_lie_where_none_shows_anything():
+    reach = np.ones((8, 9, 10), np.float32)
+    reach[:, :, 6:] = 0
+    prior = prior_of(dataclasses.replace(one_organ(reach), whole=[2]), 3, weight=3.0, blur_mm=0.0, num_cases=1)
+    added = torch.stack(list(prior.slices(reach.shape, prior.affine)), dim=1)
+    beyond = added[..., 6:]
+    torch.testing.assert_close(beyond[0], beyond[1])
+    expected = torch.full_like(beyond[0], 3 * np.log(0.1 / 1.45))
+    torch.testing.assert_close(beyond[2] - beyond[0], expected, rtol=1e-3, atol=0)
+    before = prior_of(one_organ(reach), 3, weight=3.0, blur_mm=0.0, num_cases=1)
+    assert torch.equal(prior.odds[..., :6], before.odds[..., :6]) and prior.known_share == before.known_share
 
 
 def test_the_logarithm_is_weighted_and_added_to_the_networks():
@@ -193,6 +206,26 @@ def test_labels_arrive_at_another_patient_and_at_the_same_scan_under_another_nam
     for value in (1, 4):
         assert dice(carried == value, atlas_labels(1) == value) > 0.8, value
         assert dice(again == value, atlas_labels(2) == value) > 0.9, value
+
+
+@pytest.mark.parametrize("turn", [np.eye(4), np.diag([-1.0, 1, -1, 1]), np.eye(4)[[2, 0, 1, 3]]])
+def test_a_label_is_whole_where_it_ends_before_what_the_volume_shows(turn):
+    """The body lies in voxels 2 to 9 of 12, of 8 mm; labels in voxels of 2 mm."""
+    body = np.zeros((12, 12, 12), bool)
+    body[2:10, 2:10, 2:10] = True
+    affine = turn @ np.diag([8.0, 8.0, 8.0, 1.0])
+    scan = dataclasses.replace(patient(1), body=torch.from_numpy(body), fine_affine=affine)
+    fine = affine @ np.diag([0.25, 0.25, 0.25, 1.0])
+    fine[:3, 3] += fine[:3, :3] @ [-1.5, -1.5, -1.5]  # the first of four voxels in each of the body's
+    for first, last, is_whole in ((12, 36, True), (11, 30, False), (20, 37, False), (8, 30, False), (8, 40, False)):
+        for axis in range(3):
+            labels = np.zeros((48, 48, 48), np.uint8)
+            box = [slice(20, 28)] * 3
+            box[axis] = slice(first, last)
+            labels[tuple(box)] = 5
+            found = labels_shown_whole(Reference(scan, labels, fine))
+            assert found == ({5} if is_whole else set()), (first, last, axis)
+    assert labels_shown_whole(Reference(dataclasses.replace(scan, body=scan.body & False), labels, fine)) == set()
 
 
 @pytest.mark.parametrize("flips", [(), (0,), (1, 2)])

@@ -22,7 +22,15 @@ from engine.segmentation.setup import Preprocessing
 from sam_embed.checkpoint import SHIPPED, CheckpointError, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.carry import NODE_MM, VOTE_MM, Reference, coarser_grid, count_votes, is_outside
+from sam_embed.matching.carry import (
+    NODE_MM,
+    VOTE_MM,
+    Reference,
+    coarser_grid,
+    count_votes,
+    is_outside,
+    labels_shown_whole,
+)
 from sam_embed.matching.kept import kept, reference_of
 from sam_embed.matching.nodes import thinned
 from sam_embed.network import AnatomicalEmbedder
@@ -177,7 +185,8 @@ class Recall:
         counts, classes, reach = count_votes(scan, others, *grid)
         outside = is_outside(scan, *grid)  # a network that has seen little air finds organs there, too
         counts[0][outside], reach[outside] = 1, 1
-        return Votes(counts, classes.tolist(), reach, grid[1]), len(others)
+        whole = sorted(set.union(*map(labels_shown_whole, others)))
+        return Votes(counts, classes.tolist(), reach, grid[1], whole), len(others)
 
 
 def is_same_case(one: Embedding, other: Embedding) -> bool:

@@ -2,8 +2,8 @@
 
 Labels of remembered cases, carried to a scan, say where an organ should lie, about as exactly as anatomy can be
 matched. So they are blurred, a share of the probability is spread over all classes, because the match may be wrong,
-and a multiple of the logarithm is added to the network's log-probabilities. Places that no remembered case shows get
-the same for all classes, which changes nothing.
+and a multiple of the logarithm is added to the network's log-probabilities. At places that no remembered case shows,
+no organ can lie that one of them shows whole; all other classes get the same there, which changes nothing between them.
 
 Letters: C classes, d h w voxels on which votes are counted, D H W voxels of the network's grid.
 """
@@ -33,12 +33,14 @@ class Votes:
         classes: the K classes.
         reach: [d, h, w], more than 0 where a remembered case shows the place.
         affine: [4, 4], index (d, h, w) -> world mm.
+        whole: classes of which a remembered case shows all, so that none of it lies where `reach` is 0.
     """
 
     counts: np.ndarray
     classes: Sequence[int]
     reach: np.ndarray
     affine: np.ndarray
+    whole: Sequence[int] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,21 +48,18 @@ class Prior:
     """Probabilities of the classes at every place of a scan.
 
     Attributes:
-        odds: float16 [C, d, h, w], probability times C; 1 for all classes where nothing is known.
+        odds: float16 [C, d, h, w], probability times C; the same for all that may lie where nothing is known.
         affine: [4, 4], index (d, h, w) -> world mm.
         weight: of its logarithm.
         num_cases: remembered cases that it was made from.
+        known_share: share of the places that one of them shows, 0 to 1.
     """
 
     odds: Tensor
     affine: np.ndarray
     weight: float
     num_cases: int
-
-    @property
-    def known_share(self) -> float:
-        """Share of the places of which something is known, 0 to 1."""
-        return float((self.odds != 1).any(dim=0).float().mean())
+    known_share: float
 
     def slices(self, shape: Size3, affine: np.ndarray) -> Iterator[Tensor]:
         """What is added to the log-probabilities of every slice [C, H, W] of a grid over the same box."""
@@ -79,11 +78,11 @@ def prior_of(votes: Votes, num_classes: int, weight: float, blur_mm: float, num_
         blur_mm: sigma of the Gaussian blur, mm; 0 = none.
     """
     odds = torch.from_numpy(class_shares(votes, num_classes, blur_mm)).mul_((1 - SPREAD) * num_classes).add_(SPREAD)
-    return Prior(odds.half(), votes.affine, weight, num_cases)
+    return Prior(odds.half(), votes.affine, weight, num_cases, float((votes.reach > 0).mean()))
 
 
 def class_shares(votes: Votes, num_classes: int, blur_mm: float) -> np.ndarray:
-    """Blurred votes as float32 [C, d, h, w] that sum to 1; the same for all classes where nobody voted."""
+    """Blurred votes as float32 [C, d, h, w] that sum to 1; where nobody voted the same for all that may lie there."""
     sigma = blur_mm / np.array(spacing_of(votes.affine))
     total = gaussian_filter(votes.counts.sum(axis=0), sigma, mode="constant", truncate=BLUR_REACH)
     silent = (votes.reach == 0) | (total <= 0)
@@ -98,7 +97,9 @@ def class_shares(votes: Votes, num_classes: int, blur_mm: float) -> np.ndarray:
             shares[channel][box] = blurred / total[box]
     np.subtract(1, shares[1:].sum(axis=0), out=shares[0])
     np.maximum(shares[0], 0, out=shares[0])
-    shares[:, silent] = 1 / num_classes
+    shares[:, silent] = 1 / (num_classes - len(votes.whole))
+    for channel in votes.whole:
+        shares[channel][silent] = 0
     return shares
 
 

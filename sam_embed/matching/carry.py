@@ -11,6 +11,7 @@ from there, so that time and memory grow little with the size of the scan. No fi
 and affines.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import find_objects, map_coordinates
 
 from datasets.ct.geometry import mask_box, spacing_of, world_to_index
 from sam_embed.embeddings.embedding_store import Embedding
@@ -42,6 +43,7 @@ VOTE_MM = 3.0
 SCORE_SCALE = 0.05
 CYCLE_SCALE_MM = 12.0
 BACKGROUND = 0
+ENDS_MM = 8.0  # a label that ends nearer to the end of what a volume shows may go on there
 LEAST_BODY = 0.25  # of the nodes around a voxel: beyond, maps are extrapolated
 
 
@@ -209,6 +211,24 @@ def is_outside(scan: Embedding, shape: Sequence[int], affine: np.ndarray) -> np.
     share = map_coordinates(scan.body.numpy().astype(np.float32), np.moveaxis(index, -1, 0), order=1, mode="nearest")
     # The embedded box is the body's, but for rounding: within a voxel of it the body may go on to the scan's end.
     return (share <= LEAST_BODY) | ((index < -1) | (index > scan.body.shape)).any(axis=-1)
+
+
+def labels_shown_whole(reference: Reference) -> set[int]:
+    """Labels of a reference that do not come near the ends of its body's box, so that no scan can show more of them."""
+    body = reference.embedding.body.numpy()
+    if not body.any():
+        return set()
+    margin = ENDS_MM / np.array(spacing_of(reference.embedding.fine_affine))
+    first, last = mask_box(body)
+    to_index = np.linalg.inv(reference.embedding.fine_affine) @ reference.affine
+    whole = set()
+    for value, box in enumerate(find_objects(reference.labels.astype(np.int32)), start=1):
+        if box is not None:
+            corners = np.array(list(itertools.product(*((part.start - 0.5, part.stop - 0.5) for part in box))))
+            at = corners @ to_index[:3, :3].T + to_index[:3, 3] + 0.5  # 0 and n are the faces of a row of n voxels
+            if (at.min(axis=0) >= first + margin).all() and (at.max(axis=0) <= last - margin).all():
+                whole.add(value)
+    return whole
 
 
 def _agreement(scan: Nodes, reference: Nodes, found: DenseMap, back: DenseMap) -> np.ndarray:
