@@ -65,7 +65,7 @@ from engine.segmentation.evaluation import (
 )
 from engine.segmentation.flags import GROUPS, FinetuneOptions, check_continuation
 from engine.segmentation.loop import BEST, FinetuneRun, finetune, holds_best
-from engine.segmentation.memory import Memory, Recall, RecallOptions, Sam, check_can_remember
+from engine.segmentation.memory import Memory, Recall, RecallOptions, Sam, Scan, check_can_remember
 from engine.segmentation.remembering import learn_memory, remember_cases
 from engine.segmentation.report import TABLE
 from engine.segmentation.segmenter import Segmenter, open_segmenter
@@ -76,7 +76,6 @@ from models.layers.batch_norm import synchronise_batch_norms
 from models.pretrained import load_pretrained
 from models.segmenters import SEGMENTERS, count_parameters, freeze, layer_groups
 from models.weights_file import WeightsFile, read_weights_file
-from sam_embed.embeddings.embedding_store import Embedding
 
 MEMORY_FLAGS = (
     "batch_size window_batch roi_z roi_y roi_x feature_size precision use_checkpoint",
@@ -361,11 +360,11 @@ def train(plan: Plan, store: VolumeStore, run: FinetuneRun, recall: Recall | Non
     read = ct_reader(plan.held_out, store)
 
     @functools.cache  # of every validation the same
-    def embedded(name: str) -> Embedding | None:
-        return None if recall is None else recall.embed(read(name), name)
+    def scan_of(name: str) -> Scan | None:
+        return None if recall is None else recall.scan(read(name), name)
 
     def validate(stop: StopRequest) -> dict[str, float] | None:
-        judged = evaluate(segmenter, stored_cases(store, plan.classes, embedded), held_out, world, stop=stop)
+        judged = evaluate(segmenter, stored_cases(store, plan.classes, scan_of), held_out, world, stop=stop)
         return None if judged is None else judged.means()
 
     weights = rare_class_weights(dataset.count_voxels()).to(world.device) if options.class_weights == "rare" else None

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     with explained_out_of_memory(flags, "window_batch precision", "lower --window_batch, or use --device cpu"):
         resampled, prior = segmenter.on_own_grid(volume), None
         if segmenter.recall is not None:
-            prior = recalled(segmenter.recall, volume, resampled)
+            prior = recalled(segmenter.recall, volume)
         found = segmenter.segment(resampled, volume, prior)
     write_labels_like(flags.output, segmenter.classes.to_values(found), flags.image)
     size, unit = (1.0, "pixels") if is_picture else (float(np.prod(volume.spacing_mm)) / 1000, "ml")
@@ -89,10 +89,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {flags.output}: {' x '.join(map(str, found.shape))} voxels (D, H, W), as {flags.image}")
 
 
-def recalled(recall: Recall, volume: Volume, resampled: Volume) -> Prior | None:
-    """What the remembered cases say of a volume, on the network's grid; prints how it is used."""
-    scan = recall.embed(volume, *unique_names([volume.path]))
-    prior = recall.prior(scan, resampled.shape, resampled.affine)
+def recalled(recall: Recall, volume: Volume) -> Prior | None:
+    """What the remembered cases say of a volume; prints how it is used."""
+    prior = recall.prior(recall.scan(volume, *unique_names([volume.path])))
     print(recall.memory.describe())
     if prior is None:
         print("the memory is not used: it holds nothing but this very case, or the scan shows no patient")

@@ -14,6 +14,7 @@ from engine.segmentation.memory import (
     MemoryOptions,
     Recall,
     Sam,
+    Scan,
     make_memory,
 )
 from engine.segmentation.prior import SPREAD, Votes, class_shares, fuse, prior_of
@@ -61,6 +62,11 @@ def memory_of(*seeds: int, **changed) -> Memory:
 def recall_of(*seeds: int, **changed) -> Recall:
     """Without a SAM: the scans of these tests are embedded."""
     return Recall(memory_of(*seeds, **changed), sam=None)
+
+
+def seen(embedding: Embedding, seed: int) -> Scan:
+    """What a memory looks at: the CT of that patient, with a known embedding."""
+    return Scan.of(patient_volume(seed), embedding)
 
 
 # The prior
@@ -186,7 +192,7 @@ def test_options_set_the_strength():
     sam.path, sam.info = "sam.pth", dataclasses.replace(SAM_INFO, fingerprint="atlas")
     scans = [(patient(1), labels_of(1))]
     made = make_memory(scans, sam, NUM_CLASSES, MemoryOptions(memory=True))
-    assert (made.weight, made.blur_mm, made.is_learnt) == (3.0, 3.0, False)
+    assert (made.weight, made.blur_mm, made.is_learnt) == (4.0, 0.0, False)
     made = make_memory(scans, sam, NUM_CLASSES, MemoryOptions(memory=True, memory_weight=0.0, memory_blur_mm=2.0))
     assert (made.weight, made.blur_mm, made.is_learnt) == (0.0, 2.0, False)
     assert "1 labelled case (patient1), weight 0, blur 2 mm" in made.describe()
@@ -201,11 +207,19 @@ def winners(prior) -> np.ndarray:
 
 def test_labels_arrive_at_another_patient_and_at_the_same_scan_under_another_name():
     recall = recall_of(2)
-    carried = winners(recall.prior(patient(1), SHAPE, AFFINE))
-    again = winners(recall.prior(dataclasses.replace(patient(2), name="other", source="voxels:other"), SHAPE, AFFINE))
+    carried = winners(recall.prior(seen(patient(1), 1)))
+    again = winners(recall.prior(seen(dataclasses.replace(patient(2), name="other", source="voxels:other"), 2)))
     for value in (1, 4):
         assert dice(carried == value, atlas_labels(1) == value) > 0.8, value
         assert dice(again == value, atlas_labels(2) == value) > 0.9, value
+
+
+def test_the_scans_intensities_sharpen_what_is_carried():
+    """The organ is brighter than the tissue around it."""
+    truth, recall, ct = atlas_labels(1) == 1, recall_of(3), patient_volume(1)
+    bright = dataclasses.replace(ct, array=np.where(truth, 160, ct.array).astype(np.int16))
+    plain, sharper = (winners(recall.prior(Scan.of(volume, patient(1)))) == 1 for volume in (ct, bright))
+    assert dice(sharper, truth) > dice(plain, truth) + 0.02
 
 
 @pytest.mark.parametrize("turn", [np.eye(4), np.diag([-1.0, 1, -1, 1]), np.eye(4)[[2, 0, 1, 3]]])
@@ -257,7 +271,7 @@ def test_outside_of_the_body_the_memory_speaks_for_background():
     recall, scan = recall_of(2), patient(1)
     body = scan.body.clone()
     body[:, : body.shape[1] // 2] = False
-    odds = recall.prior(dataclasses.replace(scan, body=body), SHAPE, AFFINE).odds.float()
+    odds = recall.prior(seen(dataclasses.replace(scan, body=body), 1)).odds.float()
     outside = torch.from_numpy(is_outside(dataclasses.replace(scan, body=body), odds.shape[1:], AFFINE))
     assert outside.any() and not outside.all()
     deep = torch.from_numpy(binary_erosion(outside.numpy(), iterations=3))
@@ -266,16 +280,16 @@ def test_outside_of_the_body_the_memory_speaks_for_background():
 
 def test_a_case_never_remembers_itself():
     recall = recall_of(1, 2)
-    alone = recall_of(2).prior(patient(3), SHAPE, AFFINE)
+    alone = recall_of(2).prior(seen(patient(3), 3))
     for scan in (patient(1), patient(1, "another name"), dataclasses.replace(patient(3), name="patient1")):
-        assert recall.prior(scan, SHAPE, AFFINE).num_cases == 1
-    assert recall.prior(patient(3), SHAPE, AFFINE).num_cases == 2 and alone.num_cases == 1
-    assert recall_of(1).prior(patient(1, "another name"), SHAPE, AFFINE) is None
+        assert recall.prior(seen(scan, 3)).num_cases == 1
+    assert recall.prior(seen(patient(3), 3)).num_cases == 2 and alone.num_cases == 1
+    assert recall_of(1).prior(seen(patient(1, "another name"), 1)) is None
 
 
 def test_a_scan_without_a_patient_is_left_to_the_network():
     empty = dataclasses.replace(patient(3), body=torch.zeros(SHAPE, dtype=torch.bool))
-    assert recall_of(1).prior(empty, SHAPE, AFFINE) is None
+    assert recall_of(1).prior(seen(empty, 3)) is None
     with pytest.raises(ValueError, match="patient3 shows no patient"):
         kept(empty, labels_of(3))
 

@@ -22,6 +22,7 @@ from datasets.store.format import check_kind
 from datasets.store.volumes import VolumeStore
 from engine.distributed import World, gather_objects
 from engine.loop import evaluating
+from engine.segmentation.memory import Scan
 from engine.segmentation.metrics import (
     OrganScore,
     Tolerances,
@@ -34,7 +35,6 @@ from engine.segmentation.pictures import SHOWN_HU, CaseView, case_view, save_ove
 from engine.segmentation.report import PLAIN_DICE, SLICE_DICE, write_report
 from engine.segmentation.segmenter import Segmenter
 from engine.signals import StopRequest
-from sam_embed.embeddings.embedding_store import Embedding
 
 OVERLAY = "worst_and_best.png"
 EVALUATION = "evaluation"  # folder of a finetuning run's judgement of its best network
@@ -48,13 +48,13 @@ class EvaluationCase:
         volume: HU on the network's grid, a radiograph's stored grey, or mapped MR with its channels.
         truth: channels on the grid that is judged.
         truth_hu: the first channel on the truth's grid, int16, for pictures; None = no picture.
-        scan: the CT as the memory's SAM sees it; None = no memory.
+        scan: the CT as the memory sees it; None = no memory.
     """
 
     volume: Volume
     truth: Volume
     truth_hu: np.ndarray | None = None
-    scan: Embedding | None = None
+    scan: Scan | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def evaluate(
             if case.scan is None:
                 predicted = segmenter.segment(case.volume, case.truth)
             else:
-                prior = segmenter.recall.prior(case.scan, case.volume.shape, case.volume.affine)
+                prior = segmenter.recall.prior(case.scan)
                 predicted, plain = segmenter.segment(case.volume, case.truth, prior, keep_plain=True)
                 plain_scores += score_case(name, plain, truth, spacing_mm, classes.names, tolerance_mm)
             scores += score_case(name, predicted, truth, spacing_mm, classes.names, tolerance_mm)
@@ -212,7 +212,7 @@ def file_cases(
         if has_file:
             check_same_grid(label, *read_file_grid(case.image).canonical(), case.image)
         volume = store.read(name) if in_store else segmenter.on_own_grid(image)
-        scan = segmenter.recall.embed(image or volume, name) if is_recalled else None
+        scan = segmenter.recall.scan(image or volume, name) if is_recalled else None
         truth_hu = image.array.reshape(-1, *image.shape)[0] if with_pictures else None
         return EvaluationCase(volume, as_channels(label, segmenter.classes), truth_hu, scan)
 
@@ -220,17 +220,17 @@ def file_cases(
 
 
 def stored_cases(
-    store: VolumeStore, classes: LabelClasses, embedded: Callable[[str], Embedding | None] = lambda name: None
+    store: VolumeStore, classes: LabelClasses, scan_of: Callable[[str], Scan | None] = lambda name: None
 ) -> Callable[[str], EvaluationCase]:
     """`load_case` of `evaluate` on the volume store's own grid: quick, for validation during training.
 
     Args:
-        embedded: case -> its embedding by the memory's SAM; None = no memory.
+        scan_of: case -> what the memory looks at; None = no memory.
     """
 
     def load(name: str) -> EvaluationCase:
         truth = as_channels(store.read_label(name), classes)
-        return EvaluationCase(store.read(name), truth, scan=embedded(name))
+        return EvaluationCase(store.read(name), truth, scan=scan_of(name))
 
     return load
 

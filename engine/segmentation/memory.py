@@ -7,13 +7,14 @@ one.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from datasets.ct.geometry import spacing_of
 from datasets.ct.images import CT, NAMES
 from datasets.ct.nifti import Volume
 from datasets.store.format import checksum_of
@@ -31,11 +32,12 @@ from sam_embed.matching.carry import (
     is_outside,
     labels_shown_whole,
 )
+from sam_embed.matching.intensity import sharpened, shrunk
 from sam_embed.matching.kept import kept, reference_of
 from sam_embed.matching.nodes import thinned
 from sam_embed.network import AnatomicalEmbedder
 
-WEIGHT, BLUR_MM = 3.0, 3.0  # where nothing is learnt; measured with networks on grids of 4 and 6 mm
+WEIGHT, BLUR_MM = 4.0, 0.0  # where nothing is learnt; measured with networks on grids of 4 and 6 mm
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class MemoryOptions(RecallOptions):
         sam_checkpoint: SAM's weights, with which cases are matched; unset = those that come with the repository
         memory_cases: remember the first so many training cases; 0 = all (each takes seconds of every prediction)
         memory_weight: of the carried labels' log-probabilities, beside the network's; unset = learnt by leaving out one
-            remembered case after the other, of a single case 3
-        memory_blur_mm: blur of the carried labels (sigma, mm); unset = learnt likewise, of a single case 3
+            remembered case after the other, of a single case 4
+        memory_blur_mm: blur of the carried labels (sigma, mm); unset = learnt likewise, of a single case 0
     """
 
     memory: bool = False
@@ -143,6 +145,27 @@ class Memory:
         return f"memory: {number} ({shown}), weight {self.weight:g}, blur {self.blur_mm:g} mm ({how})"
 
 
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A new scan as a memory looks at it.
+
+    Attributes:
+        embedding: at the nodes of dense matching.
+        hu: mean intensities, float32 [d, h, w], HU, where votes are counted: voxels of 3 mm or wider.
+        affine: [4, 4], index (d, h, w) in `hu` -> world mm.
+    """
+
+    embedding: Embedding
+    hu: np.ndarray
+    affine: np.ndarray
+
+    @classmethod
+    def of(cls, ct: Volume, embedding: Embedding) -> "Scan":
+        """A CT of any voxel size."""
+        shape, affine = coarser_grid(ct.shape, ct.affine, VOTE_MM)
+        return cls(embedding, shrunk(ct.array, shape), affine)
+
+
 class Recall:
     """A memory in use: its cases decoded, and the SAM that embeds new scans."""
 
@@ -150,9 +173,9 @@ class Recall:
         self.memory, self.sam = memory, sam
         self.references = [reference_of(case) for case in memory.cases]
 
-    def embed(self, ct: Volume, name: str) -> Embedding:
+    def scan(self, ct: Volume, name: str) -> Scan:
         """A new scan, for `prior`."""
-        return self.sam.embed(ct, name)
+        return Scan.of(ct, self.sam.embed(ct, name))
 
     @property
     def names(self) -> list[str]:
@@ -162,31 +185,29 @@ class Recall:
         """A remembered case."""
         return self.references[self.names.index(name)]
 
-    def prior(self, scan: Embedding, shape: Sequence[int], affine: np.ndarray) -> Prior | None:
-        """What all remembered cases but the scan itself say; None where there is no other, or no patient in the scan.
-
-        Args:
-            shape, affine: the network's grid.
-        """
-        votes, num_cases = self.votes(scan, shape, affine)
+    def prior(self, scan: Scan) -> Prior | None:
+        """What all remembered cases but the scan itself say; None where there is no other, or the scan is empty."""
+        votes, num_cases = self.votes(scan)
         if votes is None:
             return None
         return prior_of(votes, self.memory.num_classes, self.memory.weight, self.memory.blur_mm, num_cases)
 
-    def votes(self, scan: Embedding, shape: Sequence[int], affine: np.ndarray) -> tuple[Votes | None, int]:
-        """The labels behind `prior`, on a grid of 3 mm or wider over the same box, and how many cases carried them.
+    def votes(self, scan: Scan) -> tuple[Votes | None, int]:
+        """The labels behind `prior`, and how many cases carried them.
 
-        Several cases are weighed by score, spread and cycle error. Outside of the scan's body is background.
+        Several cases are weighed by score, spread and cycle error, and the scan's intensities sharpen the votes.
+        Outside of the scan's body is background.
         """
-        others = [reference for reference in self.references if not is_same_case(reference.embedding, scan)]
-        if not others or not scan.body.any():
+        others = [reference for reference in self.references if not is_same_case(reference.embedding, scan.embedding)]
+        if not others or not scan.embedding.body.any():
             return None, 0
-        grid = coarser_grid(shape, affine, VOTE_MM)
-        counts, classes, reach = count_votes(scan, others, *grid)
-        outside = is_outside(scan, *grid)  # a network that has seen little air finds organs there, too
+        grid = scan.hu.shape, scan.affine
+        counts, classes, reach = count_votes(scan.embedding, others, *grid)
+        counts = sharpened(counts, scan.hu, spacing_of(scan.affine))
+        outside = is_outside(scan.embedding, *grid)  # a network that has seen little air finds organs there, too
         counts[0][outside], reach[outside] = 1, 1
         whole = sorted(set.union(*map(labels_shown_whole, others)))
-        return Votes(counts, classes.tolist(), reach, grid[1], whole), len(others)
+        return Votes(counts, classes.tolist(), reach, scan.affine, whole), len(others)
 
 
 def is_same_case(one: Embedding, other: Embedding) -> bool:

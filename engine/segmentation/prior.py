@@ -1,7 +1,7 @@
 """Carried labels as a prior: what a memory adds to a network's log-probabilities.
 
 Labels of remembered cases, carried to a scan, say where an organ should lie, about as exactly as anatomy can be
-matched. So they are blurred, a share of the probability is spread over all classes, because the match may be wrong,
+matched. So they may be blurred, a share of the probability is spread over all classes, because the match may be wrong,
 and a multiple of the logarithm is added to the network's log-probabilities. At places that no remembered case shows,
 no organ can lie that one of them shows whole; all other classes get the same there, which changes nothing between them.
 

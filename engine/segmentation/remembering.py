@@ -23,13 +23,13 @@ from engine.loop import evaluating
 from engine.segmentation.evaluation import ct_reader, label_of
 from engine.segmentation.flags import FinetuneOptions
 from engine.segmentation.loop import BEST, replace_best
-from engine.segmentation.memory import Memory, MemoryOptions, RecallOptions, Sam, make_memory
+from engine.segmentation.memory import Memory, MemoryOptions, RecallOptions, Sam, Scan, make_memory
 from engine.segmentation.prior import LEAST_PROBABILITY, prior_of
 from engine.segmentation.segmenter import Segmenter, open_segmenter
 from engine.segmentation.setup import KIND
 
 WEIGHTS = (2.0, 3.0, 4.0, 5.0)
-BLURS_MM = (2.0, 3.0, 4.0, 6.0)
+BLURS_MM = (0.0, 1.5, 3.0, 6.0)
 MOST_LEFT_OUT = 4  # the first so many cases are left out in turn: each takes as long as a prediction from all others
 
 
@@ -95,7 +95,7 @@ def left_out_dice(
 ) -> np.ndarray:
     """Mean Dice [P] over the organs of a case with each pair of weight and blur, from the other cases' labels."""
     num_classes, recall = len(segmenter.classes), segmenter.recall
-    votes, num_cases = recall.votes(recall.reference_of(name).embedding, volume.shape, volume.affine)
+    votes, num_cases = recall.votes(Scan.of(volume, recall.reference_of(name).embedding))
     blurs_mm = sorted({blur_mm for _, blur_mm in pairs})
     priors = [prior_of(votes, num_classes, 1.0, blur_mm, num_cases) for blur_mm in blurs_mm]
     added = zip(*(prior.slices(volume.shape, volume.affine) for prior in priors))
