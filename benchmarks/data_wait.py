@@ -2,10 +2,10 @@
 
     python -m benchmarks.data_wait --output results/benchmarks/data_wait.json          # on a GPU
 
-The run is the default recipe's (SwinUNETR-48, pairs by a table of matches, all augmentation): samples come from a
-volume store on this machine's disk through `--num_workers` processes. The first of the logged periods, in which the
-processes start and kernels are chosen, does not count. Beside it: what one process alone can load, which says how many
-a faster GPU would need. On a CPU, whose step takes seconds, the run is shorter.
+The run is the default recipe's (SwinUNETR-48, pairs by a table of matches, SAM's vectors at points of each crop, all
+augmentation): samples come from a volume store on this machine's disk through `--num_workers` processes. The first of
+the logged periods, in which the processes start and kernels are chosen, does not count. Beside it: what one process
+alone can load, which says how many a faster GPU would need. On a CPU, whose step takes seconds, the run is shorter.
 """
 
 import statistics
@@ -22,6 +22,7 @@ from engine.logging import whole_lines
 
 SPACING_MM = (2.0, 1.5, 1.5)
 ROWS_A_CASE = 200
+EMBEDDING_PATHS = ("data_dir", "json_list", "store_dir", "embed_dir")
 PERIODS = 6
 SIZES = {  # of the flags that are not given
     "cuda": {"batch_size": 8, "num_workers": 12, "num_steps": 120},
@@ -76,9 +77,15 @@ def resolve(flags: jsonargparse.Namespace) -> None:
 
 
 def make_phantom_corpus(folder: Path, num_cases: int, coarsen: float = 1.0) -> None:
-    """Phantoms, their store and a table of matches in a folder; `coarsen` is that of `PhantomCase`."""
+    """Phantoms, their store, SAM's embeddings and a table of matches in a folder; `coarsen` is `PhantomCase`'s.
+
+    Raises:
+        RuntimeError: they could not be embedded.
+    """
     cases = write_phantoms(folder, num_cases, "chest_abdomen_pelvis", coarsen)
     make_corpus(cases, folder, ROWS_A_CASE, spacing_mm=SPACING_MM)
+    paths = {name: path for name, path in corpus_flags(folder, 0).items() if name in EMBEDDING_PATHS}
+    run_command("scripts.generate_sam_embeddings", words(**paths))
 
 
 def figures(folder: Path, flags: jsonargparse.Namespace) -> dict:

@@ -28,12 +28,14 @@ from benchmarks.data_wait import make_phantom_corpus, read_log, run_words
 from benchmarks.pretrain_step import QUICK
 from benchmarks.results import Rows, benchmark_parser, command, table, words
 from datasets.samples.loader import StepSampler
+from datasets.store.volumes import VolumeStore
 from engine import distributed
 from engine.checkpoint import LATEST
 from engine.distributed import World
 from engine.flags import options_of
 from engine.pretrain_flags import OptimiserOptions
 from models.methods import Alice
+from sam_embed.embeddings.opened import open_embeddings
 
 WRAP = distributed.wrap
 NUM_CASES, COARSEN = 4, 3.0
@@ -60,6 +62,7 @@ def run(flags: jsonargparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_phantom_corpus(folder, NUM_CASES, COARSEN)
+        open_embeddings(folder / "embeddings", VolumeStore(folder / "store").names)  # the other ranks' share, too
         given = (*run_words(folder, flags), *words(log_freq=1, steps_per_epoch=NUM_STEPS))
         return check(given, folder / "run", flags.num_ranks)
 
