@@ -54,7 +54,7 @@ def test_air_around_the_patient_gets_no_votes():
     """Maps are extrapolated beyond the body, where the reference's labels (here: all of its voxels) may lie."""
     scan, full = patient_embedding(1), reference(2)
     everywhere = dataclasses.replace(full, labels=np.full_like(full.labels, 7))
-    votes, values, reach = count_votes(scan, [everywhere], SHAPE, AFFINE)
+    votes, values, reach, _ = count_votes(scan, [everywhere], SHAPE, AFFINE)
     near = binary_dilation(scan.body.numpy())
     assert values.tolist() == [0, 7] and (votes[1][scan.body.numpy()] > 0).mean() > 0.9
     assert not votes[:, ~near].any() and not reach[~near].any() and not near.all()
@@ -101,7 +101,7 @@ def test_places_outside_of_a_reference_are_left_empty():
     full = reference(2)
     half = SHAPE[0] // 2
     cut = Reference(full.embedding, full.labels[:half], full.affine)
-    votes, values, reach = count_votes(patient_embedding(1), [cut, full], SHAPE, AFFINE)
+    votes, values, reach, _ = count_votes(patient_embedding(1), [cut, full], SHAPE, AFFINE)
     assert values.tolist() == [0, *ORGANS] and votes.shape == (3, *SHAPE)
     truth = to_patient(2, to_atlas(1, index_to_world(AFFINE, np.argwhere(np.ones(SHAPE, bool))))).reshape(*SHAPE, 3)
     top = index_to_world(AFFINE, np.array([half, 0, 0]))[2]

@@ -24,7 +24,7 @@ from engine.segmentation.setup import Preprocessing
 from engine.segmentation.sliding_window import WindowOptions
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.carry import Reference, count_votes, is_outside, labels_shown_whole
+from sam_embed.matching.carry import count_votes, is_outside
 from sam_embed.matching.kept import kept, load_references, reference_of, save_references
 from sam_embed.matching.nodes import make_nodes, thinned
 from tests.sam_fakes import (
@@ -113,17 +113,19 @@ def test_places_that_no_case_shows_change_nothing():
     torch.testing.assert_close(fused[..., 6:], plain[..., 6:])
 
 
-def test_what_a_case_shows_whole_cannot_lie_where_none_shows_anything():
+def test_what_cannot_lie_beyond_a_cases_end_is_excluded_there():
     reach = np.ones((8, 9, 10), np.float32)
     reach[:, :, 6:] = 0
-    prior = prior_of(dataclasses.replace(one_organ(reach), whole=[2]), 3, weight=3.0, blur_mm=0.0, num_cases=1)
+    votes = dataclasses.replace(one_organ(reach), absent={2: np.arange(10) >= np.full((8, 9, 1), 8)})
+    prior = prior_of(votes, 3, weight=3.0, blur_mm=0.0, num_cases=1)
     added = torch.stack(list(prior.slices(reach.shape, prior.affine)), dim=1)
-    beyond = added[..., 6:]
+    assert (added[..., 6:8] == 0).all()
+    beyond = added[..., 8:]
     torch.testing.assert_close(beyond[0], beyond[1])
     expected = torch.full_like(beyond[0], 3 * np.log(0.1 / 1.45))
     torch.testing.assert_close(beyond[2] - beyond[0], expected, rtol=1e-3, atol=0)
     before = prior_of(one_organ(reach), 3, weight=3.0, blur_mm=0.0, num_cases=1)
-    assert torch.equal(prior.odds[..., :6], before.odds[..., :6]) and prior.known_share == before.known_share
+    assert torch.equal(prior.odds[..., :8], before.odds[..., :8]) and prior.known_share == before.known_share
 
 
 def test_the_logarithm_is_weighted_and_added_to_the_networks():
@@ -222,26 +224,6 @@ def test_the_scans_intensities_sharpen_what_is_carried():
     assert dice(sharper, truth) > dice(plain, truth) + 0.02
 
 
-@pytest.mark.parametrize("turn", [np.eye(4), np.diag([-1.0, 1, -1, 1]), np.eye(4)[[2, 0, 1, 3]]])
-def test_a_label_is_whole_where_it_ends_before_what_the_volume_shows(turn):
-    """The body lies in voxels 2 to 9 of 12, of 8 mm; labels in voxels of 2 mm."""
-    body = np.zeros((12, 12, 12), bool)
-    body[2:10, 2:10, 2:10] = True
-    affine = turn @ np.diag([8.0, 8.0, 8.0, 1.0])
-    scan = dataclasses.replace(patient(1), body=torch.from_numpy(body), fine_affine=affine)
-    fine = affine @ np.diag([0.25, 0.25, 0.25, 1.0])
-    fine[:3, 3] += fine[:3, :3] @ [-1.5, -1.5, -1.5]  # the first of four voxels in each of the body's
-    for first, last, is_whole in ((12, 36, True), (11, 30, False), (20, 37, False), (8, 30, False), (8, 40, False)):
-        for axis in range(3):
-            labels = np.zeros((48, 48, 48), np.uint8)
-            box = [slice(20, 28)] * 3
-            box[axis] = slice(first, last)
-            labels[tuple(box)] = 5
-            found = labels_shown_whole(Reference(scan, labels, fine))
-            assert found == ({5} if is_whole else set()), (first, last, axis)
-    assert labels_shown_whole(Reference(dataclasses.replace(scan, body=scan.body & False), labels, fine)) == set()
-
-
 @pytest.mark.parametrize("flips", [(), (0,), (1, 2)])
 def test_outside_is_what_the_body_does_not_hold_on_any_grid(flips):
     rng, scan = np.random.default_rng(0), patient(1)
@@ -287,6 +269,26 @@ def test_a_case_never_remembers_itself():
     assert recall_of(1).prior(seen(patient(1, "another name"), 1)) is None
 
 
+def test_an_organ_is_not_found_beyond_an_end_that_it_does_not_come_near():
+    """The remembered case ends below organ 4 and shows organ 1 whole; nobody asked, a network might find both above."""
+    recall, scan = recall_of(2), patient(1)
+    reference = recall.references[0]
+    cut = reference.embedding.body.clone()
+    rows = np.flatnonzero((reference.labels == 1).any(axis=(1, 2)))
+    assert rows[-1] + 2 < cut.shape[0] - 4
+    cut[rows[-1] + 2 :] = False
+    labels = reference.labels.copy()
+    labels[rows[-1] + 1, 10:12, 10:12] = 3  # an organ that is cut there
+    recall.references[0] = dataclasses.replace(
+        reference, embedding=dataclasses.replace(reference.embedding, body=cut), labels=labels
+    )
+    votes, _ = recall.votes(seen(scan, 1))
+    above = np.zeros(votes.reach.shape, bool)
+    above[-5:] = True
+    above &= (votes.reach == 0) & scan.body.numpy()
+    assert above.any() and votes.absent[1][above].all() and not votes.absent[3][above].any()
+
+
 def test_a_scan_without_a_patient_is_left_to_the_network():
     empty = dataclasses.replace(patient(3), body=torch.zeros(SHAPE, dtype=torch.bool))
     assert recall_of(1).prior(seen(empty, 3)) is None
@@ -326,7 +328,7 @@ def test_of_two_cases_the_better_match_counts_more():
     truth = atlas_labels(1) == 1
     shares = []
     for other in (bad, dataclasses.replace(bad, embedding=good.embedding)):
-        counts, values, _ = count_votes(patient(1), [good, other], SHAPE, AFFINE)
+        counts, values, *_ = count_votes(patient(1), [good, other], SHAPE, AFFINE)
         votes = dict(zip(values.tolist(), counts))
         shares.append(votes[1][truth].sum() / (votes[1][truth].sum() + votes[4][truth].sum()))
     worse_match, equal_match = shares

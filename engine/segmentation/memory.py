@@ -23,6 +23,7 @@ from engine.segmentation.setup import Preprocessing
 from sam_embed.checkpoint import SHIPPED, CheckpointError, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.matching.beyond import excluded, faces_reached
 from sam_embed.matching.carry import (
     NODE_MM,
     VOTE_MM,
@@ -30,7 +31,6 @@ from sam_embed.matching.carry import (
     coarser_grid,
     count_votes,
     is_outside,
-    labels_shown_whole,
 )
 from sam_embed.matching.intensity import sharpened, shrunk
 from sam_embed.matching.kept import kept, reference_of
@@ -202,12 +202,13 @@ class Recall:
         if not others or not scan.embedding.body.any():
             return None, 0
         grid = scan.hu.shape, scan.affine
-        counts, classes, reach = count_votes(scan.embedding, others, *grid)
+        counts, classes, reach, beyond = count_votes(scan.embedding, others, *grid)
         counts = sharpened(counts, scan.hu, spacing_of(scan.affine))
         outside = is_outside(scan.embedding, *grid)  # a network that has seen little air finds organs there, too
         counts[0][outside], reach[outside] = 1, 1
-        whole = sorted(set.union(*map(labels_shown_whole, others)))
-        return Votes(counts, classes.tolist(), reach, scan.affine, whole), len(others)
+        reached = [faces_reached(other.embedding, other.labels, other.affine) for other in others]
+        absent = excluded(reached, beyond, reach)
+        return Votes(counts, classes.tolist(), reach, scan.affine, absent), len(others)
 
 
 def is_same_case(one: Embedding, other: Embedding) -> bool:

@@ -2,14 +2,15 @@
 
 Labels of remembered cases, carried to a scan, say where an organ should lie, about as exactly as anatomy can be
 matched. So they may be blurred, a share of the probability is spread over all classes, because the match may be wrong,
-and a multiple of the logarithm is added to the network's log-probabilities. At places that no remembered case shows,
-no organ can lie that one of them shows whole; all other classes get the same there, which changes nothing between them.
+and a multiple of the logarithm is added to the network's log-probabilities. Places that no remembered case shows lie
+beyond its ends. An organ that does not come near such an end cannot lie beyond it. All others get the same there,
+which changes nothing between them.
 
 Letters: C classes, d h w voxels on which votes are counted, D H W voxels of the network's grid.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,14 +34,14 @@ class Votes:
         classes: the K classes.
         reach: [d, h, w], more than 0 where a remembered case shows the place.
         affine: [4, 4], index (d, h, w) -> world mm.
-        whole: classes of which a remembered case shows all, so that none of it lies where `reach` is 0.
+        absent: class -> bool [d, h, w], where `reach` is 0 and the class cannot lie all the same.
     """
 
     counts: np.ndarray
     classes: Sequence[int]
     reach: np.ndarray
     affine: np.ndarray
-    whole: Sequence[int] = ()
+    absent: Mapping[int, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +98,10 @@ def class_shares(votes: Votes, num_classes: int, blur_mm: float) -> np.ndarray:
             shares[channel][box] = blurred / total[box]
     np.subtract(1, shares[1:].sum(axis=0), out=shares[0])
     np.maximum(shares[0], 0, out=shares[0])
-    shares[:, silent] = 1 / (num_classes - len(votes.whole))
-    for channel in votes.whole:
-        shares[channel][silent] = 0
+    possible = num_classes - sum(votes.absent.values(), np.zeros(total.shape, dtype=np.int32))
+    shares[:, silent] = 1 / possible[silent]
+    for channel, mask in votes.absent.items():
+        shares[channel][mask] = 0
     return shares
 
 

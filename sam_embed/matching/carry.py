@@ -11,7 +11,6 @@ from there, so that time and memory grow little with the size of the scan. No fi
 and affines.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import find_objects, map_coordinates
+from scipy.ndimage import map_coordinates
 
 from datasets.ct.geometry import mask_box, spacing_of, world_to_index
 from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.matching.beyond import Beyond, nearest_faces
 from sam_embed.matching.dense import (
     DenseMap,
     cycle_of_maps_mm,
@@ -43,7 +43,6 @@ VOTE_MM = 3.0
 SCORE_SCALE = 0.05
 CYCLE_SCALE_MM = 12.0
 BACKGROUND = 0
-ENDS_MM = 8.0  # a label that ends nearer to the end of what a volume shows may go on there
 LEAST_BODY = 0.25  # of the nodes around a voxel: beyond, maps are extrapolated
 
 
@@ -101,10 +100,27 @@ def carry_labels(
     if hu is not None and hu.shape != shape:
         raise ValueError(f"intensities of shape {hu.shape} do not fit the grid to label, {shape}")
     vote_shape, vote_affine = coarser_grid(shape, affine, vote_mm)
-    votes, values, _ = count_votes(scan, references, vote_shape, vote_affine, node_mm)
+    votes, values, *_ = count_votes(scan, references, vote_shape, vote_affine, node_mm)
     if hu is not None:
         votes = sharpened(votes, shrunk(hu, vote_shape), spacing_of(vote_affine))
     return _winners(votes, values, shape)
+
+
+class Counted(NamedTuple):
+    """What references say of every voxel of a grid.
+
+    Attributes:
+        votes: float32 [K, D, H, W], trust of the references where this label was read, 0 to 1; mean over the
+            references, weighed by `_agreement` where there are several.
+        values: the K labels that were read anywhere, ascending, 0 first.
+        reach: float32 [D, H, W], share of the references that reach a voxel.
+        beyond: of each reference, the voxels of the body that it does not reach.
+    """
+
+    votes: np.ndarray
+    values: np.ndarray
+    reach: np.ndarray
+    beyond: list[Beyond]
 
 
 def count_votes(
@@ -113,17 +129,11 @@ def count_votes(
     shape: Sequence[int],
     affine: np.ndarray,
     node_mm: float = NODE_MM,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> Counted:
     """The votes of references for every label at every voxel of a grid.
 
     Args:
         as for `carry_labels`.
-
-    Returns:
-        votes: float32 [K, D, H, W], trust of the references where this label was read, 0 to 1; mean over the
-            references, weighed by `_agreement` where there are several;
-        values: the K labels that were read anywhere, ascending, 0 first;
-        reach: float32 [D, H, W], share of the references that reach a voxel.
     """
     if not len(references):
         raise ValueError("carrying labels needs at least one labelled reference")
@@ -138,7 +148,9 @@ def count_votes(
         check_same_network(scan, reference.embedding)
         return _ballot(nodes, reference, shape, affine, node_mm, len(references) == 1)
 
-    for label, exists, weight, trust in _in_order(asked, references):
+    beyond = []
+    for label, exists, weight, trust, not_shown in _in_order(asked, references):
+        beyond.append(not_shown)
         reach += exists
         total += weight
         for value in np.unique(label[exists]).tolist():
@@ -147,16 +159,20 @@ def count_votes(
             votes[value] += np.where(exists & (label == value), weight * trust, 0)
     values = np.array(sorted(votes))
     counted = np.stack([votes[value].reshape(shape) for value in values.tolist()])
-    return counted / total.reshape(shape), values, (reach / np.float32(len(references))).reshape(shape)
+    return Counted(counted / total.reshape(shape), values, (reach / np.float32(len(references))).reshape(shape), beyond)
 
 
 class Ballot(NamedTuple):
-    """What one reference says of every voxel of the grid, [N]: its label, whether it has one, its weight and trust."""
+    """What one reference says of every voxel of the grid, [N]: its label, whether it has one, its weight and trust.
+
+    `beyond` are those of the body where it has none.
+    """
 
     label: np.ndarray
     exists: np.ndarray
     weight: np.ndarray
     trust: np.ndarray
+    beyond: Beyond
 
 
 def _ballot(
@@ -169,7 +185,11 @@ def _ballot(
     layers = np.stack([found.trust, agreement, is_shown(theirs, back, nodes.points_mm), nodes.body], axis=-1)
     places_mm, trust, weight, shown, body = sample_map(found, layers, shape, affine)
     label, exists = _labels_at(reference, places_mm)
-    return Ballot(label, exists & (shown > 0.5) & (body > LEAST_BODY), weight, trust)
+    exists &= shown > 0.5
+    in_body = body > LEAST_BODY
+    voxels = np.flatnonzero(in_body & ~exists)
+    beyond = Beyond(voxels, nearest_faces(reference.embedding, places_mm[voxels]))
+    return Ballot(label, exists & in_body, weight, trust, beyond)
 
 
 def _in_order(work: Callable[[Reference], Ballot], references: Iterable[Reference]) -> Iterator[Ballot]:
@@ -211,24 +231,6 @@ def is_outside(scan: Embedding, shape: Sequence[int], affine: np.ndarray) -> np.
     share = map_coordinates(scan.body.numpy().astype(np.float32), np.moveaxis(index, -1, 0), order=1, mode="nearest")
     # The embedded box is the body's, but for rounding: within a voxel of it the body may go on to the scan's end.
     return (share <= LEAST_BODY) | ((index < -1) | (index > scan.body.shape)).any(axis=-1)
-
-
-def labels_shown_whole(reference: Reference) -> set[int]:
-    """Labels of a reference that do not come near the ends of its body's box, so that no scan can show more of them."""
-    body = reference.embedding.body.numpy()
-    if not body.any():
-        return set()
-    margin = ENDS_MM / np.array(spacing_of(reference.embedding.fine_affine))
-    first, last = mask_box(body)
-    to_index = np.linalg.inv(reference.embedding.fine_affine) @ reference.affine
-    whole = set()
-    for value, box in enumerate(find_objects(reference.labels.astype(np.int32)), start=1):
-        if box is not None:
-            corners = np.array(list(itertools.product(*((part.start - 0.5, part.stop - 0.5) for part in box))))
-            at = corners @ to_index[:3, :3].T + to_index[:3, 3] + 0.5  # 0 and n are the faces of a row of n voxels
-            if (at.min(axis=0) >= first + margin).all() and (at.max(axis=0) <= last - margin).all():
-                whole.add(value)
-    return whole
 
 
 def _agreement(scan: Nodes, reference: Nodes, found: DenseMap, back: DenseMap) -> np.ndarray:
