@@ -270,7 +270,7 @@ def test_a_case_never_remembers_itself():
 
 
 def test_an_organ_is_not_found_beyond_an_end_that_it_does_not_come_near():
-    """The remembered case ends below organ 4 and shows organ 1 whole; nobody asked, a network might find both above."""
+    """The remembered case shows organ 1 whole and organ 3 cut; a network alone might find both above its end."""
     recall, scan = recall_of(2), patient(1)
     reference = recall.references[0]
     cut = reference.embedding.body.clone()
@@ -278,7 +278,7 @@ def test_an_organ_is_not_found_beyond_an_end_that_it_does_not_come_near():
     assert rows[-1] + 2 < cut.shape[0] - 4
     cut[rows[-1] + 2 :] = False
     labels = reference.labels.copy()
-    labels[rows[-1] + 1, 10:12, 10:12] = 3  # an organ that is cut there
+    labels[rows[-1] + 1][reference.embedding.body[rows[-1] + 1].numpy()] = 3  # fills the plane in which it is cut
     recall.references[0] = dataclasses.replace(
         reference, embedding=dataclasses.replace(reference.embedding, body=cut), labels=labels
     )

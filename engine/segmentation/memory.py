@@ -23,7 +23,7 @@ from engine.segmentation.setup import Preprocessing
 from sam_embed.checkpoint import SHIPPED, CheckpointError, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.beyond import excluded, faces_reached
+from sam_embed.matching.beyond import excluded
 from sam_embed.matching.carry import (
     NODE_MM,
     VOTE_MM,
@@ -206,8 +206,7 @@ class Recall:
         counts = sharpened(counts, scan.hu, spacing_of(scan.affine))
         outside = is_outside(scan.embedding, *grid)  # a network that has seen little air finds organs there, too
         counts[0][outside], reach[outside] = 1, 1
-        reached = [faces_reached(other.embedding, other.labels, other.affine) for other in others]
-        absent = excluded(reached, beyond, reach)
+        absent = excluded([(other.embedding, other.labels, other.affine) for other in others], beyond, reach)
         return Votes(counts, classes.tolist(), reach, scan.affine, absent), len(others)
 
 

@@ -1,25 +1,26 @@
 """What a reference says of the places of a scan that it does not show.
 
-Such a place lies beyond one of the reference's ends, the one that the map leads it to. A label that does not come near
-this end does not go on beyond it: kidneys that end well before the last slice are not found farther down, while an
-aorta that is cut there goes on. So nobody knows which label a place beyond an end has, but for many labels that it has
-not this one.
+Such a place lies beyond one of the reference's ends, and the map leads it to that end. A label that does not come near
+the end does not go on beyond it: kidneys that end well before the last slice are not found farther down. A label that
+is cut there, as the aorta, goes on beyond the place where it is cut and not beside it. So nobody knows which label a
+place beyond an end has, but of many labels that it has not this one.
 
 Ends are the six faces of the box of the reference's body: number 2 * axis for the low one, 2 * axis + 1 for the high.
 """
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import find_objects
+from scipy.spatial import cKDTree
 
-from datasets.ct.geometry import mask_box, spacing_of, world_to_index
+from datasets.ct.geometry import index_to_world, mask_box, spacing_of, world_to_index
 from sam_embed.embeddings.embedding_store import Embedding
 
 NUM_FACES = 6
 ENDS_MM = 8.0  # a label that ends nearer to an end may go on beyond it
+BESIDE_MM = 24.0  # it goes on where it is cut, to within the error of a match at an end
 
 
 class Beyond(NamedTuple):
@@ -27,11 +28,11 @@ class Beyond(NamedTuple):
 
     Attributes:
         voxels: int [M], places in the flattened grid.
-        faces: uint8 [M], the end that each lies beyond.
+        places_mm: float32 [M, 3], where the map leads them to, world mm in the reference.
     """
 
     voxels: np.ndarray
-    faces: np.ndarray
+    places_mm: np.ndarray
 
 
 def nearest_faces(reference: Embedding, places_mm: np.ndarray) -> np.ndarray:
@@ -47,38 +48,47 @@ def nearest_faces(reference: Embedding, places_mm: np.ndarray) -> np.ndarray:
     return (2 * axis + is_high).astype(np.uint8)
 
 
-def faces_reached(reference: Embedding, labels: np.ndarray, affine: np.ndarray) -> dict[int, np.ndarray]:
-    """Label -> bool [6], which ends of the reference's box it comes near.
+def cuts(reference: Embedding, labels: np.ndarray, affine: np.ndarray) -> dict[int, dict[int, np.ndarray]]:
+    """Label -> the ends that it comes near -> its voxels there, world mm [N, 3]. Labels that come near none have none.
 
     Args:
         labels: [D, H, W], whole numbers; affine: index in them -> world mm.
     """
-    body = reference.body.numpy()
     margin = ENDS_MM / np.array(spacing_of(reference.fine_affine))
-    first, last = mask_box(body)
-    to_index = np.linalg.inv(reference.fine_affine) @ affine
-    reached = {}
+    first, last = mask_box(reference.body.numpy())
+    found: dict[int, dict[int, np.ndarray]] = {}
     for value, box in enumerate(find_objects(labels.astype(np.int32)), start=1):
-        if box is not None:
-            corners = np.array(list(itertools.product(*((part.start - 0.5, part.stop - 0.5) for part in box))))
-            at = corners @ to_index[:3, :3].T + to_index[:3, 3] + 0.5  # 0 and n are the faces of a row of n voxels
-            low, high = at.min(axis=0) < first + margin, at.max(axis=0) > last - margin
-            reached[value] = np.stack([low, high], axis=1).ravel()
-    return reached
+        if box is None:
+            continue
+        corner = np.array([part.start for part in box])
+        points_mm = index_to_world(affine, np.argwhere(labels[box] == value) + corner)
+        index = world_to_index(reference.fine_affine, points_mm) + 0.5  # 0 and n are the faces of a row of n voxels
+        half = spacing_of(affine) / (2 * np.array(spacing_of(reference.fine_affine)))  # of a label's voxel
+        low, high = index - half < first + margin, index + half > last - margin
+        near = np.stack([low, high], axis=2).reshape(len(index), NUM_FACES)
+        found[value] = {face: points_mm[near[:, face]] for face in np.flatnonzero(near.any(axis=0)).tolist()}
+    return found
 
 
 def excluded(
-    reached: Sequence[Mapping[int, np.ndarray]], beyond: Sequence[Beyond], reach: np.ndarray
+    references: Sequence[tuple[Embedding, np.ndarray, np.ndarray]], beyond: Sequence[Beyond], reach: np.ndarray
 ) -> dict[int, np.ndarray]:
     """Label -> bool [D, H, W], where no reference shows the place and one of them says that it has not this label.
 
     Args:
-        reached: of `faces_reached`, for each reference; beyond: likewise.
+        references: embedding, labels and their affine of each.
+        beyond: of each reference.
         reach: [D, H, W], more than 0 where a reference shows the place.
     """
     found: dict[int, np.ndarray] = {}
-    for ends, (voxels, faces) in zip(reached, beyond):
-        for value, is_reached in ends.items():
+    for reference, (voxels, places_mm) in zip(references, beyond):
+        faces = nearest_faces(reference[0], places_mm)
+        for value, ends in cuts(*reference).items():
+            may_lie = np.zeros(len(voxels), dtype=bool)
+            for face, points_mm in ends.items():
+                asked = np.flatnonzero(faces == face)
+                distance_mm, _ = cKDTree(points_mm).query(places_mm[asked], distance_upper_bound=BESIDE_MM)
+                may_lie[asked] = np.isfinite(distance_mm)
             mask = found.setdefault(value, np.zeros(reach.size, dtype=bool))
-            mask[voxels] |= ~is_reached[faces]
+            mask[voxels] |= ~may_lie
     return {value: mask.reshape(reach.shape) & (reach == 0) for value, mask in found.items()}

@@ -24,7 +24,7 @@ from scipy.ndimage import map_coordinates
 
 from datasets.ct.geometry import mask_box, spacing_of, world_to_index
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.beyond import Beyond, nearest_faces
+from sam_embed.matching.beyond import Beyond
 from sam_embed.matching.dense import (
     DenseMap,
     cycle_of_maps_mm,
@@ -188,8 +188,7 @@ def _ballot(
     exists &= shown > 0.5
     in_body = body > LEAST_BODY
     voxels = np.flatnonzero(in_body & ~exists)
-    beyond = Beyond(voxels, nearest_faces(reference.embedding, places_mm[voxels]))
-    return Ballot(label, exists & in_body, weight, trust, beyond)
+    return Ballot(label, exists & in_body, weight, trust, Beyond(voxels, places_mm[voxels]))
 
 
 def _in_order(work: Callable[[Reference], Ballot], references: Iterable[Reference]) -> Iterator[Ballot]:
