@@ -1,9 +1,9 @@
 """What a reference says of the places of a scan that it does not show.
 
-Such a place lies beyond one of the reference's ends, and the map leads it to that end. A label that does not come near
-the end does not go on beyond it: kidneys that end well before the last slice are not found farther down. A label that
-is cut there, as the aorta, goes on beyond the place where it is cut and not beside it. So nobody knows which label a
-place beyond an end has, but of many labels that it has not this one.
+Such a place lies beyond one of the reference's ends, and the map leads it there or farther. A label that does not come
+near the end does not go on beyond it: kidneys that end well before the last slice are not found farther down. A label
+that is cut there, as the aorta, goes on beyond the place where it is cut and not beside it. So nobody knows which label
+a place beyond an end has, but of many labels that it has not this one.
 
 Ends are the six faces of the box of the reference's body: number 2 * axis for the low one, 2 * axis + 1 for the high.
 """
@@ -48,6 +48,13 @@ def nearest_faces(reference: Embedding, places_mm: np.ndarray) -> np.ndarray:
     return (2 * axis + is_high).astype(np.uint8)
 
 
+def at_the_end(reference: Embedding, places_mm: np.ndarray) -> np.ndarray:
+    """Places [M, 3], world mm in the reference, moved into the box of its body: maps go on beyond it, more or less."""
+    first, last = mask_box(reference.body.numpy())
+    index = np.clip(world_to_index(reference.fine_affine, places_mm), first - 0.5, last - 0.5)
+    return index_to_world(reference.fine_affine, index)
+
+
 def cuts(reference: Embedding, labels: np.ndarray, affine: np.ndarray) -> dict[int, dict[int, np.ndarray]]:
     """Label -> the ends that it comes near -> its voxels there, world mm [N, 3]. Labels that come near none have none.
 
@@ -82,12 +89,12 @@ def excluded(
     """
     found: dict[int, np.ndarray] = {}
     for reference, (voxels, places_mm) in zip(references, beyond):
-        faces = nearest_faces(reference[0], places_mm)
+        faces, ends_mm = nearest_faces(reference[0], places_mm), at_the_end(reference[0], places_mm)
         for value, ends in cuts(*reference).items():
             may_lie = np.zeros(len(voxels), dtype=bool)
             for face, points_mm in ends.items():
                 asked = np.flatnonzero(faces == face)
-                distance_mm, _ = cKDTree(points_mm).query(places_mm[asked], distance_upper_bound=BESIDE_MM)
+                distance_mm, _ = cKDTree(points_mm).query(ends_mm[asked], distance_upper_bound=BESIDE_MM)
                 may_lie[asked] = np.isfinite(distance_mm)
             mask = found.setdefault(value, np.zeros(reach.size, dtype=bool))
             mask[voxels] |= ~may_lie
