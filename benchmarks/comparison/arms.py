@@ -47,7 +47,7 @@ class Arm:
 
 
 # A tenth of the default, beside reconstruction: with more, cls and CASA crowd out what reconstruction teaches the maps
-# at strides 4 and 8 (benchmarks/RESULTS.md, "Where crops lie").
+# at strides 4 and 8 (benchmarks/LOG.md, "where crops lie").
 ALICE = ("--lambda1", "0.1", "--lambda2", "0.1")
 
 MIM = ("--lambda1", "0", "--lambda2", "0")
