@@ -433,7 +433,8 @@ def test_without_a_queue_two_ranks_equal_one_process(tmp_path) -> None:
     total.backward()
     torch.testing.assert_close(sum(losses) / 2, total.detach())
     for name_and_value, gradient in zip(method.student.named_parameters(), gradients[0], strict=True):
-        torch.testing.assert_close(name_and_value[1].grad, gradient, rtol=1e-4, atol=1e-6)
+        # A norm undoes what a convolution before it scales: such gradients are small differences of large sums.
+        torch.testing.assert_close(name_and_value[1].grad, gradient, rtol=1e-4, atol=5e-6)
     assert terms["loss_nce"] > 1 and "queue_filled" not in terms
 
 
