@@ -138,7 +138,8 @@ def losses(folder: Path, kind: str = "train") -> list[float]:
 def test_pretraining_equals_the_cpus(ran, name, atol):
     """The labelled cases have more gradients near 0: weights by 2e-4 apart at a rate of 1e-3, teachers by 4e-8."""
     one, other = (ran / f"{name}_{device}" for device in DEVICES)
-    assert_close(one, other, WEIGHTS, atol)
+    assert_close(one, other, ("student",), atol)
+    assert_close(one, other, tuple(part for part in WEIGHTS if part != "student"))
     assert losses(other) == pytest.approx(losses(one), rel=1e-5) and len(losses(one)) == 4
     assert losses(other, "validation") == pytest.approx(losses(one, "validation"), rel=1e-5)
 
