@@ -22,8 +22,9 @@ from datasets.phantom.cases import GENERATOR
 from engine.segmentation.metrics import score_case
 from sam_embed.checkpoint import SHIPPED, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
-from sam_embed.matching.carry import NODE_MM, Reference, carry_labels
+from sam_embed.matching.carry import NODE_MM, carry_labels
 from sam_embed.matching.nodes import thinned
+from sam_embed.matching.reference import Reference
 
 NAMES = ("background", *FLARE22)
 TOGETHER = "all references"

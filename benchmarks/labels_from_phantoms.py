@@ -30,7 +30,8 @@ from engine.segmentation.metrics import score_case
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import load_embedding
-from sam_embed.matching.carry import Reference, carry_labels
+from sam_embed.matching.carry import carry_labels
+from sam_embed.matching.reference import Reference
 
 # What the abdomen's label calls by another name than FLARE22.
 OTHER_NAMES = {

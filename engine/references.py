@@ -7,8 +7,8 @@ import numpy as np
 from datasets.ct.nifti import Volume
 from datasets.lists.label_classes import FLARE22, LabelClasses
 from sam_embed.checkpoint import EmbedderInfo
-from sam_embed.matching.carry import Reference
 from sam_embed.matching.kept import SHIPPED_REFERENCES, load_references
+from sam_embed.matching.reference import Reference
 
 PHANTOMS = "phantoms"  # what a flag says instead of files
 

@@ -25,7 +25,7 @@ import functools
 import json
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,6 +38,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
+from datasets.ct.images import CT, NAMES
 from datasets.lists.data_list import Case, load_data_list
 from datasets.lists.label_classes import LabelClasses, read_classes
 from datasets.lists.splits import choose_labelled, split_held_out
@@ -151,6 +152,9 @@ def make_plan(options: FinetuneOptions) -> Plan:
         check_pixel_sizes(judged, options.tolerance_mm(classes.names))
     if options.memory:
         check_can_remember(setup.preprocessing)
+    if options.random_contrast and setup.preprocessing.images != CT:
+        kind = NAMES[setup.preprocessing.images]
+        raise ValueError(f"--random_contrast changes CT by HU, and these cases are {kind}; expected 0")
     SEGMENTERS[setup.backbone].check_sizes(setup.feature_size, setup.preprocessing.roi)
     in_channels = channels_of([*training, *held_out, *judged], setup.preprocessing.images, options.in_channels)
     return Plan(options, training, held_out, judged, classes, setup, weights, in_channels)
@@ -342,6 +346,7 @@ def train(plan: Plan, store: VolumeStore, run: FinetuneRun, recall: Recall | Non
     """Compose data, loss and validation, and run the loop; True when it is complete."""
     options, known = plan.options, plan.setup.preprocessing
     augment = SegmentationAugment() if options.augment else SegmentationAugment.off()
+    augment = replace(augment, random_contrast=options.random_contrast)
     names, case_weights = zip(*((case.name, case.weight) for case in plan.training))
     window = known.roi, known.hu_min, known.hu_max
     dataset = SegmentationCropDataset(

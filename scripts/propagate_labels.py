@@ -52,8 +52,9 @@ from engine.segmentation.pictures import save_carried
 from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.carry import Reference, carry_labels
+from sam_embed.matching.carry import carry_labels
 from sam_embed.matching.dense import dense_map
+from sam_embed.matching.reference import Reference
 
 DECIDING = ("checkpoint_file", "reference", "labels")  # flags that labels in one folder must share
 RUN_FILE = "run.json"

@@ -31,6 +31,7 @@ from torch import nn
 from datasets.ct.images import CT
 from datasets.lists.data_list import Case, load_data_list
 from datasets.samples.loader import make_pair_loader
+from datasets.samples.random_contrast import IntensityOptions
 from datasets.store.format import check_kind
 from datasets.store.volumes import VolumeStore, fill_store
 from engine import distributed
@@ -49,7 +50,6 @@ from sam_embed.network import AnatomicalEmbedder, NetworkOptions
 from sam_embed.training.contrastive import LEVELS, LevelOptions, SamLoss
 from sam_embed.training.run import SamRun, Validator, WeightAverage, embed_views, main_error, share_done
 from sam_embed.training.training_volumes import TrainingVolumes, default_grid_dir, make_training_volumes
-from sam_embed.training.view_intensity import IntensityOptions
 from sam_embed.training.views import ViewOptions, ViewPairDataset
 
 KIND = "sam_embed"

@@ -9,7 +9,7 @@ from datasets.ct.geometry import index_to_world
 from datasets.ct.planes import cut_plane
 from datasets.lists.label_classes import LabelClasses
 from engine.explore.session import FAILED, GIVEN, NONE, READY, WAITING, NotReadyError, Scan
-from sam_embed.matching.carry import Reference
+from sam_embed.matching.reference import Reference
 from tests.explore_sessions import LIVER, make_session
 from tests.sam_fakes import AFFINE, ORGANS, SHAPE, atlas_labels, dice, patient_embedding
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.beyond import Beyond, cuts, excluded, nearest_faces
+from sam_embed.matching.beyond import Beyond, Ends, excluded
+from sam_embed.matching.reference import Reference
 from tests.sam_fakes import patient_embedding
 
 TURNS = [np.eye(4), np.diag([-1.0, 1, -1, 1]), np.eye(4)[[2, 0, 1, 3]]]
@@ -38,7 +39,7 @@ def test_a_label_is_cut_at_the_ends_that_it_comes_near(turn):
             box = [slice(20, 28)] * 3
             box[axis] = slice(first, last)
             labels[tuple(box)] = 5
-            found = cuts(scan, labels, affine)
+            found = Ends.of(Reference(scan, labels, affine)).cuts
             assert list(found) == [5]
             assert list(found[5]) == [2 * axis] * low + [2 * axis + 1] * high, (first, last, axis)
             for face, points_mm in found[5].items():
@@ -52,7 +53,8 @@ def test_a_place_lies_beyond_the_nearest_end(turn):
     scan = reference(turn)
     index = np.array([[5.5, 5, 13], [5, 6, 1], [11, 5, 5], [0, 4, 7], [6, 10, 6], [6, -3, 3]])
     places = index @ scan.fine_affine[:3, :3].T + scan.fine_affine[:3, 3]
-    assert nearest_faces(scan, places).tolist() == [5, 4, 1, 0, 3, 2]
+    ends = Ends.of(Reference(scan, np.zeros((48, 48, 48), np.uint8), fine_affine(scan)))
+    assert ends.nearest(places).tolist() == [5, 4, 1, 0, 3, 2]
 
 
 def test_a_label_goes_on_where_it_is_cut_alone():
@@ -67,11 +69,13 @@ def test_a_label_goes_on_where_it_is_cut_alone():
     reach = np.zeros((1, 1, 7), np.float32)
     reach[..., 5:] = 0.5
     beyond = [Beyond(np.array([0, 1, 2, 3, 6]), places)]
-    found = excluded([(scan, labels, affine)], beyond, reach)
+    ends = Ends.of(Reference(scan, labels, affine))
+    found = excluded([ends], beyond, reach)
     assert found[1].ravel().tolist() == [True, True, True, True, False, False, False]
     assert found[2].ravel().tolist() == [False, False, True, True, False, False, False]
     # A second reference that has no kidney says nothing of it; another place is beyond its end alone.
     more = [*beyond, Beyond(np.array([4, 5]), places[[4, 4]])]
-    both = excluded([(scan, labels, affine), (scan, labels * (labels == 2), affine)], more, reach)
+    without_kidney = Ends.of(Reference(scan, labels * (labels == 2), affine))
+    both = excluded([ends, without_kidney], more, reach)
     assert both[1].ravel().tolist() == [True, True, True, True, False, False, False]
     assert both[2].ravel().tolist() == [False, False, True, True, True, False, False]

@@ -8,9 +8,10 @@ import torch
 from scipy.ndimage import binary_dilation
 
 from datasets.ct.geometry import index_to_world
-from sam_embed.matching.carry import Reference, carry_labels, count_votes
+from sam_embed.matching.carry import carry_labels, count_votes
 from sam_embed.matching.dense import dense_map, map_both_ways, map_nodes
 from sam_embed.matching.nodes import make_nodes
+from sam_embed.matching.reference import Reference
 from tests.sam_fakes import (
     AFFINE,
     ORGANS,

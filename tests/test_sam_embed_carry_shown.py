@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from datasets.ct.geometry import index_to_world
-from sam_embed.matching.carry import NODE_MM, Reference, carry_labels
+from sam_embed.matching.carry import NODE_MM, carry_labels
 from sam_embed.matching.dense import NEAR_MM, is_shown, map_nodes
 from sam_embed.matching.nodes import make_nodes
+from sam_embed.matching.reference import Reference
 from tests.sam_fakes import AFFINE, SHAPE, lower_part, patient_embedding, to_atlas, to_patient
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.samples import random_contrast
 from datasets.samples.augment import gaussian_blur
+from datasets.samples.random_contrast import IntensityOptions
 from sam_embed.checkpoint import EmbedderInfo
-from sam_embed.training import view_intensity, views
-from sam_embed.training.view_intensity import IntensityOptions
+from sam_embed.training import views
 from sam_embed.training.views import TrainingVolume, ViewOptions, ViewPairDataset
 from sam_embed.training.warp import Warp
 
@@ -134,10 +135,10 @@ def test_every_run_of_items_holds_each_volume_once():
 def test_intensity_changes_leave_no_nan_and_do_change():
     rng = torch.Generator().manual_seed(0)
     view = torch.linspace(-1024, 2000, 24 * 28 * 20).view(OPTIONS.shape)
-    changed = view_intensity.change_intensity(view, SPACING_MM, IntensityOptions(), rng)
+    changed = random_contrast.change_intensity(view, SPACING_MM, IntensityOptions(), rng)
     assert torch.isfinite(changed).all()
     assert (changed - view).abs().mean() > 1
-    same = view_intensity.change_intensity(view, SPACING_MM, UNCHANGED["intensity"], rng)
+    same = random_contrast.change_intensity(view, SPACING_MM, UNCHANGED["intensity"], rng)
     assert torch.equal(same, view)
 
 
@@ -151,7 +152,7 @@ def test_blur_keeps_the_mean_and_lowers_the_noise():
 
 
 def test_soft_tissue_changes_leave_bone_and_lung_alone():
-    weight = view_intensity.soft_tissue_weight(torch.tensor([-900.0, -100.0, -45.0, 0.0, 200.0, 800.0]))
+    weight = random_contrast.soft_tissue_weight(torch.tensor([-900.0, -100.0, -45.0, 0.0, 200.0, 800.0]))
     assert np.allclose(weight, [0, 0, 0.5, 1, 1, 0])
 
 

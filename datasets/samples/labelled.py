@@ -19,6 +19,7 @@ from datasets.ct.images import CT
 from datasets.ct.intensity import CT_WINDOW_HU, fill_ends
 from datasets.lists.label_classes import LabelClasses
 from datasets.samples.augment import AugmentOptions, ViewAugmenter
+from datasets.samples.random_contrast import ORGAN_HU, TO_OTHER_SCANNERS, change_intensity, change_organs
 from datasets.store.volumes import VolumeStore
 
 Size3 = tuple[int, int, int]
@@ -36,12 +37,15 @@ class SegmentationAugment:
         rotate_deg: largest rotation about each axis (of a slice: within its plane), degrees.
         scale: sizes change by up to this share.
         intensity: of the image alone.
+        random_contrast: share of crops whose organs and tissues get random intensities, noise and sharpness before
+            (`datasets.samples.random_contrast`; 0 = off). CT only.
     """
 
     affine_prob: float = 0.5
     rotate_deg: float = 12.0
     scale: float = 0.15
     intensity: AugmentOptions = field(default_factory=lambda: INTENSITY)
+    random_contrast: float = 0.0
 
     @classmethod
     def off(cls) -> "SegmentationAugment":
@@ -118,6 +122,8 @@ class SegmentationCropDataset(Dataset):
             hu, label = self._turned_crop(name, centre, int(rng.integers(2**31)))
         else:
             hu, label = self._crop(name, centre, self.roi)
+        if self.augment.random_contrast > 0:
+            hu = self._as_of_another_scanner(hu, label, record.spacing_mm, index)
         view_seed = np.random.SeedSequence([self.seed, index, 1])
         return {
             "image": self._augment_view(hu, view_seed, own_window),
@@ -162,6 +168,16 @@ class SegmentationCropDataset(Dataset):
         start = start - (np.array(size) - roi) // 2
         label = self.classes.to_classes(self.store.label_crop(name, start, size))
         return self.store.crop(name, start, size), label
+
+    def _as_of_another_scanner(
+        self, hu: np.ndarray, label: np.ndarray, spacing_mm: Sequence[float], index: int
+    ) -> np.ndarray:
+        """A crop with random contrast, noise and sharpness, or as it is; drawn apart from all other draws."""
+        rng = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, index, 2]).generate_state(1)[0]))
+        if float(torch.rand((), generator=rng)) >= self.augment.random_contrast:
+            return hu
+        changed = change_organs(torch.from_numpy(hu).float(), torch.from_numpy(label), ORGAN_HU, rng)
+        return change_intensity(changed, spacing_mm, TO_OTHER_SCANNERS, rng).numpy()
 
     def _turned_crop(self, name: str, centre: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """A rotated and scaled crop, cut from a larger one; a slice stays in its plane."""

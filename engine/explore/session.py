@@ -16,9 +16,10 @@ from datasets.ct.planes import PLANES, cut_plane, planes_of
 from datasets.lists.label_classes import LabelClasses
 from engine.segmentation.pictures import channel_colours
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.carry import Reference, carry_labels
+from sam_embed.matching.carry import carry_labels
 from sam_embed.matching.follow import Followed, Follower, FollowOptions
 from sam_embed.matching.match import describe_box, inside, similarity_map
+from sam_embed.matching.reference import Reference
 
 WAITING, WORKING, READY, FAILED = "waiting", "working", "ready", "failed"
 NONE, GIVEN = "none", "given"  # further states of labels

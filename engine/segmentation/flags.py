@@ -105,6 +105,8 @@ class TrainingOptions:
         class_weights: of the cross-entropy; rare = classes with fewer voxels weigh more: small organs appear earlier
         foreground_share: share of crops centred near an organ, 0 to 1
         augment: rotation, scaling and intensity augmentation
+        random_contrast: share of crops whose organs and tissues get random intensities, noise and sharpness, as in
+            SynthSeg: for networks that meet other scanners and contrast phases; CT only; 0 = off
         seed: decides the new layers' weights, crops and augmentation (not the split)
     """
 
@@ -120,6 +122,7 @@ class TrainingOptions:
     class_weights: Literal["none", "rare"] = "none"
     foreground_share: float = 0.8
     augment: bool = True
+    random_contrast: float = 0.0
     seed: int = 0
 
 
@@ -250,7 +253,7 @@ class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptio
         each(lambda value: value >= 0, switches, "0 (off) or more")
         each(lambda value: value > 0, "lr dist_timeout_min", "more than 0")
         each(lambda value: 0 <= value < 1, "val_overlap overlap", "0 to below 1")
-        each(lambda value: 0 <= value <= 1, "min_share foreground_share", "a share between 0 and 1")
+        each(lambda value: 0 <= value <= 1, "min_share foreground_share random_contrast", "a share between 0 and 1")
         each(lambda value: 0 < value <= 1, "layer_decay", "above 0 and up to 1 (1 = off)")
         each(lambda value: value >= -1, "freeze_encoder_steps", "-1 (always), 0 (off) or more")
         expect(self.min_lr <= self.lr, "min_lr lr", "an end not above the peak")

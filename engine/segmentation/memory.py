@@ -7,6 +7,7 @@ one.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,10 @@ from engine.segmentation.setup import Preprocessing
 from sam_embed.checkpoint import SHIPPED, CheckpointError, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
-from sam_embed.matching.beyond import excluded
+from sam_embed.matching.beyond import Ends, excluded
 from sam_embed.matching.carry import (
     NODE_MM,
     VOTE_MM,
-    Reference,
     coarser_grid,
     count_votes,
     is_outside,
@@ -35,6 +35,7 @@ from sam_embed.matching.carry import (
 from sam_embed.matching.intensity import sharpened, shrunk
 from sam_embed.matching.kept import kept, reference_of
 from sam_embed.matching.nodes import thinned
+from sam_embed.matching.reference import Reference
 from sam_embed.network import AnatomicalEmbedder
 
 WEIGHT, BLUR_MM = 4.0, 0.0  # where nothing is learnt; measured with networks on grids of 4 and 6 mm
@@ -173,6 +174,10 @@ class Recall:
         self.memory, self.sam = memory, sam
         self.references = [reference_of(case) for case in memory.cases]
 
+    @functools.cached_property
+    def _ends(self) -> list[Ends]:
+        return [Ends.of(reference) for reference in self.references]
+
     def scan(self, ct: Volume, name: str) -> Scan:
         """A new scan, for `prior`."""
         return Scan.of(ct, self.sam.embed(ct, name))
@@ -198,15 +203,17 @@ class Recall:
         Several cases are weighed by score, spread and cycle error, and the scan's intensities sharpen the votes.
         Outside of the scan's body is background.
         """
-        others = [reference for reference in self.references if not is_same_case(reference.embedding, scan.embedding)]
+        known = zip(self.references, self._ends)
+        others = [(one, ends) for one, ends in known if not is_same_case(one.embedding, scan.embedding)]
         if not others or not scan.embedding.body.any():
             return None, 0
+        references, ends = zip(*others)
         grid = scan.hu.shape, scan.affine
-        counts, classes, reach, beyond = count_votes(scan.embedding, others, *grid)
+        counts, classes, reach, beyond = count_votes(scan.embedding, references, *grid)
         counts = sharpened(counts, scan.hu, spacing_of(scan.affine))
         outside = is_outside(scan.embedding, *grid)  # a network that has seen little air finds organs there, too
         counts[0][outside], reach[outside] = 1, 1
-        absent = excluded([(other.embedding, other.labels, other.affine) for other in others], beyond, reach)
+        absent = excluded(ends, beyond, reach)
         return Votes(counts, classes.tolist(), reach, scan.affine, absent), len(others)
 
 

@@ -9,6 +9,7 @@ Ends are the six faces of the box of the reference's body: number 2 * axis for t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.ndimage import find_objects
 from scipy.spatial import cKDTree
 
 from datasets.ct.geometry import index_to_world, mask_box, spacing_of, world_to_index
-from sam_embed.embeddings.embedding_store import Embedding
+from sam_embed.matching.reference import Reference
 
 NUM_FACES = 6
 ENDS_MM = 8.0  # a label that ends nearer to an end may go on beyond it
@@ -35,66 +36,76 @@ class Beyond(NamedTuple):
     places_mm: np.ndarray
 
 
-def nearest_faces(reference: Embedding, places_mm: np.ndarray) -> np.ndarray:
-    """The end, uint8 [M], of the reference's box that each place [M, 3], world mm in the reference, is nearest to.
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """The ends of a reference, and the labels that are cut there.
 
-    Nearness is measured from the middle, in half widths of the box.
+    Attributes:
+        first, last: the box of the reference's body in its embedding, [first, last) along each axis, voxels.
+        affine: [4, 4], index in the embedding -> world mm.
+        cuts: label -> the ends that it comes near -> its voxels there, world mm [N, 3]. Labels that come near none
+            have none.
     """
-    first, last = mask_box(reference.body.numpy())
-    middle, half = (first + last - 1) / 2, (last - first) / 2
-    relative = (world_to_index(reference.fine_affine, places_mm) - middle) / half
-    axis = np.abs(relative).argmax(axis=1)
-    is_high = np.take_along_axis(relative, axis[:, None], axis=1)[:, 0] > 0
-    return (2 * axis + is_high).astype(np.uint8)
+
+    first: np.ndarray
+    last: np.ndarray
+    affine: np.ndarray
+    cuts: dict[int, dict[int, np.ndarray]]
+
+    @classmethod
+    def of(cls, reference: Reference) -> "Ends":
+        """The ends of a reference whose body is not empty."""
+        first, last = mask_box(reference.embedding.body.numpy())
+        found = cls(first, last, np.asarray(reference.embedding.fine_affine), {})
+        for value, box in enumerate(find_objects(reference.labels.astype(np.int32)), start=1):
+            if box is None:
+                continue
+            corner = np.array([part.start for part in box])
+            points_mm = index_to_world(reference.affine, np.argwhere(reference.labels[box] == value) + corner)
+            near = found._near(points_mm, spacing_of(reference.affine))
+            found.cuts[value] = {face: points_mm[near[:, face]] for face in np.flatnonzero(near.any(axis=0)).tolist()}
+        return found
+
+    def _near(self, points_mm: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
+        """Which ends each voxel of a label, world mm [N, 3] and its size, comes near; bool [N, 6]."""
+        own_mm = np.array(spacing_of(self.affine))
+        index = world_to_index(self.affine, points_mm) + 0.5  # 0 and n are the faces of a row of n voxels
+        half, margin = np.array(spacing_mm) / (2 * own_mm), ENDS_MM / own_mm
+        low, high = index - half < self.first + margin, index + half > self.last - margin
+        return np.stack([low, high], axis=2).reshape(len(index), NUM_FACES)
+
+    def nearest(self, places_mm: np.ndarray) -> np.ndarray:
+        """The end, uint8 [M], that each place [M, 3], world mm in the reference, is nearest to.
+
+        Nearness is measured from the middle, in half widths of the box.
+        """
+        middle, half = (self.first + self.last - 1) / 2, (self.last - self.first) / 2
+        relative = (world_to_index(self.affine, places_mm) - middle) / half
+        axis = np.abs(relative).argmax(axis=1)
+        is_high = np.take_along_axis(relative, axis[:, None], axis=1)[:, 0] > 0
+        return (2 * axis + is_high).astype(np.uint8)
+
+    def moved_in(self, places_mm: np.ndarray) -> np.ndarray:
+        """Places [M, 3], world mm in the reference, moved into the box: maps go on beyond it, more or less."""
+        index = np.clip(world_to_index(self.affine, places_mm), self.first - 0.5, self.last - 0.5)
+        return index_to_world(self.affine, index)
 
 
-def at_the_end(reference: Embedding, places_mm: np.ndarray) -> np.ndarray:
-    """Places [M, 3], world mm in the reference, moved into the box of its body: maps go on beyond it, more or less."""
-    first, last = mask_box(reference.body.numpy())
-    index = np.clip(world_to_index(reference.fine_affine, places_mm), first - 0.5, last - 0.5)
-    return index_to_world(reference.fine_affine, index)
-
-
-def cuts(reference: Embedding, labels: np.ndarray, affine: np.ndarray) -> dict[int, dict[int, np.ndarray]]:
-    """Label -> the ends that it comes near -> its voxels there, world mm [N, 3]. Labels that come near none have none.
-
-    Args:
-        labels: [D, H, W], whole numbers; affine: index in them -> world mm.
-    """
-    margin = ENDS_MM / np.array(spacing_of(reference.fine_affine))
-    first, last = mask_box(reference.body.numpy())
-    found: dict[int, dict[int, np.ndarray]] = {}
-    for value, box in enumerate(find_objects(labels.astype(np.int32)), start=1):
-        if box is None:
-            continue
-        corner = np.array([part.start for part in box])
-        points_mm = index_to_world(affine, np.argwhere(labels[box] == value) + corner)
-        index = world_to_index(reference.fine_affine, points_mm) + 0.5  # 0 and n are the faces of a row of n voxels
-        half = spacing_of(affine) / (2 * np.array(spacing_of(reference.fine_affine)))  # of a label's voxel
-        low, high = index - half < first + margin, index + half > last - margin
-        near = np.stack([low, high], axis=2).reshape(len(index), NUM_FACES)
-        found[value] = {face: points_mm[near[:, face]] for face in np.flatnonzero(near.any(axis=0)).tolist()}
-    return found
-
-
-def excluded(
-    references: Sequence[tuple[Embedding, np.ndarray, np.ndarray]], beyond: Sequence[Beyond], reach: np.ndarray
-) -> dict[int, np.ndarray]:
+def excluded(ends: Sequence[Ends], beyond: Sequence[Beyond], reach: np.ndarray) -> dict[int, np.ndarray]:
     """Label -> bool [D, H, W], where no reference shows the place and one of them says that it has not this label.
 
     Args:
-        references: embedding, labels and their affine of each.
-        beyond: of each reference.
+        ends, beyond: of each reference.
         reach: [D, H, W], more than 0 where a reference shows the place.
     """
     found: dict[int, np.ndarray] = {}
-    for reference, (voxels, places_mm) in zip(references, beyond):
-        faces, ends_mm = nearest_faces(reference[0], places_mm), at_the_end(reference[0], places_mm)
-        for value, ends in cuts(*reference).items():
+    for reference, (voxels, places_mm) in zip(ends, beyond):
+        faces, at_end_mm = reference.nearest(places_mm), reference.moved_in(places_mm)
+        for value, cut in reference.cuts.items():
             may_lie = np.zeros(len(voxels), dtype=bool)
-            for face, points_mm in ends.items():
+            for face, points_mm in cut.items():
                 asked = np.flatnonzero(faces == face)
-                distance_mm, _ = cKDTree(points_mm).query(ends_mm[asked], distance_upper_bound=BESIDE_MM)
+                distance_mm, _ = cKDTree(points_mm).query(at_end_mm[asked], distance_upper_bound=BESIDE_MM)
                 may_lie[asked] = np.isfinite(distance_mm)
             mask = found.setdefault(value, np.zeros(reach.size, dtype=bool))
             mask[voxels] |= ~may_lie

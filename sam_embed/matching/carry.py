@@ -14,7 +14,6 @@ and affines.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +34,7 @@ from sam_embed.matching.dense import (
 from sam_embed.matching.intensity import sharpened, shrunk
 from sam_embed.matching.match import check_same_network
 from sam_embed.matching.nodes import Nodes, make_nodes, points_of_grid
+from sam_embed.matching.reference import Reference
 from sam_embed.matching.search import linear_weights
 
 NODE_MM = 8.0
@@ -44,21 +44,6 @@ SCORE_SCALE = 0.05
 CYCLE_SCALE_MM = 12.0
 BACKGROUND = 0
 LEAST_BODY = 0.25  # of the nodes around a voxel: beyond, maps are extrapolated
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """A labelled volume.
-
-    Attributes:
-        embedding: of the volume, by the same weights as the scan's.
-        labels: integers, 0 or more, [D, H, W]; 0 is background.
-        affine: [4, 4], index (d, h, w) in `labels` -> world mm; the grid need not be the embedding's.
-    """
-
-    embedding: Embedding
-    labels: np.ndarray
-    affine: np.ndarray
 
 
 class Carried(NamedTuple):

@@ -20,7 +20,8 @@ from datasets.ct.nifti import Volume
 from datasets.store.files import write_bytes
 from sam_embed.embeddings.compact import Storage
 from sam_embed.embeddings.embedding_store import Embedding, as_parts, from_parts
-from sam_embed.matching.carry import VOTE_MM, Reference
+from sam_embed.matching.carry import VOTE_MM
+from sam_embed.matching.reference import Reference
 
 # Bytes of a case, which with its labels (some 50 000) stay below 1 MB.
 MAP_BYTES = {"fine": 600_000, "coarse": 150_000}

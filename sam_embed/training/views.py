@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.ct.intensity import AIR_HU
+from datasets.samples.random_contrast import IntensityOptions, change_intensity, uniform
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.preprocess import scale_hu
-from sam_embed.training.view_intensity import IntensityOptions, change_intensity, uniform
 from sam_embed.training.warp import Triple, Warp
 
 Range = tuple[float, float]

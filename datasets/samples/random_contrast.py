@@ -1,7 +1,9 @@
-"""Random changes of a view's intensities, in HU: contrast phase, noise, sharpness.
+"""Random changes of a scan's intensities, in HU: contrast phase, noise, sharpness.
 
 Yan et al., "SAM", TMI 2022, Sec. III-A use noise and blur. Contrast agents change organs by 20 to 200 HU, differently
 for each, so a view may also pass through a random intensity curve and get smooth additive fields in its soft tissue.
+Where labels are known, each organ may get an intensity of its own, as Billot et al., "SynthSeg", Medical Image Analysis
+86, 2023, draw one for every label: a network that is taught so must find organs by shape and place.
 """
 
 from collections.abc import Sequence
@@ -33,6 +35,10 @@ class IntensityOptions:
     field_hu: float = 25.0
     noise_hu: float = 40.0
     blur_vox: float = 0.8
+
+
+TO_OTHER_SCANNERS = IntensityOptions(curve_hu=25.0, field_hu=40.0, noise_hu=60.0)  # for segmenters
+ORGAN_HU = 50.0  # largest std of the organs' own shifts
 
 
 def uniform(rng: torch.Generator, low: float, high: float, size: tuple[int, ...] = ()) -> Tensor:
@@ -79,3 +85,15 @@ def smooth_field(shape: Sequence[int], spacing_mm: Sequence[float], most_hu: flo
     amount = most_hu * float(uniform(rng, 0.0, 1.0))
     lattice = torch.randn((1, 1, *nodes), generator=rng) * amount
     return F.interpolate(lattice, size=tuple(shape), mode="trilinear", align_corners=True)[0, 0]
+
+
+def change_organs(hu: Tensor, label: Tensor, most_hu: float, rng: torch.Generator) -> Tensor:
+    """Shift every organ by an amount of its own, HU; the deviation of these amounts is drawn up to `most_hu`.
+
+    Args:
+        hu: float32 [D, H, W], HU.
+        label: integers [D, H, W], 0 to 255; 0 is background, which stays.
+    """
+    shifts = torch.randn(256, generator=rng) * most_hu * float(uniform(rng, 0.0, 1.0))
+    shifts[0] = 0
+    return hu + shifts[label.long()]
