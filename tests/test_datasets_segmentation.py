@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +15,7 @@ from datasets.lists.data_list import Case, DataListError, load_data_list
 from datasets.lists.label_classes import BTCV, FLARE22, LabelClasses, read_classes
 from datasets.lists.splits import choose_labelled, fold_order, split_held_out
 from datasets.samples.labelled import SegmentationAugment, SegmentationCropDataset
+from datasets.samples.random_contrast import change_organs
 from datasets.store.volumes import VolumeStore, build_store
 from tests.labelled_corpus import make_labelled_corpus
 
@@ -192,6 +194,41 @@ def test_turned_crops_keep_image_and_label_together(corpus):
                 values.append(float(inside.mean()))
     # The window maps 110 HU to 0.67 and 180 HU to 0.87; a label that moved apart from its organ would blur them.
     assert np.mean(means[1]) == pytest.approx(0.67, abs=0.06) and np.mean(means[2]) == pytest.approx(0.87, abs=0.08)
+
+
+def test_crops_of_other_scanners_have_the_same_places_and_random_organs(corpus):
+    """Of some crops alone, in draws of their own: place, size and label of every crop stay."""
+    off = SegmentationAugment.off()
+    plain = crops(corpus, augment=off, foreground_share=1.0, seed=2)
+    half, always = (
+        crops(corpus, augment=replace(off, random_contrast=share), foreground_share=1.0, seed=2) for share in (0.5, 1.0)
+    )
+    changed, shifts = 0, []
+    for index in range(40):
+        sample, other, third = plain[index], half[index], always[index]
+        assert torch.equal(sample["label"], other["label"]) and torch.equal(sample["label"], third["label"])
+        assert third["image"].min() >= 0 and third["image"].max() <= 1 and third["image"].dtype == torch.float32
+        assert not torch.equal(sample["image"], third["image"])
+        is_changed = not torch.equal(sample["image"], other["image"])
+        assert not is_changed or torch.equal(other["image"], third["image"]), "drawn by the crop's number alone"
+        changed += is_changed
+        liver, spleen = (sample["label"] == 1, sample["label"] == 2)
+        if min(liver.sum(), spleen.sum()) > 30:
+            move = third["image"] - sample["image"]
+            shifts.append(350 * float(move[liver].mean() - move[spleen].mean()))
+    assert 10 <= changed <= 30
+    assert len(shifts) >= 4 and np.std(shifts) > 15, "organs move apart, in HU"
+    assert torch.equal(always[3]["image"], always[3]["image"])
+
+
+def test_every_organ_gets_a_shift_of_its_own_and_the_background_none():
+    label = torch.arange(4).repeat_interleave(50).view(2, 10, 10)
+    moved = change_organs(torch.zeros(label.shape), label, 50.0, torch.Generator().manual_seed(0))
+    means = [moved[label == value].unique().tolist() for value in range(4)]
+    assert means[0] == [0.0] and all(len(values) == 1 for values in means) and len({values[0] for values in means}) == 4
+    amounts = [change_organs(torch.zeros(1), torch.ones(1), 50.0, torch.Generator().manual_seed(i)) for i in range(400)]
+    # Normal with a deviation uniform up to 50 HU: 50 / sqrt(3) in all.
+    assert float(torch.cat(amounts).std()) == pytest.approx(50 / 3**0.5, rel=0.15)
 
 
 # Slices

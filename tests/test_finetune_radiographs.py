@@ -160,6 +160,12 @@ def test_a_network_sees_a_small_picture_with_darkness_around_it(low, high):
     assert seen[0].shape == (1, 1, 1, 16, 16) and seen[0].sum() == 18 and seen[0].max() == 1
 
 
+def test_random_contrast_is_for_ct_alone(corpus, tmp_path):
+    with pytest.raises(ValueError, match="--random_contrast changes CT by HU, and these cases are radiographs"):
+        command.main(finetune_arguments(corpus, tmp_path / "run", **SMALL, random_contrast=0.5))
+    assert not (tmp_path / "run").exists()
+
+
 # What radiographs take over from weights
 
 
