@@ -50,6 +50,7 @@ from engine.weights import (
     chosen_part,
     describe,
     extract,
+    halved,
     save_described,
     save_weights,
     weights_file_name,
@@ -166,20 +167,6 @@ def check_layout(flags, backbone: dict) -> None:
         raise CheckpointError(f"--with_head: --format {flags.format} has no place for a head; use --format monai")
     if flags.half and flags.format == nnunet_checkpoint.FORMAT:
         raise CheckpointError(f"--half: --format {flags.format} is nnU-Net's own checkpoint, which is float32")
-
-
-def halved(value: torch.Tensor, name: str, path: str) -> torch.Tensor:
-    """A floating-point tensor in half precision; others stay as they are.
-
-    Raises:
-        CheckpointError: a number too large for it.
-    """
-    if not value.is_floating_point():
-        return value
-    half = value.half()
-    if not half.isfinite().all():
-        raise CheckpointError(f"{path}: {name} holds numbers above 65504, too large for --half")
-    return half
 
 
 def main(argv: list[str] | None = None) -> None:

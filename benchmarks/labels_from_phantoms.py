@@ -8,7 +8,8 @@ model's, see ATTRIBUTION.md in --ct_dir). Nothing real and no label of a real sc
 judge the phantom generator, whose version they name: a phantom is as good as what it teaches about real CT.
 
 Stages are kept in --work_dir and skipped when they are done; the phantoms are made by the generator of this commit.
-An hour for three trainings on 2 CPU cores.
+An hour for three trainings on 2 CPU cores. With --shipped nothing is trained: SAM, phantoms and network that come with
+the repository are judged, as `propagate_labels.py --reference phantoms` uses them, in five minutes.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import jsonargparse
 import numpy as np
+import torch
 
 from benchmarks.comparison.jobs import Call, Job, Records, run_jobs
 from benchmarks.real_ct_matching import ABDOMEN
@@ -25,12 +27,14 @@ from datasets.ct.nifti import Volume, read_ct, read_label
 from datasets.lists.data_list import Case, load_data_list
 from datasets.lists.label_classes import FLARE22
 from datasets.phantom.cases import GENERATOR
-from engine.flags import available_cpus
+from engine.flags import add_switch, available_cpus
+from engine.references import SHIPPED_NETWORK, open_organ_network, open_phantoms, opinion_of
 from engine.segmentation.metrics import score_case
-from sam_embed.checkpoint import load_embedder
+from sam_embed.checkpoint import SHIPPED, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
-from sam_embed.embeddings.embedding_store import load_embedding
+from sam_embed.embeddings.embedding_store import Embedding, load_embedding
 from sam_embed.matching.carry import carry_labels
+from sam_embed.matching.opinion import Opinion
 from sam_embed.matching.reference import Reference
 
 # What the abdomen's label calls by another name than FLARE22.
@@ -59,6 +63,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of SAM's trainings, one each")
     add("--sam_config", type=str, default="configs/sam_quickstart.yaml", help="recipe of SAM's training")
     add("--sam_flags", type=str, default="--steps=600 --time_limit_min=0", help="its further flags, in quotes")
+    add_switch(parser, "--shipped", False, "judge what comes with the repository instead of training")
     return parser
 
 
@@ -128,16 +133,39 @@ def read_truth(ct_dir: Path) -> Volume:
     return Volume(truth, label.affine, label.path)
 
 
-def judge(weights: Path, cases: Sequence[Case], scan: Volume, truth: Volume) -> dict[str, float]:
+def embed(weights: Path, scan: Volume) -> Embedding:
+    """The real scan's embedding."""
+    network, info = load_embedder(weights)
+    return embed_volume(for_inference(network), scan, info, name=ABDOMEN)
+
+
+def judge(
+    embedding: Embedding, references: Sequence[Reference], scan: Volume, truth: Volume, opinion: Opinion | None = None
+) -> dict[str, float]:
     """Dice of each organ that the real scan shows, and their mean."""
-    network, info = load_embedder(weights / "checkpoint_best.pth")
-    embedding = embed_volume(for_inference(network), scan, info, name=ABDOMEN)
-    phantoms = Phantoms(cases, weights / "embeddings")
-    carried = carry_labels(embedding, phantoms, truth.shape, truth.affine, hu=scan.array)
+    carried = carry_labels(embedding, references, truth.shape, truth.affine, hu=scan.array, opinion=opinion)
+    return dice_of(carried.labels, truth)
+
+
+def dice_of(labels: np.ndarray, truth: Volume) -> dict[str, float]:
+    """Dice of each organ that the truth holds, and their mean."""
     names = ("background", *FLARE22)
-    scores = score_case(ABDOMEN, carried.labels.astype(np.uint8), truth.array, truth.spacing_mm, names, 0.0)
+    scores = score_case(ABDOMEN, labels.astype(np.uint8), truth.array, truth.spacing_mm, names, 0.0)
     found = {score.organ: score.dice for score in scores if score.truth_ml > 0}
     return {**found, "mean": float(np.mean(list(found.values())))}
+
+
+def judge_shipped(scan: Volume, truth: Volume) -> dict[str, dict[str, float]]:
+    """Dice of the phantoms' labels alone, of the network alone, and of both."""
+    references, classes = open_phantoms()
+    network = open_organ_network(str(SHIPPED_NETWORK), classes, torch.device("cpu"))
+    embedding = embed(SHIPPED, scan)
+    alone = network.classes.to_values(network.segment(network.on_own_grid(scan), truth))
+    return {
+        "phantoms' labels": judge(embedding, references, scan, truth),
+        "network": dice_of(alone, truth),
+        "both": judge(embedding, references, scan, truth, opinion_of(network, scan)),
+    }
 
 
 def run(flags: jsonargparse.Namespace) -> dict:
@@ -151,11 +179,17 @@ def run(flags: jsonargparse.Namespace) -> dict:
     if missing:
         print(f"skipped: no real CT in {ct_dir} (lacks {', '.join(missing)}); see --ct_dir and ALICE_SHARED")
         return {}
+    scan, truth = read_ct(ct_dir / f"{ABDOMEN}.nii.gz"), read_truth(ct_dir)
+    if flags.shipped:
+        return {"generator": GENERATOR, "dice": judge_shipped(scan, truth)}
     records = Records(root / "jobs")
     run_jobs(make_jobs(root, flags), records, flags.num_threads, pool=None)
     cases = load_data_list(root / "data.json", root / "data")
-    scan, truth = read_ct(ct_dir / f"{ABDOMEN}.nii.gz"), read_truth(ct_dir)
-    dice = {f"seed{seed}": judge(weights_dir(root, seed), cases, scan, truth) for seed in flags.seeds}
+    dice = {}
+    for seed in flags.seeds:
+        weights = weights_dir(root, seed)
+        phantoms = Phantoms(cases, weights / "embeddings")
+        dice[f"seed{seed}"] = judge(embed(weights / "checkpoint_best.pth", scan), phantoms, scan, truth)
     organs = list(next(iter(dice.values())))
     mean = {organ: float(np.mean([found[organ] for found in dice.values()])) for organ in organs}
     return {
@@ -167,10 +201,11 @@ def run(flags: jsonargparse.Namespace) -> dict:
 
 
 def markdown(found: dict) -> str:
-    """Dice of every organ: a column for each training, and their mean."""
-    trainings = found["dice"]
-    lines = [(organ, *(f"{dice[organ]:.2f}" for dice in trainings.values())) for organ in trainings["mean"]]
-    return table(lines, (f"Dice, generator {found['generator']}", *trainings))
+    """Dice of every organ: a column for each training and their mean, or for each way."""
+    columns = found["dice"]
+    organs = next(iter(columns.values()))
+    lines = [(organ, *(f"{dice[organ]:.2f}" for dice in columns.values())) for organ in organs]
+    return table(lines, (f"Dice, generator {found['generator']}", *columns))
 
 
 main = command(__name__, make_flags, run, markdown)

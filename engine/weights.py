@@ -135,6 +135,20 @@ def weights_file_name(path: str | Path, wanted: str = "auto") -> Path:
     return path.with_name(path.name + (".safetensors" if wanted == "safetensors" else ".pth"))
 
 
+def halved(value: torch.Tensor, name: str, path: str | Path) -> torch.Tensor:
+    """A floating-point tensor in half precision; others stay as they are.
+
+    Raises:
+        CheckpointError: a number too large for it.
+    """
+    if not value.is_floating_point():
+        return value
+    half = value.half()
+    if not half.isfinite().all():
+        raise CheckpointError(f"{path}: {name} holds numbers above 65504, too large for --half")
+    return half
+
+
 def save_weights(weights: dict[str, torch.Tensor], metadata: dict, path: str | Path) -> None:
     """Write weights as a plain dict of tensors (.pth, metadata beside it in `<path>.json`) or as .safetensors.
 

@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -39,7 +40,16 @@ from engine.embedding_flags import add_embedding_flags
 from engine.explore.server import HOST, ExploreApp, listen, make_server
 from engine.explore.session import FAILED, Scan, Session
 from engine.flags import add_options, make_parser, options_of, run_main
-from engine.references import PHANTOMS, check_embedded_by, classes_of, open_phantoms
+from engine.references import (
+    PHANTOMS,
+    add_organ_network,
+    check_embedded_by,
+    check_organ_network,
+    classes_of,
+    open_organ_network,
+    open_phantoms,
+    opinion_of,
+)
 from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
 from sam_embed.embeddings.embedding_store import Embedding
@@ -53,6 +63,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     parser.add_argument("--images", type=str, nargs="+", required=True, help=f"two or more CT, {EXPECTED}")
     label_help = f"label maps of the first images, in the same order; or the word {PHANTOMS}"
     parser.add_argument("--labels", type=str, nargs="+", default=[], help=label_help)
+    add_organ_network(parser)
     parser.add_argument("--port", type=int, default=8000, help="of the page's address; 0 = any that is free")
     add_options(parser.add_argument_group("trust"), FollowOptions)
     add_embedding_flags(parser)
@@ -71,6 +82,8 @@ def check_files(flags: jsonargparse.Namespace) -> None:
         raise ValueError(f"--labels {PHANTOMS} stands alone, received {' '.join(flags.labels)}")
     if len(flags.labels) > len(flags.images):
         raise ValueError(f"--labels names {len(flags.labels)} files and --images {len(flags.images)}; expected no more")
+    if PHANTOMS in flags.labels:
+        check_organ_network(flags.organ_network)
     labels = [] if PHANTOMS in flags.labels else flags.labels
     for flag, paths in (("--images", flags.images), ("--labels", labels)):
         for path in paths:
@@ -89,11 +102,13 @@ def read_for(flag: str, read: Callable[..., Volume], *arguments) -> Volume:
 def make_session(flags: jsonargparse.Namespace, options: FollowOptions) -> Session:
     """Read all files and the network."""
     network, info = load_embedder(flags.checkpoint_file)
-    network = for_inference(network, flags.precision).to(pick_device(flags.device, 0))
-    references, classes, labels = [], None, []
+    device = pick_device(flags.device, 0)
+    network = for_inference(network, flags.precision).to(device)
+    references, classes, labels, opinion = [], None, [], None
     if PHANTOMS in flags.labels:
         references, classes = open_phantoms()
         check_embedded_by(references, info, flags.checkpoint_file, "--labels")
+        opinion = partial(opinion_of, open_organ_network(flags.organ_network, classes, device))
     names = unique_names([Path(path).as_posix() for path in flags.images])
     volumes = [read_for("--images", read_ct, path) for path in tqdm(flags.images, desc="reading", unit="scan")]
     if flags.labels and not references:
@@ -105,7 +120,7 @@ def make_session(flags: jsonargparse.Namespace, options: FollowOptions) -> Sessi
     def embed(scan: Scan) -> Embedding:
         return embed_volume(network, scan.volume, info, flags.memory_mb, scan.name)
 
-    return Session(scans, embed, options, classes, references)
+    return Session(scans, embed, options, classes, references, opinion)
 
 
 def embed_all(session: Session) -> None:

@@ -18,9 +18,10 @@ With --save_displacement and --warp also, for every reference REF:
     NAME_from_REF.nii.gz              the reference, moved onto the image's voxels
 
 Several references vote. The word `phantoms` stands for labelled phantoms that come with the repository, so that nobody
-must have drawn a label (FLARE22's values; organs that phantoms do not find on real CT stay empty). For research, not
-for clinical use. May be stopped and run again: finished images are skipped, unless --overwrite is given. The files of
-an image are written aside and then renamed, the labels last.
+must have drawn a label (FLARE22's values; organs that phantoms do not find on real CT stay empty). A network that was
+taught with phantoms has its say there (--organ_network). For research, not for clinical use. May be stopped and run
+again: finished images are skipped, unless --overwrite is given. The files of an image are written aside and then
+renamed, the labels last.
 """
 
 import json
@@ -47,7 +48,16 @@ from datasets.lists.search import find_cases
 from engine import distributed
 from engine.embedding_flags import add_embedding_flags
 from engine.flags import RunInfo, add_options, add_switch, flags_as_dict, make_parser, run_main
-from engine.references import PHANTOMS, check_embedded_by, classes_of, open_phantoms
+from engine.references import (
+    PHANTOMS,
+    add_organ_network,
+    check_embedded_by,
+    check_organ_network,
+    classes_of,
+    open_organ_network,
+    open_phantoms,
+    opinion_of,
+)
 from engine.segmentation.pictures import save_carried
 from sam_embed.checkpoint import EmbedderOptions, load_embedder
 from sam_embed.embeddings.embed import embed_volume, for_inference
@@ -69,6 +79,7 @@ def make_flags() -> jsonargparse.ArgumentParser:
     data.add_argument("--reference", type=str, nargs="+", required=True, help=reference_help)
     labels_help = f"their label maps, in the same order; none with {PHANTOMS}"
     data.add_argument("--labels", type=str, nargs="+", default=[], help=labels_help)
+    add_organ_network(data)
     data.add_argument("--images", type=str, nargs="+", required=True, help="CT to label: files, or folders of them")
     data.add_argument("--output_dir", type=str, required=True, help="folder of the results; made if missing")
     list_help = "data list (JSON) of the labelled images, for finetuning with --data_dir OUTPUT_DIR"
@@ -83,7 +94,8 @@ def make_flags() -> jsonargparse.ArgumentParser:
 
 
 def check_references(flags: jsonargparse.Namespace) -> None:
-    """Check that references and labels exist, as many of one as of the other, or that the phantoms stand alone.
+    """Check that references and labels exist, as many of one as of the other, or that the phantoms stand alone and the
+    network that helps them exists.
 
     Raises:
         ValueError: they are not.
@@ -98,6 +110,7 @@ def check_references(flags: jsonargparse.Namespace) -> None:
             )
         if flags.list_references:
             raise ValueError(f"--list_references lists files of your own, and the {PHANTOMS} have none")
+        check_organ_network(flags.organ_network)
         return
     if flags.list_references and not flags.data_list:
         raise ValueError("--list_references needs --data_list, the file to list them in")
@@ -148,7 +161,8 @@ def claim_folder(flags: jsonargparse.Namespace) -> None:
     record = Path(flags.output_dir) / RUN_FILE
     if record.is_file() and not flags.overwrite:
         before, now = json.loads(record.read_text())["flags"], flags_as_dict(flags)
-        differing = [f"--{name} {before.get(name)}" for name in DECIDING if before.get(name) != now[name]]
+        deciding = (*DECIDING, "organ_network") if PHANTOMS in flags.reference else DECIDING
+        differing = [f"--{name} {before.get(name)}" for name in deciding if before.get(name) != now[name]]
         if differing:
             raise ValueError(
                 f"{flags.output_dir}: holds labels made with {', '.join(differing)}. Choose another --output_dir, or "
@@ -198,10 +212,10 @@ class Propagator:
         flags: of this command.
         classes: of the references; other labels of theirs are left out.
         device: where scans are embedded.
-        references: ready ones; None = the files that the flags name.
+        references: the phantoms; None = the files that the flags name.
 
     Raises:
-        ValueError: ready references of another SAM.
+        ValueError: phantoms of another SAM, or a network that does not know their organs.
     """
 
     def __init__(
@@ -215,10 +229,12 @@ class Propagator:
         network, self.info = load_embedder(flags.checkpoint_file)
         self.network = for_inference(network, flags.precision).to(device)
         self.memory_mb = flags.memory_mb
+        self.organ_network = None
         if references is None:
             references = [self._reference(*paths) for paths in zip(flags.reference, flags.labels)]
         else:
             check_embedded_by(references, self.info, flags.checkpoint_file, "--reference")
+            self.organ_network = open_organ_network(flags.organ_network, classes, device)
         self.references, self.files = references, flags.reference
 
     def _reference(self, image: str, label: str) -> Reference:
@@ -235,7 +251,10 @@ class Propagator:
         scan = embed_volume(self.network, volume, self.info, self.memory_mb, name)
         for reference, file, files in zip(self.references, self.files, results.registered):
             self._register(scan, volume, grid, reference, file, files)
-        labels, confidence = carry_labels(scan, self.references, volume.shape, volume.affine, hu=volume.array)
+        opinion = opinion_of(self.organ_network, volume)
+        labels, confidence = carry_labels(
+            scan, self.references, volume.shape, volume.affine, hu=volume.array, opinion=opinion
+        )
         channels = self.classes.to_classes(labels)
         confidence[(labels != 0) & (channels == 0)] = 0  # an organ that is left out
         save_carried(results.picture, volume, channels, confidence, self.classes.names)

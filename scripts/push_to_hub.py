@@ -14,6 +14,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +25,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from engine.flags import add_switch, make_parser, run_main
 from engine.publishing.card import model_card
 from engine.publishing.publication import FILES, collect, write_folder
-from engine.weights import CHECKPOINT_KEYS
+from engine.weights import CHECKPOINT_KEYS, halved
 from models.hub import HUB
 
 
@@ -37,6 +38,7 @@ def make_flags():
     add("--repo_id", type=str, default="", help="owner/name on the hub; empty = write the folder only")
     add_switch(parser, "--private", False, "make the repository private, if it is new")
     add("--output_dir", type=str, default="", help="keep the folder here; empty = a temporary one")
+    add_switch(parser, "--half", False, "half precision: half as large a file, which loads into float32 networks")
     add_switch(parser, "--dry_run", False, "write the folder only")
     add("--data", type=str, default="", help="what the training data are, for the card")
     add("--license", type=str, default="", help="of the weights, by the hub's name, e.g. cc-by-4.0; empty = none named")
@@ -49,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     if not is_upload and not flags.output_dir:
         raise ValueError("nothing to do: give --repo_id to upload, or --output_dir to write the folder")
     publication = collect(flags.weights, flags.checkpoint_key)
+    if flags.half:
+        weights = {name: halved(value, name, flags.weights) for name, value in publication.weights.items()}
+        publication = replace(publication, weights=weights)
     card = model_card(publication, flags.repo_id or Path(flags.output_dir).name, flags.data, flags.license)
     with folder_of(flags.output_dir) as folder:
         write_folder(publication, card, folder)

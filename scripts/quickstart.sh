@@ -13,7 +13,7 @@ out="${QUICKSTART_DIR:-results/quickstart}"
 mkdir -p "$out"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
 
-stage "phantom CT" python scripts/make_phantom_dataset.py --out_dir "$out/data" --num_unlabelled 22 --num_labelled 5 --seed 0
+stage "phantom CT" python scripts/make_phantom_dataset.py --out_dir "$out/data" --num_unlabelled 22 --num_labelled 6 --seed 0
 stage "data list" python scripts/create_json.py --data_dir "$out/data" --output "$out/data.json" --cases unlabelled --num_validation 4
 stage "volume store" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/data.json" \
     --store_dir "$out/store" --spacing_mm 3 3 3
@@ -41,10 +41,14 @@ stage "extract student" python extract_backbone_weights.py "$out/alice_unet/chec
     --checkpoint_key student
 budget=(--config configs/finetune_quickstart.yaml --backbone unet --feature_size 16 --roi_x 32 --roi_y 32 --roi_z 32 --spacing_mm 6
     --num_labelled 1 --resume none --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm")
-stage "finetune scratch" python scripts/finetune_segmentation.py "${budget[@]}" --weights none --output_dir "$out/finetune_scratch"
-stage "finetune Alice" python scripts/finetune_segmentation.py "${budget[@]}" --weights "$out/alice_unet.safetensors" \
-    --freeze_encoder_steps 100 --memory true --output_dir "$out/finetune_alice"   # new layers first, then all
-stage "judge without memory" python scripts/evaluate_segmentation.py --checkpoint_file "$out/finetune_alice/best.pth" \
-    --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm" --memory false --no_pictures \
-    --overlap 0.25 --window_batch 8 --output_dir "$out/finetune_alice/evaluation_alone"
+# Which patient is labelled matters, so two are tried in turn; all are judged on the same four.
+for fold in 0 1; do
+    scratch="$out/finetune_scratch/$fold" alice="$out/finetune_alice/$fold"
+    stage "scratch, label $fold" python scripts/finetune_segmentation.py "${budget[@]}" --weights none --fold "$fold" --output_dir "$scratch"
+    stage "Alice, label $fold" python scripts/finetune_segmentation.py "${budget[@]}" --weights "$out/alice_unet.safetensors" \
+        --freeze_encoder_steps 100 --memory true --fold "$fold" --output_dir "$alice"   # new layers first, then all
+    stage "no memory, label $fold" python scripts/evaluate_segmentation.py --checkpoint_file "$alice/best.pth" --memory false \
+        --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm" --no_pictures \
+        --overlap 0.25 --window_batch 8 --output_dir "$alice/evaluation_alone"
+done
 python scripts/quickstart_report.py --quickstart_dir "$out"

@@ -35,7 +35,7 @@ from sam_embed.judging.trust import Thresholds
 MATCHERS = {"sam": "SAM", "body_box": "body box", "body_affine": "affine fit"}
 LOSSES = ("loss", "loss_cls", "loss_tokens", "loss_recon")
 NUM_SHEET_PAIRS = 5
-# Title, finetuning run, and the folder of its evaluation.
+# Title, folder of the finetuning runs (one for each labelled patient), and that of their evaluation.
 FINETUNED = {
     "scratch": ("from scratch", "finetune_scratch", EVALUATION),
     "alice": ("pretrained", "finetune_alice", "evaluation_alone"),
@@ -85,20 +85,25 @@ def summarise(folder: Path, pairs: CropDataset) -> dict:
         "matching": json.loads((folder / "matching.json").read_text()),
         "pairs": pairs.statistics(),
         "losses": read_losses(folder / "alice" / "log.txt"),
-        "finetuning": {name: read_finetuning(folder / run, judged) for name, (_, run, judged) in FINETUNED.items()},
+        "finetuning": {name: read_finetunings(folder / runs, judged) for name, (_, runs, judged) in FINETUNED.items()},
     }
 
 
-def read_finetuning(folder: Path, judged: str) -> dict:
-    """Budget of a finetuning run, and one evaluation: mean Dice and NSD (0 to 1) over held-out patients and organs."""
-    flags = json.loads((folder / "run.json").read_text())["flags"]
-    results = json.loads((folder / judged / SUMMARY).read_text())
+def read_finetunings(folder: Path, judged: str) -> dict:
+    """Budget of finetuning runs that differ in the labelled patient, and what each of them reached.
+
+    Dice and NSD (0 to 1) are means over held-out patients and organs: one for each run, and their mean.
+    """
+    runs = sorted(path.parent for path in folder.glob("*/run.json"))
+    flags = json.loads((runs[0] / "run.json").read_text())["flags"]
+    results = [json.loads((run / judged / SUMMARY).read_text()) for run in runs]
+    figures = {name: [result[name]["mean"] for result in results] for name in ("dice", "nsd")}
     return {
         "num_labelled": flags["num_labelled"],
         "steps": flags["steps"],
-        "num_cases": results["num_cases"],
-        "dice": results["dice"]["mean"],
-        "nsd": results["nsd"]["mean"],
+        "num_cases": results[0]["num_cases"],
+        **{name: sum(values) / len(values) for name, values in figures.items()},
+        "by_labelled_patient": figures,
     }
 
 
@@ -138,13 +143,16 @@ def describe_mined(matching: dict) -> str:
 def describe_finetuning(runs: dict[str, dict]) -> list[str]:
     """Dice of pretrained beside scratch; one seed and a few patients prove nothing."""
     run = runs["alice"]
+    number = len(run["by_labelled_patient"]["dice"])
     lines = [
-        f"{run['num_labelled']}-shot segmentation, {run['steps']} steps, {run['num_cases']} held-out patients, "
-        "one seed (benchmarks/compare_pretraining.py compares properly)"
+        f"{run['num_labelled']}-shot segmentation, {run['steps']} steps, {run['num_cases']} held-out patients, mean of "
+        f"{number} labelled ones,",
+        "one seed (benchmarks/compare_pretraining.py compares properly)",
+        f"{'':<16} {'Dice (%)':>8} {'NSD (%)':>8}   Dice by labelled patient",
     ]
-    lines += [f"{'':<16} {'Dice (%)':>8} {'NSD (%)':>8}"]
     for name, (title, *_) in FINETUNED.items():
-        lines.append(f"{title:<16} {100 * runs[name]['dice']:>8.1f} {100 * runs[name]['nsd']:>8.1f}")
+        each = ", ".join(f"{100 * dice:.1f}" for dice in runs[name]["by_labelled_patient"]["dice"])
+        lines.append(f"{title:<16} {100 * runs[name]['dice']:>8.1f} {100 * runs[name]['nsd']:>8.1f}   {each}")
     return lines
 
 
@@ -170,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     draw_matches(folder, folder / "matched_landmarks.png")
     draw_sample_sheet([pairs[index] for index in range(NUM_SHEET_PAIRS)], folder / "paired_crops.png", pairs.store)
     shutil.copyfile(folder / "alice_unet" / "reconstruction.png", folder / "reconstruction.png")
-    shutil.copyfile(folder / "finetune_alice" / EVALUATION / OVERLAY, folder / "segmentation.png")
+    shutil.copyfile(folder / "finetune_alice" / "0" / EVALUATION / OVERLAY, folder / "segmentation.png")
     RunInfo.collect(flags).write(folder, "report_run.json")
     pictures = ", ".join(str(folder / f"{name}.png") for name in PICTURES)
     text = describe(summary) + f"\npictures: {pictures}\n"

@@ -58,6 +58,16 @@ def test_benchmark_runs_and_a_second_run_reuses_its_stages(ct_dir, tmp_path, mon
     assert "| liver |" in capsys.readouterr().out
 
 
+def test_what_ships_is_judged_alone_and_together(ct_dir, tmp_path, monkeypatch):
+    references, classes = benchmark.open_phantoms()
+    monkeypatch.setattr(benchmark, "open_phantoms", lambda: (references[:2], classes))
+    benchmark.main(["--shipped", "--ct_dir", str(ct_dir), "--output", str(tmp_path / "found.json")])
+    dice = json.loads((tmp_path / "found.json").read_text())["dice"]
+    assert list(dice) == ["phantoms' labels", "network", "both"] and all(len(found) == 13 for found in dice.values())
+    assert dice["both"]["mean"] > dice["phantoms' labels"]["mean"] and dice["both"]["liver"] > 0.7
+    assert dice["network"]["liver"] > 0.5, "a phantom, as the network knows them"
+
+
 def test_without_real_ct_it_is_skipped(tmp_path, capsys):
     benchmark.main(["--ct_dir", str(tmp_path), "--output", str(tmp_path / "out.json")])
     assert "skipped: no real CT" in capsys.readouterr().out and not (tmp_path / "out.json").exists()

@@ -15,7 +15,7 @@ from engine.device import make_scaler
 from engine.flags import REPOSITORY
 from engine.optim import make_optimizer
 from engine.run import RunState
-from engine.weights import start_from
+from engine.weights import halved, start_from
 from models.backbones import segmentation_network
 from models.methods import Method
 from models.pretrained import load_pretrained
@@ -158,7 +158,7 @@ def test_half_precision_loads_into_a_float32_network(checkpoint, tmp_path, suffi
         assert loaded[name].dtype == value.dtype
         torch.testing.assert_close(loaded[name], value, rtol=2e-3, atol=1e-6)
     with pytest.raises(CheckpointError, match="x holds numbers above 65504, too large for --half"):
-        extract_backbone_weights.halved(torch.tensor([1e6]), "x", "checkpoint.pth")
+        halved(torch.tensor([1e6]), "x", "checkpoint.pth")
 
 
 def test_head_comes_along_only_when_asked(checkpoint, tmp_path):

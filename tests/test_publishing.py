@@ -134,6 +134,17 @@ def test_published_segmenter_segments_as_before(finetuned, tmp_path):
     np.testing.assert_array_equal(after.segment(volume, volume), before.segment(volume, volume))
 
 
+def test_half_precision_halves_the_file_and_still_segments(finetuned, tmp_path):
+    publish(finetuned, tmp_path / "whole")
+    publish(finetuned, tmp_path / "half", "--half")
+    whole, half = (tmp_path / name / "model.safetensors" for name in ("whole", "half"))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    before, after = (open_segmenter(path, CPU).network.state_dict() for path in (whole, half))
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype
+        torch.testing.assert_close(after[name], value, rtol=2e-3, atol=1e-6)
+
+
 def test_weights_must_say_what_they_are(pretrained, tmp_path):
     encoder = BACKBONES["unet"](8, (32, 32, 32), None, False).network.state_dict()
     torch.save(encoder, tmp_path / "bare.pth")

@@ -13,6 +13,8 @@ from datasets.ct.nifti import write_nifti
 from datasets.lists.data_list import load_data_list
 from engine import references
 from engine.distributed import World
+from engine.segmentation.setup import Preprocessing
+from models.segmenters import SEGMENTERS
 from sam_embed.checkpoint import EmbedderInfo
 from sam_embed.network import AnatomicalEmbedder
 from scripts import pack_references, propagate_labels
@@ -155,7 +157,8 @@ def phantoms(corpus, tmp_path, monkeypatch):
 
 def phantom_command(corpus, output, sam="sam.pth") -> list[str]:
     words = ["--checkpoint_file", str(corpus / sam), "--device=cpu", "--output_dir", str(output)]
-    return [*words, "--reference", "phantoms", "--images", str(corpus / "images" / "same_0000.nii.gz")]
+    images = ["--images", str(corpus / "images" / "same_0000.nii.gz")]
+    return [*words, "--organ_network", "none", "--reference", "phantoms", *images]
 
 
 def test_phantoms_need_no_labels_and_name_only_what_they_find(corpus, phantoms, tmp_path):
@@ -181,6 +184,47 @@ def test_phantoms_of_another_network_and_phantoms_with_labels_are_refused(corpus
         propagate_labels.main([*phantom_command(corpus, tmp_path / "warped"), "--warp"])
     with pytest.raises(ValueError, match="--reference phantoms stands alone"):
         propagate_labels.main([*phantom_command(corpus, tmp_path / "out2"), "--labels", "a.nii.gz"])
+
+
+def write_organ_network(path, sure_of: int, values=(0, *range(1, 14))) -> None:
+    """A finetuned network that finds one class everywhere, whatever it sees."""
+    network = SEGMENTERS["unet"].build(1, len(values), 8)
+    for name, value in network.state_dict().items():
+        if name.startswith("out."):
+            value.zero_()
+            value += torch.arange(len(values)).eq(sure_of) * 8.0 if name.endswith("bias") else 0
+    preprocessing = Preprocessing((8.0, 8.0, 8.0), -125.0, 225.0, (32, 32, 32)).as_dict()
+    backbone = {"name": "unet", "feature_size": 8, "in_channels": 1}
+    classes = {"values": list(values), "names": ["background", *(f"organ {value}" for value in values[1:])]}
+    state = {"kind": "segmentation", "backbone": backbone, "classes": classes, "preprocessing": preprocessing}
+    torch.save(state | {"model": network.state_dict()}, path)
+
+
+def test_a_network_has_its_say_where_phantoms_are_the_reference(corpus, phantoms, tmp_path):
+    """One that is sure of background takes organs away, one that is sure of the organ adds to it, none leaves it."""
+    write_organ_network(tmp_path / "blind.pth", 0)
+    write_organ_network(tmp_path / "eager.pth", 2)
+    sizes = {}
+    for name in ("none", "blind.pth", "eager.pth"):
+        network = name if name == "none" else str(tmp_path / name)
+        out = tmp_path / f"out_{name}"
+        propagate_labels.main([*phantom_command(corpus, out), "--organ_network", network])
+        sizes[name] = int((np.asarray(nib.load(out / "same_label.nii.gz").dataobj) == 2).sum())
+        assert json.loads((out / "run.json").read_text())["flags"]["organ_network"] == network
+    assert sizes["blind.pth"] < 0.95 * sizes["none"] and sizes["none"] < sizes["eager.pth"] < 3 * sizes["none"]
+    with pytest.raises(ValueError, match="holds labels made with --organ_network none"):
+        words = [*phantom_command(corpus, tmp_path / "out_none"), "--organ_network", str(tmp_path / "blind.pth")]
+        propagate_labels.main(words)
+
+
+def test_a_network_that_cannot_help_is_refused(corpus, phantoms, tmp_path):
+    words = phantom_command(corpus, tmp_path / "out")
+    with pytest.raises(ValueError, match="--organ_network nowhere.pth: no such file; expected .* or the word none"):
+        propagate_labels.main([*words, "--organ_network", "nowhere.pth"])
+    assert not (tmp_path / "out").exists()
+    write_organ_network(tmp_path / "liver.pth", 1, values=(0, 1))
+    with pytest.raises(ValueError, match=r"liver.pth: knows no label \[2\], which the phantoms have"):
+        propagate_labels.main([*words, "--organ_network", str(tmp_path / "liver.pth")])
 
 
 def test_too_few_cases_to_pack_are_told(corpus, phantoms):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from monai.networks.nets import SwinUNETR
 
+from engine.checkpoint import load_checkpoint
 from engine.flags import REPOSITORY
 from scripts.quickstart_report import PICTURES
 
@@ -34,7 +35,7 @@ def walked(tmp_path_factory):
     """The folder of a small quickstart, every stage run once through its entry point."""
     out = tmp_path_factory.mktemp("walk")
     lists = f"--data_dir {out}/data --json_list {out}/data.json"
-    made = "--num_unlabelled 5 --num_labelled 2 --seed 3 --num_workers 1"
+    made = "--num_unlabelled 5 --num_labelled 3 --seed 3 --num_workers 1"
     run("scripts.make_phantom_dataset", f"--out_dir {out}/data {made}")
     for name, cases, number in (("data", "unlabelled", 2), ("labelled", "labelled", 1)):
         made = f"--output {out}/{name}.json --cases {cases} --num_validation {number}"
@@ -59,11 +60,14 @@ def walked(tmp_path_factory):
     run("extract_backbone_weights", f"{extracted} --checkpoint_key student")
     finetuned = f"--data_dir {out}/data --json_list {out}/labelled.json --store_dir {out}/store {SMALL_FINETUNING}"
     remembering = f"--memory true --sam_checkpoint {out}/sam/checkpoint_best.pth"
-    for name, start in (("scratch", "none"), ("alice", f"{out}/alice_unet.safetensors {remembering}")):
-        run("scripts.finetune_segmentation", f"{finetuned} --weights {start} --output_dir {out}/finetune_{name}")
-    judged = f"--checkpoint_file {out}/finetune_alice/best.pth --data_dir {out}/data --json_list {out}/labelled.json"
-    alone = f"--memory false --no_pictures --overlap 0 --output_dir {out}/finetune_alice/evaluation_alone"
-    run("scripts.evaluate_segmentation", f"{judged} --store_dir {out}/store {alone}")
+    for fold in (0, 1):
+        for name, start in (("scratch", "none"), ("alice", f"{out}/alice_unet.safetensors {remembering}")):
+            to = f"--fold {fold} --output_dir {out}/finetune_{name}/{fold}"
+            run("scripts.finetune_segmentation", f"{finetuned} --weights {start} {to}")
+        alice = f"{out}/finetune_alice/{fold}"
+        judged = f"--checkpoint_file {alice}/best.pth --data_dir {out}/data --json_list {out}/labelled.json"
+        alone = f"--memory false --no_pictures --overlap 0 --output_dir {alice}/evaluation_alone"
+        run("scripts.evaluate_segmentation", f"{judged} --store_dir {out}/store {alone}")
     (out / "stages").mkdir()
     (out / "stages" / "all.json").write_text(json.dumps({"name": "all", "key": "0", "started": 0.0, "seconds": 1.0}))
     run("scripts.quickstart_report", f"--quickstart_dir {out}")
@@ -82,7 +86,12 @@ def test_summary_holds_every_part(walked):
     assert said in (walked / "report.txt").read_text()
     for run_of in summary["finetuning"].values():
         assert (run_of["steps"], run_of["num_labelled"], run_of["num_cases"]) == (2, 1, 1)
-        assert 0 <= run_of["dice"] <= 1 and 0 <= run_of["nsd"] <= 1
+        for figure in ("dice", "nsd"):
+            each = run_of["by_labelled_patient"][figure]
+            assert len(each) == 2 and 0 <= min(each) <= run_of[figure] <= max(each) <= 1
+            assert run_of[figure] == pytest.approx(np.mean(each))
+    states = [load_checkpoint(walked / "finetune_alice" / fold / "best.pth") for fold in ("0", "1")]
+    assert len({case for state in states for case in state["training_cases"]}) == 2, "each has its own labelled patient"
 
 
 def test_quickstart_finetunes_twice_alike():
@@ -92,8 +101,8 @@ def test_quickstart_finetunes_twice_alike():
     assert len(lines) == 2
     words = [line.split("finetune_segmentation.py")[1].partition("#")[0].split() for line in lines]
     assert all(one[0] == '"${budget[@]}"' for one in words)
-    assert words[0][1::2] == ["--weights", "--output_dir"] and words[0][2] == "none"
-    assert words[1][1::2] == ["--weights", "--freeze_encoder_steps", "--memory", "--output_dir"]
+    assert words[0][1::2] == ["--weights", "--fold", "--output_dir"] and words[0][2] == "none"
+    assert words[1][1::2] == ["--weights", "--freeze_encoder_steps", "--memory", "--fold", "--output_dir"]
     budget = re.search(r"budget=\((.*?)\)", script, flags=re.DOTALL).group(1).replace('"$out', '"OUT').replace('"', "")
     flags = importlib.import_module("scripts.finetune_segmentation").make_flags().parse_args(budget.split())
     assert flags.num_labelled == 1 and flags.val_freq == 0 and flags.class_weights == "rare"

@@ -19,6 +19,7 @@ from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.carry import carry_labels
 from sam_embed.matching.follow import Followed, Follower, FollowOptions
 from sam_embed.matching.match import describe_box, inside, similarity_map
+from sam_embed.matching.opinion import Opinion
 from sam_embed.matching.reference import Reference
 
 WAITING, WORKING, READY, FAILED = "waiting", "working", "ready", "failed"
@@ -64,6 +65,7 @@ class Session:
         options: which matches are trusted.
         classes: of the labels; None = no labels at all.
         references: labelled ones that are none of the scans. Labels are carried from them and from labelled scans.
+        opinion: of a network, on a volume's organs; None = the carried labels alone.
     """
 
     def __init__(
@@ -73,9 +75,11 @@ class Session:
         options: FollowOptions,
         classes: LabelClasses | None = None,
         references: Sequence[Reference] = (),
+        opinion: Callable[[Volume], Opinion | None] | None = None,
     ) -> None:
         self.scans, self.classes = list(scans), classes
         self._embed, self._options, self._references = embed, options, list(references)
+        self._opinion = opinion
         self._followers: dict[tuple[int, int], Follower] = {}
         self._matching, self._carrying, self._claiming = Lock(), Lock(), Lock()
 
@@ -188,8 +192,14 @@ class Session:
         scan, volume = self.scans[number], self.scans[number].volume
         try:
             with self._carrying:  # one scan at a time: it takes all cores, and memory
+                opinion = self._opinion(volume) if self._opinion else None
                 carried = carry_labels(
-                    scan.embedding, self._all_references(), volume.shape, volume.affine, hu=volume.array
+                    scan.embedding,
+                    self._all_references(),
+                    volume.shape,
+                    volume.affine,
+                    hu=volume.array,
+                    opinion=opinion,
                 )
             scan.labels = self.classes.to_classes(carried.labels)
             scan.label_state = READY

@@ -17,7 +17,14 @@ from engine.device import pick_precision
 from engine.segmentation.memory import Recall, RecallOptions, open_recall
 from engine.segmentation.prior import Prior, fuse
 from engine.segmentation.setup import KIND, Preprocessing
-from engine.segmentation.sliding_window import WindowOptions, probability_slices, segment_volume
+from engine.segmentation.sliding_window import (
+    Size3,
+    WindowOptions,
+    axis_map,
+    probability_slices,
+    restored_slices,
+    segment_volume,
+)
 from models.segmenters import SEGMENTERS
 
 
@@ -102,6 +109,19 @@ class Segmenter:
         """The network's class probabilities [C, H, W] of every slice; `volume` as for `segment`."""
         hu = torch.from_numpy(np.ascontiguousarray(volume.array))
         return probability_slices(self.network, hu, self.preprocessing.windows_for(volume, self.windows), self.device)
+
+    @torch.no_grad()
+    def probabilities(self, volume: Volume, shape: Size3, affine: np.ndarray) -> Tensor:
+        """Class probabilities of a volume [C, *shape] on a grid over the same box, on the CPU.
+
+        Args:
+            volume: HU, or stored grey, on any grid.
+            shape, affine: of the result; its axes are the volume's.
+        """
+        own = self.on_own_grid(volume)
+        mapping = axis_map(own.affine, affine)
+        planes = restored_slices(self.slices(own), own.shape, mapping, tuple(shape))
+        return torch.stack([plane.cpu() for plane in planes], dim=1)
 
 
 def open_segmenter(

@@ -4,7 +4,8 @@ Every reference is mapped to the scan (`sam_embed.matching.dense`), its labels a
 references vote with their trust. Among several references, one that looks more like the scan at a place than the
 others, and from which the map leads back to the place, weighs more there. A place that a reference does not show, or
 whose labels end before it, gets no vote from it. Outside of the scan's body there are no votes at all. The scan's own
-intensities may sharpen them (`sam_embed.matching.intensity`).
+intensities may sharpen them (`sam_embed.matching.intensity`), and a network may have its say
+(`sam_embed.matching.opinion`).
 
 Maps are found on a grid of about 8 mm, votes are counted on the caller's grid or on one of about 3 mm and interpolated
 from there, so that time and memory grow little with the size of the scan. No files, no network: embeddings, label maps
@@ -34,6 +35,7 @@ from sam_embed.matching.dense import (
 from sam_embed.matching.intensity import sharpened, shrunk
 from sam_embed.matching.match import check_same_network
 from sam_embed.matching.nodes import Nodes, make_nodes, points_of_grid
+from sam_embed.matching.opinion import Opinion, joined
 from sam_embed.matching.reference import Reference
 from sam_embed.matching.search import linear_weights
 
@@ -66,6 +68,7 @@ def carry_labels(
     node_mm: float = NODE_MM,
     vote_mm: float = VOTE_MM,
     hu: np.ndarray | None = None,
+    opinion: Opinion | None = None,
 ) -> Carried:
     """Label a scan by references.
 
@@ -76,16 +79,19 @@ def carry_labels(
         node_mm: distance of the nodes that are matched, mm.
         vote_mm: votes are counted on voxels of at least this size, mm, and interpolated to the grid.
         hu: intensities of the scan on the grid to label, HU; they sharpen the votes. None = votes alone.
+        opinion: of a network, on the grid where votes are counted; it is joined with them before they are sharpened.
 
     Raises:
-        ValueError: no reference, embeddings by different weights, labels that are no three-dimensional integers, or
-            intensities on another grid.
+        ValueError: no reference, embeddings by different weights, labels that are no three-dimensional integers or
+            that the opinion does not know, or intensities on another grid.
     """
     shape = tuple(int(size) for size in shape)
     if hu is not None and hu.shape != shape:
         raise ValueError(f"intensities of shape {hu.shape} do not fit the grid to label, {shape}")
     vote_shape, vote_affine = coarser_grid(shape, affine, vote_mm)
     votes, values, *_ = count_votes(scan, references, vote_shape, vote_affine, node_mm)
+    if opinion is not None:
+        votes = joined(votes, values.tolist(), opinion(vote_shape, vote_affine))
     if hu is not None:
         votes = sharpened(votes, shrunk(hu, vote_shape), spacing_of(vote_affine))
     return _winners(votes, values, shape)
