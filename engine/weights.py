@@ -156,7 +156,7 @@ def save_weights(weights: dict[str, torch.Tensor], metadata: dict, path: str | P
         ValueError: another suffix.
     """
     path = weights_file_name(path)
-    copies = {name: value.clone() for name, value in weights.items()}
+    copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
     if path.suffix == ".pth":
         save_described(copies, metadata, path)
         return

@@ -30,7 +30,6 @@ stage "train organs" --own "$out/organs" python scripts/finetune_segmentation.py
 stage "publish organs" python scripts/push_to_hub.py --weights "$out/organs/best.pth" --half --output_dir "$out/published_organs" \
     --data "64 labelled phantoms of this repository's generator 2 (seed 300), with random contrast"
 cp "$out/published_organs/model.safetensors" weights/organs_phantom.safetensors
-cp "$out/published_organs/README.md" weights/organs_phantom.md
 stage "pretrain U-Net" python -m benchmarks.compare_pretraining --preset cpu --arms dense --pretrain_steps 300 \
     --sam_checkpoint weights/sam_phantom.safetensors --stages data,sam,pretrain --output_dir "$out/alice"
 stage "extract U-Net" python extract_backbone_weights.py "$out/alice/pretrain/dense/seed0/checkpoint.pth" \

@@ -54,7 +54,8 @@ def finetuned(tmp_path_factory):
     memory = {"memory": {"cases": [{"name": "Smith John", "vectors": torch.zeros(3)}]}}
     classes = {"classes": {"values": [0, 4], "names": ["background", "liver"]}}
     about = {"kind": "segmentation", "best_dice": 0.91, "pretrained": {"path": "/secret/w.pth", "method": "alice"}}
-    weights = {"model": SEGMENTERS["unet"].build(1, 2, 8).state_dict()}
+    network = SEGMENTERS["unet"].build(1, 2, 8).to(memory_format=torch.channels_last_3d)  # as finetuning on a GPU has it
+    weights = {"model": network.state_dict()}
     torch.save(COMMON | names | memory | classes | about | weights, path)
     return path
 
@@ -132,6 +133,12 @@ def test_published_segmenter_segments_as_before(finetuned, tmp_path):
     before, after = (open_segmenter(path, CPU) for path in (finetuned, tmp_path / "organs" / "model.safetensors"))
     assert after.classes == before.classes and after.preprocessing == before.preprocessing
     np.testing.assert_array_equal(after.segment(volume, volume), before.segment(volume, volume))
+
+
+def test_a_run_without_validation_has_no_dice_on_its_card(finetuned, tmp_path):
+    torch.save(torch.load(finetuned, weights_only=True) | {"best_dice": -1.0}, tmp_path / "best.pth")
+    assert "Dice of the held-out cases" in publish(finetuned, tmp_path / "validated")
+    assert "Dice of the held-out cases" not in publish(tmp_path / "best.pth", tmp_path / "not_validated")
 
 
 def test_half_precision_halves_the_file_and_still_segments(finetuned, tmp_path):

@@ -82,6 +82,8 @@ def collect(path: str | Path, key: str = "auto") -> Publication:
 def facts_of(state: dict, path: Path) -> dict:
     """What a checkpoint, and the run.json beside it, say of the run for its card."""
     facts = {name: state[name] for name in ("num_training_cases", "best_dice") if name in state}
+    if facts.get("best_dice", 0) < 0:
+        del facts["best_dice"]  # nothing was validated
     if "training_cases" in state:
         facts["num_training_cases"] = len(state["training_cases"])
     if pretrained := {name: value for name, value in state.get("pretrained", {}).items() if name != "path"}:
