@@ -54,7 +54,7 @@ def finetuned(tmp_path_factory):
     memory = {"memory": {"cases": [{"name": "Smith John", "vectors": torch.zeros(3)}]}}
     classes = {"classes": {"values": [0, 4], "names": ["background", "liver"]}}
     about = {"kind": "segmentation", "best_dice": 0.91, "pretrained": {"path": "/secret/w.pth", "method": "alice"}}
-    network = SEGMENTERS["unet"].build(1, 2, 8).to(memory_format=torch.channels_last_3d)  # as finetuning on a GPU has it
+    network = SEGMENTERS["unet"].build(1, 2, 8).to(memory_format=torch.channels_last_3d)  # as on GPUs
     weights = {"model": network.state_dict()}
     torch.save(COMMON | names | memory | classes | about | weights, path)
     return path

@@ -59,7 +59,7 @@ def test_intensities_that_say_nothing_change_little_and_no_votes_nothing():
     truth = ball((12, 14, 16), 7)
     votes = shifted_votes(truth, 0)
     noise = 40 + np.random.default_rng(1).normal(0, 20, GRID)
-    assert dice(sharpened(votes, noise, SPACING_MM).argmax(0) == 1, truth) > 0.85
+    assert dice(sharpened(votes, noise, SPACING_MM).argmax(0) == 1, truth) > 0.8
     nobody = np.stack([np.ones(GRID, np.float32), np.zeros(GRID, np.float32)])
     assert np.array_equal(sharpened(nobody, np.zeros(GRID), SPACING_MM), nobody)
 

@@ -26,9 +26,9 @@ from datasets.ct.geometry import mask_box
 BLUR_MM = 3.0  # of the votes: matches err by more
 AROUND_MM = 3.0  # sigma of what counts as around a voxel
 RING_MM = 8.0  # sigma of what counts as a label's surroundings
-BESIDE = 0.8  # of the surroundings' histogram, taken out of the label's
+BESIDE = 0.7  # of the surroundings' histogram, taken out of the label's
 MARGIN_MM = 20.0  # of background that is looked at around all votes for labels
-COUPLING = 3.0
+COUPLING = 3.5
 NUM_ROUNDS = 4
 LEAST_WIDTH_HU = 12.0
 OUTLIERS = 0.001  # the constant, where the normal distribution has its middle at 1
