@@ -157,8 +157,8 @@ def dice_of(labels: np.ndarray, truth: Volume) -> dict[str, float]:
 
 def judge_shipped(scan: Volume, truth: Volume) -> dict[str, dict[str, float]]:
     """Dice of the phantoms' labels alone, of the network alone, and of both."""
-    references, classes = open_phantoms()
-    network = open_organ_network(str(SHIPPED_NETWORK), classes, torch.device("cpu"))
+    references, _ = open_phantoms()
+    network = open_organ_network(str(SHIPPED_NETWORK), references, torch.device("cpu"))
     embedding = embed(SHIPPED, scan)
     alone = network.classes.to_values(network.segment(network.on_own_grid(scan), truth))
     return {

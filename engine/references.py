@@ -10,6 +10,7 @@ import jsonargparse
 import numpy as np
 import torch
 
+from datasets.ct.images import CT, NAMES
 from datasets.ct.nifti import Volume
 from datasets.lists.label_classes import FLARE22, LabelClasses
 from engine.segmentation.segmenter import Segmenter, open_segmenter
@@ -75,17 +76,22 @@ def check_organ_network(path: str) -> None:
         raise ValueError(f"--organ_network {path}: no such file; expected a finetuned network, or the word {NONE}")
 
 
-def open_organ_network(path: str, classes: LabelClasses, device: torch.device) -> Segmenter | None:
+def open_organ_network(path: str, references: Sequence[Reference], device: torch.device) -> Segmenter | None:
     """The network of `--organ_network`; None for the word none.
 
     Raises:
-        ValueError: a network that does not know all organs.
+        ValueError: a network of something else than CT, or one that does not know all labels of the references.
         CheckpointError: no finetuned network.
     """
     if path == NONE:
         return None
     network = open_segmenter(path, device)
-    if missing := sorted(set(classes.values) - set(network.classes.values)):
+    if network.preprocessing.images != CT:
+        raise ValueError(
+            f"--organ_network {path}: expected a network of CT, received one of {NAMES[network.preprocessing.images]}"
+        )
+    labels = {value for reference in references for value in np.unique(reference.labels).tolist()}
+    if missing := sorted(labels - set(network.classes.values)):
         raise ValueError(f"--organ_network {path}: knows no label {missing}, which the {PHANTOMS} have")
     return network
 

@@ -108,7 +108,7 @@ def make_session(flags: jsonargparse.Namespace, options: FollowOptions) -> Sessi
     if PHANTOMS in flags.labels:
         references, classes = open_phantoms()
         check_embedded_by(references, info, flags.checkpoint_file, "--labels")
-        opinion = partial(opinion_of, open_organ_network(flags.organ_network, classes, device))
+        opinion = partial(opinion_of, open_organ_network(flags.organ_network, references, device))
     names = unique_names([Path(path).as_posix() for path in flags.images])
     volumes = [read_for("--images", read_ct, path) for path in tqdm(flags.images, desc="reading", unit="scan")]
     if flags.labels and not references:

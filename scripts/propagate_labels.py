@@ -234,7 +234,7 @@ class Propagator:
             references = [self._reference(*paths) for paths in zip(flags.reference, flags.labels)]
         else:
             check_embedded_by(references, self.info, flags.checkpoint_file, "--reference")
-            self.organ_network = open_organ_network(flags.organ_network, classes, device)
+            self.organ_network = open_organ_network(flags.organ_network, references, device)
         self.references, self.files = references, flags.reference
 
     def _reference(self, image: str, label: str) -> Reference:

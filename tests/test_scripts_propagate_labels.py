@@ -223,7 +223,7 @@ def test_a_network_that_cannot_help_is_refused(corpus, phantoms, tmp_path):
         propagate_labels.main([*words, "--organ_network", "nowhere.pth"])
     assert not (tmp_path / "out").exists()
     write_organ_network(tmp_path / "liver.pth", 1, values=(0, 1))
-    with pytest.raises(ValueError, match=r"liver.pth: knows no label \[2\], which the phantoms have"):
+    with pytest.raises(ValueError, match=r"liver.pth: knows no label \[2, 7\], which the phantoms have"):
         propagate_labels.main([*words, "--organ_network", str(tmp_path / "liver.pth")])
 
 
