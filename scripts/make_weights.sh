@@ -25,7 +25,7 @@ stage "pack" python scripts/pack_sam.py --checkpoint_file "$out/sam/checkpoint_b
     --data_text "phantoms of this repository's generator 2 (seed 300), some with unusual anatomy and artefacts" \
     --output weights/sam_phantom.safetensors
 stage "pack references" python scripts/pack_references.py "${data[@]}"
-stage "train organs" --own "$out/organs" python scripts/finetune_segmentation.py --config configs/organs_phantom.yaml "${data[@]}" \
+stage "train organs" --own "$out/organs" python scripts/finetune_segmentation.py --config configs/finetune_phantom.yaml "${data[@]}" \
     --store_dir "$out/store" --output_dir "$out/organs"
 stage "publish organs" python scripts/push_to_hub.py --weights "$out/organs/best.pth" --half --output_dir "$out/published_organs" \
     --data "64 labelled phantoms of this repository's generator 2 (seed 300), with random contrast"
