@@ -171,7 +171,9 @@ def run(flags) -> dict:
 def rows(found: dict) -> Rows:
     """Seconds, memory and matches of each way beside the plain network; nothing with --only."""
     lines, (plain, *ways) = [], (found["ways"].get(way) for way in WAYS)
-    for way, figures in zip(list(WAYS)[1:], ways if plain else []):
+    for way, figures in zip(list(WAYS)[1:], ways):
+        if plain is None or figures is None:
+            continue
         ratio = plain["seconds"] / figures["seconds"]
         seconds = (f"{figures['seconds']:.1f} s", f"{plain['seconds']:.1f} s", f"{ratio:.1f}x", ">= 4x")
         lines.append((f"embedding: {way}", *seconds))

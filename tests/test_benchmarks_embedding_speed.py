@@ -35,3 +35,9 @@ def test_ways_agree(tmp_path, monkeypatch):
 def test_a_way_that_fails_is_named(monkeypatch):
     with pytest.raises(RuntimeError, match="plain network.*nowhere.pth"):
         embedding_speed.run(flags_of("--checkpoint_file", "nowhere.pth"))
+
+
+def test_the_figures_of_one_way_alone_have_nothing_beside_them():
+    """Each way is measured in a process of its own, which prints its figures too."""
+    for way in WAYS:
+        assert embedding_speed.rows({"ways": {way: {"seconds": 1.0, "peak_gb": 2.0}}}) == []
