@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         if flags.format in layouts.LAYOUTS:
             weights = layouts.with_names_of(flags.format, weights)
         if flags.half:
-            weights = {name: halved(value, name, flags.checkpoint) for name, value in weights.items()}
+            weights = halved(weights, flags.checkpoint)
         save_weights(weights, description, output)
     print(f"wrote {len(weights)} tensors of the {key} (step {state['step']}) to {output}")
 

@@ -135,18 +135,20 @@ def weights_file_name(path: str | Path, wanted: str = "auto") -> Path:
     return path.with_name(path.name + (".safetensors" if wanted == "safetensors" else ".pth"))
 
 
-def halved(value: torch.Tensor, name: str, path: str | Path) -> torch.Tensor:
-    """A floating-point tensor in half precision; others stay as they are.
+def halved(weights: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
+    """Floating-point tensors in half precision; others stay as they are.
+
+    Args:
+        path: named in errors.
 
     Raises:
         CheckpointError: a number too large for it.
     """
-    if not value.is_floating_point():
-        return value
-    half = value.half()
-    if not half.isfinite().all():
-        raise CheckpointError(f"{path}: {name} holds numbers above 65504, too large for --half")
-    return half
+    smaller = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    for name, value in smaller.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds numbers above 65504, too large for --half")
+    return smaller
 
 
 def save_weights(weights: dict[str, torch.Tensor], metadata: dict, path: str | Path) -> None:

@@ -104,11 +104,11 @@ def make_session(flags: jsonargparse.Namespace, options: FollowOptions) -> Sessi
     network, info = load_embedder(flags.checkpoint_file)
     device = pick_device(flags.device, 0)
     network = for_inference(network, flags.precision).to(device)
-    references, classes, labels, opinion = [], None, [], None
+    references, classes, labels, organ_network = [], None, [], None
     if PHANTOMS in flags.labels:
         references, classes = open_phantoms()
         check_embedded_by(references, info, flags.checkpoint_file, "--labels")
-        opinion = partial(opinion_of, open_organ_network(flags.organ_network, references, device))
+        organ_network = open_organ_network(flags.organ_network, references, device)
     names = unique_names([Path(path).as_posix() for path in flags.images])
     volumes = [read_for("--images", read_ct, path) for path in tqdm(flags.images, desc="reading", unit="scan")]
     if flags.labels and not references:
@@ -120,7 +120,7 @@ def make_session(flags: jsonargparse.Namespace, options: FollowOptions) -> Sessi
     def embed(scan: Scan) -> Embedding:
         return embed_volume(network, scan.volume, info, flags.memory_mb, scan.name)
 
-    return Session(scans, embed, options, classes, references, opinion)
+    return Session(scans, embed, options, classes, references, partial(opinion_of, organ_network))
 
 
 def embed_all(session: Session) -> None:

@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("nothing to do: give --repo_id to upload, or --output_dir to write the folder")
     publication = collect(flags.weights, flags.checkpoint_key)
     if flags.half:
-        weights = {name: halved(value, name, flags.weights) for name, value in publication.weights.items()}
-        publication = replace(publication, weights=weights)
+        publication = replace(publication, weights=halved(publication.weights, flags.weights))
     card = model_card(publication, flags.repo_id or Path(flags.output_dir).name, flags.data, flags.license)
     with folder_of(flags.output_dir) as folder:
         write_folder(publication, card, folder)

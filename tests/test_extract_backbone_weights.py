@@ -158,7 +158,7 @@ def test_half_precision_loads_into_a_float32_network(checkpoint, tmp_path, suffi
         assert loaded[name].dtype == value.dtype
         torch.testing.assert_close(loaded[name], value, rtol=2e-3, atol=1e-6)
     with pytest.raises(CheckpointError, match="x holds numbers above 65504, too large for --half"):
-        halved(torch.tensor([1e6]), "x", "checkpoint.pth")
+        halved({"x": torch.tensor([1e6])}, "checkpoint.pth")
 
 
 def test_head_comes_along_only_when_asked(checkpoint, tmp_path):

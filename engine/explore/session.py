@@ -65,7 +65,7 @@ class Session:
         options: which matches are trusted.
         classes: of the labels; None = no labels at all.
         references: labelled ones that are none of the scans. Labels are carried from them and from labelled scans.
-        opinion: of a network, on a volume's organs; None = the carried labels alone.
+        opinion: of a network, on a volume's organs, or None; by default the carried labels stand alone.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Session:
         options: FollowOptions,
         classes: LabelClasses | None = None,
         references: Sequence[Reference] = (),
-        opinion: Callable[[Volume], Opinion | None] | None = None,
+        opinion: Callable[[Volume], Opinion | None] = lambda volume: None,
     ) -> None:
         self.scans, self.classes = list(scans), classes
         self._embed, self._options, self._references = embed, options, list(references)
@@ -192,14 +192,13 @@ class Session:
         scan, volume = self.scans[number], self.scans[number].volume
         try:
             with self._carrying:  # one scan at a time: it takes all cores, and memory
-                opinion = self._opinion(volume) if self._opinion else None
                 carried = carry_labels(
                     scan.embedding,
                     self._all_references(),
                     volume.shape,
                     volume.affine,
                     hu=volume.array,
-                    opinion=opinion,
+                    opinion=self._opinion(volume),
                 )
             scan.labels = self.classes.to_classes(carried.labels)
             scan.label_state = READY
