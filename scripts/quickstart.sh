@@ -24,31 +24,37 @@ stage "evaluate matching" python scripts/evaluate_matching.py --store_dir "$out/
 stage "mine pairs" python scripts/mine_pairs.py --embed_dir "$out/embeddings" --json_list "$out/data.json" \
     --num_points 64 --num_partners 4
 # MONAI's SwinUNETR, a quarter of the recipe's steps: enough to see all terms of Alice and to have weights.
-stage "pretrain Alice" --own "$out/alice" python main_ddp.py --config configs/quickstart.yaml --data_dir "$out/data" \
-    --json_list "$out/data.json" --store_dir "$out/store" --embed_dir "$out/embeddings" --output_dir "$out/alice" \
-    --epochs 1 --warmup_epochs 0.5 --freeze_last_layer 0 --val_freq 1 --picture_freq 8
-stage "extract weights" python extract_backbone_weights.py "$out/alice/checkpoint.pth" "$out/alice_teacher.pth" --checkpoint_key teacher
-
+swin_unetr() {
+    stage "pretrain Alice" --own "$out/alice" python main_ddp.py --config configs/quickstart.yaml --data_dir "$out/data" \
+        --json_list "$out/data.json" --store_dir "$out/store" --embed_dir "$out/embeddings" --output_dir "$out/alice" \
+        --epochs 1 --warmup_epochs 0.5 --freeze_last_layer 0 --val_freq 1 --picture_freq 8
+    stage "extract weights" python extract_backbone_weights.py "$out/alice/checkpoint.pth" "$out/alice_teacher.pth" \
+        --checkpoint_key teacher
+}
 # What is it good for? A U-Net at 6 mm is quick enough to pretrain, and to finetune with one labelled patient, with and without.
-stage "labelled list" python scripts/create_json.py --data_dir "$out/data" --output "$out/labelled.json" --cases labelled --num_validation 4
-for list in data labelled; do
-    stage "6 mm store, $list" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/$list.json" \
-        --store_dir "$out/store_6mm" --spacing_mm 6
-done
-stage "pretrain U-Net" --own "$out/alice_unet" python main_ddp.py --config configs/quickstart_unet.yaml --data_dir "$out/data" \
-    --json_list "$out/data.json" --store_dir "$out/store_6mm" --spacing_mm 6 --embed_dir "$out/embeddings" --output_dir "$out/alice_unet"
-stage "extract student" python extract_backbone_weights.py "$out/alice_unet/checkpoint.pth" "$out/alice_unet.safetensors" \
-    --checkpoint_key student
+unet() {
+    stage "labelled list" python scripts/create_json.py --data_dir "$out/data" --output "$out/labelled.json" \
+        --cases labelled --num_validation 4
+    for list in data labelled; do
+        stage "6 mm store, $list" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/$list.json" \
+            --store_dir "$out/store_6mm" --spacing_mm 6
+    done
+    stage "pretrain U-Net" --own "$out/alice_unet" python main_ddp.py --config configs/quickstart_unet.yaml \
+        --data_dir "$out/data" --json_list "$out/data.json" --store_dir "$out/store_6mm" --spacing_mm 6 \
+        --embed_dir "$out/embeddings" --output_dir "$out/alice_unet"
+    stage "extract student" python extract_backbone_weights.py "$out/alice_unet/checkpoint.pth" "$out/alice_unet.safetensors" \
+        --checkpoint_key student
+}
+side_by_side unet swin_unetr
+
+# Which patient is labelled matters, so two are tried; all are judged on the same four, Alice's also without its memory.
 budget=(--config configs/finetune_quickstart.yaml --backbone unet --feature_size 16 --roi_x 32 --roi_y 32 --roi_z 32 --spacing_mm 6
     --num_labelled 1 --resume none --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm")
-# Which patient is labelled matters, so two are tried in turn; all are judged on the same four.
-for fold in 0 1; do
-    scratch="$out/finetune_scratch/$fold" alice="$out/finetune_alice/$fold"
-    stage "scratch, label $fold" python scripts/finetune_segmentation.py "${budget[@]}" --weights none --fold "$fold" --output_dir "$scratch"
-    stage "Alice, label $fold" python scripts/finetune_segmentation.py "${budget[@]}" --weights "$out/alice_unet.safetensors" \
-        --freeze_encoder_steps 100 --memory true --fold "$fold" --output_dir "$alice"   # new layers first, then all
-    stage "no memory, label $fold" python scripts/evaluate_segmentation.py --checkpoint_file "$alice/best.pth" --memory false \
-        --data_dir "$out/data" --json_list "$out/labelled.json" --store_dir "$out/store_6mm" --no_pictures \
-        --overlap 0.25 --window_batch 8 --output_dir "$alice/evaluation_alone"
-done
+label() { # FOLD
+    local scratch="$out/finetune_scratch/$1" alice="$out/finetune_alice/$1"
+    stage "scratch, label $1" python scripts/finetune_segmentation.py "${budget[@]}" --weights none --fold "$1" --output_dir "$scratch"
+    stage "Alice, label $1" python scripts/finetune_segmentation.py "${budget[@]}" --weights "$out/alice_unet.safetensors" \
+        --freeze_encoder_steps 100 --memory true --fold "$1" --output_dir "$alice"   # new layers first, then all
+}
+side_by_side "label 0" "label 1"
 python scripts/quickstart_report.py --quickstart_dir "$out"

@@ -7,6 +7,7 @@ a sheet of paired crops, what the student makes of masked crops, and organs that
 """
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from datasets.store.volumes import VolumeStore
 from engine.flags import RunInfo, git_commit, make_parser, run_main
 from engine.pretrain_data import make_dataset
 from engine.segmentation.evaluation import EVALUATION, OVERLAY
-from engine.segmentation.report import SUMMARY
+from engine.segmentation.report import MEASURES, PLAIN, SUMMARY
 from engine.watch.sample_sheet import draw_sample_sheet
 from models.methods import METHODS
 from sam_embed.embeddings.embedding_store import load_embedding
@@ -35,11 +36,12 @@ from sam_embed.judging.trust import Thresholds
 MATCHERS = {"sam": "SAM", "body_box": "body box", "body_affine": "affine fit"}
 LOSSES = ("loss", "loss_cls", "loss_tokens", "loss_recon")
 NUM_SHEET_PAIRS = 5
-# Title, folder of the finetuning runs (one for each labelled patient), and that of their evaluation.
+WITH_ALL = {measure: measure for measure in MEASURES}
+# Title, folder of the finetuning runs (one for each labelled patient), and what their summaries call Dice and NSD.
 FINETUNED = {
-    "scratch": ("from scratch", "finetune_scratch", EVALUATION),
-    "alice": ("pretrained", "finetune_alice", "evaluation_alone"),
-    "alice_memory": ("and with memory", "finetune_alice", EVALUATION),
+    "scratch": ("from scratch", "finetune_scratch", WITH_ALL),
+    "alice": ("pretrained", "finetune_alice", PLAIN),
+    "alice_memory": ("and with memory", "finetune_alice", WITH_ALL),
 }
 PICTURES = ("matched_landmarks", "paired_crops", "reconstruction", "segmentation")
 
@@ -51,10 +53,16 @@ def make_flags() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def read_stages(folder: Path) -> dict[str, float]:
-    """Seconds of each stage, in the order in which they ran first."""
+def read_stages(folder: Path) -> tuple[dict[str, float], float]:
+    """Seconds of each stage, in the order in which they began, and of all; stages may run side by side."""
     records = [json.loads(path.read_text()) for path in sorted((folder / "stages").glob("*.json"))]
-    return {record["name"]: record["seconds"] for record in sorted(records, key=lambda record: record["started"])}
+    seconds, total_s, until = {}, 0.0, -math.inf
+    for record in sorted(records, key=lambda record: record["started"]):
+        seconds[record["name"]], started = record["seconds"], record["started"]
+        ended = started + record["seconds"]
+        total_s += max(0.0, ended - max(started, until))
+        until = max(until, ended)
+    return seconds, total_s
 
 
 def read_losses(log: Path) -> dict[str, dict[str, float]]:
@@ -79,25 +87,30 @@ def open_pairs(folder: Path, run: dict) -> CropDataset:
 
 def summarise(folder: Path, pairs: CropDataset) -> dict:
     """All figures of the report as plain values."""
+    seconds, total_s = read_stages(folder)
     return {
         "commit": git_commit(),
-        "seconds": read_stages(folder),
+        "seconds": seconds,
+        "total_seconds": total_s,
         "matching": json.loads((folder / "matching.json").read_text()),
         "pairs": pairs.statistics(),
         "losses": read_losses(folder / "alice" / "log.txt"),
-        "finetuning": {name: read_finetunings(folder / runs, judged) for name, (_, runs, judged) in FINETUNED.items()},
+        "finetuning": {name: read_finetunings(folder / runs, names) for name, (_, runs, names) in FINETUNED.items()},
     }
 
 
-def read_finetunings(folder: Path, judged: str) -> dict:
+def read_finetunings(folder: Path, names: dict[str, str]) -> dict:
     """Budget of finetuning runs that differ in the labelled patient, and what each of them reached.
 
     Dice and NSD (0 to 1) are means over held-out patients and organs: one for each run, and their mean.
+
+    Args:
+        names: of "dice" and "nsd" in the runs' summaries.
     """
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
     flags = json.loads((runs[0] / "run.json").read_text())["flags"]
-    results = [json.loads((run / judged / SUMMARY).read_text()) for run in runs]
-    figures = {name: [result[name]["mean"] for result in results] for name in ("dice", "nsd")}
+    results = [json.loads((run / EVALUATION / SUMMARY).read_text()) for run in runs]
+    figures = {measure: [result[name]["mean"] for result in results] for measure, name in names.items()}
     return {
         "num_labelled": flags["num_labelled"],
         "steps": flags["steps"],
@@ -111,7 +124,7 @@ def describe(summary: dict) -> str:
     """The report as text for a terminal."""
     lines = ["stage                 seconds"]
     lines += [f"{name:<20} {seconds:>8.1f}" for name, seconds in summary["seconds"].items()]
-    lines += [f"{'total':<20} {sum(summary['seconds'].values()):>8.1f}", ""]
+    lines += [f"{'total':<20} {summary['total_seconds']:>8.1f}", ""]
     matching = summary["matching"]
     lines += [f"landmark error on {matching['num_cases']} held-out patients, {matching['num_matches']} matches (mm)"]
     lines += [f"{'':<12} {'median':>8} {'mean':>8} {'90th':>8} {'<= 10 mm':>9}"]

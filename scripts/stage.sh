@@ -46,3 +46,22 @@ with open(record, "w") as file:
     json.dump({"name": name, "key": key, "started": float(started), "seconds": round(time.time() - float(started), 1)}, file)
 PY
 }
+
+# Two functions of stages, "FUNCTION WORDS..." each, at the same time and on half of the cores each. The second one's words are
+# shown when both have ended; where one fails or is stopped, both end.
+side_by_side() { # "FUNCTION WORDS..." "FUNCTION WORDS..."
+    local all="$OMP_NUM_THREADS" log second
+    log="$(mktemp)"
+    export OMP_NUM_THREADS=$(((all + 1) / 2))
+    set -m # a process group of its own, to be ended as a whole
+    $2 > "$log" 2>&1 < /dev/null &
+    second=$!
+    set +m
+    trap "kill -- -$second 2>/dev/null; rm -f '$log'" EXIT
+    $1
+    if ! wait "$second"; then cat "$log" >&2; return 1; fi
+    cat "$log"
+    trap - EXIT
+    rm "$log"
+    export OMP_NUM_THREADS="$all"
+}

@@ -24,7 +24,7 @@ def test_a_setting_out_of_memory_is_told_and_the_next_one_runs(tmp_path, monkeyp
             raise torch.OutOfMemoryError("tried to allocate 200 GiB")
         return plain(num_pairs, *given)
 
-    settings = [Setting("large", SMALL, 2), Setting("fits", SMALL, 1, "bf16", "auto", True, True)]
+    settings = [Setting("large", SMALL, 2), Setting("fits", SMALL, 1, "fp32", "auto", True, True)]
     monkeypatch.setattr(pretrain_step, "synthetic_batch", too_large_for_two)
     monkeypatch.setattr(pretrain_step, "plan", lambda flags, precision, device: (settings, settings[:1]))
     output, tables = tmp_path / "found.json", tmp_path / "found.md"
@@ -44,8 +44,8 @@ def test_settings_after_the_time_limit_are_left_out(capsys):
         pretrain_step.make_flags().parse_args(["--quick", "--device", "cpu", "--time_limit_s", "0"])
     )
     assert all("left out" in result["found"]["error"] for result in found["settings"])
-    num_lines = len(ladder(SMALL, 1, "bf16", on_cpu=True)) - 1  # compiling is left out
-    assert len(found["settings"]) == num_lines + len(memory_grid({SMALL: [1, 2]}, "bf16", on_cpu=True))
+    num_lines = len(ladder(SMALL, 1, "fp32", on_cpu=True)) - 1  # compiling is left out
+    assert len(found["settings"]) == num_lines + len(memory_grid({SMALL: [1, 2]}, "fp32", on_cpu=True))
     assert "- / -" in pretrain_step.markdown(found)
 
 
@@ -54,6 +54,8 @@ def test_each_line_of_the_ladder_changes_something():
     choices = [tuple(vars(setting).values())[1:] for setting in settings]
     assert len(set(choices)) == len(choices)
     assert [setting.precision for setting in settings] == ["fp32"] * 3 + ["bf16"] * (len(settings) - 3)
+    on_cpu = ladder((96, 96, 96), 1, "fp32", on_cpu=True)
+    assert {setting.precision for setting in on_cpu} == {"fp32"} and len(set(map(str, on_cpu))) == len(on_cpu)
 
 
 def test_views_apart_give_the_same_loss_and_gradients():

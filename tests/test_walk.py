@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from monai.networks.nets import SwinUNETR
 
 from engine.checkpoint import load_checkpoint
 from engine.flags import REPOSITORY
-from scripts.quickstart_report import PICTURES
+from scripts.quickstart_report import PICTURES, read_stages
 
 SMALL_SAM = "--steps 2 --view_shape 32 32 32 --spacing_mm 8 8 8 --width 16 --embed_dim 16 --num_points 32 --val_cases 0"
 SMALL_ALICE = "--config configs/smoke.yaml --pairing sam --min_score -1 --max_cycle_mm 1e6 --batch_size 1 --device cpu"
@@ -64,10 +65,6 @@ def walked(tmp_path_factory):
         for name, start in (("scratch", "none"), ("alice", f"{out}/alice_unet.safetensors {remembering}")):
             to = f"--fold {fold} --output_dir {out}/finetune_{name}/{fold}"
             run("scripts.finetune_segmentation", f"{finetuned} --weights {start} {to}")
-        alice = f"{out}/finetune_alice/{fold}"
-        judged = f"--checkpoint_file {alice}/best.pth --data_dir {out}/data --json_list {out}/labelled.json"
-        alone = f"--memory false --no_pictures --overlap 0 --output_dir {alice}/evaluation_alone"
-        run("scripts.evaluate_segmentation", f"{judged} --store_dir {out}/store {alone}")
     (out / "stages").mkdir()
     (out / "stages" / "all.json").write_text(json.dumps({"name": "all", "key": "0", "started": 0.0, "seconds": 1.0}))
     run("scripts.quickstart_report", f"--quickstart_dir {out}")
@@ -80,7 +77,7 @@ def test_summary_holds_every_part(walked):
     assert {"sam", "body_box", "body_affine"} <= summary["matching"].keys()
     assert all(np.isfinite(summary["losses"][when]["loss"]) for when in ("start", "end"))
     assert summary["pairs"]["num_cases"] == 3 and summary["pairs"]["num_usable_rows"] > 0
-    assert summary["seconds"] == {"all": 1.0}
+    assert summary["seconds"] == {"all": 1.0} and summary["total_seconds"] == 1.0
     share = summary["matching"]["mined"]["defaults"]
     said = f"--max_spread_mm 1e6: {share['correct']:.1%} of matches within 15 mm, keeps {share['kept']:.0%}"
     assert said in (walked / "report.txt").read_text()
@@ -106,6 +103,46 @@ def test_quickstart_finetunes_twice_alike():
     budget = re.search(r"budget=\((.*?)\)", script, flags=re.DOTALL).group(1).replace('"$out', '"OUT').replace('"', "")
     flags = importlib.import_module("scripts.finetune_segmentation").make_flags().parse_args(budget.split())
     assert flags.num_labelled == 1 and flags.val_freq == 0 and flags.class_weights == "rare"
+
+
+def test_stages_side_by_side_count_once(tmp_path):
+    (tmp_path / "stages").mkdir()
+    for name, started, seconds in (("a", 0.0, 10.0), ("b", 2.0, 3.0), ("c", 8.0, 6.0), ("d", 100.0, 1.0)):
+        record = {"name": name, "key": "0", "started": started, "seconds": seconds}
+        (tmp_path / "stages" / f"{name}.json").write_text(json.dumps(record))
+    seconds, total_s = read_stages(tmp_path)
+    assert list(seconds) == ["a", "b", "c", "d"] and total_s == pytest.approx(14 + 1)
+
+
+SIDE_BY_SIDE = """set -euo pipefail
+source scripts/stage.sh
+out="$1" OMP_NUM_THREADS=4
+part() {
+    stage "part $1" bash -c 'echo "$1 has $OMP_NUM_THREADS threads"; sleep "$2"; echo "$1 is done"; exit "$3"' - "$@"
+}
+side_by_side "part one $2" "part two $3"
+echo "both, $OMP_NUM_THREADS threads"
+"""
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "records"),
+    [("0.5 0", "0.1 0", {"part_one", "part_two"}), ("0.1 3", "30 0", set()), ("0.1 0", "0.3 3", {"part_one"})],
+)
+def test_stages_run_side_by_side_and_end_together(tmp_path, one, two, records):
+    words = ["bash", "-c", SIDE_BY_SIDE, "stages", str(tmp_path), one, two]
+    began = time.monotonic()
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+    assert time.monotonic() - began < 25, "the other part is ended"
+    assert {path.stem for path in (tmp_path / "stages").glob("*.json")} == records
+    assert "one has 2 threads" in done.stdout
+    if len(records) == 2:
+        told = [line for line in done.stdout.splitlines() if not line.startswith("==")]
+        assert done.returncode == 0, done.stderr
+        assert told[-3:] == ["two has 2 threads", "two is done", "both, 4 threads"]
+    else:
+        assert done.returncode != 0 and "both" not in done.stdout
+        assert ("two is done" in done.stderr) == two.endswith("3"), "what the other part said of its failure"
 
 
 STAGES = """set -euo pipefail
@@ -153,7 +190,7 @@ def test_a_stage_empties_no_folder_that_it_did_not_begin(tmp_path):
 
 def test_quickstart_stages_that_resume_own_their_folders():
     script = (REPOSITORY / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
-    lines = [line for line in script.splitlines() if re.search(r"^stage .*(train_sam|main_ddp)\.py", line)]
+    lines = [line for line in script.splitlines() if re.search(r"^\s*stage .*(train_sam|main_ddp)\.py", line)]
     owned = [re.search(r'--own ("\S+") python .*--output_dir ("\S+")', line).groups() for line in lines]
     assert len(owned) == 2 and all(own == written for own, written in owned)
 

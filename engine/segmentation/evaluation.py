@@ -32,7 +32,7 @@ from engine.segmentation.metrics import (
     score_case,
 )
 from engine.segmentation.pictures import SHOWN_HU, CaseView, case_view, save_overlay
-from engine.segmentation.report import PLAIN_DICE, SLICE_DICE, write_report
+from engine.segmentation.report import PLAIN, SLICE_DICE, write_report
 from engine.segmentation.segmenter import Segmenter
 from engine.signals import StopRequest
 
@@ -81,7 +81,7 @@ class Evaluation:
         plain = list(case_means(self.plain_scores).values())
         return (
             {"dice": self.dice}
-            | ({PLAIN_DICE: nan_mean(plain)} if plain else {})
+            | ({PLAIN["dice"]: nan_mean(plain)} if plain else {})
             | ({SLICE_DICE: nan_mean(self.slice_dice)} if self.slice_dice else {})
         )
 

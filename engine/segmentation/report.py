@@ -19,7 +19,7 @@ CASES, TABLE, SUMMARY = "cases.csv", "results.md", "results.json"
 PLAIN_CASES = "cases_without_memory.csv"
 MEASURES = ("dice", "nsd")
 SLICE_DICE = "slice_dice_published"
-PLAIN_DICE = "dice_without_memory"
+PLAIN = {measure: f"{measure}_without_memory" for measure in MEASURES}  # of a network that has one
 SLICE_DICE_NOTE = (
     "mean over slices of the Dice of the classes in each slice's label, background included, as published for 2-D "
     "networks; not comparable with organ Dice"
@@ -44,16 +44,17 @@ def write_report(
 
     Returns:
         The summary: "dice" and "nsd" with "mean", "std" over cases, and per organ the same under "organs"; in 2-D also
-        SLICE_DICE, with "mean", "std" and "num" over slices; with a memory also PLAIN_DICE, as "dice".
+        SLICE_DICE, with "mean", "std" and "num" over slices; with a memory also both as PLAIN names them.
     """
     summary = summarise(scores) | ({SLICE_DICE: spread(list(slice_dice))} if slice_dice else {})
     (Path(folder) / PLAIN_CASES).unlink(missing_ok=True)  # of an earlier judgement
     if plain_scores:
         write_scores(Path(folder) / PLAIN_CASES, plain_scores)
         plain = summarise(list(plain_scores))
-        summary[PLAIN_DICE] = plain["dice"]
-        for organ, values in plain["organs"].items():
-            summary["organs"][organ][PLAIN_DICE] = values["dice"]
+        for measure, name in PLAIN.items():
+            summary[name] = plain[measure]
+            for organ, values in plain["organs"].items():
+                summary["organs"][organ][name] = values[measure]
     write_scores(Path(folder) / CASES, scores)
     return write_summary(folder, summary, "mean ± std over cases", description)
 
@@ -144,8 +145,10 @@ def read_slice_dice(path: Path) -> float | None:
 
 def markdown_table(summary: dict, meaning: str) -> str:
     """A table of Dice and NSD in percent, organs first, their mean last; below it, what the numbers are."""
-    shown = {"dice": "Dice (%)"} | ({"nsd": "NSD (%)"} if summary["nsd"]["num"] else {})
-    shown |= {PLAIN_DICE: "Dice without memory (%)"} if PLAIN_DICE in summary else {}
+    measured = {"dice": "Dice"} | ({"nsd": "NSD"} if summary["nsd"]["num"] else {})
+    shown = {measure: f"{title} (%)" for measure, title in measured.items()}
+    if PLAIN["dice"] in summary:
+        shown |= {PLAIN[measure]: f"{title} without memory (%)" for measure, title in measured.items()}
     rows = [["organ", *shown.values(), "runs" if "num_runs" in summary else "cases"]]
     for organ, values in [*summary["organs"].items(), ("**mean**", summary)]:
         rows.append([organ, *(percent(values[measure]) for measure in shown), str(values["dice"]["num"])])
