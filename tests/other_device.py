@@ -23,7 +23,6 @@ import torch
 from torch import library
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 # Part of PyTorch from 2.9 on.
 SET_UP = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
@@ -83,7 +82,7 @@ class DeviceModule:
 def compute(operator, args: tuple, kwargs: dict):
     """Any operator: refuse what CUDA would refuse, then compute on the CPU and wrap the results."""
     name = operator.overloadpacket.__name__
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor)]
     refuse_two_devices(name, tensors)
     if is_waiting(name, tensors, args, kwargs):
         note_wait(name)
@@ -96,10 +95,10 @@ def compute(operator, args: tuple, kwargs: dict):
         is_other = torch.device(kwargs["device"]).type == NAME
         kwargs = kwargs | {"device": torch.device("cpu")}
     run = in_fp32(operator) if name in ("convolution", "convolution_backward") else operator
-    results = run(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs))
+    results = run(*mapped(unwrapped, args), **mapped(unwrapped, kwargs))
     if not is_other or name == "_local_scalar_dense":
         return results
-    wrapped = tree_map(lambda one: OtherTensor(one) if isinstance(one, torch.Tensor) else one, results)
+    wrapped = mapped(lambda one: OtherTensor(one) if isinstance(one, torch.Tensor) else one, results)
     return return_and_correct_aliasing(operator, args, kwargs, wrapped) if has_other else wrapped
 
 
@@ -122,7 +121,7 @@ def is_waiting(name: str, tensors: list[torch.Tensor], args: tuple, kwargs: dict
     if name in READING:
         return any(are_other)
     if name in INDEXING:
-        return are_other[0] and any(tensor.dtype == torch.bool for tensor in tree_leaves(args[1]) if tensor is not None)
+        return are_other[0] and any(tensor.dtype == torch.bool for tensor in leaves(args[1]) if tensor is not None)
     if name not in TAKES_BOTH or kwargs.get("non_blocking") or args[2:3] == (True,):
         return False
     goes_to_other = are_other[0]
@@ -135,14 +134,31 @@ def is_waiting(name: str, tensors: list[torch.Tensor], args: tuple, kwargs: dict
 
 def note_wait(name: str) -> None:
     """Add who called the operator, in our code, to `WAITS`."""
-    ours = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent.name not in ("tests", "torch")]
-    ours = [frame for frame in ours if frame.filename.startswith(str(Path(__file__).parents[1]))]
+    tests = Path(__file__).parent
+    ours = [frame for frame in traceback.extract_stack() if frame.filename.startswith(f"{tests.parent}/")]
+    ours = [frame for frame in ours if not frame.filename.startswith(f"{tests}/")]
     frame = ours[-1] if ours else traceback.extract_stack()[-3]
     WAITS.append(f"{name} in {Path(frame.filename).name}:{frame.lineno} {frame.name}")
 
 
 def unwrapped(value):
     return value.held if isinstance(value, OtherTensor) else value
+
+
+def mapped(change: Callable, value):
+    """`value` with its leaves changed; operators' arguments nest in nothing but these, so pytrees would be slow."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([mapped(change, part) for part in value])
+    if isinstance(value, dict):
+        return {name: mapped(change, part) for name, part in value.items()}
+    return change(value)
+
+
+def leaves(*values) -> list:
+    """What `mapped` would change."""
+    found = []
+    mapped(found.append, values)
+    return found
 
 
 def in_fp32(operator) -> Callable:
@@ -152,8 +168,8 @@ def in_fp32(operator) -> Callable:
         dtype = args[0].dtype
         if dtype == torch.float32:
             return operator(*args, **kwargs)
-        wide = tree_map(lambda one: one.float() if isinstance(one, torch.Tensor) else one, args)
-        return tree_map(lambda one: one.to(dtype) if isinstance(one, torch.Tensor) else one, operator(*wide, **kwargs))
+        wide = mapped(lambda one: one.float() if isinstance(one, torch.Tensor) else one, args)
+        return mapped(lambda one: one.to(dtype) if isinstance(one, torch.Tensor) else one, operator(*wide, **kwargs))
 
     return run
 
@@ -198,10 +214,10 @@ def autocast_kernel(operator, policy: str) -> Callable:
             if policy == "LOWER_PRECISION_FP":
                 dtype = torch.get_autocast_dtype(NAME)
             elif policy == "PROMOTE":
-                found = {leaf.dtype for leaf in tree_leaves(args) if is_castable(leaf)}
+                found = {leaf.dtype for leaf in leaves(args) if is_castable(leaf)}
                 dtype = torch.float32 if torch.float32 in found else torch.get_autocast_dtype(NAME)
             if policy != "FP32_SET_OPT_DTYPE" or kwargs.get("dtype") is None:
-                args, kwargs = tree_map(lambda leaf: leaf.to(dtype) if is_castable(leaf) else leaf, (args, kwargs))
+                args, kwargs = mapped(lambda leaf: leaf.to(dtype) if is_castable(leaf) else leaf, (args, kwargs))
             return operator(*args, **kwargs)
 
     return kernel
