@@ -44,9 +44,21 @@ def test_settings_after_the_time_limit_are_left_out(capsys):
         pretrain_step.make_flags().parse_args(["--quick", "--device", "cpu", "--time_limit_s", "0"])
     )
     assert all("left out" in result["found"]["error"] for result in found["settings"])
-    num_lines = len(ladder(SMALL, 1, "fp32", on_cpu=True)) - 1  # compiling is left out
-    assert len(found["settings"]) == num_lines + len(memory_grid({SMALL: [1, 2]}, "fp32", on_cpu=True))
+    precision = pretrain_step.fast_precision(torch.device("cpu"))
+    num_lines = len(ladder(SMALL, 1, precision, on_cpu=True)) - 1  # compiling is left out
+    assert len(found["settings"]) == num_lines + len(memory_grid({SMALL: [1, 2]}, precision, on_cpu=True))
     assert "- / -" in pretrain_step.markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("has_units", "has_amx", "expected"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_a_cpu_is_timed_in_bf16_where_it_has_units_for_it(monkeypatch, has_units, has_amx, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
+    assert pretrain_step.fast_precision(torch.device("cpu")) == expected
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert pretrain_step.fast_precision(torch.device("cpu")) == ("bf16" if has_amx else "fp32")
 
 
 def test_each_line_of_the_ladder_changes_something():
