@@ -17,6 +17,7 @@ from models.backbones.nnformer import NNFormer
 from models.backbones.resenc import ResEnc
 from models.backbones.resnet_unet import SliceNetwork
 from models.backbones.unet import UNet
+from models.layers.hypercolumns import HypercolumnHead, join
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class SegmenterKind:
         name: of the backbone, in `models.backbones.BACKBONES`.
         network_class: what `build` makes.
         depth_prefixes: key prefix -> depth of the encoder's layers, 0 nearest to the input; all other keys lie deepest.
+        map_modules: the modules that give the encoder's maps, see `models.layers.hypercolumns.join`.
     """
 
     name: str
     network_class: type[nn.Module]
     depth_prefixes: dict[str, int]
+    map_modules: tuple[str, ...]
 
-    output_key_prefixes = ("out.",)  # of the layer whose shape depends on the number of classes
+    output_key_prefixes = ("out.", "hypercolumns.")  # of the layers whose shapes depend on the number of classes
 
     def build(
         self,
@@ -42,9 +45,18 @@ class SegmenterKind:
         feature_size: int,
         use_checkpoint: bool = False,
         spatial_dims: int = 3,
+        hypercolumns: bool = False,
     ) -> nn.Module:
-        """A network that maps [B, in_channels, D, H, W] to logits [B, num_classes, D, H, W]; D = 1 in 2-D."""
-        return segmentation_network(self.name, in_channels, num_classes, feature_size, use_checkpoint, spatial_dims)
+        """A network that maps [B, in_channels, D, H, W] to logits [B, num_classes, D, H, W]; D = 1 in 2-D.
+
+        `hypercolumns`: with a head on the encoder's joined maps beside the decoder (`models.layers.hypercolumns`).
+        """
+        backbone = BACKBONES[self.name]
+        network = segmentation_network(self.name, in_channels, num_classes, feature_size, use_checkpoint, spatial_dims)
+        if hypercolumns:
+            channels = {stride: width for stride, width in backbone.channels_of(feature_size).items() if stride > 1}
+            join(network, HypercolumnHead(channels, num_classes), self.map_modules)
+        return network
 
     @property
     def encoder_key_prefixes(self) -> tuple[str, ...]:
@@ -82,13 +94,15 @@ RESNET_DEPTHS = {
     **{f"encoder.layer{depth}.": depth for depth in range(1, 5)},
 }
 
+STAGED_MAPS = tuple(f"encoder.{stride}" for stride in (2, 4, 8, 16))
+
 SEGMENTERS = {
-    "nnformer": SegmenterKind("nnformer", NNFormer, STAGED_DEPTHS),
-    "resenc": SegmenterKind("resenc", ResEnc, RESENC_DEPTHS),
-    "resnet50_unet": SegmenterKind("resnet50_unet", SliceNetwork, RESNET_DEPTHS),
-    "swin_unetr": SegmenterKind("swin_unetr", SwinUNETR, SWIN_UNETR_DEPTHS),
-    "swin_unetr_v2": SegmenterKind("swin_unetr_v2", SwinUNETR, SWIN_UNETR_DEPTHS),
-    "unet": SegmenterKind("unet", UNet, STAGED_DEPTHS),
+    "nnformer": SegmenterKind("nnformer", NNFormer, STAGED_DEPTHS, STAGED_MAPS),
+    "resenc": SegmenterKind("resenc", ResEnc, RESENC_DEPTHS, (*STAGED_MAPS, "encoder.32")),
+    "resnet50_unet": SegmenterKind("resnet50_unet", SliceNetwork, RESNET_DEPTHS, ("encoder",)),
+    "swin_unetr": SegmenterKind("swin_unetr", SwinUNETR, SWIN_UNETR_DEPTHS, ("swinViT",)),
+    "swin_unetr_v2": SegmenterKind("swin_unetr_v2", SwinUNETR, SWIN_UNETR_DEPTHS, ("swinViT",)),
+    "unet": SegmenterKind("unet", UNet, STAGED_DEPTHS, STAGED_MAPS),
 }
 
 

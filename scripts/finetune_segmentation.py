@@ -202,9 +202,8 @@ def start_run(
     torch.manual_seed(options.seed)
     kind = SEGMENTERS[plan.setup.backbone]
     spatial_dims = plan.setup.preprocessing.spatial_dims
-    network = kind.build(
-        plan.in_channels, len(plan.classes), plan.setup.feature_size, options.use_checkpoint, spatial_dims
-    )
+    sizes = plan.in_channels, len(plan.classes), plan.setup.feature_size
+    network = kind.build(*sizes, options.use_checkpoint, spatial_dims, options.hypercolumns)
     if world.size > 1:
         synchronise_batch_norms(network)
     keys, started = list(network.state_dict()), "started from random weights"
@@ -255,7 +254,7 @@ def describe_run(plan: Plan, info: RunInfo) -> dict:
     content = json.loads(Path(options.json_list).read_text())
     return {
         "backbone": {"name": plan.setup.backbone, "feature_size": plan.setup.feature_size}
-        | {"in_channels": plan.in_channels},
+        | {"in_channels": plan.in_channels, "hypercolumns": options.hypercolumns},
         "classes": plan.classes.as_dict(),
         "preprocessing": plan.setup.preprocessing.as_dict(),
         "pretrained": {"path": options.weights}
@@ -279,6 +278,7 @@ def describe_start(plan: Plan, run: FinetuneRun, started: str, world: World) -> 
     num_trained, num_all = count_parameters(run.network)
     setup, known = plan.setup, plan.setup.preprocessing
     precision = pick_precision(plan.options.precision, world.device)
+    head = " with a head on hypercolumns" if plan.options.hypercolumns else ""
     shown = ", ".join(case.name for case in plan.training[:8]) + (", ..." if len(plan.training) > 8 else "")
     return "\n".join(
         [
@@ -289,8 +289,8 @@ def describe_start(plan: Plan, run: FinetuneRun, started: str, world: World) -> 
             f"organs: {len(plan.classes) - 1} ({', '.join(plan.classes.names[1:])})",
             f"volumes: spacing {spacing_text(known.spacing_mm)}, {known.window_text}, crops of "
             f"{' x '.join(map(str, known.roi))} voxels (D, H, W)",
-            f"network: {known.spatial_dims}-D {setup.backbone}, feature size {setup.feature_size}, input channels "
-            f"{plan.in_channels}, "
+            f"network: {known.spatial_dims}-D {setup.backbone}{head}, feature size {setup.feature_size}, "
+            f"input channels {plan.in_channels}, "
             f"{num_trained / 1e6:.1f} of {num_all / 1e6:.1f} M parameters trained, {precision} on {world.device}",
         ]
     )

@@ -24,6 +24,7 @@ from engine.run_folder import LOCK
 from engine.segmentation.evaluation import Evaluation
 from engine.segmentation.flags import FinetuneOptions
 from engine.segmentation.metrics import OrganScore
+from engine.segmentation.segmenter import open_segmenter
 from engine.signals import EXIT_INTERRUPTED
 from engine.weights import save_weights
 from models.segmenters import SEGMENTERS
@@ -498,3 +499,30 @@ def test_a_label_beside_its_image_is_no_wrong_prediction(finished, corpus, tmp_p
     scripts.evaluate_segmentation.main([*paths, *flags, str(tmp_path / "turned.json")])
     with pytest.raises(CTReadError, match=f"lost.nii.gz: label lies 100.0 mm beside its image .*{first['image']}"):
         scripts.evaluate_segmentation.main([*paths, *flags, str(tmp_path / "lost.json")])
+
+
+def test_a_head_on_hypercolumns_is_kept_told_and_not_changed(weights, corpus, tmp_path, capfd):
+    flags = {"weights": weights, "hypercolumns": "true", "freeze_encoder_steps": -1, "evaluate": "false", "steps": 2}
+    command.main(finetune_arguments(corpus, tmp_path, **flags))
+    assert "with a head on hypercolumns" in capfd.readouterr().out
+    best = load_checkpoint(tmp_path / "best.pth", "segmentation")
+    assert best["backbone"]["hypercolumns"] is True
+    segmenter = open_segmenter(tmp_path / "best.pth", torch.device("cpu"))
+    assert torch.equal(segmenter.network.hypercolumns.classes.weight, best["model"]["hypercolumns.classes.weight"])
+    with pytest.raises(CheckpointError, match="--hypercolumns True -> False"):
+        command.main(finetune_arguments(corpus, tmp_path, **(flags | {"hypercolumns": "false"})))
+    old = load_checkpoint(tmp_path / LATEST)
+    assert old["step"] == 2
+    command.main(finetune_arguments(corpus, tmp_path, **(flags | {"steps": 3})))
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 3
+
+
+def test_checkpoints_from_before_hypercolumns_have_none(finished, corpus, tmp_path):
+    """Also to resume, and to go on without the flag."""
+    for name in ("best.pth", LATEST):
+        old = load_checkpoint(finished / name)
+        del old["backbone"]["hypercolumns"], old["flags"]["hypercolumns"]
+        torch.save(old, tmp_path / name)
+    assert not hasattr(open_segmenter(tmp_path / "best.pth", torch.device("cpu")).network, "hypercolumns")
+    command.main(finetune_arguments(corpus, tmp_path, steps=5, evaluate="false"))
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 5

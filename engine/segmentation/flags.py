@@ -74,6 +74,8 @@ class NetworkOptions:
         feature_size: channels at stride 2; unset = the weights', else 48
         in_channels: of the images: MR in 4-D files, or in lists of files, has several; unset = as many as the files
             have. Pretrained weights of one channel are repeated, and divided by the number
+        hypercolumns: also read the classes from the encoder's joined maps, beside the decoder: pretrained maps tell
+            within a few hundred steps what a new decoder takes long to learn; best with --freeze_encoder_steps -1
         use_checkpoint: recompute activations instead of keeping them: less memory, slower
     """
 
@@ -84,6 +86,7 @@ class NetworkOptions:
     backbone: str | None = field(default=None, metadata={"choices": sorted(SEGMENTERS)})
     feature_size: int | None = None
     in_channels: int | None = None
+    hypercolumns: bool = False
     use_checkpoint: bool = False
 
 
@@ -267,7 +270,7 @@ class FinetuneOptions(DataOptions, NetworkOptions, TrainingOptions, JudgingOptio
 
 # These flags decide the result, so a resumed run must not change them.
 DECISIVE_FLAGS = {
-    *("num_labelled", "fold", "held_out_share", "checkpoint_key", "weights_part"),
+    *("num_labelled", "fold", "held_out_share", "checkpoint_key", "weights_part", "hypercolumns"),
     *("memory", "memory_cases", "memory_weight", "memory_blur_mm"),
     *(name for name in flag_names(TrainingOptions) if name != "steps"),
 }
@@ -306,8 +309,8 @@ def check_continuation(before: dict, now: dict, path: str | Path) -> None:
     Raises:
         CheckpointError: naming every such flag with both values.
     """
-    # Runs from before there was a memory have none.
-    changed = changed_flags({"memory": False} | before.get("flags", {}), now["flags"])
+    # Runs from before there were these have none.
+    changed = changed_flags({"memory": False, "hypercolumns": False} | before.get("flags", {}), now["flags"])
     refused = [text for name, text in changed.items() if name in DECISIVE_FLAGS]
     refused += file_changes(before, now) + resolved_changes(before, now)
     if now["flags"]["steps"] < before["step"]:

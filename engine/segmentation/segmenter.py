@@ -151,9 +151,10 @@ def open_segmenter(
         known = ", ".join(SEGMENTERS)
         raise CheckpointError(f"{checkpoint_file}: its network is {backbone['name']!r}; known are {known}")
     known, precision = Preprocessing.from_dict(state["preprocessing"]), pick_precision(precision, device)
-    network = SEGMENTERS[backbone["name"]].build(
-        backbone["in_channels"], len(classes), backbone["feature_size"], spatial_dims=known.spatial_dims
-    )
+    sizes = backbone["in_channels"], len(classes), backbone["feature_size"]
+    # Checkpoints from before there were hypercolumns do not name them.
+    further = {"spatial_dims": known.spatial_dims, "hypercolumns": backbone.get("hypercolumns", False)}
+    network = SEGMENTERS[backbone["name"]].build(*sizes, **further)
     load_strictly(network, state["model"], "network", checkpoint_file)
     windows = WindowOptions(known.roi, overlap=overlap, window_batch=window_batch, precision=precision)
     recalled = None if recall is None else recall_of(state, checkpoint_file, recall, device)

@@ -49,6 +49,10 @@ class Backbone(Protocol):
         the reconstruction output. `with_masks` adds the tokens that `encode` puts where a mask hides voxels.
         `with_skips` builds what `skips` needs, whatever the decoder needs."""
 
+    @classmethod
+    def channels_of(cls, feature_size: int) -> dict[int, int]:
+        """`channels` of a backbone of that size."""
+
     def encode(self, volumes: Tensor, masked: Tensor | None = None) -> dict[int, Tensor]:
         """Map volumes [B, 1, D, H, W] in [0, 1] and block masks (True = masked = hidden) to {stride: feature map}."""
 

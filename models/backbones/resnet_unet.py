@@ -105,12 +105,17 @@ class ResNetUNetBackbone(nn.Module):
                 f"resnet50_unet has its decoder map at stride 1, not at {decoder_stride}, where CASA asks for one: "
                 "expected --lambda2 0 (no CASA), or another --backbone"
             )
-        self.channels = self.skip_channels = dict(CHANNELS)
+        self.channels = self.skip_channels = self.channels_of(feature_size)
         self.network = self.make_network(1, 1, feature_size, use_checkpoint, spatial_dims_of(roi))
         if with_masks:
             self.mask_voxel = nn.Parameter(torch.zeros(1))
         if decoder_stride is None:
             self._drop_decoder()
+
+    @staticmethod
+    def channels_of(feature_size: int) -> dict[int, int]:
+        """Stride -> channels of the encoder's maps; `feature_size` has no effect."""
+        return dict(CHANNELS)
 
     @staticmethod
     def make_network(

@@ -95,7 +95,7 @@ class SwinUNETRBackbone(nn.Module):
         self.decoder_stride = decoder_stride
         self.with_skips = with_skips
         self.use_checkpoint = use_checkpoint
-        self.channels = {stride: feature_size * stride // 2 for stride in STAGE_STRIDES}
+        self.channels = self.channels_of(feature_size)
         self.is_flat = spatial_dims_of(roi) == 2
         self.network = self.make_network(1, 1, feature_size, use_checkpoint, spatial_dims_of(roi))
         if with_masks:
@@ -103,6 +103,11 @@ class SwinUNETRBackbone(nn.Module):
             if self._reads_voxels:
                 self.mask_voxel = nn.Parameter(torch.zeros(1))
         self._drop_unused_modules()
+
+    @staticmethod
+    def channels_of(feature_size: int) -> dict[int, int]:
+        """Stride -> channels of the encoder's maps."""
+        return {stride: feature_size * stride // 2 for stride in STAGE_STRIDES}
 
     @classmethod
     def make_network(
