@@ -62,9 +62,10 @@ def rows(publication: Publication, data: str) -> dict[str, str]:
         method += f", from weights by {facts['pretrained'].get('method', 'others')}"
     if "module" in described:
         method += f" ({described['module']})"
+    head = " with a head on hypercolumns" if backbone.get("hypercolumns") else ""
     found = {
         "Method": method,
-        "Network": f"{backbone['name']}, feature size {backbone['feature_size']}, {known.spatial_dims}-D, "
+        "Network": f"{backbone['name']}{head}, feature size {backbone['feature_size']}, {known.spatial_dims}-D, "
         f"{publication.num_parameters / 1e6:.1f} M parameters",
         "Data": data or NOT_RECORDED,
         "Training cases": str(facts.get("num_training_cases", NOT_RECORDED)),
