@@ -457,6 +457,7 @@ def test_two_ranks_train_and_judge_together(finished, corpus, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = {"steps": 3, "num_val_cases": 0, "freeze_encoder_steps": 2, "clip_grad": 0, "log_freq": 1, "val_freq": 3}
+    flags["hypercolumns"] = "true"  # its norm is over the rows of both
     run_ranks(one_of_two_ranks, (port, finetune_arguments(corpus, tmp_path, batch_size=1, **flags)))
     assert [line["step"] for line in log_of(tmp_path, "validation")] == [3]
     summary = json.loads((tmp_path / "evaluation" / "results.json").read_text())

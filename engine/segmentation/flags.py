@@ -74,8 +74,8 @@ class NetworkOptions:
         feature_size: channels at stride 2; unset = the weights', else 48
         in_channels: of the images: MR in 4-D files, or in lists of files, has several; unset = as many as the files
             have. Pretrained weights of one channel are repeated, and divided by the number
-        hypercolumns: also read the classes from the encoder's joined maps, beside the decoder: pretrained maps tell
-            within a few hundred steps what a new decoder takes long to learn; best with --freeze_encoder_steps -1
+        hypercolumns: also read the classes from the encoder's joined maps, beside the decoder, which learns slowly: for
+            runs of some hundred steps; the network is then not its library's alone
         use_checkpoint: recompute activations instead of keeping them: less memory, slower
     """
 
