@@ -466,7 +466,8 @@ def test_two_ranks_train_and_judge_together(finished, corpus, tmp_path):
     command.main(finetune_arguments(corpus, tmp_path / "one", batch_size=2, evaluate="false", **flags))
     for ours, theirs in zip(log_of(tmp_path), log_of(tmp_path / "one"), strict=True):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        # Not closer, because Dice is taken over each rank's own part of the batch.
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=3e-4)
 
 
 def test_evaluation_command_equals_the_runs_own(finished, corpus, tmp_path):
