@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-WEIGHT = 0.7  # of the logarithm of the network's probabilities
+WEIGHT = 1.0  # of the logarithm of the network's probabilities
 SPREAD = 0.02  # share of the network's probability that goes to all labels alike
 
 # A grid, (D, H, W) and index -> world mm, to the probability [D, H, W] of every label that the network knows.
