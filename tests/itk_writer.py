@@ -1,10 +1,13 @@
 """Volumes written with SimpleITK: files, and folders of DICOM slices with any tag that a test wants."""
 
+import locale
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK
+
+from datasets.ct.itk_files import USERS_LOCALE
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 CT_TAGS = {"0008|0060": "CT", "0008|103e": "THIN", "0020|000d": "1.2.3", "0020|000e": "1.2.3.4"}
@@ -70,4 +73,5 @@ def write_series(
         # Not in order: names say nothing of places.
         writer.SetFileName(str(folder / f"{series}_{number * 7 % 101:03d}.dcm"))
         writer.Execute(image)
+    locale.setlocale(locale.LC_CTYPE, USERS_LOCALE)  # writing DICOM leaves the C locale, and Python opens files as ASCII
     return folder

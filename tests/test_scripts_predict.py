@@ -24,7 +24,10 @@ class ByIntensity(torch.nn.Module):
 
 
 class FakeKind:
-    def build(self, in_channels: int, num_classes: int, feature_size: int, spatial_dims: int) -> torch.nn.Module:
+    def build(
+        self, in_channels: int, num_classes: int, feature_size: int, spatial_dims: int, hypercolumns: bool
+    ) -> torch.nn.Module:
+        assert not hypercolumns, "an old checkpoint does not name them"
         return ByIntensity()
 
 
