@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole walk on phantom CT, from an empty machine to Alice's weights and the Dice of a network finetuned from them: 2 CPU
-# cores, 12 minutes after the install, no downloads besides Python packages. A second run reuses every stage whose
+# cores, 8 minutes after the install, no downloads besides Python packages. A second run reuses every stage whose
 # command has not changed.
 #   bash scripts/quickstart.sh                        results in results/quickstart
 #   QUICKSTART_DIR=/tmp/walk bash scripts/quickstart.sh
@@ -18,13 +18,14 @@ stage "data list" python scripts/create_json.py --data_dir "$out/data" --output 
 stage "volume store" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/data.json" \
     --store_dir "$out/store" --spacing_mm 3 3 3
 stage "embed" python scripts/generate_sam_embeddings.py --store_dir "$out/store" --embed_dir "$out/embeddings"
-stage "evaluate matching" python scripts/evaluate_matching.py --store_dir "$out/store" --json_list "$out/data.json" \
-    --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" --num_points 32 \
-    --output "$out/matching.json"
 stage "mine pairs" python scripts/mine_pairs.py --embed_dir "$out/embeddings" --json_list "$out/data.json" \
     --num_points 64 --num_partners 4
-# MONAI's SwinUNETR, a quarter of the recipe's steps: enough to see all terms of Alice and to have weights.
+# How good the matches are; and MONAI's SwinUNETR, a quarter of the recipe's steps: enough to see all terms of Alice and to have
+# weights.
 swin_unetr() {
+    stage "evaluate matching" python scripts/evaluate_matching.py --store_dir "$out/store" --json_list "$out/data.json" \
+        --sections validation --landmark_dir "$out/data/landmarks" --embed_dir "$out/embeddings" --num_points 32 \
+        --output "$out/matching.json"
     stage "pretrain Alice" --own "$out/alice" python main_ddp.py --config configs/quickstart.yaml --data_dir "$out/data" \
         --json_list "$out/data.json" --store_dir "$out/store" --embed_dir "$out/embeddings" --output_dir "$out/alice" \
         --epochs 1 --warmup_epochs 0.5 --freeze_last_layer 0 --val_freq 1 --picture_freq 8
