@@ -73,5 +73,5 @@ def write_series(
         # Not in order: names say nothing of places.
         writer.SetFileName(str(folder / f"{series}_{number * 7 % 101:03d}.dcm"))
         writer.Execute(image)
-    locale.setlocale(locale.LC_CTYPE, USERS_LOCALE)  # writing DICOM leaves the C locale, and Python opens files as ASCII
+    locale.setlocale(locale.LC_CTYPE, USERS_LOCALE)  # writing DICOM leaves C's, and files open as ASCII
     return folder
