@@ -97,8 +97,8 @@ class Setting:
     keep_memory: bool = False  # `engine.device`; once on it stays on in this process
 
 
-def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bool = False) -> list[Setting]:
-    """From the naive composition up: each line adds one change to the line before; those behind the default change it.
+def rungs(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bool = False) -> list[Setting]:
+    """From the naive composition up to the default: each line adds one change to the line before.
 
     What leaves fp32 comes after what does not, so that the lines before it show what is gained at equal settings.
     """
@@ -115,10 +115,21 @@ def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bo
     for name, change in changes.items():
         lines.append(replace(lines[-1], name=name, **change))
     lines[-1] = replace(lines[-1], name=f"{lines[-1].name} (the default)")
+    return lines[1:]
+
+
+def flagged(default: Setting, on_cpu: bool = False) -> list[Setting]:
+    """The default with one flag changed each."""
     without = {f"--no_{name}": {name: False} for name in ON_GPUS}
     layouts = {"--channels_last": {"channels_last": True}} if on_cpu else without
     further = layouts | {"--use_checkpoint": {"use_checkpoint": True}, "--compile": {"is_compiled": True}}
-    return lines[1:] + [replace(lines[-1], name=f"default + {name}", **change) for name, change in further.items()]
+    return [replace(default, name=f"default + {name}", **change) for name, change in further.items()]
+
+
+def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bool = False) -> list[Setting]:
+    """`rungs`, and the last one's `flagged`."""
+    lines = rungs(roi, num_pairs, precision, on_cpu)
+    return [*lines, *flagged(lines[-1], on_cpu)]
 
 
 def memory_grid(sizes: dict[tuple[int, int, int], list[int]], precision: str, on_cpu: bool = False) -> list[Setting]:
@@ -260,11 +271,9 @@ def make_alice(
     return Alice(AliceOptions(**options), make_backbone)
 
 
-def make_bench(flags) -> tuple[Bench, str]:
-    """The networks that the flags ask for, on their device, and the default precision of training there."""
-    device = pick_device(flags.device, 0)
-    options = QUICK if flags.quick else {"feature_size": flags.feature_size}
-    return Bench(options, device), pick_precision("auto", device)
+def make_bench(flags) -> Bench:
+    """The networks that the flags ask for, on their device."""
+    return Bench(QUICK if flags.quick else {"feature_size": flags.feature_size}, pick_device(flags.device, 0))
 
 
 def fast_precision(device: torch.device) -> str:
@@ -306,8 +315,7 @@ def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], li
             lines = [setting for setting in lines if not setting.is_compiled]
         return lines, memory_grid({small: [1, 2]}, precision, device.type == "cpu")
     if device.type == "cpu":  # a step of one pair at 96³ takes a minute on 2 cores
-        up_to_default = [line for line in ladder((96,) * 3, 1, precision, True) if "default +" not in line.name]
-        speed = [*up_to_default, *ladder((64,) * 3, 1, precision, True)]
+        speed = [*rungs((96,) * 3, 1, precision, True), *ladder((64,) * 3, 1, precision, True)]
         grid = memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision, on_cpu=True)
         return speed, [replace(setting, keep_memory=True) for setting in grid]
     sizes = {(96,) * 3: [1, 2, 4, 8, 16], (64,) * 3: [2, 8, 32], (128,) * 3: [1, 2, 4]}
@@ -317,7 +325,7 @@ def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], li
 def run(flags) -> dict:
     """Measure all settings; returns machine, versions, and a list of {table, setting, found}."""
     started = time.perf_counter()
-    bench, _ = make_bench(flags)
+    bench = make_bench(flags)
     device, num_steps = bench.device, 1 if flags.quick else flags.num_steps
     if flags.only:
         setting = setting_of(json.loads(flags.only))

@@ -27,7 +27,7 @@ from benchmarks.pretrain_step import (
 )
 from benchmarks.results import Rows, command, table, timed
 from datasets.samples.masks import draw_mask, mask_grid, num_masked_blocks
-from engine.device import autocast
+from engine.device import autocast, pick_precision
 from models.backbones.interface import upsample_mask
 from models.methods.method import average_towards, rows_of
 
@@ -43,7 +43,8 @@ def make_flags() -> jsonargparse.ArgumentParser:
 
 def run(flags: jsonargparse.Namespace) -> dict:
     """Times of the step and of its parts, seconds."""
-    bench, precision = make_bench(flags)
+    bench = make_bench(flags)
+    precision = pick_precision("auto", bench.device)
     side = min(64, flags.roi) if flags.quick else flags.roi
     roi = (side, side, side)
     setting = Setting("default", roi, flags.num_pairs, precision, "auto", fused_optimizer=True, keep_memory=True)

@@ -91,7 +91,7 @@ def test_views_apart_give_the_same_loss_and_gradients():
 
 
 def test_a_loss_that_is_not_finite_is_an_error_of_its_setting(monkeypatch):
-    bench, _ = pretrain_step.make_bench(pretrain_step.make_flags().parse_args(["--quick", "--device", "cpu"]))
+    bench = pretrain_step.make_bench(pretrain_step.make_flags().parse_args(["--quick", "--device", "cpu"]))
     broken = pretrain_step.synthetic_batch(1, SMALL, bench.device)
     broken["crop"][:] = math.nan
     monkeypatch.setattr(pretrain_step, "synthetic_batch", lambda *given: broken)

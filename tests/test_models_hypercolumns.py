@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from models.layers.batch_norm import synchronise_batch_norms
 from models.layers.hypercolumns import HypercolumnHead, enlarged
 from models.pretrained import load_pretrained
 from models.segmenters import SEGMENTERS, layer_groups
 from models.weights_file import WeightsFile
+from tests.launched import run_ranks
 
 NETWORKS = {  # feature size, crop, dimensions
     "unet": (16, (32, 32, 32), 3),
@@ -18,6 +21,7 @@ NETWORKS = {  # feature size, crop, dimensions
     "resnet50_unet": (16, (1, 64, 64), 2),
 }
 NUM_CLASSES = 3
+NUM_RANKS = 2
 
 
 def build(name: str, hypercolumns: bool = True) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -106,3 +110,36 @@ def test_pretrained_weights_do_not_need_the_head():
     last = layer_groups(network, SEGMENTERS["unet"], 0.5, lambda name, parameter: True)[-1]
     assert last["lr_scale"] == 1
     assert all(any(p is one for one in last["params"]) for p in network.hypercolumns.parameters())
+
+
+def passed(network: torch.nn.Module, volumes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits, gradients of a loss that is a sum over samples, and the norms' running statistics; float64."""
+    logits = network.double()(volumes.double())
+    logits.square().sum().backward()
+    gradients = {f"g_{name}": parameter.grad for name, parameter in network.named_parameters()}
+    return {"logits": logits.detach(), **gradients, **dict(network.named_buffers())}
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", NUM_RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
+    network, volumes = build("unet")
+    synchronise_batch_norms(network)
+    torch.save(passed(network, volumes[rank : rank + 1]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, one_thread):
+    run_ranks(run_rank, (str(tmp_path),), NUM_RANKS)
+    ours = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(NUM_RANKS)]
+    for name, value in passed(*build("unet")).items():
+        parts = [found[name] for found in ours]
+        if name == "logits":
+            joined = torch.cat(parts)
+        else:
+            joined = sum(parts) if name.startswith("g_") else parts[1]
+        assert (joined - value).abs().max() <= 1e-6 * value.abs().max(), name
+    network, volumes = build("unet")
+    apart = network.double()(volumes[:1].double())
+    assert not torch.allclose(apart, ours[0]["logits"], rtol=1e-2), "the ranks did talk to each other"

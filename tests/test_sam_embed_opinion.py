@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sam_embed.matching.carry import carry_labels, coarser_grid
-from sam_embed.matching.opinion import SPREAD, WEIGHT, joined
+from sam_embed.matching.opinion import SPREAD, joined
 from sam_embed.matching.reference import Reference
 from tests.sam_fakes import AFFINE, SHAPE, atlas_labels, patient_embedding
 
@@ -16,7 +16,7 @@ def test_votes_and_opinion_are_multiplied_and_keep_their_sum():
     found = joined(votes, [0, 4, 7], opinion)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found.sum(axis=0), votes.sum(axis=0), atol=1e-6)
-    low, high = (((1 - SPREAD) * share + SPREAD / 3) ** WEIGHT for share in (0.1, 0.9))
+    low, high = ((1 - SPREAD) * share + SPREAD / 3 for share in (0.1, 0.9))
     wanted = 0.9 * np.array([0.6 * low, 0.3 * high, 0.0]) / (0.6 * low + 0.3 * high)
     np.testing.assert_allclose(found[:, 0, 0, 0], wanted, rtol=1e-5)
     assert (found[:, 0, 0, 1] == 0).all(), "nobody voted there"

@@ -8,7 +8,7 @@ import torch
 import main_ddp
 from benchmarks import data_wait
 from benchmarks.gpu_parts.apart import Workplace
-from benchmarks.pretrain_step import QUICK, Bench, Setting, ladder
+from benchmarks.pretrain_step import QUICK, Bench, Setting, flagged, rungs
 from engine.flags import REPOSITORY, available_cpus
 
 PAIRS, ROI = 8, (96, 96, 96)
@@ -76,11 +76,9 @@ def gpu_tests(place: Workplace) -> None:
 
 def step_settings(roi: tuple[int, int, int], num_pairs: int, precision: str) -> list[Setting]:
     """MONAI's form and ours at equal precision, then each flag, then the rungs between the two; first what matters."""
-    rungs = ladder(roi, num_pairs, precision)
-    naive_fp32, *between, default = [setting for setting in rungs if not setting.name.startswith("default +")]
-    flagged = [setting for setting in rungs if setting.name.startswith("default +")]
+    naive_fp32, *between, default = rungs(roi, num_pairs, precision)
     naive = replace(naive_fp32, name=NAIVE, precision=precision)
-    return [naive, replace(default, name=DEFAULT), *flagged, replace(naive_fp32, name=FP32), *between]
+    return [naive, replace(default, name=DEFAULT), *flagged(default), replace(naive_fp32, name=FP32), *between]
 
 
 def step(place: Workplace) -> None:

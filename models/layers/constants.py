@@ -1,7 +1,7 @@
-"""Constants of window attention, which depend on sizes alone: made once for each size and device, then shared.
+"""Constants of layers, which depend on sizes alone: made once for each size and device, then shared.
 
-Student and teacher, plain and shifted blocks, and all steps read the same tensors. At 96^3 voxels the mask of the
-first stage takes 161 MB and a walk over all windows.
+In window attention student and teacher, plain and shifted blocks, and all steps read the same tensors. At 96^3 voxels
+the mask of the first stage takes 161 MB and a walk over all windows.
 """
 
 from collections.abc import Callable

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from models.layers.constants import constant
+
 Size3 = tuple[int, int, int]
 HIDDEN_DIM = 64
 
@@ -75,7 +77,7 @@ def enlarged(values: Tensor, shape: Size3) -> Tensor:
     """
     for axis, size in enumerate(shape, start=2):
         if values.shape[axis] != size:
-            weights = interpolation_weights(values.shape[axis], size).to(values)
+            weights = constant(interpolation_weights, values.device, values.shape[axis], size).to(values.dtype)
             values = torch.movedim(torch.movedim(values, axis, -1) @ weights, -1, axis)
     return values
 

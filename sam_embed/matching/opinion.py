@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-WEIGHT = 1.0  # of the logarithm of the network's probabilities
 SPREAD = 0.02  # share of the network's probability that goes to all labels alike
 
 # A grid, (D, H, W) and index -> world mm, to the probability [D, H, W] of every label that the network knows.
@@ -34,6 +33,6 @@ def joined(votes: np.ndarray, values: Sequence[int], probabilities: Mapping[int,
     if unknown:
         raise ValueError(f"votes for labels {unknown}, and the second opinion knows {sorted(probabilities)}")
     weights = np.stack([(1 - SPREAD) * probabilities[value] + SPREAD / len(values) for value in values])
-    shares = votes * weights**WEIGHT
+    shares = votes * weights
     agreed, total = shares.sum(axis=0), votes.sum(axis=0)
     return (shares * np.where(agreed > 0, total / np.where(agreed > 0, agreed, 1), 0)).astype(np.float32)
