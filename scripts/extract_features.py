@@ -38,7 +38,7 @@ def make_flags():
     features.add_argument("--output_dir", type=str, required=True, help="folder of the features; made if missing")
     add_options(features, FileOptions)
     running = parser.add_argument_group("Running")
-    add_options(running, WindowOptions, {"window_batch": 1})
+    add_options(running, WindowOptions)
     add_options(running, DeviceOptions)
     return parser
 

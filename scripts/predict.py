@@ -26,7 +26,7 @@ from datasets.ct.intensity import NO_AIR_HU, few_whole_values
 from datasets.ct.nifti import Volume
 from datasets.ct.radiograph import SUFFIX
 from datasets.lists.data_list import unique_names
-from engine.device import explained_out_of_memory, pick_device
+from engine.device import explained_out_of_memory, keep_freed_memory, pick_device
 from engine.flags import DeviceOptions, add_options, make_parser, options_of, run_main
 from engine.segmentation.memory import Recall, RecallOptions
 from engine.segmentation.prior import Prior
@@ -47,7 +47,7 @@ def make_flags():
     parser.add_argument(
         "--checkpoint_file", type=str, required=True, help="best.pth of a finetuning run, or hf://owner/name"
     )
-    add_options(parser, WindowOptions, {"window_batch": 1})
+    add_options(parser, WindowOptions)
     add_options(parser, RecallOptions)
     add_options(parser, DeviceOptions)
     return parser
@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     if Path(flags.output).exists() and Path(flags.image).exists() and Path(flags.output).samefile(flags.image):
         raise ValueError(f"{flags.output} is the image itself, which its labels would replace; give another name")
     device = pick_device(flags.device, 0)
+    if device.type == "cpu":
+        keep_freed_memory()
     segmenter = open_segmenter(
         flags.checkpoint_file,
         device,
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         found = segmenter.segment(resampled, volume, prior)
     write_labels_like(flags.output, segmenter.classes.to_values(found), flags.image)
     size, unit = (1.0, "pixels") if is_picture else (float(np.prod(volume.spacing_mm)) / 1000, "ml")
-    counts = np.bincount(found.ravel(), minlength=len(segmenter.classes))
+    counts = sum(np.bincount(plane.ravel(), minlength=len(segmenter.classes)) for plane in found)
     for name, value, count in zip(segmenter.classes.names[1:], segmenter.classes.values[1:], counts[1:]):
         print(f"{value:4d} {name}: {count * size:.1f} {unit}")
     print(f"wrote {flags.output}: {' x '.join(map(str, found.shape))} voxels (D, H, W), as {flags.image}")

@@ -10,7 +10,7 @@ from scipy.ndimage import binary_dilation
 from datasets.ct.geometry import index_to_world
 from sam_embed.matching.carry import carry_labels, count_votes
 from sam_embed.matching.dense import dense_map, map_both_ways, map_nodes
-from sam_embed.matching.nodes import make_nodes
+from sam_embed.matching.nodes import make_nodes, window_cost
 from sam_embed.matching.reference import Reference
 from tests.sam_fakes import (
     AFFINE,
@@ -29,6 +29,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def reference(seed: int) -> Reference:
     return Reference(patient_embedding(seed), atlas_labels(seed), AFFINE)
+
+
+def test_windows_are_compared_node_by_node(monkeypatch):
+    """Windows that begin inside and outside of the grid, in blocks that do not divide their number."""
+    monkeypatch.setattr("sam_embed.matching.nodes.NODES_PER_BLOCK", 4)
+    nodes = make_nodes(with_noise(patient_embedding(1), 0.3, 0), 40.0)
+    rng = np.random.default_rng(0)
+    centres = rng.integers(-4, np.array(nodes.shape) + 4, size=(30, 3))
+    offsets = rng.integers(-2, 3, size=(7, 3))
+    vectors = torch.nn.functional.normalize(torch.randn(30, nodes.vectors.shape[1]), dim=1)
+    found = window_cost(vectors, nodes, centres, offsets)
+    grid = nodes.vectors.view(*nodes.shape, -1)
+    for row, centre in enumerate(centres):
+        for column, place in enumerate(centre + offsets):
+            is_inside = ((place >= 0) & (place < nodes.shape)).all()
+            similarity = grid[tuple(place)] @ vectors[row] if is_inside else torch.tensor(0.0)
+            torch.testing.assert_close(found[row, column], 1 - similarity)
 
 
 @pytest.mark.parametrize("noise, limit_mm", [(0.0, 4.0), (0.2, 5.0)])

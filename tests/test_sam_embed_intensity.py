@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
+from sam_embed.matching import intensity
 from sam_embed.matching.carry import carry_labels
 from sam_embed.matching.intensity import sharpened, shrunk
 from tests.sam_fakes import AFFINE, SHAPE, atlas_labels, dice, patient_embedding
@@ -53,6 +54,22 @@ def test_votes_are_shared_out_anew_and_none_is_made():
     found = sharpened(votes, np.where(truth, 200.0, 0.0), SPACING_MM)
     assert found.dtype == np.float32 and found.min() >= 0
     np.testing.assert_allclose(found.sum(0), votes.sum(0), atol=1e-6)
+
+
+def test_boxes_of_labels_give_what_whole_volumes_give(monkeypatch):
+    """Several labels of different sizes, one that nobody voted for, one at the border, voxels without votes."""
+    labels = np.zeros(GRID, dtype=int)
+    for label, centre, radius in ((1, (12, 14, 20), 6), (2, (5, 6, 8), 2), (4, (12, 25, 0), 4)):
+        labels[ball(centre, radius)] = label
+    votes = np.stack([gaussian_filter((labels == label).astype(np.float32), 1.0) for label in range(5)])
+    votes[votes < 0.01] = 0
+    votes[:, :, :3] = 0
+    hu = 40.0 * labels + np.random.default_rng(3).normal(0, 20, GRID)
+    found = sharpened(votes, hu, (3.0, 2.5, 4.0))
+    whole = tuple(slice(0, size) for size in GRID)
+    monkeypatch.setattr(intensity, "_grown", lambda *box_and_margin: whole)
+    np.testing.assert_allclose(found, sharpened(votes, hu, (3.0, 2.5, 4.0)), atol=1e-6)
+    assert np.abs(found - votes).max() > 0.02
 
 
 def test_intensities_that_say_nothing_change_little_and_no_votes_nothing():

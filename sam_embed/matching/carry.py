@@ -144,10 +144,12 @@ def count_votes(
         beyond.append(not_shown)
         reach += exists
         total += weight
+        strength = weight * trust
         for value in np.unique(label[exists]).tolist():
             if value not in votes:
                 votes[value] = np.zeros(num_voxels, dtype=np.float32)
-            votes[value] += np.where(exists & (label == value), weight * trust, 0)
+            voted = np.flatnonzero(exists & (label == value))
+            votes[value][voted] += strength[voted]
     values = np.array(sorted(votes))
     counted = np.stack([votes[value].reshape(shape) for value in values.tolist()])
     return Counted(counted / total.reshape(shape), values, (reach / np.float32(len(references))).reshape(shape), beyond)

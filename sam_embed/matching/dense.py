@@ -14,6 +14,7 @@ How well a node's own most similar place agrees with the map, averaged over its 
 """
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,7 @@ CLOSENESS = (0.003, 0.01, 0.03, 0.1)  # per squared node, against similarities; 
 LEAST_WEIGHT = 1e-3  # of the largest one: less around a node is nothing
 NEAR_MM = 16.0  # two nodes: mapped places lie about a node apart, more where the scan's patient is larger
 TRUST_SCALE_MM = 12.0  # a node whose own most similar place lies as far from the map is half trusted
-BYTES_PER_BLOCK = 2**26
+BYTES_PER_BLOCK = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +93,11 @@ def map_both_ways(scan: Nodes, reference: Nodes) -> tuple[DenseMap, DenseMap]:
     """The map from scan to reference, and the one from reference to scan; single matches are sought once for both."""
     wide, wide_reference = _wide_nodes(scan, reference)
     found, back = _matches(wide, wide_reference)
-    return (
-        _map(scan, reference, wide, wide_reference, (found, back)),
-        _map(reference, scan, wide_reference, wide, (back, found)),
-    )
+    there = scan, reference, wide, wide_reference, (found, back)
+    returning = reference, scan, wide_reference, wide, (back, found)
+    with ThreadPoolExecutor(2) as pool:  # much of the work is that of one thread
+        to_reference, to_scan = pool.map(lambda arguments: _map(*arguments), (there, returning))
+    return to_reference, to_scan
 
 
 def _wide_nodes(scan: Nodes, reference: Nodes) -> tuple[Nodes, Nodes]:
@@ -115,6 +117,7 @@ def _matches(scan: Nodes, reference: Nodes) -> tuple[np.ndarray, np.ndarray]:
     return _best_of_all(*(nodes.vectors[np.flatnonzero(nodes.body)] for nodes in (scan, reference)))
 
 
+@torch.no_grad()
 def _map(
     scan: Nodes, reference: Nodes, wide: Nodes, wide_reference: Nodes, matches: tuple[np.ndarray, np.ndarray]
 ) -> DenseMap:
@@ -203,7 +206,7 @@ def _best_of_all(queries: Tensor, keys: Tensor) -> tuple[np.ndarray, np.ndarray]
     for first in range(0, len(queries), num_rows):
         similarity = queries[first : first + num_rows] @ keys.T
         found.append(similarity.argmax(dim=1))
-        score, row = similarity.T.contiguous().max(dim=1)
+        score, row = similarity.max(dim=0)
         back = torch.where(score.cpu() > best, row.cpu() + first, back)
         best = torch.maximum(best, score.cpu())
     return torch.cat(found).cpu().numpy(), back.numpy()

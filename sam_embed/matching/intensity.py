@@ -32,8 +32,11 @@ COUPLING = 3.5
 NUM_ROUNDS = 4
 LEAST_WIDTH_HU = 12.0
 OUTLIERS = 0.001  # the constant, where the normal distribution has its middle at 1
+REACH = 3.0  # sigmas after which a blur ends
 BINS_HU = np.arange(-200.0, 400.0, 10.0)
 CENTRES_HU = np.append(BINS_HU, BINS_HU[-1] + 10) - 5
+
+Box = tuple[slice, slice, slice]
 
 
 def shrunk(hu: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -53,41 +56,68 @@ def sharpened(votes: np.ndarray, hu: np.ndarray, spacing_mm: Sequence[float]) ->
     Returns:
         float32 [K, D, H, W]; a voxel has as many votes as before, shared out anew.
     """
-    is_voted = (votes[1:] > 0).any(axis=0)
-    if not is_voted.any():
+    voted = [label for label in range(1, len(votes)) if (votes[label] > 0).any()]
+    if not voted:
         return votes
-    start, stop = mask_box(is_voted)
-    margin = np.ceil(MARGIN_MM / np.asarray(spacing_mm)).astype(int)
-    box = tuple(map(slice, np.maximum(start - margin, 0), stop + margin))
-    inside = (slice(None), *box)
-    total = votes[inside].sum(axis=0)
-    prior = np.where(total > 0, votes[inside] / np.where(total > 0, total, 1), 0)
+    start, stop = mask_box((votes[voted] > 0).any(axis=0))
+    looked_at = _grown(start, stop, MARGIN_MM / np.asarray(spacing_mm), votes.shape[1:])
+    inside = [votes[label][looked_at] for label in (0, *voted)]
+    total = sum(inside)
+    # Beyond the reach of their blur there are no votes for a label: each is looked at in a box of its own.
+    reach = REACH * BLUR_MM / np.asarray(spacing_mm) + 1
+    boxes = [tuple(slice(0, size) for size in total.shape)]
+    boxes += [_grown(*mask_box(of_label > 0), reach, total.shape) for of_label in inside[1:]]
+    known = np.where(total > 0, total, 1)
+    prior = [np.where(total > 0, of_label / known, 0)[box] for of_label, box in zip(inside, boxes)]
     prior[0][total == 0] = 1
-    prior = blurred(prior, BLUR_MM, spacing_mm)
-    bins = np.digitize(hu[box], BINS_HU)
+    prior = [blurred(of_label, BLUR_MM, spacing_mm) for of_label in prior]
+    bins = np.digitize(hu[looked_at], BINS_HU)
     shares = prior
     for _ in range(NUM_ROUNDS):
-        coupled = prior * np.exp(COUPLING * blurred(shares, AROUND_MM, spacing_mm))
-        shares = coupled * np.stack([curve[bins] for curve in likelihoods(shares, bins, spacing_mm)])
-        shares /= shares.sum(axis=0)
+        curves = likelihoods(shares, boxes, bins, spacing_mm)
+        shares = [
+            of_label * np.exp(COUPLING * blurred(share, AROUND_MM, spacing_mm)) * curve[bins[box]]
+            for of_label, share, curve, box in zip(prior, shares, curves, boxes)
+        ]
+        whole = np.zeros_like(total)
+        for share, box in zip(shares, boxes):
+            whole[box] += share
+        for share, box in zip(shares, boxes):
+            share /= whole[box]
     result = votes.copy()
-    result[inside] = shares * total
+    for label, share, box in zip((0, *voted), shares, boxes):
+        part = result[label][looked_at]
+        part[...] = 0
+        part[box] = share * total[box]
     return result
 
 
-def likelihoods(shares: np.ndarray, bins: np.ndarray, spacing_mm: Sequence[float]) -> list[np.ndarray]:
+def _grown(start: np.ndarray, stop: np.ndarray, margin: np.ndarray, shape: Sequence[int]) -> Box:
+    """A box with a margin, voxels, rounded up, around it, as far as the volume goes."""
+    margin = np.ceil(margin).astype(int)
+    return tuple(map(slice, np.maximum(start - margin, 0), np.minimum(stop + margin, shape)))
+
+
+def likelihoods(
+    shares: Sequence[np.ndarray], boxes: Sequence[Box], bins: np.ndarray, spacing_mm: Sequence[float]
+) -> list[np.ndarray]:
     """How likely each bin of intensity is for each label, given the label's share of every voxel: K curves.
 
     Args:
-        shares: [K, D, H, W], summing to 1.
+        shares: of each label in its box; in a voxel they sum to 1.
+        boxes: of the labels, the first is the whole.
         bins: int [D, H, W], of `BINS_HU`.
         spacing_mm: voxel size along (D, H, W).
     """
     background = gaussian_filter1d(histogram(bins, shares[0]), 1.0)
     curves = [background / background.sum()]
-    for share, ring in zip(shares[1:], blurred(shares[1:], RING_MM, spacing_mm)):
-        counts = histogram(bins, share**2)  # sure voxels say more
-        beside = histogram(bins, ring * (1 - share))
+    margin = REACH * RING_MM / np.asarray(spacing_mm) + 1
+    for share, box in zip(shares[1:], boxes[1:]):
+        start, stop = (np.array([getattr(part, end) for part in box]) for end in ("start", "stop"))
+        around = _grown(start, stop, margin, bins.shape)
+        share = np.pad(share, [(own.start - wide.start, wide.stop - own.stop) for own, wide in zip(box, around)])
+        counts = histogram(bins[around], share**2)  # sure voxels say more
+        beside = histogram(bins[around], blurred(share, RING_MM, spacing_mm) * (1 - share))
         counts = np.maximum(counts / counts.sum() - BESIDE * beside / beside.sum(), np.finfo(np.float64).tiny)
         below = np.cumsum(counts) / counts.sum()
         low, middle, high = (np.interp(part, below, CENTRES_HU) for part in (0.25, 0.5, 0.75))
@@ -103,7 +133,6 @@ def histogram(bins: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return counts + 1e-6 * counts.sum() + np.finfo(np.float64).tiny
 
 
-def blurred(maps: np.ndarray, sigma_mm: float, spacing_mm: Sequence[float]) -> np.ndarray:
-    """Every map of [K, D, H, W] under a Gaussian blur."""
-    sigma = sigma_mm / np.asarray(spacing_mm)
-    return np.stack([gaussian_filter(one, sigma, mode="nearest", truncate=3.0) for one in maps])
+def blurred(values: np.ndarray, sigma_mm: float, spacing_mm: Sequence[float]) -> np.ndarray:
+    """[D, H, W] under a Gaussian blur."""
+    return gaussian_filter(values, sigma_mm / np.asarray(spacing_mm), mode="nearest", truncate=REACH)

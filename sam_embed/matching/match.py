@@ -7,6 +7,7 @@ the score. Points are world mm; voxels are found through the embeddings' affines
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -68,10 +69,11 @@ def sample_vectors(values: Tensor, index: np.ndarray) -> Tensor:
     low = np.minimum(np.floor(index).astype(np.int64), np.maximum(size - 2, 0))
     weight = index - low
     total = torch.zeros(len(index), values.shape[0], device=values.device)
+    read = _reader(values, len(index))
     for corner in np.ndindex(2, 2, 2):
         at = torch.from_numpy(np.minimum(low + corner, size - 1)).to(values.device)
         share = np.prod(np.where(corner, weight, 1 - weight), axis=1).astype(np.float32)
-        total += torch.from_numpy(share).to(values.device)[:, None] * vectors_at(values, at)
+        total += torch.from_numpy(share).to(values.device)[:, None] * read(at)
     return F.normalize(total, dim=1)
 
 
@@ -85,13 +87,21 @@ def vectors_at(values: Tensor, index: Tensor) -> Tensor:
     Returns:
         float32 [N, C].
     """
+    return _reader(values, len(index))(index)
+
+
+def _reader(values: Tensor, num_vectors: int) -> Callable[[Tensor], Tensor]:
+    """`vectors_at` for these values; what is the same for each set of so many vectors is done once."""
     (_, _, height, width), table = values.shape, values.flatten(1)
-    d, h, w = index.unbind(dim=1)
-    flat = (d * height + h) * width + w
     # On a CPU three times as fast as values[:, d, h, w], and faster still from rows, where those are soon made.
-    if table.shape[1] <= len(index):
-        return table.T.contiguous().index_select(0, flat).float()
-    return table.index_select(1, flat).T.float()
+    rows = table.T.contiguous() if table.shape[1] <= num_vectors else None
+
+    def read(index: Tensor) -> Tensor:
+        d, h, w = index.unbind(dim=1)
+        flat = (d * height + h) * width + w
+        return (table.index_select(1, flat).T if rows is None else rows.index_select(0, flat)).float()
+
+    return read
 
 
 def query_vectors(embedding: Embedding, points_mm: np.ndarray) -> QueryVectors:

@@ -13,6 +13,8 @@ from datasets.ct.geometry import index_to_world
 from sam_embed.embeddings.embedding_store import Embedding
 from sam_embed.matching.match import query_vectors
 
+NODES_PER_BLOCK = 2048  # whose windows are compared at a time: neighbouring windows share vectors, found in the cache
+
 
 @dataclass(frozen=True, eq=False)
 class Nodes:
@@ -92,8 +94,11 @@ def window_cost(vectors: Tensor, reference: Nodes, centre: np.ndarray, offsets: 
     start = np.clip(centre, -reach - 1, shape + reach) + rim
     steps = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
     rows = padded.flatten(0, 2)
+    first, further = torch.from_numpy(start @ steps), (offsets @ steps).tolist()
     cost = torch.empty(len(offsets), len(centre))
-    for number, offset in enumerate(offsets):
-        there = rows.index_select(0, torch.from_numpy((start + offset) @ steps))
-        cost[number] = 1 - torch.einsum("nc,nc->n", vectors, there)
-    return cost.T
+    for begin in range(0, len(centre), NODES_PER_BLOCK):
+        block = slice(begin, begin + NODES_PER_BLOCK)
+        for number, step in enumerate(further):
+            there = rows.index_select(0, first[block] + step)
+            torch.sum(there.mul_(vectors[block]), dim=1, out=cost[number, block])
+    return cost.neg_().add_(1).T
