@@ -176,6 +176,14 @@ def flops_of(name: str, counts: dict[str, float]) -> float:
     return sum(counts[key] for key in called if not any(key.startswith(f"{other}.") for other in called))
 
 
+def add_assumptions(parser: jsonargparse.ArgumentParser, utilisation: float, meaning: str) -> None:
+    """Flags of what is assumed of a GPU, and for which corpora hours are told."""
+    add = parser.add_argument
+    add("--peak_tflops", type=float, default=790.0, help="the GPU's bf16 rate, TFLOP/s (H200: 790 reached)")
+    add("--utilisation", type=float, default=utilisation, help=f"{meaning}, 0 to 1")
+    add("--num_volumes", type=int, nargs="+", default=[2000, 160000], help="corpora")
+
+
 def make_flags() -> jsonargparse.ArgumentParser:
     """The flags of this command."""
     parser = benchmark_parser(__doc__)
@@ -183,13 +191,11 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--roi", type=int, nargs=3, default=[96, 96, 96], help="crop D H W, voxels")
     add("--feature_size", type=int, default=48, help="channels of SwinUNETR at stride 2")
     add("--batch_size", type=int, default=8, help="pairs per GPU and step")
-    add("--peak_tflops", type=float, default=790.0, help="the GPU's bf16 rate, TFLOP/s (H200: 790 reached)")
     add("--memory_tb_per_s", type=float, default=4.8, help="the GPU's memory rate, TB/s (H200: 4.8)")
     add("--pcie_gb_per_s", type=float, default=50.0, help="host to GPU, GB/s (PCIe 5: 50)")
     add("--network_gb_per_s", type=float, default=50.0, help="between GPUs, GB/s each (400 Gbit/s: 50)")
     add("--pairs_per_s", type=float, default=0.0, help="measured pairs per second and GPU; 0 = --utilisation instead")
-    add("--utilisation", type=float, default=0.25, help="share of the floor's speed that is assumed, 0 to 1")
-    add("--num_volumes", type=int, nargs="+", default=[2000, 160000], help="corpora")
+    add_assumptions(parser, 0.25, "share of the floor's speed that is assumed")
     add("--num_gpus", type=int, nargs="+", default=[8, 64], help="GPUs that train")
     add("--epochs", type=int, default=1000, help="pairs per volume, as query")
     add("--volume_mm", type=float, nargs=3, default=[400.0, 350.0, 350.0], help="extent of a scan D H W, mm")

@@ -17,7 +17,7 @@ import jsonargparse
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost_model import CPU, fake
+from benchmarks.cost_model import CPU, add_assumptions, fake
 from benchmarks.method_steps import HEAD_QUICK, NUM_BASES, NUM_RANDOM, Case, make_batch
 from benchmarks.pretrain_step import NOW
 from benchmarks.results import benchmark_parser, command, table
@@ -46,10 +46,8 @@ def make_flags() -> jsonargparse.ArgumentParser:
     add("--backbone", type=str, default="swin_unetr", choices=[name for name in BACKBONES if name != "resnet50_unet"])
     add("--roi", type=int, nargs=3, default=[64, 64, 64], help="crop D H W, voxels")
     add("--feature_size", type=int, default=48, help="the backbone's channels at stride 2")
-    add("--num_volumes", type=int, nargs="+", default=[2000, 160000], help="corpora")
     add("--crops_per_volume", type=float, default=2000.0, help="crops of 96 voxels a side that each volume is seen in")
-    add("--peak_tflops", type=float, default=790.0, help="the GPU's bf16 rate, TFLOP/s (H200: 790 reached)")
-    add("--utilisation", type=float, default=0.2, help="share of that rate which a step is assumed to reach, 0 to 1")
+    add_assumptions(parser, 0.2, "share of that rate which a step is assumed to reach")
     return parser
 
 

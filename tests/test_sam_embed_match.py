@@ -128,6 +128,20 @@ def test_searching_tiles_of_an_untrained_embedding_finds_the_same(worthwhile, se
         torch.testing.assert_close(all_score, tile_score, atol=1e-6, rtol=0)
 
 
+def test_many_queries_are_searched_by_tiles_whatever_is_in_question(monkeypatch):
+    """Everything is in question in an untrained embedding; few queries then look at all in one go."""
+    query, key = random_embedding(0), random_embedding(1, shape=(7, 8, 11))
+    vectors = query_vectors(query, index_to_world(FINE_AFFINE, np.random.default_rng(0).uniform(1, 7, (20, 3))))
+    expected = search.search_all(vectors, key, 64)
+    monkeypatch.setattr(search, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(search, "search_all", lambda *given: "all in one go")
+    assert search.search_where_possible(vectors, key, 64) == "all in one go"
+    monkeypatch.setattr(search, "MANY", 20)
+    where, score = search.search_where_possible(vectors, key, 64)
+    assert torch.equal(where, expected[0])
+    torch.testing.assert_close(score, expected[1], atol=1e-6, rtol=0)
+
+
 def test_interpolated_length_is_that_of_the_interpolated_vectors():
     key = random_embedding(1, shape=(7, 8, 11))
     grid = search.grid_of(key)

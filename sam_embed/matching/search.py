@@ -25,6 +25,7 @@ MIN_VOX_PER_CELL = 32
 LENGTH_LIMIT = 1.02  # of stored vectors; unit length but for half precision, quantisation, or import
 ROUNDING = 1e-5  # by which a bound may miss what it bounds, in float32
 WORTHWHILE = 0.5  # share of queries times tiles below which skipping the others pays
+MANY = 256  # queries from which on tiles pay even where none is skipped: similarities to a tile stay in the cache
 PROBE_STEP = 2  # fine voxels between those at which a query's first tile is probed
 
 
@@ -322,7 +323,8 @@ class _TileSearch:
 def search_where_possible(vectors: QueryVectors, key: Embedding, memory_mb: float) -> tuple[Tensor, Tensor]:
     """As `search_all`, on the CPU, looking only at tiles that may hold a better voxel than the best one found.
 
-    Each query first probes its most promising tile; where that leaves most of the volume in question, all is looked at.
+    Each query first probes its most promising tile; where that leaves most of the volume in question to few queries,
+    all is looked at.
     The result is that of looking at all (but for rounding in the seventh digit, where two voxels are equally similar),
     provided that stored vectors are no longer than LENGTH_LIMIT.
     """
@@ -337,7 +339,7 @@ def search_where_possible(vectors: QueryVectors, key: Embedding, memory_mb: floa
     bounds = (coarse_bounds.clamp_max(1) + LENGTH_LIMIT * num_maps) / (1 + num_maps) + ROUNDING
     bounds = bounds.flatten(1).T.contiguous()  # [tiles, N]: no similarity in a tile is larger
     in_question = bounds >= search.best
-    if in_question.float().mean() > WORTHWHILE:
+    if len(search.best) < MANY and in_question.float().mean() > WORTHWHILE:
         return search_all(vectors, key, memory_mb)
     left = in_question.any(dim=1)
     left[begin] = False
