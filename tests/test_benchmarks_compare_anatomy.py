@@ -143,20 +143,21 @@ def test_sides_of_different_measures_are_named():
 # Real CT
 
 
-@pytest.mark.parametrize("num_planes", [61, 64, 40])
+@pytest.mark.parametrize("num_planes", [56, 64, 40])
 def test_slabs_that_teach_and_judge_are_a_patch_apart_and_take_turns(num_planes):
-    judged = np.zeros(num_planes, dtype=int)
+    found = []
     for fold in range(real_ct.NUM_FOLDS):
         teaches, judges = real_ct.slab_parts(num_planes, fold)
         both = np.abs(np.flatnonzero(teaches)[:, None] - np.flatnonzero(judges))
         assert both.min() > real_ct.PATCH and teaches.any() and judges.any()
-        judged += judges
-    assert (judged == 1).all()
+        found.append((teaches, judges))
+    for (teaches, judges), (later_teaches, later_judges) in zip(found, found[2:]):  # half a period on: swapped
+        assert np.array_equal(teaches, later_judges) and np.array_equal(judges, later_teaches)
 
 
 def test_organs_of_one_part_alone_are_background():
     labels = np.zeros((32, 12, 12), dtype=np.uint8)
-    labels[:, 2:5, 2:5], labels[0:8, 8:, 8:], labels[17, 0, 0] = 1, 2, 3
+    labels[:, 2:5, 2:5], labels[0:3, 8:, 8:], labels[12, 0, 0] = 1, 2, 3
     hu = np.full(labels.shape, 40, dtype=np.int16)
     hu[:, :2] = -1000
     known = LabelClasses((0, 1, 2, 3), ("background", "liver", "spleen", "aorta"))

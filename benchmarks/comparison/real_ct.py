@@ -3,9 +3,10 @@
     python -m benchmarks.comparison.real_ct --weights results/pretrain/mim/seed0/student.safetensors \\
         --ct_dir ../shared/ct --output real.json
 
-One scan has no second patient to judge with, and neighbouring planes are nearly equal. So the scan is cut into slabs of
-axial planes, each as thick as a masked block of pretraining. In turn a slab teaches, is left out, judges, is left out.
-Four folds give every slab each part once. Organs that do not lie in both parts are background in that fold.
+One scan has no second patient to judge with, and neighbouring planes are nearly equal. So slabs of axial planes teach
+and judge in turn, and between any two of them lies a gap as thick as a masked block of pretraining. Slabs are thinner
+than gaps, so that most organs reach from a slab that teaches to one that judges; those that do not are background in
+that fold. Four folds shift the slabs by a quarter of their period.
 """
 
 import json
@@ -28,7 +29,8 @@ from engine.watch.frozen_mlp import draw_taught, fit_mlp, maps_reader, segment_b
 from engine.watch.probe import ProbeOptions, probe_encoder
 
 NUM_FOLDS = 4
-PATCH = 8  # voxels of a masked block
+PATCH = 8  # planes of a gap: voxels of a masked block
+SLAB = 3  # planes
 LEAST_VOXELS = 10  # of an organ, in the part that teaches and in the part that judges
 NUM_VOXELS = 200  # of each class, that teach or judge a probe
 WINDOWS = {"overlap": 0.25, "window_batch": 8}
@@ -69,10 +71,11 @@ class Fold:
         return self.hu
 
 
-def slab_parts(num_planes: int, fold: int, thickness: int = PATCH) -> tuple[np.ndarray, np.ndarray]:
-    """Planes that teach and planes that judge, bool [num_planes] each; a slab lies between any two of both."""
-    part = (np.arange(num_planes) // thickness + fold) % NUM_FOLDS
-    return part == 0, part == NUM_FOLDS // 2
+def slab_parts(num_planes: int, fold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Planes that teach and planes that judge, bool [num_planes] each; a gap lies between any two slabs."""
+    half = SLAB + PATCH
+    place = (np.arange(num_planes) + fold * 2 * half // NUM_FOLDS) % (2 * half)
+    return place < SLAB, (place >= half) & (place < half + SLAB)
 
 
 def make_fold(hu: np.ndarray, labels: np.ndarray, known: LabelClasses, fold: int) -> Fold:
