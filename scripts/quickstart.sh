@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole walk on phantom CT, from an empty machine to Alice's weights and the Dice of a network finetuned from them: 2 CPU
-# cores, 8 minutes after the install, no downloads besides Python packages. A second run reuses every stage whose
+# cores, 7 minutes after the install, no downloads besides Python packages. A second run reuses every stage whose
 # command has not changed.
 #   bash scripts/quickstart.sh                        results in results/quickstart
 #   QUICKSTART_DIR=/tmp/walk bash scripts/quickstart.sh
