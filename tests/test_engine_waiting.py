@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[str, dict]] = {
 
 def command(name: str, corpus: Path, folder: Path) -> list[str]:
     method, changed = RUNS[name]
-    return small(method, corpus, folder / name, **QUIET, **changed)
+    return small(method, corpus, folder / name, **(QUIET | changed))
 
 
 @pytest.fixture(scope="module")
