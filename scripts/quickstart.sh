@@ -20,6 +20,8 @@ stage "volume store" python scripts/prepare_volumes.py --data_dir "$out/data" --
 stage "embed" python scripts/generate_sam_embeddings.py --store_dir "$out/store" --embed_dir "$out/embeddings"
 stage "mine pairs" python scripts/mine_pairs.py --embed_dir "$out/embeddings" --json_list "$out/data.json" \
     --num_points 64 --num_partners 4
+stage "labelled list" python scripts/create_json.py --data_dir "$out/data" --output "$out/labelled.json" \
+    --cases labelled --num_validation 4
 # How good the matches are; and MONAI's SwinUNETR, a quarter of the recipe's steps: enough to see all terms of Alice and to have
 # weights.
 swin_unetr() {
@@ -31,15 +33,13 @@ swin_unetr() {
         --epochs 1 --warmup_epochs 0.5 --freeze_last_layer 0 --val_freq 1 --picture_freq 8
     stage "extract weights" python extract_backbone_weights.py "$out/alice/checkpoint.pth" "$out/alice_teacher.pth" \
         --checkpoint_key teacher
+    stage "6 mm store, labelled" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/labelled.json" \
+        --store_dir "$out/store_6mm" --spacing_mm 6
 }
 # What is it good for? A U-Net at 6 mm is quick enough to pretrain, and to finetune with one labelled patient, with and without.
 unet() {
-    stage "labelled list" python scripts/create_json.py --data_dir "$out/data" --output "$out/labelled.json" \
-        --cases labelled --num_validation 4
-    for list in data labelled; do
-        stage "6 mm store, $list" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/$list.json" \
-            --store_dir "$out/store_6mm" --spacing_mm 6
-    done
+    stage "6 mm store, data" python scripts/prepare_volumes.py --data_dir "$out/data" --json_list "$out/data.json" \
+        --store_dir "$out/store_6mm" --spacing_mm 6
     stage "pretrain U-Net" --own "$out/alice_unet" python main_ddp.py --config configs/quickstart_unet.yaml \
         --data_dir "$out/data" --json_list "$out/data.json" --store_dir "$out/store_6mm" --spacing_mm 6 \
         --embed_dir "$out/embeddings" --output_dir "$out/alice_unet"
