@@ -145,12 +145,17 @@ def test_sides_of_different_measures_are_named():
 
 @pytest.mark.parametrize("num_planes", [56, 64, 40])
 def test_slabs_that_teach_and_judge_are_a_patch_apart_and_take_turns(num_planes):
-    found = []
+    found, judged = [], np.zeros(num_planes, dtype=int)
     for fold in range(real_ct.NUM_FOLDS):
         teaches, judges = real_ct.slab_parts(num_planes, fold)
         both = np.abs(np.flatnonzero(teaches)[:, None] - np.flatnonzero(judges))
         assert both.min() > real_ct.PATCH and teaches.any() and judges.any()
+        parts = teaches.astype(int) - judges
+        slabs = parts[np.flatnonzero(np.diff(parts, prepend=0) * parts)]  # the first plane of each
+        assert (slabs[1:] == -slabs[:-1]).all()
+        judged += judges
         found.append((teaches, judges))
+    assert judged.max() == 1
     for (teaches, judges), (later_teaches, later_judges) in zip(found, found[2:]):  # half a period on: swapped
         assert np.array_equal(teaches, later_judges) and np.array_equal(judges, later_teaches)
 
