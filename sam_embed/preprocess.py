@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.ct.geometry import body_mask, index_to_world, mask_box, resample
+from datasets.ct.geometry import body_mask, grown_box, index_to_world, mask_box, resample
 from datasets.ct.nifti import Volume
 from sam_embed.checkpoint import EmbedderInfo
 
@@ -36,9 +36,7 @@ def cut_body(volume: Volume, spacing_mm: Sequence[float], margin_mm: float = 0.0
     """
     array, affine = resample(volume.array, volume.affine, spacing_mm)
     body = body_mask(array, spacing_mm)
-    margin = np.ceil(margin_mm / np.array(spacing_mm)).astype(int)
-    start, stop = mask_box(body)
-    start, stop = np.maximum(start - margin, 0), np.minimum(stop + margin, body.shape)
+    start, stop = grown_box(*mask_box(body), margin_mm / np.array(spacing_mm), body.shape)
     affine = affine.copy()
     affine[:3, 3] = index_to_world(affine, start)
     box = tuple(map(slice, start, stop))

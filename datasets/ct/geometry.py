@@ -239,3 +239,11 @@ def mask_box(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(used):
             start[axis], stop[axis] = used[0], used[-1] + 1
     return start, stop
+
+
+def grown_box(
+    start: np.ndarray, stop: np.ndarray, margin: np.ndarray, shape: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A box with a margin around it, voxels [3], rounded up, as far as a volume of `shape` goes."""
+    margin = np.ceil(margin).astype(int)
+    return np.maximum(start - margin, 0), np.minimum(stop + margin, shape)

@@ -17,7 +17,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from datasets.ct.geometry import mask_box, spacing_of
+from datasets.ct.geometry import grown_box, mask_box, spacing_of
 from engine.segmentation.sliding_window import Size3, axis_map, restored_slices
 
 SPREAD = 0.1  # share of the probability that goes to all classes alike
@@ -91,9 +91,7 @@ def class_shares(votes: Votes, num_classes: int, blur_mm: float) -> np.ndarray:
     shares = np.zeros((num_classes, *total.shape), dtype=np.float32)
     for count, channel in zip(votes.counts, votes.classes):
         if channel != 0 and count.any():
-            start, stop = mask_box(count > 0)
-            margin = np.ceil(BLUR_REACH * sigma).astype(int) + 1
-            box = tuple(map(slice, np.maximum(start - margin, 0), stop + margin))
+            box = tuple(map(slice, *grown_box(*mask_box(count > 0), BLUR_REACH * sigma + 1, count.shape)))
             blurred = gaussian_filter(count[box], sigma, mode="constant", truncate=BLUR_REACH)
             shares[channel][box] = blurred / total[box]
     np.subtract(1, shares[1:].sum(axis=0), out=shares[0])

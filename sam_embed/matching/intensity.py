@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-from datasets.ct.geometry import mask_box
+from datasets.ct.geometry import grown_box, mask_box
 
 BLUR_MM = 3.0  # of the votes: matches err by more
 AROUND_MM = 3.0  # sigma of what counts as around a voxel
@@ -93,9 +93,8 @@ def sharpened(votes: np.ndarray, hu: np.ndarray, spacing_mm: Sequence[float]) ->
 
 
 def _grown(start: np.ndarray, stop: np.ndarray, margin: np.ndarray, shape: Sequence[int]) -> Box:
-    """A box with a margin, voxels, rounded up, around it, as far as the volume goes."""
-    margin = np.ceil(margin).astype(int)
-    return tuple(map(slice, np.maximum(start - margin, 0), np.minimum(stop + margin, shape)))
+    """`grown_box` as slices."""
+    return tuple(map(slice, *grown_box(start, stop, margin, shape)))
 
 
 def likelihoods(
