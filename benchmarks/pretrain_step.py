@@ -55,6 +55,7 @@ from engine.loop import Hooks, LoopOptions, pretrain
 from engine.optim import make_optimizer
 from engine.run import RunState
 from models.backbones import BACKBONES
+from models.layers.composed_upsampling import use_composed_upsampling
 from models.layers.window_attention import use_fast_window_attention
 from models.methods.alice import Alice, AliceOptions
 from models.methods.method import Method
@@ -94,6 +95,7 @@ class Setting:
     use_checkpoint: bool = False
     is_compiled: bool = False
     is_naive: bool = False  # every view by itself, teacher with a decoder
+    composed_upsampling: bool = False
     keep_memory: bool = False  # `engine.device`; once on it stays on in this process
 
 
@@ -108,6 +110,7 @@ def rungs(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: boo
         "+ views together, teacher without decoder": {"is_naive": False},
         "+ fast window attention": {"attention": "auto"},
         **({f"+ {precision}": {"precision": precision}} if precision != "fp32" else {}),
+        "+ composed upsampling": {"composed_upsampling": True},
         "+ fused AdamW": {"fused_optimizer": True},
         **({} if on_cpu else {"+ channels last, cuDNN's trials": ON_GPUS}),
     }
@@ -134,10 +137,10 @@ def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bo
 
 def memory_grid(sizes: dict[tuple[int, int, int], list[int]], precision: str, on_cpu: bool = False) -> list[Setting]:
     """The default at growing batch sizes, without and with --use_checkpoint."""
-    layout = {} if on_cpu else ON_GPUS
+    fixed = {"composed_upsampling": True} | ({} if on_cpu else ON_GPUS)
     names = {False: "default", True: "--use_checkpoint"}
     return [
-        Setting(names[again], roi, n, precision, "auto", True, use_checkpoint=again, **layout)
+        Setting(names[again], roi, n, precision, "auto", True, use_checkpoint=again, **fixed)
         for again in (False, True)
         for roi, batch_sizes in sizes.items()
         for n in batch_sizes
@@ -225,6 +228,7 @@ class Bench:
             keep_freed_memory()
         method = copy.deepcopy(self.methods[setting.use_checkpoint]).to(device)
         use_fast_window_attention(method, setting.attention)
+        use_composed_upsampling(method, setting.composed_upsampling)
         if setting.is_naive:
             take_views_apart(method)
         if setting.channels_last:
@@ -315,7 +319,8 @@ def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], li
             lines = [setting for setting in lines if not setting.is_compiled]
         return lines, memory_grid({small: [1, 2]}, precision, device.type == "cpu")
     if device.type == "cpu":  # a step of one pair at 96³ takes a minute on 2 cores
-        speed = [*rungs((96,) * 3, 1, precision, True), *ladder((64,) * 3, 1, precision, True)]
+        large = rungs((96,) * 3, 1, precision, True)
+        speed = [*large, flagged(large[-1], True)[0], *ladder((64,) * 3, 1, precision, True)]
         grid = memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision, on_cpu=True)
         return speed, [replace(setting, keep_memory=True) for setting in grid]
     sizes = {(96,) * 3: [1, 2, 4, 8, 16], (64,) * 3: [2, 8, 32], (128,) * 3: [1, 2, 4]}

@@ -47,7 +47,8 @@ def run(flags: jsonargparse.Namespace) -> dict:
     precision = pick_precision("auto", bench.device)
     side = min(64, flags.roi) if flags.quick else flags.roi
     roi = (side, side, side)
-    setting = Setting("default", roi, flags.num_pairs, precision, "auto", fused_optimizer=True, keep_memory=True)
+    faster = dict.fromkeys(("fused_optimizer", "composed_upsampling", "keep_memory"), True)
+    setting = Setting("default", roi, flags.num_pairs, precision, "auto", **faster)
     measured = bench.measure(setting, num_steps=2)
     if "error" in measured:
         raise RuntimeError(f"the step did not run: {measured['error']}")

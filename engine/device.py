@@ -51,12 +51,14 @@ def on_gpus(flag: bool | None, device: torch.device) -> bool:
 def use_channels_last(*modules: nn.Module) -> None:
     """Store the weights of 3-D convolutions channels last; convolutions then compute in that layout. Values stay.
 
-    Only tensors with five axes can have this layout; all others are left as they are.
+    Only tensors with five axes can have this layout; all others are left as they are. With one input channel both
+    layouts are the same memory. The strides must say which one it is, else the convolution gives torch's usual one.
     """
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.ndim == 5:
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last_3d)
+                laid_out = torch.empty_like(tensor, memory_format=torch.channels_last_3d)
+                tensor.data = laid_out.copy_(tensor.data)
 
 
 def compile_networks(*modules: nn.Module) -> None:

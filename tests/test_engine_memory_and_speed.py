@@ -10,6 +10,7 @@ import main_ddp
 from engine.checkpoint import LATEST
 from engine.device import on_gpus, pick_precision, use_channels_last
 from engine.optim import load_optimizer, make_optimizer
+from models.layers.channels_last import is_channels_last
 from tests.small_alice import NOW, run_alice, small_alice, small_batch
 from tests.tiny_run import add_store_and_table, arguments, log_of, make_corpus
 
@@ -147,6 +148,16 @@ def test_auto_is_bf16_only_where_the_gpu_computes_it(monkeypatch, has_bf16, expe
 @pytest.mark.parametrize(("flag", "on_cpu", "on_gpu"), [(None, False, True), (True, True, True), (False, False, False)])
 def test_flags_for_gpus_are_on_there_unless_they_are_off(flag, on_cpu, on_gpu):
     assert on_gpus(flag, torch.device("cpu")) is on_cpu and on_gpus(flag, torch.device("cuda", 0)) is on_gpu
+
+
+def test_one_input_channel_gives_maps_that_lie_channels_last():
+    """There both layouts are the same memory; the weight's strides decide."""
+    module = nn.Conv3d(1, 4, 3, padding=1)
+    x = torch.rand(2, 1, 5, 6, 7)
+    expected = module(x)
+    use_channels_last(module)
+    assert is_channels_last(module(x)) and not is_channels_last(expected)
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_switches_without_a_value_may_stay_open(corpus, tmp_path):

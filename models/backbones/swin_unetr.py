@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbones.interface import Size3, drop_mask_tokens, spatial_dims_of, truncated_normal, upsample_mask
+from models.layers.composed_upsampling import use_composed_upsampling
 from models.layers.convolution import use_steady_convolutions
 from models.layers.instance_norm import use_steady_instance_norm
 from models.layers.window_attention import use_fast_window_attention
@@ -113,7 +114,7 @@ class SwinUNETRBackbone(nn.Module):
     def make_network(
         cls, in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool, spatial_dims: int = 3
     ) -> SwinUNETR:
-        """MONAI's network, with window attention that is fast, and norms and convolutions that are right on CPU."""
+        """MONAI's network with faster window attention and upsampling, and with norms and convolutions right on CPU."""
         network_class = SwinUNETR if spatial_dims == 3 else SliceSwinUNETR
         network = network_class(
             in_channels=in_channels,
@@ -126,6 +127,7 @@ class SwinUNETRBackbone(nn.Module):
         use_fast_window_attention(network)
         use_steady_instance_norm(network)
         use_steady_convolutions(network)
+        use_composed_upsampling(network)
         return network
 
     @property

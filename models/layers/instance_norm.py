@@ -1,10 +1,10 @@
 """Instance norm that keeps the layout of its input and stays right in half precision on CPU.
 
 **Layout.** Torch's instance norm makes its input contiguous, so that the convolution behind it reads the slow layout.
-Here a channels-last map stays one: on a CPU by a copy of what torch's norm gives, elsewhere by
-`models.layers.layout_norm`. Torch's group norm with one channel a group would need no copy on a CPU. It takes a
-channels-last variance as the mean of squares less the square of the mean: measured on 32x32x32 places, outputs are
-off by 0.005 where the mean is 10 deviations, and by 0.3 where it is 100.
+Here a channels-last map stays one: on a CPU by `models.layers.layout_norm_cpu` if it is large and by a copy of what
+torch's norm gives if not, elsewhere by `models.layers.layout_norm`. Torch's group norm with one channel a group would
+need no copy on a CPU. It takes a channels-last variance as the mean of squares less the square of the mean: measured on
+32x32x32 places, outputs are off by 0.005 where the mean is 10 deviations, and by 0.3 where it is 100.
 
 **One sample.** Torch's backward pass on a CPU is wrong where a single sample's gradient arrives channels last: the
 input's gradient is off by as much as it is large. Such gradients are copied first.
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from models.layers.channels_last import is_channels_last, make_channels_last
 from models.layers.layout_norm import LayoutNorm
+from models.layers.layout_norm_cpu import LayoutNormOnCpu, is_large
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,17 +41,28 @@ class _SteadyInstanceNorm(nn.modules.instancenorm._InstanceNorm):
         if self.track_running_stats or not is_channels_last(x):
             return leaky(self._plain(x), slope)
         if x.device.type == "cpu":
-            return leaky(make_channels_last(self._plain(x)), slope)
+            return leaky(self._on_cpu(x), slope)
         self._check_input_dim(x)
         return LayoutNorm.apply(x, self.weight, self.bias, self.eps, slope)
+
+    def _on_cpu(self, x: Tensor) -> Tensor:
+        if not is_large(x) or torch.compiler.is_compiling():
+            return make_channels_last(self._plain(x))
+        self._check_input_dim(x)
+        return LayoutNormOnCpu.apply(wide(x), self.weight, self.bias, self.eps).to(x.dtype)
 
     def _plain(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
-        y = super().forward(x.float() if x.dtype in HALF else x)
+        y = super().forward(wide(x))
         if y.requires_grad and not torch.compiler.is_compiling():
             y.register_hook(torch.Tensor.contiguous)
         return y.to(x.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """The map in float32 where it is in half precision."""
+    return x.float() if x.dtype in HALF else x
 
 
 def leaky(x: Tensor, slope: float) -> Tensor:
@@ -89,8 +101,12 @@ class SteadyResBlock(UnetResBlock):
 
     def forward(self, inp: Tensor) -> Tensor:
         """[B, C, ...] -> [B, C', ...]."""
-        out = self.norm2(self.conv2(norm_act(self.norm1, self.lrelu, self.conv1(inp))))
-        out += self.norm3(self.conv3(inp)) if self.downsample else inp
+        return self.finish(self.conv1(inp), self.conv3(inp) if self.downsample else inp)
+
+    def finish(self, first: Tensor, residual: Tensor) -> Tensor:
+        """What follows the first convolution and the residual one: [B, C', ...] twice -> [B, C', ...]."""
+        out = self.norm2(self.conv2(norm_act(self.norm1, self.lrelu, first)))
+        out += self.norm3(residual) if self.downsample else residual
         return self.lrelu(out)
 
 
