@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from scipy.stats import ttest_1samp
 
 from benchmarks import compare_pretraining
 from benchmarks.compare_pretraining import make_flags, make_plan
-from benchmarks.comparison import jobs, report, results, settings, true_pairs
+from benchmarks.comparison import figure, jobs, report, results, settings, true_pairs
 from benchmarks.comparison.arms import ARMS, SCRATCH, SCRATCH_OWN
 from benchmarks.comparison.results import Scores, compare, verdicts
 from benchmarks.comparison.stages import Plan, voxels_seen
@@ -383,6 +384,19 @@ def test_equal_arms_have_no_p():
 def test_verdict_on_scratch(gain, word):
     scores = scores_of(scratch=[[0.1, 0.3]], sam=[[0.1 + gain, 0.3 + gain]])
     assert f"with 1 labelled: {word}" in verdicts([compare(scores, "sam", "scratch", 1)])[0]
+
+
+def test_the_figure_has_a_dotted_line_for_an_arm_with_memory():
+    axes = Figure().add_subplot()
+    arms = {"scratch": np.array([[0.4, 0.5]]), "mim": np.array([[0.5, 0.7]])}
+    for with_memory in (False, True):
+        figure.draw_arms(axes, scores_of(**arms), with_memory)
+    lines = [container.lines[0] for container in axes.containers]
+    assert [line.get_linestyle() for line in lines] == ["--", "-", ":", ":"]
+    assert [line.get_ydata().tolist() for line in lines] == 2 * [[pytest.approx(45)], [pytest.approx(60)]]
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == [ARMS[arm].title + memory for memory in ("", ", memory") for arm in arms]
+    assert [line.get_color() for line in lines[:2]] == [line.get_color() for line in lines[2:]]
 
 
 def test_verdict_is_on_the_better_scratch():

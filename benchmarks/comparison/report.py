@@ -112,7 +112,7 @@ def write_report(plan: Plan, records: Records, command: str) -> str:
     text = "\n\n".join(parts) + "\n"
     write_text(folder / TABLES, text)
     if scores.dice:
-        draw(scores, over_text(plan), folder / FIGURE)
+        draw(scores, remembered if plan.settings.memory else None, over_text(plan), folder / FIGURE)
     return text
 
 
