@@ -137,10 +137,9 @@ def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bo
 
 def memory_grid(sizes: dict[tuple[int, int, int], list[int]], precision: str, on_cpu: bool = False) -> list[Setting]:
     """The default at growing batch sizes, without and with --use_checkpoint."""
-    fixed = {"composed_upsampling": True} | ({} if on_cpu else ON_GPUS)
     names = {False: "default", True: "--use_checkpoint"}
     return [
-        Setting(names[again], roi, n, precision, "auto", True, use_checkpoint=again, **fixed)
+        replace(rungs(roi, n, precision, on_cpu)[-1], name=names[again], use_checkpoint=again)
         for again in (False, True)
         for roi, batch_sizes in sizes.items()
         for n in batch_sizes
@@ -321,8 +320,7 @@ def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], li
     if device.type == "cpu":  # a step of one pair at 96³ takes a minute on 2 cores
         large = rungs((96,) * 3, 1, precision, True)
         speed = [*large, flagged(large[-1], True)[0], *ladder((64,) * 3, 1, precision, True)]
-        grid = memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision, on_cpu=True)
-        return speed, [replace(setting, keep_memory=True) for setting in grid]
+        return speed, memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision, on_cpu=True)
     sizes = {(96,) * 3: [1, 2, 4, 8, 16], (64,) * 3: [2, 8, 32], (128,) * 3: [1, 2, 4]}
     return [*ladder((96,) * 3, 4, precision), *ladder((64,) * 3, 8, precision)[:-1]], memory_grid(sizes, precision)
 

@@ -22,6 +22,7 @@ from benchmarks.pretrain_step import (
     Bench,
     Setting,
     make_bench,
+    rungs,
     step_parser,
     synthetic_batch,
 )
@@ -47,8 +48,7 @@ def run(flags: jsonargparse.Namespace) -> dict:
     precision = pick_precision("auto", bench.device)
     side = min(64, flags.roi) if flags.quick else flags.roi
     roi = (side, side, side)
-    faster = dict.fromkeys(("fused_optimizer", "composed_upsampling", "keep_memory"), True)
-    setting = Setting("default", roi, flags.num_pairs, precision, "auto", **faster)
+    setting = rungs(roi, flags.num_pairs, precision, bench.device.type == "cpu")[-1]
     measured = bench.measure(setting, num_steps=2)
     if "error" in measured:
         raise RuntimeError(f"the step did not run: {measured['error']}")

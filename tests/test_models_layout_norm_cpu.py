@@ -9,6 +9,7 @@ from models.layers import layout_norm_cpu
 from models.layers.channels_last import is_channels_last, make_channels_last
 from models.layers.instance_norm import SteadyInstanceNorm2d, SteadyInstanceNorm3d
 from models.layers.layout_norm_cpu import LayoutNormOnCpu, is_large, statistics
+from tests.test_models_instance_norm import random_map
 
 SIZES = [(2, 6, 5, 4, 3), (1, 3, 2, 2, 2), (3, 6, 7, 4)]  # the last one of a 2-D network
 
@@ -18,13 +19,6 @@ def every_map_is_large(monkeypatch):
     """Small maps go the way of large ones, in several pieces of which the last is shorter."""
     monkeypatch.setattr(layout_norm_cpu, "LARGE", 0)
     monkeypatch.setattr(layout_norm_cpu, "PIECE_PLACES", 24)
-
-
-def random_map(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A channels-last map of channels with different means and deviations."""
-    x = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    by_channel = torch.arange(1, size[1] + 1, dtype=torch.float64).view(1, -1, *[1] * (len(size) - 2))
-    return make_channels_last((x * by_channel + by_channel).to(dtype))
 
 
 def make_norm(num_axes: int, num_channels: int, affine: bool = True) -> nn.Module:

@@ -42,7 +42,8 @@ def write_report(plan: Plan, records: Records, command: str) -> str:
     Raises:
         ValueError: nothing has been judged with these flags.
     """
-    scores, remembered = read_dice(plan, records), read_dice(plan, records, with_memory=True)
+    scores = read_dice(plan, records)
+    remembered = read_dice(plan, records, with_memory=True) if plan.settings.memory else None
     comparisons, ends, probes = compare_all(scores), pretraining_ends(plan, records), read_probes(plan, records)
     claims, real, seconds = differences(measure_all(plan, records)), read_real(plan, records), stage_seconds(records)
     if not probes and not scores.dice:
@@ -59,7 +60,7 @@ def write_report(plan: Plan, records: Records, command: str) -> str:
         "claims": [dataclasses.asdict(one) | {"reaches": one.reaches} for one in claims],
         "verdicts": verdicts(comparisons),
         "dice": dice_summaries(scores),
-        "dice_with_memory": dice_summaries(remembered) if plan.settings.memory else {},
+        "dice_with_memory": dice_summaries(remembered) if remembered else {},
         "test_cases": scores.cases,
         "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons],
         "probes": probes,
@@ -112,7 +113,7 @@ def write_report(plan: Plan, records: Records, command: str) -> str:
     text = "\n\n".join(parts) + "\n"
     write_text(folder / TABLES, text)
     if scores.dice:
-        draw(scores, remembered if plan.settings.memory else None, over_text(plan), folder / FIGURE)
+        draw(scores, remembered, over_text(plan), folder / FIGURE)
     return text
 
 
@@ -121,7 +122,7 @@ def dice_part(
     scores: Scores,
     comparisons: list[Comparison],
     ends: dict[str, PretrainingEnd],
-    remembered: Scores,
+    remembered: Scores | None,
 ) -> list[str]:
     """Paragraphs about the Dice after finetuning; `remembered` is shown where networks have a memory."""
     num_labelled, over = plan.settings.num_labelled, over_text(plan)
@@ -138,7 +139,7 @@ def dice_part(
         parts[0] = (
             f"Dice in percent, {judged}, each the mean over {len(plan.settings.seeds)} choices of labelled cases:"
         )
-    if plan.settings.memory:
+    if remembered:
         parts += ["The same with the labelled cases remembered:", dice_table(remembered, ends)]
     parts.append(f"![Dice against the number of labels]({FIGURE})")
     if not comparisons:

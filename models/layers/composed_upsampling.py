@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from models.layers.channels_last import is_channels_last, make_channels_last
 from models.layers.constants import constant
+from models.layers.convolution import mix_channels
 from models.layers.instance_norm import SteadyResBlock
 
 
@@ -38,7 +39,8 @@ class ComposedUpBlock(UnetrUpBlock):
         num_between = up.shape[1]
         first = upsample_and_convolve(inp, up, window[:, :num_between])
         first = first + F.conv3d(skip, window[:, num_between:], padding=1)
-        residual = upsample_and_mix(inp, up, mix[:, :num_between]) + mix_channels(skip, mix[:, num_between:])
+        mix_skip = mix_channels if is_channels_last(skip) else F.conv3d
+        residual = upsample_and_mix(inp, up, mix[:, :num_between]) + mix_skip(skip, mix[:, num_between:])
         return block.finish(first, residual)
 
 
@@ -90,13 +92,6 @@ def upsample_and_mix(x: Tensor, up: Tensor, mix: Tensor) -> Tensor:
         return F.conv_transpose3d(x, kernel.contiguous(), stride=2)
     coarse = F.linear(x.movedim(1, -1), kernel.permute(2, 3, 4, 1, 0).flatten(0, 3))  # [B, d, h, w, 8O]
     return beside(coarse.unflatten(-1, (2, 2, 2, -1))).movedim(-1, 1)
-
-
-def mix_channels(x: Tensor, mix: Tensor) -> Tensor:
-    """conv3d(x, mix) with a weight of one voxel. One thread on a CPU would leave channels last (see `convolution`)."""
-    if not is_channels_last(x):
-        return F.conv3d(x, mix)
-    return F.linear(x.movedim(1, -1), mix.flatten(1)).movedim(-1, 1)
 
 
 def beside(coarse: Tensor) -> Tensor:

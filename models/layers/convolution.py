@@ -27,7 +27,8 @@ class SteadyConv3d(nn.Conv3d):
         if x.device.type != "cpu":
             return super().forward(x)
         if self.is_product and is_channels_last(x):
-            return self._product(x)
+            step = tuple(slice(None, None, stride) for stride in self.stride)
+            return mix_channels(x[(..., *step)], self.weight, self.bias)
         if x.shape[2] >= self.kernel_size[0]:
             return super().forward(x)
         casts = torch.is_autocast_enabled("cpu")
@@ -43,9 +44,10 @@ class SteadyConv3d(nn.Conv3d):
         """Whether each output voxel is a product with one input voxel."""
         return self.kernel_size == (1, 1, 1) and self.padding == (0, 0, 0) and self.groups == 1
 
-    def _product(self, x: Tensor) -> Tensor:
-        step = tuple(slice(None, None, stride) for stride in self.stride)
-        return F.linear(x[(..., *step)].movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution of one voxel as a product; keeps channels last. [B, C, ...], [O, C, 1, 1, 1] -> [B, O, ...]."""
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def use_steady_convolutions(network: nn.Module) -> None:
