@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 
-def make_dice_ce(class_weights: Tensor | None = None) -> DiceCELoss:
+def make_dice_ce(class_weights: Tensor | None = None) -> nn.Module:
     """Loss of logits [B, C, D, H, W] and class maps [B, 1, D, H, W]; background counts in the cross-entropy only.
 
     Dice is taken over the whole batch, because a crop misses most organs: of an organ that is in no crop, Dice is then
@@ -16,6 +15,8 @@ def make_dice_ce(class_weights: Tensor | None = None) -> DiceCELoss:
     Args:
         class_weights: [C], of the cross-entropy's voxels by their class; None = all alike.
     """
+    from monai.losses import DiceCELoss  # here: MONAI takes seconds, which `--help` need not wait for
+
     loss = DiceCELoss(
         include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=0.0, smooth_dr=1e-5
     )

@@ -22,7 +22,7 @@ Values are CPU tensors and plain Python values, which nnU-Net's `torch.load(...,
 import torch
 from torch import Tensor
 
-from models.backbones.resenc import DECODER_STRIDES, KWARGS_TO_IMPORT, STRIDES, architecture_kwargs, nnunet_network
+from models.backbones.resenc_plan import DECODER_STRIDES, KWARGS_TO_IMPORT, STRIDES, architecture_kwargs
 
 BACKBONE = "resenc"
 FORMAT = "nnunet"
@@ -73,6 +73,8 @@ def nnunet_checkpoint(weights: dict[str, Tensor], description: dict) -> dict:
 
 def network_weights(weights: dict[str, Tensor], in_channels: int, feature_size: int) -> dict[str, Tensor]:
     """Our weights under nnU-Net's names; names of one layer share its tensor."""
+    from models.backbones.resenc import nnunet_network  # takes seconds
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of a decoder that was not trained: the same file every time
         network = nnunet_network(in_channels, 1, feature_size)

@@ -8,15 +8,10 @@ weight lies (to let early layers move less, as BEiT's finetuning does).
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from monai.networks.nets import SwinUNETR
 from torch import nn
 
 from models.backbones import BACKBONES, segmentation_network
 from models.backbones.interface import Size3
-from models.backbones.nnformer import NNFormer
-from models.backbones.resenc import ResEnc
-from models.backbones.resnet_unet import SliceNetwork
-from models.backbones.unet import UNet
 from models.layers.hypercolumns import HypercolumnHead, join
 
 
@@ -26,13 +21,11 @@ class SegmenterKind:
 
     Attributes:
         name: of the backbone, in `models.backbones.BACKBONES`.
-        network_class: what `build` makes.
         depth_prefixes: key prefix -> depth of the encoder's layers, 0 nearest to the input; all other keys lie deepest.
         map_modules: the modules that give the encoder's maps, see `models.layers.hypercolumns.join`.
     """
 
     name: str
-    network_class: type[nn.Module]
     depth_prefixes: dict[str, int]
     map_modules: tuple[str, ...]
 
@@ -97,20 +90,23 @@ RESNET_DEPTHS = {
 STAGED_MAPS = tuple(f"encoder.{stride}" for stride in (2, 4, 8, 16))
 
 SEGMENTERS = {
-    "nnformer": SegmenterKind("nnformer", NNFormer, STAGED_DEPTHS, STAGED_MAPS),
-    "resenc": SegmenterKind("resenc", ResEnc, RESENC_DEPTHS, (*STAGED_MAPS, "encoder.32")),
-    "resnet50_unet": SegmenterKind("resnet50_unet", SliceNetwork, RESNET_DEPTHS, ("encoder",)),
-    "swin_unetr": SegmenterKind("swin_unetr", SwinUNETR, SWIN_UNETR_DEPTHS, ("swinViT",)),
-    "swin_unetr_v2": SegmenterKind("swin_unetr_v2", SwinUNETR, SWIN_UNETR_DEPTHS, ("swinViT",)),
-    "unet": SegmenterKind("unet", UNet, STAGED_DEPTHS, STAGED_MAPS),
+    "nnformer": SegmenterKind("nnformer", STAGED_DEPTHS, STAGED_MAPS),
+    "resenc": SegmenterKind("resenc", RESENC_DEPTHS, (*STAGED_MAPS, "encoder.32")),
+    "resnet50_unet": SegmenterKind("resnet50_unet", RESNET_DEPTHS, ("encoder",)),
+    "swin_unetr": SegmenterKind("swin_unetr", SWIN_UNETR_DEPTHS, ("swinViT",)),
+    "swin_unetr_v2": SegmenterKind("swin_unetr_v2", SWIN_UNETR_DEPTHS, ("swinViT",)),
+    "unet": SegmenterKind("unet", STAGED_DEPTHS, STAGED_MAPS),
 }
 
 
 def kind_of(network: nn.Module) -> SegmenterKind | None:
     """The registry's entry for a network; None for networks that are not in it. SwinUNETR says its version itself."""
     version = getattr(getattr(network, "swinViT", None), "use_v2", False)
-    fitting = [kind for kind in SEGMENTERS.values() if isinstance(network, kind.network_class)]
-    return next((kind for kind in fitting if getattr(BACKBONES[kind.name], "use_v2", False) == version), None)
+    for kind in SEGMENTERS.values():
+        backbone = BACKBONES[kind.name]
+        if isinstance(network, backbone.network_class) and getattr(backbone, "use_v2", False) == version:
+            return kind
+    return None
 
 
 def layer_groups(

@@ -32,7 +32,8 @@ def smallest(corpus: Path, output_dir: Path, **changed) -> list[str]:
 def forkserver():
     """Starts processes that have imported main_ddp.py already: a restart takes a moment instead of its imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main_ddp", "tests.launched", "torch.utils.tensorboard"])
+    backbones = [f"models.backbones.{name}" for name in ("swin_unetr", "unet")]  # which runs import late
+    context.set_forkserver_preload(["main_ddp", "tests.launched", "torch.utils.tensorboard", *backbones])
     return context
 
 

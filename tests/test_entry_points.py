@@ -79,3 +79,11 @@ def test_ours_wins_over_an_installed_datasets_package(entry_point, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert "--json_list" in run.stdout or "--output" in run.stdout
+
+
+def test_help_waits_for_no_library_of_networks():
+    """They take twice as long to import as all the rest; a typing mistake should be told sooner."""
+    slow = ("monai", "timm", "torchvision", "segmentation_models_pytorch", "dynamic_network_architectures")
+    program = f"import sys, {', '.join(MODULES)}; print([name for name in {slow} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

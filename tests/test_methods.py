@@ -41,6 +41,7 @@ EQUAL_RANKS = {"voco": ["--voco_variant=v1"]}
 NUM_SAMPLES = 4
 
 
+@functools.cache  # a parser takes 60 ms to build
 def shared_flags() -> set[str]:
     every = {action.dest for action in main_ddp.make_flags()._actions}
     return every - set(flag_names(METHODS["alice"].Options))

@@ -17,7 +17,7 @@ PRELOADED = (
     *("main_ddp", "extract_backbone_weights", "scripts.create_json", "scripts.prepare_volumes", "scripts.mine_pairs"),
     *("scripts.generate_sam_embeddings", "scripts.import_embeddings", "scripts.train_sam", "scripts.predict"),
     *("scripts.finetune_segmentation", "scripts.make_phantom_dataset"),
-    *("benchmarks.fault_kinds.processes", "torch.utils.tensorboard"),
+    *("benchmarks.fault_kinds.processes", "torch.utils.tensorboard", "models.backbones.unet"),
 )
 
 

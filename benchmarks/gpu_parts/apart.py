@@ -17,7 +17,10 @@ import torch
 from datasets.store.files import write_text
 from engine.device import pick_device
 
-PRELOADED = ("benchmarks.gpu_parts.items", "benchmarks.gpu_parts.methods", "torch.utils.tensorboard")
+PRELOADED = (
+    *("benchmarks.gpu_parts.items", "benchmarks.gpu_parts.methods", "torch.utils.tensorboard"),
+    "models.backbones.swin_unetr",
+)
 GRACE_S = 8.0  # between being asked to end and being ended
 
 

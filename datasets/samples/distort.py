@@ -21,7 +21,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from monai.transforms import RandCoarseDropout
 
 from datasets.samples.augment import Draws, ViewAugmenter, window
 from datasets.samples.counted_noise import KEYS, random_bits, uniform_field
@@ -53,6 +52,7 @@ class ViewDistorter:
         self.has_noise = (options or DistortOptions()).distort_fill == "noise"
         self.most_tile = sides(roi, TILE_SHARE)
         self.shuffle_prob, self.curve_prob, self.paint_prob = SHUFFLE_PROB, CURVE_PROB, PAINT_PROB
+        self._boxes = {True: boxes_within(self.roi, INSIDE_SHARES), False: boxes_within(self.roi, OUTSIDE_SHARES)}
 
     def __call__(
         self, hu: np.ndarray, seed: np.random.SeedSequence, own_window: tuple[float, float] | None = None
@@ -120,11 +120,7 @@ class ViewDistorter:
 
     def _draw_blocks(self, random: np.random.RandomState, is_inside: bool) -> list[list[list[int]]]:
         """Starts and ends of 1 to 5 blocks (inside) or windows; MONAI draws them."""
-        low, high = INSIDE_SHARES if is_inside else OUTSIDE_SHARES
-        boxes = RandCoarseDropout(
-            holes=1, max_holes=MOST_BLOCKS, spatial_size=sides(self.roi, low), max_spatial_size=sides(self.roi, high),
-            prob=1.0,
-        ).set_random_state(state=random)  # fmt: skip
+        boxes = self._boxes[is_inside].set_random_state(state=random)
         boxes.randomize(self.roi)
         return [[[part.start for part in hole[1:]], [part.stop for part in hole[1:]]] for hole in boxes.hole_coords]
 
@@ -140,6 +136,14 @@ class ViewDistorter:
         for box in boxes:
             paint[box] = view[box]
         view.copy_(paint)
+
+
+def boxes_within(roi: Sequence[int], shares: tuple[float, float]):
+    """MONAI's draw of 1 to 5 boxes, whose sides are between two shares of the crop's."""
+    from monai.transforms import RandCoarseDropout  # here: MONAI takes seconds, and most methods distort nothing
+
+    smallest, largest = (sides(roi, share) for share in shares)
+    return RandCoarseDropout(holes=1, max_holes=MOST_BLOCKS, spatial_size=smallest, max_spatial_size=largest, prob=1.0)
 
 
 def sides(roi: Sequence[int], share: float) -> tuple[int, ...]:

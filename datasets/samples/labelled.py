@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from monai.transforms import RandAffined
 from torch.utils.data import Dataset
 
 from datasets.ct.images import CT
@@ -97,6 +96,7 @@ class SegmentationCropDataset(Dataset):
             self._case_shares = np.asarray(case_weights) / np.sum(case_weights)
         self.window = hu_min, hu_max
         self._augment_view = ViewAugmenter(self.augment.intensity, *fill_ends(self.window, CT_WINDOW_HU))
+        self._turn = affine_of(self.augment, self.roi)
         self._voxels: dict[str, dict[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -184,19 +184,26 @@ class SegmentationCropDataset(Dataset):
         is_slice = self.roi[0] == 1
         size = tuple(int(np.ceil(side * AFFINE_MARGIN)) if side > 1 else 1 for side in self.roi)
         hu, label = self._crop(name, centre, size)
-        turn = RandAffined(
-            keys=("image", "label"),
-            spatial_size=self.roi[1:] if is_slice else self.roi,
-            prob=1.0,
-            rotate_range=[np.deg2rad(self.augment.rotate_deg)] * (1 if is_slice else 3),
-            scale_range=[self.augment.scale] * (2 if is_slice else 3),
-            mode=("bilinear", "nearest"),
-            padding_mode="border",
-        )
-        turn.set_random_state(seed=seed)
+        self._turn.set_random_state(seed=seed)
         # MONAI wants channels in front; a slice has no depth then.
         spatial, lead = (size[1:] if is_slice else size), hu.shape[:-3]
         pair = {"image": torch.from_numpy(hu).float(), "label": torch.from_numpy(label).float()}
-        turned = turn({key: value.reshape(-1, *spatial) for key, value in pair.items()})
+        turned = self._turn({key: value.reshape(-1, *spatial) for key, value in pair.items()})
         image, label = (turned[key].as_subclass(torch.Tensor) for key in ("image", "label"))
         return image.reshape(*lead, *self.roi).numpy(), label.reshape(self.roi).numpy().astype(np.uint8)
+
+
+def affine_of(augment: SegmentationAugment, roi: Size3):
+    """MONAI's random rotation and scaling of a crop and its label, which cuts `roi` out; a slice stays in its plane."""
+    from monai.transforms import RandAffined  # here: MONAI takes seconds, which `--help` need not wait for
+
+    is_slice = roi[0] == 1
+    return RandAffined(
+        keys=("image", "label"),
+        spatial_size=roi[1:] if is_slice else roi,
+        prob=1.0,
+        rotate_range=[np.deg2rad(augment.rotate_deg)] * (1 if is_slice else 3),
+        scale_range=[augment.scale] * (2 if is_slice else 3),
+        mode=("bilinear", "nearest"),
+        padding_mode="border",
+    )

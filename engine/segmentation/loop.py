@@ -154,8 +154,9 @@ def finetune(
             if wrapped is None or run.step == options.freeze_encoder_steps:
                 if run.frozen_keys:
                     freeze(run.network, run.frozen_keys, run.step < options.freeze_encoder_steps)
-                wrapped = None
-                gc.collect()  # the hooks of the DDP before
+                if wrapped is not None:
+                    wrapped = None
+                    gc.collect()  # the hooks of the DDP before
                 wrapped = wrap(run.network, world)
 
             # Schedule

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.metrics import compute_dice, compute_surface_dice
 from scipy import ndimage
 
 # FLARE22's official evaluation (Ma et al., Lancet Digital Health 2024), mm.
@@ -84,6 +83,8 @@ def organ_scores(
     predicted: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...], tolerance_mm: float
 ) -> tuple[float, float]:
     """(Dice, NSD) of two bool masks [d, h, w] or [h, w], of which at least one is not empty."""
+    from monai.metrics import compute_dice, compute_surface_dice  # here: MONAI takes seconds
+
     if not predicted.any() or not truth.any():
         return 0.0, (0.0 if tolerance_mm > 0 else float("nan"))
     # A rim of background, so that what touches the box has a surface there.

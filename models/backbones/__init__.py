@@ -1,21 +1,47 @@
 """Backbones by name. A new one is a file that fits `models.backbones.interface.Backbone`, and a line here."""
 
+import importlib
+from collections.abc import Iterator, Mapping
+
 from torch import nn
 
-from models.backbones.nnformer import NNFormerBackbone
-from models.backbones.resenc import ResEncBackbone
-from models.backbones.resnet_unet import ResNetUNetBackbone
-from models.backbones.swin_unetr import SwinUNETRBackbone, SwinUNETRV2Backbone
-from models.backbones.unet import UNetBackbone
+from models.backbones.interface import Backbone
 
-BACKBONES = {
-    "nnformer": NNFormerBackbone,
-    "resenc": ResEncBackbone,
-    "resnet50_unet": ResNetUNetBackbone,
-    "swin_unetr": SwinUNETRBackbone,
-    "swin_unetr_v2": SwinUNETRV2Backbone,
-    "unet": UNetBackbone,
-}
+
+class NamedBackbones(Mapping[str, type[Backbone]]):
+    """Name -> class, imported when it is asked for: the libraries behind it take seconds, `--help` wants names alone.
+
+    Args:
+        places: name -> (module in this package, class there).
+    """
+
+    def __init__(self, places: dict[str, tuple[str, str]]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> type[Backbone]:
+        module, class_name = self._places[name]
+        return getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # a Mapping's own way would import it
+
+
+BACKBONES = NamedBackbones(
+    {
+        "nnformer": ("nnformer", "NNFormerBackbone"),
+        "resenc": ("resenc", "ResEncBackbone"),
+        "resnet50_unet": ("resnet_unet", "ResNetUNetBackbone"),
+        "swin_unetr": ("swin_unetr", "SwinUNETRBackbone"),
+        "swin_unetr_v2": ("swin_unetr", "SwinUNETRV2Backbone"),
+        "unet": ("unet", "UNetBackbone"),
+    }
+)
 
 
 def segmentation_network(

@@ -26,6 +26,7 @@ class Backbone(Protocol):
     """
 
     network: nn.Module
+    network_class: type[nn.Module]  # of `network`, or what that derives from
     channels: dict[int, int]  # stride -> channels of the encoder map; the largest stride is the deepest stage
     decoder_channels: dict[int, int]  # stride -> channels of the decoder map, for the strides that were built
     skip_channels: dict[int, int]  # stride -> channels of the maps that `skips` gives

@@ -73,6 +73,7 @@ class ResNetUNetBackbone(nn.Module):
     decoder_key_prefixes = ("decoder.",)
     roi_multiple = max(CHANNELS)
     spatial_dims = (2,)
+    network_class = SliceNetwork
 
     def __init__(
         self,

@@ -68,6 +68,7 @@ class SwinUNETRBackbone(nn.Module):
     roi_multiple = STAGE_STRIDES[-1]
     spatial_dims = (2, 3)
     use_v2 = False
+    network_class = SwinUNETR
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class SwinUNETRBackbone(nn.Module):
         cls, in_channels: int, out_channels: int, feature_size: int, use_checkpoint: bool, spatial_dims: int = 3
     ) -> SwinUNETR:
         """MONAI's network with faster window attention and upsampling, and with norms and convolutions right on CPU."""
-        network_class = SwinUNETR if spatial_dims == 3 else SliceSwinUNETR
+        network_class = cls.network_class if spatial_dims == 3 else SliceSwinUNETR
         network = network_class(
             in_channels=in_channels,
             out_channels=out_channels,
