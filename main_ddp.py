@@ -186,7 +186,7 @@ def make_run(flags, method: Method, data: Data, options: LoopOptions, world: Wor
     method = method.to(world.device)
     if world.size > 1 and flags.sync_batchnorm:
         synchronise_batch_norms(method)
-    if on_gpus(flags.channels_last, world.device):
+    if flags.channels_last:
         use_channels_last(method)
     torch.backends.cudnn.benchmark = on_gpus(flags.cudnn_benchmark, world.device)
     crops, optimiser = options_of(flags, CropOptions), options_of(flags, OptimiserOptions)

@@ -76,7 +76,7 @@ QUICK = {
     "casa_head_dim": 8,
     "casa_hidden_dim": 16,
 }
-ON_GPUS = {"channels_last": True, "cudnn_benchmark": True}  # flags whose default is on there
+ON_GPUS = {"channels_last": True, "cudnn_benchmark": True}  # flags that are on there
 COLUMNS = ("crop", "pairs", "setting", "ms a step", "pairs/s", "speed-up", "reserved GB", "tensors GB", "note")
 
 
@@ -112,7 +112,7 @@ def rungs(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: boo
         **({f"+ {precision}": {"precision": precision}} if precision != "fp32" else {}),
         "+ composed upsampling": {"composed_upsampling": True},
         "+ fused AdamW": {"fused_optimizer": True},
-        **({} if on_cpu else {"+ channels last, cuDNN's trials": ON_GPUS}),
+        **({"+ channels last": {"channels_last": True}} if on_cpu else {"+ channels last, cuDNN's trials": ON_GPUS}),
     }
     lines = [Setting("", roi, num_pairs)]
     for name, change in changes.items():
@@ -121,18 +121,17 @@ def rungs(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: boo
     return lines[1:]
 
 
-def flagged(default: Setting, on_cpu: bool = False) -> list[Setting]:
+def flagged(default: Setting) -> list[Setting]:
     """The default with one flag changed each."""
-    without = {f"--no_{name}": {name: False} for name in ON_GPUS}
-    layouts = {"--channels_last": {"channels_last": True}} if on_cpu else without
-    further = layouts | {"--use_checkpoint": {"use_checkpoint": True}, "--compile": {"is_compiled": True}}
+    without = {f"--no_{name}": {name: False} for name in ON_GPUS if getattr(default, name)}
+    further = without | {"--use_checkpoint": {"use_checkpoint": True}, "--compile": {"is_compiled": True}}
     return [replace(default, name=f"default + {name}", **change) for name, change in further.items()]
 
 
 def ladder(roi: tuple[int, int, int], num_pairs: int, precision: str, on_cpu: bool = False) -> list[Setting]:
     """`rungs`, and the last one's `flagged`."""
     lines = rungs(roi, num_pairs, precision, on_cpu)
-    return [*lines, *flagged(lines[-1], on_cpu)]
+    return [*lines, *flagged(lines[-1])]
 
 
 def memory_grid(sizes: dict[tuple[int, int, int], list[int]], precision: str, on_cpu: bool = False) -> list[Setting]:
@@ -319,7 +318,7 @@ def plan(flags, precision: str, device: torch.device) -> tuple[list[Setting], li
         return lines, memory_grid({small: [1, 2]}, precision, device.type == "cpu")
     if device.type == "cpu":  # a step of one pair at 96³ takes a minute on 2 cores
         large = rungs((96,) * 3, 1, precision, True)
-        speed = [*large, flagged(large[-1], True)[0], *ladder((64,) * 3, 1, precision, True)]
+        speed = [*large, flagged(large[-1])[0], *ladder((64,) * 3, 1, precision, True)]
         return speed, memory_grid({(64,) * 3: [1, 2], (96,) * 3: [1]}, precision, on_cpu=True)
     sizes = {(96,) * 3: [1, 2, 4, 8, 16], (64,) * 3: [2, 8, 32], (128,) * 3: [1, 2, 4]}
     return [*ladder((96,) * 3, 4, precision), *ladder((64,) * 3, 8, precision)[:-1]], memory_grid(sizes, precision)

@@ -150,7 +150,7 @@ class RunningOptions(DeviceOptions):
 
     Attributes:
         use_fp16: short for --precision fp16
-        channels_last: 3-D convolutions in channels-last layout: same numbers, other speed; default: on a GPU
+        channels_last: 3-D convolutions in channels-last layout: same numbers but for rounding, faster or as fast
         cudnn_benchmark: cuDNN tries its algorithms at the first step, and keeps the fastest; default: on a GPU
         sync_batchnorm: batch norms see the samples of all ranks
         allreduce_bf16: ranks exchange gradients in bf16: half the traffic, rounded; for slow networks between nodes
@@ -163,7 +163,7 @@ class RunningOptions(DeviceOptions):
     """
 
     use_fp16: bool = False
-    channels_last: bool | None = None
+    channels_last: bool = True
     cudnn_benchmark: bool | None = None
     sync_batchnorm: bool = True
     allreduce_bf16: bool = False

@@ -49,7 +49,7 @@ from datasets.store.format import checksum_of, spacing_text, stored_mr_percentil
 from datasets.store.volumes import VolumeStore
 from engine import distributed
 from engine.checkpoint import describe_resumed, find_wanted, load_checkpoint, set_aside
-from engine.device import explained_out_of_memory, make_scaler, on_gpus, pick_precision, use_channels_last
+from engine.device import explained_out_of_memory, make_scaler, pick_precision, use_channels_last
 from engine.distributed import World, main_decides
 from engine.flags import RunInfo, add_options, add_resume, make_parser, options_of, run_main
 from engine.logging import make_log
@@ -221,7 +221,7 @@ def start_run(
     if options.freeze_encoder_steps == -1:
         freeze(network, encoder)
     network.to(world.device)
-    if on_gpus(options.channels_last, world.device):
+    if options.channels_last:
         use_channels_last(network)
     run = FinetuneRun(
         network,

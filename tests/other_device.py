@@ -50,6 +50,16 @@ class OtherTensor(torch.Tensor):
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
         return compute(operator, args, kwargs or {})
 
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, replacing: "OtherTensor"):
+        """PyTorch's own setter would leave the old values, in the old order, to compute with."""
+        torch.Tensor.data.__set__(self, replacing)
+        self.held = replacing.held
+
     def tolist(self):
         note_wait("tolist")
         return self.held.tolist()

@@ -161,7 +161,7 @@ def test_one_input_channel_gives_maps_that_lie_channels_last():
 
 
 def test_switches_without_a_value_may_stay_open(corpus, tmp_path):
-    for words, expected in ((), None), (["--channels_last"], True), (["--no_channels_last"], False):
+    for words, expected in ((), True), (["--channels_last"], True), (["--no_channels_last"], False):
         flags = main_ddp.make_flags("alice").parse_args([*arguments(corpus, tmp_path), *words])
         assert flags.channels_last is expected and flags.cudnn_benchmark is None
 

@@ -26,7 +26,7 @@ RUNS: dict[str, tuple[str, dict]] = {
     "broken steps are skipped": ("caid", {"nan_policy": "skip", "accumulate_steps": 2}),
     "sinkhorn, sgd": ("alice", {"centring": "sinkhorn", "optimizer": "sgd", "clip_each": True}),
     "moved views": ("dino", {"move_views": True}),
-    "window attention": ("alice", {"backbone": "swin_unetr", "feature_size": 12, "roi_z": 64}),
+    "window attention": ("alice", {"backbone": "swin_unetr", "feature_size": 12, "roi_z": 64, "batch_size": 1}),
     "window attention of nnFormer": ("alice", {"backbone": "nnformer"}),
 }
 

@@ -195,14 +195,14 @@ class RunningOptions(DeviceOptions):
     """Files, and how to compute.
 
     Attributes:
-        channels_last: 3-D convolutions in channels-last layout: same numbers, other speed; default: on a GPU
+        channels_last: 3-D convolutions in channels-last layout: same numbers but for rounding, faster or as fast
         output_dir: checkpoint.pth, best.pth, log.txt, TensorBoard, run.json, results
         save_freq: steps between checkpoints
         log_freq: steps between log lines
         dist_timeout_min: minutes that a rank waits for the others
     """
 
-    channels_last: bool | None = None
+    channels_last: bool = True
     output_dir: str = ""
     save_freq: int = 500
     log_freq: int = 20

@@ -1,10 +1,11 @@
-"""Instance norm that keeps the layout of its input and stays right in half precision on CPU.
+"""Norms over space that stay right on a CPU, whatever the layout and number format of their input.
 
 **Layout.** Torch's instance norm makes its input contiguous, so that the convolution behind it reads the slow layout.
 Here a channels-last map stays one: on a CPU by `models.layers.layout_norm_cpu` if it is large and by a copy of what
 torch's norm gives if not, elsewhere by `models.layers.layout_norm`. Torch's group norm with one channel a group would
 need no copy on a CPU. It takes a channels-last variance as the mean of squares less the square of the mean: measured on
-32x32x32 places, outputs are off by 0.005 where the mean is 10 deviations, and by 0.3 where it is 100.
+32x32x32 places, outputs are off by 0.005 where the mean is 10 deviations, and by 0.3 where it is 100. So the one group
+norm there is, of the U-Net's deepest stage, gets its small map in torch's order.
 
 **One sample.** Torch's backward pass on a CPU is wrong where a single sample's gradient arrives channels last: the
 input's gradient is off by as much as it is large. Such gradients are copied first.
@@ -60,6 +61,14 @@ class _SteadyInstanceNorm(nn.modules.instancenorm._InstanceNorm):
         return y.to(x.dtype)
 
 
+class SteadyGroupNorm(nn.GroupNorm):
+    """Torch's norm of maps [B, C, ...]; on a CPU in torch's order, whatever the layout that comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, ...] -> the same shape."""
+        return super().forward(x.contiguous() if x.device.type == "cpu" else x)
+
+
 def wide(x: Tensor) -> Tensor:
     """The map in float32 where it is in half precision."""
     return x.float() if x.dtype in HALF else x
@@ -113,6 +122,7 @@ class SteadyResBlock(UnetResBlock):
 STEADY = {
     nn.InstanceNorm2d: SteadyInstanceNorm2d,
     nn.InstanceNorm3d: SteadyInstanceNorm3d,
+    nn.GroupNorm: SteadyGroupNorm,
     UnetBasicBlock: SteadyBasicBlock,
     UnetResBlock: SteadyResBlock,
 }

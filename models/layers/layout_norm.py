@@ -52,7 +52,8 @@ def normalise_backward(
     grad = grad.float()
     if slope != 1:
         y = unit if weight is None else unit * beside(weight, x) + beside(bias, x)
-        grad = torch.where(y < 0, grad * slope, grad)
+        # At 0 the slope, as torch's LeakyReLU: a crop of air is 0 everywhere, and the norm multiplies by 316 there
+        grad = torch.where(y > 0, grad, grad * slope)
     along, total = (one.sum(places_of(x), keepdim=True) for one in (grad * unit, grad))  # [B, C, 1 ...]
     factor = scale if weight is None else scale * beside(weight, x)
     of_x = (grad - (total + unit * along) / x[0, 0].numel()) * factor
