@@ -20,6 +20,7 @@ import sys
 import textwrap
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -316,6 +317,8 @@ def run_main(main: Callable[[], None]) -> None:
     Every process of torchrun finds mistakes in flags, and one on each machine tells them. Set ALICE_TRACEBACK=1 to see
     where the error was raised.
     """
+    # Of libraries, about their own calls
+    warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
     try:
         main()
     except (ValueError, FileNotFoundError, RuntimeError) as error:
