@@ -69,6 +69,13 @@ def test_sam_is_the_shipped_one_and_the_phantoms_are_fresh(tmp_path):
     assert "recipes were chosen" in report.about_data(settings.TUNING_SEEDS[0])
 
 
+def test_less_is_hidden_where_sams_vectors_are_predicted(tmp_path):
+    plan = plan_of(tmp_path)
+    for arm in ANATOMY_ARMS[1:]:
+        given = [word for word in plan.pretrain[arm, 0].calls[0].words if word.startswith("--mask_ratio=")]
+        assert given[-1] == ("--mask_ratio=0.15" if arm in ("dense", "alice", "alice_random") else "--mask_ratio=0.6")
+
+
 def test_dense_reads_embeddings_but_waits_for_no_pairs(tmp_path):
     plan = plan_of(tmp_path)
     flags = {arm: plan.pretrain[arm, 0].calls[0].words for arm in ("mim", "sam", "dense", "alice", "alice_random")}

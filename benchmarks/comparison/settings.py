@@ -48,6 +48,7 @@ class Settings:
     pretrain_workers: int = flag(2, "loading processes of each pretraining; 0 = none")
     pretrain_flags: str = flag("", "further flags of every pretraining, in quotes")
     alice_flags: str = flag("", "further flags of those with Alice alone, in quotes")
+    dense_flags: str = flag("", "further flags of those with Alice's dense term alone, in quotes")
     weights_from: str = flag("student", "what is finetuned: student (encoder and decoder) or teacher (encoder)")
     weights_part: str = flag("encoder", "what of them: encoder, or whole (the decoder that learnt to reconstruct too)")
     probe_mlp: bool = flag(False, "also probe by a per-voxel MLP, and its Dice over whole volumes")
@@ -92,6 +93,7 @@ CPU = {
     **{"backbone": "unet", "feature_size": 16, "pretrain_steps": 1200, "pretrain_workers": 0},
     "pretrain_lr": 2e-3,
     **{"pretrain_flags": "--channels_last=true", "alice_flags": "--mask_block=8 --mask_ratio=0.6"},
+    "dense_flags": "--mask_ratio=0.15",  # restoration learns from much that is hidden, SAM's vectors from what is seen
     "shots": (1, 4),
     **{"sam_config": "configs/sam_quickstart.yaml", "sam_flags": "--time_limit_min=10 --steps=600"},
     **{"finetune_workers": 0, "num_parallel": 2},

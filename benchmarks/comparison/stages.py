@@ -170,7 +170,8 @@ class Plan(DataPlan):
         if recipe.table is not None:
             flags += words(table_file=self.tables(recipe.table) / "correspondences.npy")
         alice_flags = s.alice_flags if recipe.method == "alice" else ""
-        flags += (*recipe.flags, *shlex.split(f"{s.pretrain_flags} {alice_flags}"))
+        dense_flags = s.dense_flags if recipe.reads_vectors else ""
+        flags += (*recipe.flags, *shlex.split(f"{s.pretrain_flags} {alice_flags} {dense_flags}"))
         extract = (str(folder / "checkpoint.pth"), str(folder / self.extracted), "--checkpoint_key", s.weights_from)
         calls = (Call("main_ddp", flags), Call("extract_backbone_weights", extract))
         return Job(f"pretrain/{arm}_seed{pretrain_seed}", calls, folder, after)
