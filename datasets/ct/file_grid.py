@@ -94,7 +94,7 @@ def write_confidence_like(path: str | Path, confidence: np.ndarray, grid: FileGr
 
 def _image_on(grid: FileGrid, array: np.ndarray) -> nib.Nifti1Image:
     """A canonical array [D, H, W] as an image with a file's axes and place."""
-    image = nib.Nifti1Image(np.ascontiguousarray(grid.from_canonical(array)), grid.affine)
+    image = nib.Nifti1Image(grid.from_canonical(array), grid.affine)
     image.header.set_xyzt_units("mm")
     code = grid.world_code or SCANNER
     image.set_sform(grid.affine, code)
