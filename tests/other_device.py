@@ -11,6 +11,7 @@ runs main() of modules: the file is [[module, [argument, ...]], ...], and `--dev
 would make a CUDA program wait for its device is counted in `WAITS`.
 """
 
+import contextlib
 import importlib
 import json
 import re
@@ -92,7 +93,8 @@ class DeviceModule:
 def compute(operator, args: tuple, kwargs: dict):
     """Any operator: refuse what CUDA would refuse, then compute on the CPU and wrap the results."""
     name = operator.overloadpacket.__name__
-    tensors = [leaf for leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    held, held_kwargs = held_by(args, tensors), held_by(kwargs, tensors)
     refuse_two_devices(name, tensors)
     if is_waiting(name, tensors, args, kwargs):
         note_wait(name)
@@ -103,12 +105,15 @@ def compute(operator, args: tuple, kwargs: dict):
     is_other = has_other
     if kwargs.get("device") is not None:
         is_other = torch.device(kwargs["device"]).type == NAME
-        kwargs = kwargs | {"device": torch.device("cpu")}
+        held_kwargs["device"] = torch.device("cpu")
     run = in_fp32(operator) if name in ("convolution", "convolution_backward") else operator
-    results = run(*mapped(unwrapped, args), **mapped(unwrapped, kwargs))
+    results = run(*held, **held_kwargs)
     if not is_other or name == "_local_scalar_dense":
         return results
-    wrapped = mapped(lambda one: OtherTensor(one) if isinstance(one, torch.Tensor) else one, results)
+    if isinstance(results, torch.Tensor):
+        wrapped = OtherTensor(results)
+    else:
+        wrapped = mapped(lambda one: OtherTensor(one) if isinstance(one, torch.Tensor) else one, results)
     return return_and_correct_aliasing(operator, args, kwargs, wrapped) if has_other else wrapped
 
 
@@ -153,6 +158,21 @@ def note_wait(name: str) -> None:
 
 def unwrapped(value):
     return value.held if isinstance(value, OtherTensor) else value
+
+
+def held_by(value, tensors: list[torch.Tensor]):
+    """`mapped(unwrapped, value)`, and on the way all tensors are added to `tensors`: each operator passes here."""
+    kind = type(value)
+    if kind is OtherTensor:
+        tensors.append(value)
+        return value.held
+    if kind in (tuple, list):
+        return kind([held_by(part, tensors) for part in value])
+    if kind is dict:
+        return {name: held_by(part, tensors) for name, part in value.items()}
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+    return value
 
 
 def mapped(change: Callable, value):
@@ -243,7 +263,8 @@ def main(path: str) -> None:
     take_for_cuda()
     for module, words in json.loads(Path(path).read_text()):
         print(f"== {module} {' '.join(words)}", flush=True)
-        with Factories():
+        is_ours = "--device=cuda" in words or "cuda" in words
+        with Factories() if is_ours else contextlib.nullcontext():
             importlib.import_module(module).main(words)
 
 

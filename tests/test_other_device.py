@@ -65,7 +65,7 @@ def pretraining(out: Path) -> list[tuple[str, list]]:
             runs.append(("main_ddp", words))
         runs.append(("main_ddp", smallest(labelled, out / f"probed_{device}", device=device, **probed)))
     resumed = {"device": "cuda", "resume": out / "mean_cpu" / "checkpoint0001.pth"}
-    runs.append(("main_ddp", smallest(corpus, out / "resumed", **EVERYTHING, **resumed)))
+    runs.append(("main_ddp", smallest(corpus, out / "resumed", **WITHOUT_PICTURES, **resumed)))
     extracted = [out / "probed_cpu" / LATEST, out / "student.safetensors", "--checkpoint_key=student"]
     return [*runs, ("extract_backbone_weights", extracted)]
 
@@ -106,7 +106,8 @@ def matching(out: Path) -> list[tuple[str, list]]:
 
 def in_half_precision(out: Path) -> list[tuple[str, list]]:
     """All three trainings in bf16 and fp16, and a SwinUNETR."""
-    swin = {"backbone": "swin_unetr", "feature_size": 12, "roi_z": 64, "roi_x": 32, "steps_per_epoch": 1, "epochs": 1}
+    swin = {"backbone": "swin_unetr", "feature_size": 12, "roi_z": 64, "roi_x": 32}
+    swin |= {"batch_size": 1, "steps_per_epoch": 1, "epochs": 1}
     runs = [("main_ddp", smallest(out, out / "swin_bf16", precision="bf16", device="cuda", **swin))]
     for precision in ("bf16", "fp16"):
         half = {"device": "cuda", "precision": precision}

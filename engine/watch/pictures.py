@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from datasets.ct.planes import planes_of
@@ -36,9 +37,10 @@ def draw_pictures(
     batch = {name: value[:NUM_PICTURED].cpu() for name, value in batch.items()}
     log.image("samples", figure_pixels(sample_figure(samples_of(batch), dataset.store, first_view(dataset))), step)
     for name, figure in sheets(method, dataset, batch, precision).items():
-        log.image(name, figure_pixels(figure), step)
+        pixels = figure_pixels(figure)  # once: what takes long is the layout
+        log.image(name, pixels, step)
         try:
-            save_figure(figure, output_dir / f"{name}.png")
+            Image.fromarray(pixels).save(output_dir / f"{name}.png")
         except OSError as error:  # a full disk does not end the training
             log.warn_once(f"pictures cannot be written to {output_dir}", error)
 
@@ -121,10 +123,3 @@ def figure_pixels(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG; the folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
