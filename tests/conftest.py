@@ -1,5 +1,7 @@
 """Shared fixtures."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -11,3 +13,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def without_collecting():
+    """Between the jobs of a comparison memory is not collected: beside all that tests have loaded it takes longer."""
+    with mock.patch("gc.collect"):
+        yield

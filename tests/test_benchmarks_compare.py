@@ -26,7 +26,7 @@ from datasets.samples.correspondences import CorrespondenceTable
 from datasets.samples.pairings import PAIRINGS
 from datasets.store.volumes import VolumeStore
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "without_collecting")
 TINY = [
     *("--preset", "smoke", "--arms", "scratch,sam,true", "--shots", "1", "--seeds", "0", "1", "--num_parallel", "0"),
     *("--num_cpus", "1", "--device", "cpu", "--pretrain_steps", "2", "--finetune_steps", "2"),

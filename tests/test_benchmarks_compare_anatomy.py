@@ -22,7 +22,7 @@ from engine.weights import save_weights
 from models.backbones import BACKBONES
 from sam_embed.checkpoint import SHIPPED
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "without_collecting")
 
 
 def plan_of(output_dir, *more: str) -> Plan:
