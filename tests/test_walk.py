@@ -1,5 +1,6 @@
 """The whole walk, small: phantom CT, list, store, SAM, embeddings, table, Alice, weights, finetuning, report."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -11,6 +12,7 @@ import pytest
 import torch
 from monai.networks.nets import SwinUNETR
 
+from datasets.phantom.cases import list_cases
 from engine.checkpoint import load_checkpoint
 from engine.flags import REPOSITORY
 from scripts.quickstart_report import PICTURES, read_stages
@@ -33,11 +35,14 @@ def run(module_name: str, words: str) -> None:
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """The folder of a small quickstart, every stage run once through its entry point."""
+    """The folder of a small quickstart, every stage run once through its entry point; its phantoms' voxels are large."""
     out = tmp_path_factory.mktemp("walk")
     lists = f"--data_dir {out}/data --json_list {out}/data.json"
     made = "--num_unlabelled 5 --num_labelled 3 --seed 3 --num_workers 1"
-    run("scripts.make_phantom_dataset", f"--out_dir {out}/data {made}")
+    with pytest.MonkeyPatch.context() as patched:
+        coarse = [dataclasses.replace(case, coarsen=2.0) for case in list_cases(5, 3, 3)]
+        patched.setattr("scripts.make_phantom_dataset.list_cases", lambda *_: coarse)
+        run("scripts.make_phantom_dataset", f"--out_dir {out}/data {made}")
     for name, cases, number in (("data", "unlabelled", 2), ("labelled", "labelled", 1)):
         made = f"--output {out}/{name}.json --cases {cases} --num_validation {number}"
         run("scripts.create_json", f"--data_dir {out}/data {made}")
