@@ -4,7 +4,7 @@
 
 main_ddp.py runs twice as rank 0 of so many, with the default recipe and everything but the networks' arithmetic: a
 stand-in gives every weight a gradient, and PyTorch's process group "fake" answers every exchange at once. Samples are
-loaded, DDP is built, optimiser and averages move all weights, the checkpoint is written, and the second run resumes it.
+loaded, DDP is built, the optimiser moves all weights, the checkpoint is written, and the second run resumes it.
 What arrives over a real network is the business of the tests with two processes.
 """
 

@@ -24,7 +24,7 @@ from engine.pretrain_data import open_data
 
 # A method without a recipe here runs with its defaults.
 RECIPES = {
-    "alice": "alice_swinunetr.yaml",
+    "alice": "alice_figures.yaml",  # all its terms
     "simsiam": "simsiam_iou.yaml",
     "dino": "dino_iou.yaml",
     "voco": "voco.yaml",
