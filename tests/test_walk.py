@@ -35,7 +35,7 @@ def run(module_name: str, words: str) -> None:
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """The folder of a small quickstart, every stage run once through its entry point; its phantoms' voxels are large."""
+    """The folder of a small quickstart, every stage run once through its entry point; phantoms of large voxels."""
     out = tmp_path_factory.mktemp("walk")
     lists = f"--data_dir {out}/data --json_list {out}/data.json"
     made = "--num_unlabelled 5 --num_labelled 3 --seed 3 --num_workers 1"
