@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The project's tests, from nothing: makes the environment when it is missing, lints, checks the format, runs pytest.
-#   bash scripts/test.sh                 everything (CPU, offline, under 10 minutes on 2 cores)
+#   bash scripts/test.sh                 everything (CPU, offline, a quarter of an hour on 2 cores)
 #   bash scripts/test.sh -k volume_store further words go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
