@@ -99,7 +99,7 @@ def compute(operator, args: tuple, kwargs: dict):
     if is_waiting(name, tensors, args, kwargs):
         note_wait(name)
     if name == "_copy_from":
-        unwrapped(args[1]).copy_(unwrapped(args[0]))
+        held[1].copy_(held[0])
         return args[1]
     has_other = any(isinstance(tensor, OtherTensor) for tensor in tensors)
     is_other = has_other
@@ -110,10 +110,7 @@ def compute(operator, args: tuple, kwargs: dict):
     results = run(*held, **held_kwargs)
     if not is_other or name == "_local_scalar_dense":
         return results
-    if isinstance(results, torch.Tensor):
-        wrapped = OtherTensor(results)
-    else:
-        wrapped = mapped(lambda one: OtherTensor(one) if isinstance(one, torch.Tensor) else one, results)
+    wrapped = mapped(lambda one: OtherTensor(one) if isinstance(one, torch.Tensor) else one, results)
     return return_and_correct_aliasing(operator, args, kwargs, wrapped) if has_other else wrapped
 
 
@@ -156,12 +153,8 @@ def note_wait(name: str) -> None:
     WAITS.append(f"{name} in {Path(frame.filename).name}:{frame.lineno} {frame.name}")
 
 
-def unwrapped(value):
-    return value.held if isinstance(value, OtherTensor) else value
-
-
 def held_by(value, tensors: list[torch.Tensor]):
-    """`mapped(unwrapped, value)`, and on the way all tensors are added to `tensors`: each operator passes here."""
+    """`value` with the CPU's tensors in place of ours; every tensor met on the way is added to `tensors`."""
     kind = type(value)
     if kind is OtherTensor:
         tensors.append(value)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from monai.networks.nets import SwinUNETR
 
-from datasets.phantom.cases import list_cases
+from datasets.phantom.cases import PhantomCase, list_cases
 from engine.checkpoint import load_checkpoint
 from engine.flags import REPOSITORY
 from scripts.quickstart_report import PICTURES, read_stages
@@ -33,6 +33,10 @@ def run(module_name: str, words: str) -> None:
     importlib.import_module(module_name).main(words.split())
 
 
+def coarse_cases(*asked) -> list[PhantomCase]:
+    return [dataclasses.replace(case, coarsen=2.0) for case in list_cases(*asked)]
+
+
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
     """The folder of a small quickstart, every stage run once through its entry point; phantoms of large voxels."""
@@ -40,8 +44,7 @@ def walked(tmp_path_factory):
     lists = f"--data_dir {out}/data --json_list {out}/data.json"
     made = "--num_unlabelled 5 --num_labelled 3 --seed 3 --num_workers 1"
     with pytest.MonkeyPatch.context() as patched:
-        coarse = [dataclasses.replace(case, coarsen=2.0) for case in list_cases(5, 3, 3)]
-        patched.setattr("scripts.make_phantom_dataset.list_cases", lambda *_: coarse)
+        patched.setattr("scripts.make_phantom_dataset.list_cases", coarse_cases)
         run("scripts.make_phantom_dataset", f"--out_dir {out}/data {made}")
     for name, cases, number in (("data", "unlabelled", 2), ("labelled", "labelled", 1)):
         made = f"--output {out}/{name}.json --cases {cases} --num_validation {number}"
