@@ -32,6 +32,17 @@ def test_ways_agree(tmp_path, monkeypatch):
     assert len(lines) >= 2 * (len(WAYS) - 1) and all(len(row) == len(HEADER) for row in lines)
 
 
+@pytest.mark.parametrize(("precision", "num_ways"), [("bf16", 4), ("fp32", 3)])
+def test_bf16_is_left_out_where_it_is_emulated(precision, num_ways, monkeypatch):
+    monkeypatch.setattr(embedding_speed, "fast_precision", lambda device: precision)
+    ways = embedding_speed.ways_here()
+    assert ways == list(WAYS)[:num_ways]
+    rows = embedding_speed.rows(
+        {"ways": {way: {"seconds": 1.0, "peak_gb": None, "same_voxel": 1, "least_cosine": 1} for way in ways}}
+    )
+    assert len(rows) == 2 * (num_ways - 1)
+
+
 def test_a_way_that_fails_is_named(monkeypatch):
     with pytest.raises(RuntimeError, match="plain network.*nowhere.pth"):
         embedding_speed.run(flags_of("--checkpoint_file", "nowhere.pth"))

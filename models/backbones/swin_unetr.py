@@ -179,7 +179,7 @@ class SwinUNETRBackbone(nn.Module):
             if self.use_v2:
                 tokens = self._run_block(getattr(vit, f"layers{number}c")[0], tokens.contiguous())
             layers = getattr(vit, f"layers{number}")
-            tokens = layers[0](tokens.contiguous())  # [B, F*stride/2, D/stride, H/stride, W/stride]
+            tokens = layers[0](tokens)  # [B, F*stride/2, D/stride, H/stride, W/stride]
             features[stride] = self._outside(vit.proj_out(tokens, self.network.normalize))
         if self._reads_voxels:
             features[1] = self._visible_voxels(volumes, masked)
