@@ -14,7 +14,6 @@ from models.backbones.swin_unetr import SwinUNETRBackbone
 from models.backbones.unet import UNetBackbone
 from models.layers import layout_norm
 from models.layers.channels_last import is_channels_last, make_channels_last
-from models.layers.convolution import use_steady_convolutions
 from models.layers.instance_norm import SteadyInstanceNorm2d, SteadyInstanceNorm3d, use_steady_instance_norm
 from models.layers.layout_norm import LayoutNorm
 
@@ -284,25 +283,3 @@ def test_a_channels_last_network_stays_so_from_norm_to_norm(backbone: nn.Module)
     # A map of one channel lies both ways, and the two or three convolutions of it take torch's usual one.
     for kind in layouts:
         assert sum(not before for before, _ in layouts[kind]) <= 4, layouts[kind]
-
-
-def test_a_block_of_one_channel_keeps_the_layout_of_its_weights(monkeypatch) -> None:
-    """Its input lies both ways, so the convolution of one voxel beside it would fall back into torch's order."""
-    torch.manual_seed(0)
-    plain = UnetResBlock(3, 1, 6, kernel_size=3, stride=1, norm_name="instance")
-    ours = copy.deepcopy(plain)
-    use_steady_instance_norm(ours)
-    use_steady_convolutions(ours)
-    use_channels_last(ours)
-    seen, finish = [], ours.finish
-    monkeypatch.setattr(ours, "finish", lambda *given: seen.extend(given) or finish(*given))
-    x = torch.rand(2, 1, 5, 4, 3)
-    found, expected = ours(x), plain(x)
-    assert all(is_channels_last(one) for one in (*seen, found)) and len(seen) == 2
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    gradients = [
-        torch.autograd.grad(y.square().sum(), list(block.parameters()))
-        for y, block in ((found, ours), (expected, plain))
-    ]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

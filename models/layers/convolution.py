@@ -27,7 +27,8 @@ class SteadyConv3d(nn.Conv3d):
         if x.device.type != "cpu":
             return super().forward(x)
         if self.is_product and is_channels_last(x):
-            return self.product(x)
+            step = tuple(slice(None, None, stride) for stride in self.stride)
+            return mix_channels(x[(..., *step)], self.weight, self.bias)
         if x.shape[2] >= self.kernel_size[0]:
             return super().forward(x)
         casts = torch.is_autocast_enabled("cpu")
@@ -37,11 +38,6 @@ class SteadyConv3d(nn.Conv3d):
         with torch.autocast("cpu", enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return self._conv_forward(x.float(), self.weight.float(), bias).to(out_type)
-
-    def product(self, x: Tensor) -> Tensor:
-        """The convolution where `is_product`; the output lies channels last."""
-        step = tuple(slice(None, None, stride) for stride in self.stride)
-        return mix_channels(x[(..., *step)], self.weight, self.bias)
 
     @property
     def is_product(self) -> bool:

@@ -24,7 +24,6 @@ from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
 from torch import Tensor, nn
 
 from models.layers.channels_last import is_channels_last, make_channels_last
-from models.layers.convolution import SteadyConv3d
 from models.layers.layout_norm import LayoutNorm
 from models.layers.layout_norm_cpu import LayoutNormOnCpu, is_large
 
@@ -111,15 +110,7 @@ class SteadyResBlock(UnetResBlock):
 
     def forward(self, inp: Tensor) -> Tensor:
         """[B, C, ...] -> [B, C', ...]."""
-        first = self.conv1(inp)
-        return self.finish(first, self._residual(inp, first) if self.downsample else inp)
-
-    def _residual(self, inp: Tensor, first: Tensor) -> Tensor:
-        """The convolution beside the block, laid out as `first`: an input of one channel does not say its layout."""
-        conv = self.conv3.conv
-        if is_channels_last(first) and inp.shape[1] == 1 and isinstance(conv, SteadyConv3d) and conv.is_product:
-            return conv.product(inp)
-        return self.conv3(inp)
+        return self.finish(self.conv1(inp), self.conv3(inp) if self.downsample else inp)
 
     def finish(self, first: Tensor, residual: Tensor) -> Tensor:
         """What follows the first convolution and the residual one: [B, C', ...] twice -> [B, C', ...]."""
