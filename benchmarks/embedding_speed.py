@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.corpus import phantom_hu
-from benchmarks.pretrain_step import fast_precision
 from benchmarks.results import (
     Rows,
     benchmark_parser,
@@ -30,7 +29,7 @@ from benchmarks.results import (
     resident_bytes,
     table,
 )
-from engine.device import keep_freed_memory
+from engine.device import fast_precision, keep_freed_memory
 from sam_embed.checkpoint import load_embedder
 from sam_embed.embeddings.embed import embed_tensor, for_inference, output_affine
 from sam_embed.embeddings.embedding_store import Embedding
@@ -46,7 +45,6 @@ WAYS = {  # name -> (precision, or None for the plain network; whether freed mem
 }
 PLAIN = next(iter(WAYS))
 QUICK_NETWORK = {"width": 16, "embed_dim": 16}
-CPU = torch.device("cpu")
 NUM_POINTS, NOISE = 200, 2.0  # noise on the network's input scale (0 to 255)
 GB = 2**30
 
@@ -152,7 +150,8 @@ def compare(kept: dict[str, dict], network: AnatomicalEmbedder, shape: tuple[int
 
 def ways_here() -> list[str]:
     """The names of `WAYS` that this CPU has units for."""
-    return [way for way, (precision, _) in WAYS.items() if precision in (None, "fp32", fast_precision(CPU))]
+    have_units = (None, "fp32", fast_precision(torch.device("cpu")))
+    return [way for way, (precision, _) in WAYS.items() if precision in have_units]
 
 
 def run(flags) -> dict:

@@ -42,10 +42,10 @@ from benchmarks.results import (
 )
 from engine.device import (
     compile_networks,
+    fast_precision,
     keep_freed_memory,
     make_scaler,
     pick_device,
-    pick_precision,
     use_channels_last,
 )
 from engine.distributed import World
@@ -276,14 +276,6 @@ def make_alice(
 def make_bench(flags) -> Bench:
     """The networks that the flags ask for, on their device."""
     return Bench(QUICK if flags.quick else {"feature_size": flags.feature_size}, pick_device(flags.device, 0))
-
-
-def fast_precision(device: torch.device) -> str:
-    """What the ladder ends with: the device's half precision; fp32 where it only emulates one."""
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every PyTorch
-    if device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked):
-        return "bf16"
-    return pick_precision("auto", device)
 
 
 def synthetic_batch(num_pairs: int, roi: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:

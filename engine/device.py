@@ -33,6 +33,14 @@ def pick_precision(wanted: str, device: torch.device) -> str:
     return wanted
 
 
+def fast_precision(device: torch.device) -> str:
+    """The device's half precision, which benchmarks end with; fp32 where it only emulates one."""
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every PyTorch
+    if device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked):
+        return "bf16"
+    return pick_precision("auto", device)
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The context that networks run in; does nothing for fp32. Losses run outside it, in fp32."""
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")

@@ -15,19 +15,14 @@ PROGRAM = """
 import resource, sys, torch
 from engine.device import keep_freed_memory
 print(keep_freed_memory() if sys.argv[1] == "raised" else "left")
-def faults():
+def faults(rounds, blocks):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(2**24)  # 64 MiB, freed at once
+    for _ in range(rounds):
+        [torch.ones(2**24) for _ in range(blocks)]  # 64 MiB each, freed together and at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
-def many():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [torch.ones(2**24) for _ in range(20)]  # 1.25 GiB, freed together
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-many()
-print(many())
+for rounds, blocks in ((10, 1), (1, 20)):
+    faults(rounds, blocks)
+    print(faults(rounds, blocks))
 """
 
 
